@@ -1,0 +1,344 @@
+"""Stage 6: how discriminative a model's features are; and, between stages 1 and 2, which block and time to use.
+
+Reads   {diffusion,guided}/<name>/checkpoint.pt and data/{train,test}
+Writes  probe/<name>.json and probe/<name>.png
+Time    t = 0 is noise, t = 1 is data.
+
+    python probe.py configs/shapes.yaml                                          # protocol=sweep: block x time, CPU, under a minute
+    python probe.py configs/cifar10.yaml protocol=linear name=linear             # one GPU: linear probe and kNN of one activation, with controls
+    torchrun --nproc_per_node=8 probe.py configs/cifar10.yaml                    # eight GPUs share the times of the sweep
+
+sweep   scores every block x time by NMI of k-means, kNN and a linear probe on a validation part of the training images (nothing is stored), and by
+        criteria that need no labels. `label_free` is what self_label.py uses; `oracle`, the choice made with labels, is only reported beside it.
+linear  trains on all training images, selects on the validation part, reports the test images once; with raw pixels, the same network with
+        random weights and a supervised network of the same size beside it.
+"""
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+
+from extract_features import catalogue, noise_level, select, stream, tapped, _Enough
+from self_label import assign, kmeans, nmi
+from train_diffusion import (PATHS, Model, UserError, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, load_data, load_model, read_json,
+                             seed_of, start, wide, write_json)
+
+
+@dataclass
+class Probe:
+    """Section `probe`."""
+    name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
+    protocol: Literal["sweep", "linear"] = "sweep"        # sweep = block x time; linear = linear probe and kNN of one activation with controls
+    checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
+    weights: Literal["ema", "net"] = "ema"                # averaged or raw
+    activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
+    t: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.6, 0.7, 0.8, 0.9])      # noise times. linear: default the label-free choice
+    choice: str = "sweep"                                 # linear: which sweep to take the default activation and time from
+    fit: int = 4_000                                      # sweep: training images to fit on
+    validation: int = 1_000                               # training images held out for selection
+    K: int = 0                                            # sweep: clusters of k-means; 0 = 10 for up to 5,000 images, 50 above
+    neighbours: int = 20                                  # k of kNN (cosine)
+    draws: int = 3                                        # linear: noise draws, each probed alone: mean and spread
+    controls: list[str] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear: what to compare with
+    supervised_images: int = 100_000                      # linear: images that the supervised control is trained on
+    precision: str = "auto"                               # of the network
+    batch: int = 500                                      # images per forward pass and process
+    seed: int = 0                                         # of noise, k-means, controls
+    overwrite: bool = False                               # replace a result of another recipe under this name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of features with labels: linear probe and kNN
+
+def standardise(fit, *others):
+    """Zero mean and unit variance by the statistics of `fit`; all [N, D]."""
+    m, s = fit.mean(0), fit.std(0).clamp(min=1e-6)
+    return [(x - m) / s for x in (fit, *others)]
+
+
+def ridge(x, y, classes, l2):
+    """Least-squares classifier on one-hot targets, closed form. x [N, D], y [N] -> weights [D + 1, classes]; ridge l2 per sample, bias free."""
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    penalty = torch.full((x.shape[1],), l2 * len(x), dtype=torch.float64)
+    penalty[-1] = 0
+    return torch.linalg.solve(x.T @ x + torch.diag(penalty), x.T @ F.one_hot(y, classes).double()).float()
+
+
+def logistic(x, y, classes, l2, iterations=100):
+    """Multinomial logistic regression by L-BFGS. x [N, D], y [N] -> weights [D + 1, classes]; l2 on the weights, not the bias."""
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    w = torch.zeros(x.shape[1], classes, requires_grad=True)
+    opt = torch.optim.LBFGS([w], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-5)
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(x @ w, y) + 0.5 * l2 * w[:-1].square().sum()
+        loss.backward()
+        return loss
+    opt.step(closure)
+    return w.detach()
+
+
+def accuracy(w, x, y):
+    """Share of rows that the linear classifier w [D + 1, classes] gets right."""
+    return float(((x @ w[:-1] + w[-1]).argmax(1) == y).float().mean())
+
+
+def knn(fit, y, x, truth, k, classes):
+    """Accuracy of the majority vote of the k nearest rows of `fit` (cosine; ties to the nearer class sum)."""
+    fit, right = F.normalize(fit, dim=1), 0
+    for i in range(0, len(x), 1000):
+        near = (F.normalize(x[i:i + 1000], dim=1) @ fit.T).topk(min(k, len(fit)), 1)                             # [b, k]
+        votes = torch.zeros(len(near.indices), classes).scatter_add_(1, y[near.indices], 1 + 1e-3 * near.values)
+        right += int((votes.argmax(1) == truth[i:i + 1000]).sum())
+    return right / len(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of features without labels
+
+def label_free_scores(a, b, K, seed):
+    """Criteria that see no label, from two noise draws a, b [N, D] of the same images; dict name -> number, larger is better.
+
+    stability   NMI between k-means of draw a and k-means of draw b: clusters that are about the image survive other noise
+    silhouette  mean simplified silhouette (distance to own centroid against the nearest other one), cosine
+    agreement   share of images whose cluster under draw b (centroids of draw a) is that under draw a
+    """
+    (ca, _, _), (cb, _, _) = kmeans(a, K, metric="cosine", seed=seed), kmeans(b, K, metric="cosine", seed=seed + 1)
+    ia, ib, iba = assign(a, ca, "cosine")[0], assign(b, cb, "cosine")[0], assign(b, ca, "cosine")[0]
+    d = (1 - F.normalize(a, dim=1) @ ca.T).clamp(min=0).topk(2, 1, largest=False).values                         # [N, 2] own, next
+    return dict(stability=nmi(ia.numpy(), ib.numpy()), silhouette=float((1 - d[:, 0] / d[:, 1].clamp(min=1e-9)).mean()),
+                agreement=float((ia == iba).float().mean())), ia
+
+
+def rank_correlation(a, b):
+    """Spearman's rho of two lists."""
+    ra, rb = (np.argsort(np.argsort(v)).astype(float) for v in (a, b))
+    return float(np.corrcoef(ra, rb)[0, 1])
+
+
+def heat_map(path, values, rows, columns, title, marks=()):
+    """Matrix as PNG with Pillow: values [R][C] (None = blank), captions, `marks` [(row, column, letter)]."""
+    cell_w, cell_h, left, top = 62, 18, 8 + 7 * max(map(len, rows)), 46
+    sheet = Image.new("RGB", (left + cell_w * len(columns) + 12, top + cell_h * len(rows) + 12), "white")
+    pen, flat = ImageDraw.Draw(sheet), [v for r in values for v in r if v is not None]
+    lo, hi = min(flat), max(flat)
+    pen.text((8, 8), title, "black")
+    for c, name in enumerate(columns):
+        pen.text((left + c * cell_w + 12, top - 16), name, "black")
+    for r, name in enumerate(rows):
+        pen.text((6, top + r * cell_h + 3), name, "black")
+        for c, v in enumerate(values[r]):
+            if v is None:
+                continue
+            q = (v - lo) / max(hi - lo, 1e-9)
+            colour = tuple(int(255 * (a + (b - a) * q)) for a, b in zip((0.97, 0.98, 1.0), (0.03, 0.25, 0.50)))
+            box = [left + c * cell_w, top + r * cell_h, left + (c + 1) * cell_w - 2, top + (r + 1) * cell_h - 2]
+            pen.rectangle(box, fill=colour)
+            mark = "".join(f" {m}" for i, j, m in marks if (i, j) == (r, c))
+            pen.text((box[0] + 8, box[1] + 2), f"{v:.3f}{mark}", "white" if q > 0.5 else "black")
+    with atomic(path) as f:
+        sheet.save(f, "PNG")
+
+
+def block_outputs(net):
+    """Names of the catalogue that are the output of a whole block (between modules, not inside them)."""
+    return [n for n in catalogue(net) if n.endswith("-out") and "self" not in n and "ffn" not in n and n != "unet-out"]
+
+
+def gather(run, values):
+    """Concatenate every rank's list, in order of rank."""
+    if run.world == 1:
+        return values
+    every = [None] * run.world
+    dist.all_gather_object(every, values)
+    return [v for part in every for v in part]
+
+
+def sweep(run, cfg, net, state, context):
+    """Score every (activation, t); returns the result dict and draws the heat-map."""
+    data = load_data(run, "train")
+    names = block_outputs(net) if cfg.activations == ["blocks"] else select(net, cfg.activations)
+    classes = np.asarray(data.classes)
+    order = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(data))
+    fit_rows, val_rows = np.sort(order[:cfg.fit]), np.sort(order[cfg.fit:cfg.fit + cfg.validation])
+    if len(val_rows) < 10:
+        raise UserError(f"fit={cfg.fit} and validation={cfg.validation}: the run has only {len(data)} training images")
+    known, count, K = (classes >= 0).all(), int(classes.max()) + 1, cfg.K or (10 if len(fit_rows) <= 5_000 else 50)
+    if K >= len(fit_rows):
+        raise UserError(f"K={K}: must be below fit={len(fit_rows)}")
+    y_fit, y_val = torch.from_numpy(classes[fit_rows]), torch.from_numpy(classes[val_rows])
+    table, mine = [], cfg.t[run.rank::run.world]
+
+    def read(rows, t, draw_number):                       # {name: [N, D]} for all names from one pass
+        parts = {n: [] for n in names}
+        for _, out in stream(net, state, data.images, rows, names, [t], device=run.device, context=context, seed=cfg.seed, purpose=f"probe {draw_number}", batch=cfg.batch):
+            for n in names:
+                parts[n].append(out[n, t].cpu())
+        return {n: torch.cat(p) for n, p in parts.items()}
+
+    with bar(run, len(mine) * len(names), "sweep", "cell") as progress:
+        for t in mine:
+            a, b, v = read(fit_rows, t, 0), read(fit_rows, t, 1), read(val_rows, t, 0)
+            for n in names:
+                mean = a[n].mean(0)                       # centred: post-activation features otherwise share one direction
+                free, ids = label_free_scores(a[n] - mean, b[n] - mean, K, cfg.seed)
+                row = dict(activation=n, **noise_level(state["path"], t), **free)
+                if known:
+                    fa, fv = standardise(a[n], v[n])
+                    row |= dict(nmi=nmi(ids.numpy(), y_fit.numpy()), linear=accuracy(ridge(fa, y_fit, count, 1e-3), fv, y_val),
+                                knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
+                table.append(row)
+                progress.update(1)
+    table = sorted(gather(run, table), key=lambda r: (names.index(r["activation"]), r["t"]))
+    pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
+    criterion = "stability"
+    result = dict(protocol="sweep", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], K=K, fit=len(fit_rows), validation=len(val_rows), seed=cfg.seed,
+                  criterion=criterion, label_free=pick(criterion))
+    if known:
+        chosen = next(r for r in table if all(r[k] == result["label_free"][k] for k in ("activation", "t")))
+        result |= dict(label_free_scores={k: chosen[k] for k in ("nmi", "knn", "linear")}, oracle={k: pick(k) for k in ("nmi", "knn", "linear")},
+                       tracks_nmi={k: rank_correlation([r[k] for r in table], [r["nmi"] for r in table]) for k in ("stability", "silhouette", "agreement")})
+    result["table"] = table
+    if run.rank == 0:
+        shown = "nmi" if known else criterion
+        grid = [[next((r[shown] for r in table if r["activation"] == n and r["t"] == t), None) for t in sorted(set(cfg.t))] for n in names]
+        where = lambda c, m: (names.index(c["activation"]), sorted(set(cfg.t)).index(c["t"]), m)
+        marks = [where(result["label_free"], "F")] + ([where(result["oracle"]["nmi"], "O")] if known else [])
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", grid, names, [f"t={t:g}" for t in sorted(set(cfg.t))],
+                 f"{shown} of k-means (K={K}) by block and time; F = label-free choice" + (", O = best with labels" if known else ""), marks)
+    run.say(f"label-free choice: {result['label_free']['activation']} at t={result['label_free']['t']:g} ({criterion} {result['label_free'][criterion]:.3f})"
+            + (f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} at t={result['oracle']['nmi']['t']:g} "
+               f"(NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of {criterion} with NMI {result['tracks_nmi'][criterion]:.2f}" if known else ""))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear probe and kNN with controls
+
+def train_supervised(run, cfg, state, data, name, classes):
+    """A network of the same architecture and size, trained with labels on clean images up to activation `name`: what labels would give."""
+    net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed).to(run.device)
+    with tapped(net, [name]) as got:
+        size = 0
+        try:
+            net(torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device), torch.full((1,), 1000.0, device=run.device))
+        except _Enough:
+            size = got[name].shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(cfg.seed, "supervised head"))
+            head = nn.Linear(size, classes).to(run.device)
+        context, batch = autocast(run, cfg.precision)[0], 128
+        steps = max(1, cfg.supervised_images // batch)
+        opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps + 1)
+        train_rows = data["rows"]
+        with bar(run, steps, "supervised control", "step") as progress:
+            for step in range(steps):
+                rows = np.sort(np.random.default_rng(seed_of(cfg.seed, "supervised rows", step)).choice(train_rows, batch))
+                x = torch.from_numpy(np.asarray(data["images"][rows])).to(run.device).float() / 127.5 - 1
+                with context():
+                    try:
+                        net(x, torch.full((batch,), 1000.0, device=run.device))
+                    except _Enough:
+                        loss = F.cross_entropy(head(got[name].float().mean((2, 3))).float(), data["y"][rows].to(run.device))
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                schedule.step()
+                progress.update(1)
+    return net.eval().requires_grad_(False)
+
+
+def linear(run, cfg, net, state, context):
+    """Linear probe and kNN of one activation: select on the validation part, report the test part once; controls beside it."""
+    train, test = load_data(run, "train"), load_data(run, "test")
+    y, y_test = torch.from_numpy(np.asarray(train.classes)), torch.from_numpy(np.asarray(test.classes))
+    if (y < 0).any() or (y_test < 0).any():
+        raise UserError("protocol=linear needs the class of every image, and this data lacks some")
+    if cfg.activations == ["blocks"]:
+        choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")["label_free"]
+        name, t = choice["activation"], choice["t"]
+    else:
+        names = select(net, cfg.activations)
+        if len(names) != 1 or len(cfg.t) != 1:
+            raise UserError(f"protocol=linear reads one activation at one time; got {len(names)} and t={cfg.t}")
+        name, t = names[0], cfg.t[0]
+    classes, order = int(y.max()) + 1, np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train))
+    val, fit = np.sort(order[:min(cfg.validation, len(order) // 5)]), np.sort(order[min(cfg.validation, len(order) // 5):])
+
+    def read(model, split, d, level):                     # features [N, D] of one noise draw
+        images = (train if split == "train" else test).images
+        parts = [out[name, level].cpu() for _, out in stream(model, state, images, np.arange(len(images)), [name], [level], device=run.device, context=context,
+                                                             seed=cfg.seed, purpose=f"linear {split} {d}", batch=cfg.batch)]
+        return torch.cat(parts)
+
+    def score(a, b):                                      # a: train features, b: test features -> accuracies and the selected l2
+        f, v, full, te = standardise(a[fit], a[val], a, b)
+        best = max((1e-5, 1e-4, 1e-3, 1e-2), key=lambda l2: accuracy(logistic(f, y[fit], classes, l2), v, y[val]))
+        k = max((1, 5, 20, 50), key=lambda k: knn(f, y[fit], v, y[val], k, classes))
+        return dict(linear=accuracy(logistic(f, y[fit], classes, best), te, y_test), knn=knn(f, y[fit], te, y_test, k, classes), l2=best, k=k)
+
+    rows, tick = {}, time.time()
+    sources = {"features": (net, t)}
+    if "random" in cfg.controls:
+        sources["random weights"] = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed + 1).to(run.device).eval().requires_grad_(False), t
+        for p in sources["random weights"][0].parameters():                      # zero-initialised branches would make it blind
+            if not p.any() and p.dim() > 1:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=torch.Generator(p.device).manual_seed(seed_of(cfg.seed, "random weights")))
+    if "supervised" in cfg.controls:
+        sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.images, y=y, rows=fit), name, classes), 1.0
+    for what, (model, level) in sources.items():
+        scores = [score(read(model, "train", d, level), read(model, "test", d, level)) for d in range(cfg.draws if level < 1 else 1)]
+        rows[what] = dict(activation=name, t=level, dimensions=None, draws=len(scores), **{f"{k}": float(np.mean([s[k] for s in scores])) for k in ("linear", "knn")},
+                          **{f"{k}_std": float(np.std([s[k] for s in scores])) for k in ("linear", "knn")}, l2=scores[0]["l2"], k=scores[0]["k"])
+        run.say(f"{what:24} linear {rows[what]['linear']:.4f} +- {rows[what]['linear_std']:.4f}   kNN {rows[what]['knn']:.4f} +- {rows[what]['knn_std']:.4f}")
+    if "pixels" in cfg.controls:
+        flat = lambda d: torch.from_numpy(np.ascontiguousarray(d.images)).flatten(1).float() / 127.5 - 1
+        rows["raw pixels"] = score(flat(train), flat(test))
+        run.say(f"{'raw pixels':24} linear {rows['raw pixels']['linear']:.4f}             kNN {rows['raw pixels']['knn']:.4f}")
+    if run.rank == 0:
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"], f"test accuracy, {name} at t={t:g}")
+    return dict(protocol="linear", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, activation=name, t=t, parameters_trained="(D + 1) x classes",
+                train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
+
+
+def main():
+    """Stage 6 from the command line."""
+    run = start("probe", Probe, __doc__)
+    cfg = run.cfg
+    cfg.name = cfg.name or cfg.protocol
+    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    context, _, why = autocast(run, cfg.precision)
+    if not cfg.t or not all(0 <= t <= 1 for t in cfg.t) or cfg.draws < 1:
+        raise UserError(f"t={cfg.t}, draws={cfg.draws}: noise times lie between 0 and 1, draws is at least 1")
+    path, recipe = run.dir / "probe" / f"{cfg.name}.json", {k: v for k, v in run.sections[run.stage].items() if k not in ("name", "overwrite", "batch")} | dict(hash=state["weights"])
+    if run.dry_run:
+        run.say(f"{cfg.protocol} of {state['file']} into {path}")
+        return
+    if path.exists():
+        there = read_json(path, "delete it").get("recipe", {})
+        other = [k for k in recipe if there.get(k) != recipe[k]]
+        if not other:
+            run.say(f"{path}: done already")
+            return
+        if not cfg.overwrite:
+            raise UserError(f"{path}: holds a result of another recipe ({', '.join(other)} differ); choose another name=, or overwrite=true")
+    result = (sweep if cfg.protocol == "sweep" else linear)(run, cfg, net, state, context)
+    if run.rank == 0:
+        write_json(path, result | dict(recipe=recipe))
+    run.wait()
+    run.say(f"result in {path}, picture in {path.with_suffix('.png')}")
+    if cfg.protocol == "sweep":
+        run.say("next: python extract_features.py (same YAML)    # extracts the label-free choice")
+
+
+if __name__ == "__main__":
+    cli(main)

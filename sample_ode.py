@@ -1,0 +1,615 @@
+"""Stage 5: a model in, images along the ODE out, and how good they are.
+
+Reads   {diffusion,guided}/<name>/checkpoint.pt; for evaluation also data/{train,test}
+Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; with sweep= also nfe.png or guidance.png
+Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0.
+Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write v_c + s (v_c - v_0) have s = w - 1.
+
+    python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans guidance=1,1.5,2,3   # picks w on other samples than it reports
+    python sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k evaluator=inception       # one GPU; FID proper
+    torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k      # the same images, eight GPUs
+    python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=nfe sweep=nfe              # distance against network evaluations
+    python sample_ode.py configs/shapes.yaml --table                                                   # all results of the run side by side
+"""
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+
+from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, denoise, digest, draw, load_data, load_model, save_grid,
+                             seed_of, start, to_uint8, wide, write_json)
+
+
+@dataclass
+class SampleOde:
+    """Section `sample_ode`."""
+    name: str = "base"                                    # results go to samples/<name>
+    checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
+    weights: Literal["ema", "net"] = "ema"                # averaged or raw
+    n: int = 10_000                                       # samples
+    solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"] = "heun"      # dopri5 adapts its steps to tol
+    steps: int = 12                                       # of the fixed-step solvers
+    tol: float = 1e-4                                     # dopri5: relative and absolute tolerance
+    guidance: list[float] = field(default_factory=lambda: [1.0])    # w; several: the best on `select` other samples is taken
+    select: int = 1_000                                   # samples per candidate when several w are given; from another seed than the report
+    interval: list[float] = field(default_factory=lambda: [0.0, 1.0])    # guide only while t is inside; outside w = 1
+    autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label
+    labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or label ids to cycle through
+    direction: Literal["generate", "encode"] = "generate"  # encode: test images back to noise and forth again
+    evaluate: bool = True                                 # compare with real images
+    evaluator: str = "judge"                              # judge (small CNN on the run's classes), inception (FID proper), or a TorchScript file
+    reference: Literal["train", "test"] = "test"          # real images to compare with
+    neighbours: int = 5                                   # k of precision, recall, density, coverage
+    sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
+    sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # steps of the nfe sweep
+    sweep_solvers: list[str] = field(default_factory=lambda: ["euler", "midpoint", "heun", "rk4", "dopri5"])   # its solvers
+    batch: int = 250                                      # images per network call and process
+    precision: str = "auto"                               # of the network; the ODE state is float32 always
+    seed: int = 0                                         # sample i is a function of (seed, i)
+    overwrite: bool = False                               # replace samples that another recipe left under this name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers of dy/ds = f(y, s). Every row of y is its own problem with its own s, so results do not depend on the batch.
+
+TABLEAUS = {                                              # Butcher tableaus: nodes c, matrix a, weights b
+    "euler": ([0], [[]], [1]),
+    "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
+    "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
+    "rk4": ([0, 1 / 2, 1 / 2, 1], [[], [1 / 2], [0, 1 / 2], [0, 0, 1]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+}
+DOPRI5 = (                                                # Dormand and Prince 1980: the last stage is the slope at the step's end
+    [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1],
+    [[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9], [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
+     [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656], [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
+    [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0])
+DOPRI5_ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]       # 5th minus 4th order weights
+
+
+def mix(ks, weights):
+    """Weighted sum of stage slopes, skipping zeros."""
+    return sum(w * k for w, k in zip(weights, ks) if w)
+
+
+def column(v, y):
+    """[B] -> [B, 1, ...], to multiply rows of y."""
+    return v.reshape(-1, *[1] * (y.dim() - 1))
+
+
+def solve_fixed(f, y, grid, solver):
+    """Explicit Runge-Kutta steps over a grid. f(y [B, ...], s [B]) -> slope; grid: [steps + 1] -> y at grid[-1]."""
+    c, a, b = TABLEAUS[solver]
+    for s0, s1 in zip(grid[:-1], grid[1:]):
+        h, ks = s1 - s0, []
+        for node, row in zip(c, a):
+            ks.append(f(y + h * mix(ks, row) if row else y, (s0 + node * h).expand(len(y)).to(y)))
+        y = y + h * mix(ks, b)
+    return y
+
+
+def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
+    """Adaptive Dormand-Prince 5(4) from s0 to s1 (either direction), each row with its own steps; atol = rtol = tol.
+
+    f(y [A, ...], s [A], rows [A]) is called for the rows that still move. Step control as in Hairer, Norsett and Wanner, section II.4.
+    Returns (y, calls per row [B]).
+    """
+    B, sign = len(y), 1.0 if s1 > s0 else -1.0
+    norm = lambda e: e.flatten(1).double().square().mean(1).sqrt()               # [A] root mean square
+    c, a, b = DOPRI5
+    rows, s = torch.arange(B, device=y.device), torch.full((B,), float(s0), dtype=torch.float64, device=y.device)
+    k1, calls = f(y, s.to(y), rows), torch.full((B,), 2, device=y.device)
+    # first step: one Euler trial step tells how fast the slope changes
+    scale = tol + tol * y.abs()
+    d0, d1 = norm(y / scale), norm(k1 / scale)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1).clamp(max=abs(s1 - s0))
+    d2 = norm((f(y + column(sign * h0, y).to(y) * k1, (s + sign * h0).to(y), rows) - k1) / scale) / h0
+    h1 = torch.where(torch.maximum(d1, d2) <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / torch.maximum(d1, d2)) ** 0.2)
+    h = torch.minimum(100 * h0, h1)                                              # [B] positive
+    y, k1 = y.clone(), k1.clone()
+    for _ in range(max_steps):
+        left = (s1 - s) * sign
+        rows = (left > 1e-12 * max(abs(s1), abs(s0), 1)).nonzero().flatten()
+        if len(rows) == 0:
+            return y, calls
+        step = torch.minimum(h[rows], left[rows])
+        if not torch.isfinite(step).all() or (step < 1e-9 * abs(s1 - s0)).any() and (left[rows] > 1e-6 * abs(s1 - s0)).any() and (step < left[rows]).any():
+            worst = rows[step.argmin()]
+            raise UserError(f"solver=dopri5: the step shrank to {float(step.min()):.1e} at {float(s[worst]):.6f}; raise tol, or use a fixed-step solver")
+        yr, hs, ks = y[rows], column(sign * step, y).to(y), [k1[rows]]
+        for node, row in zip(c[1:], a[1:]):
+            stage = yr + hs * mix(ks, row)
+            ks.append(f(stage, (s[rows] + sign * node * step).to(y), rows))
+        calls[rows] += 6
+        new = stage                                                              # the last stage's argument is the 5th order solution
+        error = norm(hs * mix(ks, DOPRI5_ERROR) / (tol + tol * torch.maximum(yr.abs(), new.abs())))
+        if not torch.isfinite(error).all():
+            raise UserError("solver=dopri5: the network returned a non-finite velocity")
+        good = error <= 1
+        y[rows[good]], k1[rows[good]] = new[good], ks[-1][good]
+        s[rows[good]] = torch.where(step[good] >= left[rows[good]], torch.full_like(step[good], float(s1)), s[rows[good]] + sign * step[good])
+        factor = (0.9 * error.clamp(min=1e-10) ** -0.2).clamp(0.2, 10)
+        h[rows] = step * torch.where(good, factor.clamp(min=1), factor.clamp(max=1))
+    raise UserError(f"solver=dopri5: more than {max_steps} steps; raise tol, or use a fixed-step solver")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The field: the network's velocity, guided
+
+class Field:
+    """Slope of the probability-flow ODE in the path's variables (y, s), with guidance; counts its network calls.
+
+    Guidance and autoguidance mix x_hat and z_hat linearly, which is the same as mixing velocities: the weights sum to one.
+    """
+
+    def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=None):
+        self.net, self.path, self.predict, self.w, self.interval, self.weak, self.context = net, path, predict, w, interval, weak, context
+        self.null, self.images = getattr(net, "num_labels", 0), 0
+
+    def call(self, net, x, t, label):
+        self.images += len(x)
+        with self.context() if self.context else torch.no_grad():
+            return denoise(net, self.path, self.predict, x, t, **({} if label is None else dict(label=label)))
+
+    def estimate(self, x, t, label):
+        """(x_hat, z_hat), guided. x: [B, C, H, W]; t: [B], equal for all rows or not; label: [B] or None."""
+        if self.weak is not None:
+            main, weak = self.call(self.net, x, t, label), self.call(self.weak, x, t, label if getattr(self.weak, "num_labels", 0) else None)
+            return tuple(b + self.w * (a - b) for a, b in zip(main, weak))
+        if label is None or self.w == 1:
+            return self.call(self.net, x, t, label)
+        if self.w == 0:
+            return self.call(self.net, x, t, torch.full_like(label, self.null))
+        inside = (t >= self.interval[0]) & (t <= self.interval[1])               # [B]
+        if not inside.any():
+            return self.call(self.net, x, t, label)
+        both = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)]))
+        w = wide(torch.where(inside, self.w, 1.0)).to(x)
+        return tuple(null + w * (cond - null) for cond, null in (v.chunk(2) for v in both))
+
+    def slope(self, y, s, label):
+        """dy/ds for states y [B, C, H, W] at s [B]."""
+        t = self.path.time(s)
+        return self.path.slope(*self.estimate(y * wide(self.path.scale(t)), t, label))
+
+
+@torch.no_grad()
+def integrate(field, x, label, solver, steps, tol, reverse=False):
+    """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, field evaluations per row)."""
+    path, before = field.path, field.images
+    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    grid = grid.flip(0) if reverse else grid
+    if solver == "ddim":                                  # the formula itself; on VP the same as an Euler step in rho
+        for t, s in zip(grid[:-1], grid[1:]):
+            x_hat, z_hat = field.estimate(x, t.expand(len(x)).to(x), label)
+            x = path.alpha(s).to(x) * x_hat + path.sigma(s).to(x) * z_hat
+        return x, torch.full((len(x),), steps)
+    y, clock = x / wide(path.scale(grid[:1])).to(x), path.clock(grid)
+    if solver == "dopri5":
+        y, calls = solve_dopri5(lambda y, s, rows: field.slope(y, s, None if label is None else label[rows]), y, float(clock[0]), float(clock[-1]), tol)
+    else:
+        y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock, solver)
+        calls = torch.full((len(x),), steps * len(TABLEAUS[solver][0]))
+    return y * wide(path.scale(grid[-1:])).to(x), calls.cpu()
+
+
+def sample_labels(cfg, state, indices, seed):
+    """Label of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
+    K = state["num_labels"]
+    if not K:
+        return None
+    if cfg.labels in (["marginal"], ["uniform"]):
+        p = state["marginal"].double() if cfg.labels == ["marginal"] else torch.full((K,), 1 / K, dtype=torch.float64)
+        u, _ = draw(seed, "sample label", indices, (0,), 1)
+        return torch.searchsorted(p.cumsum(0), u[:, 0].double() * p.sum()).clamp(max=K - 1)
+    try:
+        ids = [int(v) for v in cfg.labels]
+    except ValueError:
+        raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or label ids") from None
+    if min(ids) < 0 or max(ids) > K:
+        raise UserError(f"labels={','.join(cfg.labels)}: ids must be in 0 ... {K - 1} ({K} is the null label)")
+    return torch.tensor([ids[i % len(ids)] for i in indices])
+
+
+def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, seed=None, context=None, what="sampling"):
+    """n samples, the share of this process: (indices, uint8 [b, C, H, W], labels or None, report). Sample i is a function of (seed, i)."""
+    seed = cfg.seed if seed is None else seed
+    mine = np.arange(n * run.rank // run.world, n * (run.rank + 1) // run.world)
+    field_ = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
+    images, labels, evaluations, tick = [], [], 0, time.time()
+    with bar(run, n, what) as progress:
+        for i in range(0, len(mine), cfg.batch):
+            part = mine[i:i + cfg.batch]
+            z = draw(seed, "sample noise", part, (state["channels"], state["size"], state["size"])).to(run.device)
+            label = sample_labels(cfg, state, part, seed)
+            x, calls = integrate(field_, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, cfg.tol)
+            images.append(to_uint8(x).cpu().numpy())
+            labels.append(label)
+            evaluations += int(calls.sum())
+            progress.update(len(part) * run.world)
+    seconds = time.time() - tick
+    shape = (0, state["channels"], state["size"], state["size"])
+    images = np.concatenate(images) if images else np.zeros(shape, np.uint8)
+    labels = torch.cat(labels).numpy() if state["num_labels"] and len(mine) else None
+    return mine, images, labels, dict(nfe=evaluations / max(len(mine), 1), network_calls=field_.images / max(len(mine), 1), seconds_per_image=seconds / max(len(mine), 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: features of an evaluator, then distances between sets of features
+
+class Judge(nn.Module):
+    """A small CNN trained on the run's own classes; its last hidden layer measures sets for which ImageNet features mean nothing."""
+
+    def __init__(self, classes):
+        super().__init__()
+        conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
+        self.body = nn.Sequential(conv(3, 32, 2), conv(32, 64, 1), conv(64, 64, 2), conv(64, 128, 1), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 64), nn.SiLU())
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x):                                 # uint8 [B, 3, H, W] -> features [B, 64]
+        return self.body(x.float() / 127.5 - 1)
+
+
+def train_judge(run, epochs=4, batch=128):
+    """The judge of this run, from judge.pt in the run folder or trained now (rank 0) on data/train with its ground-truth classes."""
+    path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
+    known = np.flatnonzero(np.asarray(data.classes) >= 0)
+    if len(known) == 0:
+        raise UserError("evaluator=judge needs classes, and this data has none; use evaluator=inception or a TorchScript file")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(0, "judge"))
+        net = Judge(int(np.max(data.classes)) + 1)
+    if run.rank == 0 and (not path.exists() or torch.load(path, weights_only=True)["data"] != data.info["fingerprint"]):
+        net, test = net.to(run.device).train(), load_data(run, "test")
+        opt, steps, done = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), epochs * len(known) // batch, 0
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, max(steps, 2))
+        with bar(run, steps, "training the judge", "step") as progress:
+            while done < steps:
+                order = np.random.default_rng(seed_of(0, "judge order", done)).permutation(known)
+                for i in range(0, len(order) - batch + 1, batch):
+                    rows = np.sort(order[i:i + batch])
+                    loss = F.cross_entropy(net.head(net(torch.from_numpy(data.images[rows]).to(run.device))), torch.from_numpy(np.asarray(data.classes[rows])).to(run.device))
+                    opt.zero_grad()
+                    loss.backward()
+                    opt.step()
+                    schedule.step()
+                    done += 1
+                    progress.update(1)
+                    if done >= steps:
+                        break
+                if len(order) < batch:
+                    break
+        net.eval()
+        with torch.no_grad():
+            right = [(net.head(net(torch.from_numpy(test.images[i:i + 500]).to(run.device))).argmax(1).cpu().numpy() == test.classes[i:i + 500]) for i in range(0, len(test), 500)]
+        with atomic(path) as f:
+            torch.save(dict(net=net.state_dict(), data=data.info["fingerprint"], test_accuracy=float(np.concatenate(right).mean())), f)
+    run.wait()
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    net.load_state_dict(saved["net"])
+    return net.to(run.device).eval(), f"judge (small CNN on this run's classes, test accuracy {saved['test_accuracy']:.3f})"
+
+
+def open_evaluator(run, name):
+    """(uint8 [B, 3, H, W] -> features float32 [B, D], description, name of the distance)."""
+    if name == "judge":
+        net, text = train_judge(run)
+        return net, text, "frechet"
+    if name == "inception":
+        from train_diffusion import torchvision_datasets
+        torchvision_datasets()                            # clean-fid imports torchvision: make sure that this works beside a CPU-only torch
+        from cleanfid.inception_torchscript import InceptionV3W
+        from cleanfid.resize import build_resizer
+        folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            net = InceptionV3W(str(folder), download=True).to(run.device).eval()
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"evaluator=inception: no weights in {folder} and they could not be downloaded ({str(e).splitlines()[0]}); "
+                            "put inception-2015-12-05.pt there (or set INCEPTION_DIR), or use another evaluator") from None
+        resize = build_resizer("clean")
+
+        def features(x):
+            x = np.stack([resize(v) for v in x.cpu().numpy().transpose(0, 2, 3, 1)])
+            return net(torch.from_numpy(x.transpose(0, 3, 1, 2)).to(run.device).float())
+        return features, "clean-fid Inception, clean resizing", "fid"
+    try:
+        net = torch.jit.load(name, map_location=run.device).eval()
+    except (RuntimeError, ValueError, OSError):
+        raise UserError(f"evaluator={name}: must be judge, inception, or a readable TorchScript file") from None
+    return net, f"TorchScript {Path(name).name}", "frechet"
+
+
+@torch.no_grad()
+def features_of(run, evaluator, images, what, shard=True):
+    """Evaluator features of uint8 images, float32 [N, D] on every rank. shard: each rank computes its share of common images."""
+    rows = np.arange(len(images) * run.rank // run.world, len(images) * (run.rank + 1) // run.world) if shard else np.arange(len(images))
+    out = []
+    with bar(run, len(images), what) as progress:
+        for i in range(0, len(rows), 100):
+            out.append(evaluator(torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]])).to(run.device)).float().cpu())
+            progress.update(len(out[-1]) * (run.world if shard else 1))
+    out = torch.cat(out) if out else torch.zeros(0, 1)
+    if not torch.isfinite(out).all():
+        raise UserError(f"{what}: the evaluator returned non-finite features")
+    if run.world == 1:
+        return out
+    every = [None] * run.world
+    dist.all_gather_object(every, out)
+    return torch.cat([e for e in every if len(e)])
+
+
+def frechet(a, b):
+    """Frechet distance between Gaussians fitted to features a [N, D], b [M, D]: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64."""
+    (m1, c1), (m2, c2) = [(x.double().mean(0), torch.cov(x.double().T).reshape(x.shape[1], -1)) for x in (a, b)]
+    e, u = torch.linalg.eigh(c1)
+    root = (u * e.clamp(min=0).sqrt()) @ u.T              # symmetric square root of C1
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    return float(((m1 - m2) ** 2).sum() + c1.trace() + c2.trace() - 2 * cross)
+
+
+def kernel_distance(a, b, limit=5000):
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (arXiv 1801.01401), on at most `limit` rows of each."""
+    a, b = a[:limit].double(), b[:limit].double()
+    k = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    off = lambda m: (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+    return float(off(k(a, a)) + off(k(b, b)) - 2 * k(a, b).mean())
+
+
+def manifold(fake, real, k=5, limit=10_000):
+    """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) by k-nearest-neighbour balls."""
+    fake, real = fake[:limit], real[:limit]
+    k = min(k, len(fake) - 1, len(real) - 1)
+    radius = lambda x: torch.cat([torch.cdist(c, x).kthvalue(k + 1, 1).values for c in x.split(1000)])           # the nearest is the point itself
+    r_real, r_fake = radius(real), radius(fake)
+    d = torch.cat([torch.cdist(c, real) for c in fake.split(1000)])                                              # [fake, real]
+    return dict(precision=float((d < r_real).any(1).float().mean()), recall=float((d < r_fake[:, None]).any(0).float().mean()),
+                density=float((d < r_real).sum(1).float().mean() / k), coverage=float((d.min(0).values < r_real).float().mean()))
+
+
+def nearest(x, train):
+    """Distance of each row of x to its nearest row of train, [N]."""
+    return torch.cat([torch.cdist(c, train).min(1).values for c in x.split(500)])
+
+
+class Evaluation:
+    """Real images seen by one evaluator; scores sets of samples against them."""
+
+    def __init__(self, run, cfg):
+        self.run, self.cfg = run, cfg
+        self.net, self.text, self.kind = open_evaluator(run, cfg.evaluator)
+        sets = {}
+        for split in ("train", "test"):
+            data = load_data(run, split)
+            cache = run.dir / "samples" / ".reference" / f"{digest(cfg.evaluator, self.text, data.info['fingerprint'])}.npy"
+            if not cache.exists():
+                sets[split] = features_of(run, self.net, data.images, f"evaluator on {split} images")
+                if run.rank == 0:
+                    with atomic(cache) as f:
+                        np.save(f, sets[split].numpy())
+                run.wait()
+            sets[split] = torch.from_numpy(np.load(cache, allow_pickle=False))
+        self.train, self.test, self.real = sets["train"], sets["test"], sets[cfg.reference]
+        self.to_train = nearest(self.test[:2000], self.train)
+
+    def distance(self, images):
+        """Frechet distance alone (every rank passes its own samples)."""
+        return frechet(features_of(self.run, self.net, images, "evaluator on samples", shard=False), self.real)
+
+    def scores(self, images):
+        """All scores of a set of samples, with what they were measured with."""
+        fake = features_of(self.run, self.net, images, "evaluator on samples", shard=False)
+        close = nearest(fake[:2000], self.train)
+        return {self.kind: frechet(fake, self.real), "kernel": kernel_distance(fake, self.real), **manifold(fake, self.real, self.cfg.neighbours),
+                "memorisation": float(close.median() / self.to_train.median()),
+                "copies": float((close < self.to_train.quantile(0.01)).float().mean()),
+                "evaluator": self.text, "reference": f"{self.cfg.reference}, {len(self.real):,} images", "samples": len(fake)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and tables
+
+def plot(path, curves, title, x_label, y_label, log_x=False, log_y=False, size=(760, 480)):
+    """Line chart as PNG with Pillow. curves: {name: [(x, y), ...]}."""
+    w, h, left, right, top, low = *size, 70, 20, 40, 50
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f"]
+    fx, fy = (math.log10 if log_x else float), (math.log10 if log_y else float)
+    xs, ys = [fx(x) for c in curves.values() for x, _ in c], [fy(y) for c in curves.values() for _, y in c]
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
+    place = lambda x, y: (left + (fx(x) - x0) / (x1 - x0) * (w - left - right), h - low - (fy(y) - y0) / (y1 - y0) * (h - top - low))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for i in range(6):
+        gx, gy = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
+        vx, vy = 10 ** gx if log_x else gx, 10 ** gy if log_y else gy
+        (px, _), (_, py) = place(vx, 10 ** y0 if log_y else y0), place(10 ** x0 if log_x else x0, vy)
+        pen.line([(px, top), (px, h - low)], "#e6e6e6"), pen.line([(left, py), (w - right, py)], "#e6e6e6")
+        pen.text((px - 10, h - low + 6), f"{vx:.3g}", "black"), pen.text((8, py - 6), f"{vy:.3g}", "black")
+    pen.text((left, 12), title, "black"), pen.text((w // 2 - 40, h - 22), x_label, "black"), pen.text((8, 26), y_label, "black")
+    for i, (name, curve) in enumerate(curves.items()):
+        points, colour = [place(x, y) for x, y in sorted(curve)], colours[i % len(colours)]
+        if len(points) > 1:
+            pen.line(points, colour, 2)
+        for px, py in points:
+            pen.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colour)
+        pen.text((w - right - 150, top + 6 + 14 * i), f"- {name}", colour)
+    with atomic(path) as f:
+        sheet.save(f, "PNG")
+
+
+def table(run):
+    """Print every samples/*/metrics.json of the run side by side and write samples/table.md."""
+    rows = []
+    for path in sorted((run.dir / "samples").glob("*/metrics.json")):
+        m = json.loads(path.read_text())
+        if "scores" not in m:
+            continue
+        kind = "fid" if "fid" in m["scores"] else "frechet"
+        plain, label = m.get("scores_w1", m["scores"] if m["w"] == 1 or not m["num_labels"] else {}), m.get("label_scores", {})
+        show = lambda v, f: format(v, f) if v is not None else "-"
+        rows.append((m["scores"][kind], [path.parent.name, str(m["num_labels"] or "-"), show(label.get("nmi"), ".3f"), show(plain.get(kind), ".3f"),
+                     show(m["w"] if m["num_labels"] else None, "g"), show(m["scores"][kind], ".3f"), show(m["scores"]["precision"], ".3f"), show(m["scores"]["recall"], ".3f"),
+                     show(m["scores"]["coverage"], ".3f"), show(m["scores"]["memorisation"], ".2f"), show(m["network_calls"], ".0f"), f"{m['seen']:,}"]))
+    if not rows:
+        raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
+    head = ["samples", "K", "NMI", f"{kind} w=1", "best w", f"{kind} best w", "precision", "recall", "coverage", "memor.", "calls", "images seen"]
+    cells = [head, *[r for _, r in sorted(rows, key=lambda r: -r[0])]]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(head))]
+    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    text = "\n".join(lines) + f"\n\n{m['scores']['evaluator']}; reference {m['scores']['reference']}; {m['scores']['samples']:,} samples; w chosen on other samples than those reported\n"
+    with atomic(run.dir / "samples" / "table.md") as f:
+        f.write(text.encode())
+    run.say(text)
+
+
+def encode(run, cfg, models, state, context, folder):
+    """Test images to noise and back: writes noise.npy and a picture, returns the round trip's error."""
+    data = load_data(run, "test")
+    n, field_ = min(cfg.n, len(data)), Field(models[0], PATHS[state["path"]], state["predict"], 0.0, cfg.interval, None, context)
+    x = torch.from_numpy(np.ascontiguousarray(data.images[:n])).float() / 127.5 - 1
+    label = torch.full((n,), state["num_labels"]) if state["num_labels"] else None     # the null label
+    noise, back = [], []
+    with bar(run, n, "encoding") as progress:
+        for i in range(0, n, cfg.batch):
+            part = None if label is None else label[i:i + cfg.batch].to(run.device)
+            z, _ = integrate(field_, x[i:i + cfg.batch].to(run.device), part, cfg.solver, cfg.steps, cfg.tol, reverse=True)
+            noise.append(z.cpu()), back.append(integrate(field_, z, part, cfg.solver, cfg.steps, cfg.tol)[0].cpu())
+            progress.update(len(z))
+    noise, back = torch.cat(noise), torch.cat(back)
+    np.save(folder / "noise.npy", noise.numpy())
+    shown = torch.cat([x[:10], noise[:10] / 3, back[:10]])
+    save_grid(folder / "grid.png", to_uint8(shown).numpy(), 10, ["image", "noise", "back"])
+    error = (back - x).square().mean()
+    return dict(noise_mean=float(noise.mean()), noise_std=float(noise.std()), round_trip_psnr=float(10 * torch.log10(4 / error)), images=n)
+
+
+def main():
+    """Stage 5 from the command line."""
+    run = start("sample_ode", SampleOde, __doc__, flags=("--table",))
+    cfg = run.cfg
+    if "--table" in run.flags:
+        return table(run)
+    if cfg.n < 2 or cfg.steps < 1 or cfg.batch < 1 or cfg.tol <= 0 or len(cfg.interval) != 2 or not cfg.guidance:
+        raise UserError(f"n={cfg.n}, steps={cfg.steps}, batch={cfg.batch}, tol={cfg.tol}, interval={cfg.interval}, guidance={cfg.guidance}: n must be at least 2, the others positive, interval two times")
+    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    models = net, load_model(run, cfg.autoguide, cfg.weights)[0] if cfg.autoguide else None
+    context, _, why = autocast(run, cfg.precision)
+    if not state["num_labels"] and not cfg.autoguide:
+        cfg.guidance = [1.0]                              # nothing to guide with
+    sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
+    folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch")} | dict(hash=state["weights"], guidance=cfg.guidance)
+    if run.dry_run:
+        run.say(f"{cfg.n:,} samples from {state['file']} into {folder}")
+        return
+    if (folder / "metrics.json").exists():
+        there = json.loads((folder / "metrics.json").read_text()).get("recipe", {})
+        other = [k for k in recipe if there.get(k) != recipe[k]]
+        if not other:
+            run.say(f"{folder}: done already")
+            return
+        if not cfg.overwrite:
+            raise UserError(f"{folder}: holds samples of another recipe ({', '.join(other)} differ); choose another name=, or overwrite=true")
+    if run.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    run.wait()
+    run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, {cfg.weights} weights); {why}")
+    metrics = dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"], seen=state["seen"], num_labels=state["num_labels"],
+                   label_file=state.get("label_file"), label_scores=state.get("label_scores"), solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
+    judge = Evaluation(run, cfg) if cfg.evaluate and cfg.direction == "generate" else None
+
+    if cfg.direction == "encode":
+        if run.rank == 0:
+            metrics |= encode(run, cfg, models, state, context, aside)
+            run.say(f"noise of {metrics['images']} test images: mean {metrics['noise_mean']:.3f}, std {metrics['noise_std']:.3f}; round trip {metrics['round_trip_psnr']:.1f} dB")
+    else:
+        # choose w on samples of another seed than the one reported
+        w = cfg.guidance[0]
+        if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
+            if judge is None:
+                raise UserError(f"guidance={cfg.guidance}: choosing among several needs evaluate=true")
+            curve = []
+            for w in cfg.guidance:
+                _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, seed=cfg.seed + 1, context=context, what=f"w = {w:g}")
+                curve.append((w, judge.distance(images)))
+                run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {cfg.seed + 1}")
+            w = min(curve, key=lambda p: p[1])[0]
+            metrics["selection"] = dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
+            if run.rank == 0:
+                plot(aside / "guidance.png", {cfg.checkpoint: curve}, f"{judge.kind} against w, {cfg.select:,} samples", "w", judge.kind)
+
+        # distance against network evaluations
+        if cfg.sweep == "nfe":
+            curves = {}
+            for solver in cfg.sweep_solvers:
+                settings = [(s, cfg.tol) for s in cfg.sweep_steps] if solver != "dopri5" else [(1, tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
+                for steps, cfg.tol in settings:
+                    if solver != "dopri5" and steps * len(TABLEAUS.get(solver, [[0]])[0]) > 64:
+                        continue
+                    _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, solver=solver, steps=steps, seed=cfg.seed + 1, context=context, what=f"{solver} {steps}")
+                    curves.setdefault(solver, []).append((report["nfe"], judge.distance(images)))
+                    run.say(f"  {solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {curves[solver][-1][1]:.3f}")
+            metrics["nfe_sweep"] = dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves)
+            if run.rank == 0:
+                plot(aside / "nfe.png", curves, f"{judge.kind} against network evaluations ({cfg.checkpoint}, {cfg.select:,} samples)", "evaluations (NFE)", judge.kind, log_x=True, log_y=True)
+            cfg.tol = recipe["tol"]
+
+        # the samples that are reported
+        rows, images, labels, report = generate(run, cfg, models, state, cfg.n, w=w, context=context)
+        metrics |= dict(w=w) | report
+        for kind, values in (("images", images), ("labels", labels)):
+            if values is not None or state["num_labels"] and kind == "labels":
+                shape = (cfg.n, *images.shape[1:]) if kind == "images" else (cfg.n,)
+                if run.rank == 0:
+                    np.lib.format.open_memmap(aside / f"{kind}.npy", "w+", "u1" if kind == "images" else "i8", shape).flush()
+                run.wait()
+                out = np.lib.format.open_memmap(aside / f"{kind}.npy", "r+")
+                if len(rows):
+                    out[rows] = values
+                out.flush()
+                run.wait()
+        if judge:
+            metrics["scores"] = judge.scores(images)
+            if w != 1 and len(cfg.guidance) > 1:          # the gain of guidance apart from that of labels: the same at w = 1
+                metrics["scores_w1"] = judge.scores(generate(run, cfg, models, state, cfg.n, w=1.0, context=context, what="w = 1")[1])
+        if run.rank == 0:
+            images = np.load(aside / "images.npy", mmap_mode="r")
+            if state["num_labels"]:
+                labels = np.load(aside / "labels.npy")
+                order = [i for k in np.unique(labels)[:20] for i in np.flatnonzero(labels == k)[:10]]
+                keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]
+                order = [i for k in keep for i in np.flatnonzero(labels == k)[:10]] or list(range(min(100, cfg.n)))
+                save_grid(aside / "grid.png", images[order], 10, [str(k) for k in keep] or None, head=f"{cfg.name}: w = {w:g}, one row per label")
+            else:
+                save_grid(aside / "grid.png", images[:100], 10, head=cfg.name)
+
+    # close: the finished folder replaces the previous one at once
+    if run.rank == 0:
+        write_json(aside / "metrics.json", metrics)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    run.wait()
+    if "scores" in metrics:
+        s = metrics["scores"]
+        run.say(f"{judge.kind} {s[judge.kind]:.3f}  kernel {s['kernel']:.5f}  precision {s['precision']:.3f}  recall {s['recall']:.3f}  coverage {s['coverage']:.3f}  "
+                f"memorisation {s['memorisation']:.2f} (1 = as far from the training images as test images are)  w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  "
+                f"network calls {metrics['network_calls']:.1f}  {metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
+    run.say(f"samples in {folder}: grid.png, images.npy, metrics.json")
+
+
+if __name__ == "__main__":
+    cli(main)

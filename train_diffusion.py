@@ -1,0 +1,1449 @@
+"""Stage 1: images without labels in, an unconditional diffusion (flow) model out.
+
+Reads   images: procedural `shapes`, a torchvision set, a folder, or uint8 arrays (`data.source`)
+Writes  runs/<run>/config.yaml, data/{train,test}/ (uint8 arrays) and diffusion/<name>/ (checkpoint.pt, metrics.jsonl, samples/)
+Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t) x + sigma(t) z.
+
+    python train_diffusion.py configs/shapes.yaml                                # CPU, about two minutes
+    python train_diffusion.py configs/cifar10.yaml                               # one GPU
+    torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml          # eight GPUs, the same global batch
+
+The same command again resumes. This file is the ground floor: configuration, run folder, data arrays, noise paths, the two
+backbones, checkpoints and the training loop `fit`; the later stages import them from here.
+"""
+import copy
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import sys
+import threading
+import time
+import typing
+import zipfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+FORMAT = 1                                                # of checkpoints; raised when older ones can no longer be read
+STAGES = ["train_diffusion", "extract_features", "self_label", "train_guided", "sample_ode", "probe"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one dataclass per section of the YAML; the comment of a field is its --help
+
+@dataclass
+class Data:
+    """Section `data`: where images come from."""
+    source: str = "shapes"                                # shapes, folder, arrays, or a torchvision set: CIFAR10, FashionMNIST, STL10, ...
+    root: str = ""                                        # folder (torchvision, folder) or .npz/.npy file (arrays) that holds the images
+    download: bool = False                                # let torchvision download what is not under root
+    size: int = 32                                        # images become size x size: centre crop, then resize
+    train: int = 0                                        # images to keep for training; 0 = all (shapes: 20,000)
+    test: int = 0                                         # images to keep for testing; 0 = all (shapes: 5,000)
+    test_fraction: float = 0.1                            # folder and arrays without a test part: this share of the images is held out
+    skip_bad: bool = False                                # skip unreadable images, listing them in info.json; false = stop
+    two_objects: float = 0.25                             # shapes: share of images with a second object of the same class
+    seed: int = 0                                         # shapes: which images are drawn; folder, arrays: which are held out
+
+
+@dataclass
+class Model:
+    """Section `model`: the network."""
+    backbone: Literal["unet", "uvit"] = "unet"            # ADM U-Net, or U-ViT
+    channels: int = 128                                   # base channels of the U-Net, token width of the U-ViT
+    mult: list[int] = field(default_factory=lambda: [1, 2, 2])      # unet: channel multiple per resolution level
+    blocks: int = 2                                       # unet: residual blocks per level
+    attention: list[int] = field(default_factory=lambda: [8])       # unet: map sizes (in positions per side) that get self-attention
+    head_channels: int = 64                               # unet: channels per attention head
+    dropout: float = 0.0                                  # unet: dropout inside residual blocks
+    stem: int = 1                                         # unet: space-to-depth factor at the input; 2 makes small models four times cheaper
+    patch: int = 2                                        # uvit: patch size
+    depth: int = 12                                       # uvit: blocks besides the middle one (half before, half after)
+    heads: int = 8                                        # uvit: attention heads
+    final_conv: bool = True                               # uvit: 3x3 convolution after the last layer (pixels: yes, latents: no)
+
+
+@dataclass
+class Training:
+    """Keys shared by the two training stages. Durations are images seen; batches are global, whatever the number of processes."""
+    images: int = 20_000_000                              # images seen in all; more may be asked for later
+    batch: int = 128                                      # images per update over all processes
+    micro: int = 0                                        # images per forward pass and process; 0 = no gradient accumulation
+    path: Literal["cv", "vp"] = "cv"                      # constant velocity, or variance preserving (DDPM's linear betas)
+    predict: Literal["v", "eps", "x"] = "v"               # what the network predicts
+    times: Literal["uniform", "logit_normal"] = "uniform"  # how t is drawn
+    min_snr: float = 0.0                                  # > 0: min-SNR loss weighting with this gamma
+    lr: float = 2e-4                                      # AdamW; never rescaled by batch or processes
+    weight_decay: float = 0.0                             # AdamW
+    warmup: int = 10_000                                  # images over which lr rises linearly
+    clip: float = 1.0                                     # gradient norm limit; 0 = none
+    ema: int = 500_000                                    # half-life, in images, of the averaged weights
+    ema_ramp: float = 0.05                                # but never longer than this share of the images seen so far
+    flip: bool = True                                     # mirror images at random
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # auto = bf16 where the hardware has it
+    compile: bool = False                                 # torch.compile the network
+    log_every: int = 10_000                               # images between lines of metrics.jsonl
+    save_every: int = 500_000                             # images between checkpoints
+    grid_every: int = 500_000                             # images between sample grids (fixed noise, averaged weights)
+    tensorboard: bool = False                             # also write TensorBoard files
+    seed: int = 0                                         # of weights, order, noise, times and flips
+    overwrite: bool = False                               # throw away results that another recipe left under this name
+
+
+@dataclass
+class TrainDiffusion(Training):
+    """Section `train_diffusion`."""
+    name: str = "base"                                    # results go to diffusion/<name>
+
+
+RESUMABLE = {"images", "log_every", "save_every", "grid_every", "tensorboard", "overwrite", "micro", "compile"}   # may change on resume
+
+
+class UserError(Exception):
+    """Something the user can put right: reported as one line, exit code 2."""
+
+
+@dataclass
+class Run:
+    """What a stage knows about its run: folder, configuration, processes."""
+    stage: str
+    dir: Path
+    cfg: typing.Any                                       # this stage's own dataclass
+    data: Data
+    model: Model
+    sections: dict                                        # every section as plain types
+    dry_run: bool
+    flags: set
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def say(self, *words):
+        """Print from the first process only."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def wait(self):
+        """Let all processes meet."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def comments(cls):
+    """Field name -> trailing comment, for a dataclass and its bases: the text of --help."""
+    found = {}
+    for c in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(c).splitlines():
+            if m := re.match(r"\s+(\w+)\s*:.*?#\s*(.*)$", line):
+                found[m[1]] = m[2]
+    return found
+
+
+def convert(key, kind, value):
+    """`value` (from YAML or the command line) as the type `kind`; 200k and 50M are accepted for whole numbers."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{key}={value}: must be one of {', '.join(map(str, args))}")
+    if origin is list:
+        items = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else [value]
+        return [convert(key, args[0], v) for v in items]
+    if kind is int and isinstance(value, str) and (m := re.fullmatch(r"(\d+(?:\.\d+)?)([kM])", value)):
+        value = float(m[1]) * {"k": 1_000, "M": 1_000_000}[m[2]]
+    try:
+        if kind is bool and not isinstance(value, bool) or kind is not bool and isinstance(value, bool):
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return str("" if value is None else value) if kind is str else kind(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{key}={value!r}: expected {kind.__name__}" + (" (200k and 50M are fine)" if kind is int else "")) from None
+
+
+def fill(section, cls, values):
+    """A dataclass from a plain dict; an unknown key or a wrong type is a UserError that names it."""
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise UserError(f"{section}.{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"))
+    return cls(**{k: convert(f"{section}.{k}", known[k], v) for k, v in values.items()})
+
+
+def start(stage, cls, doc, flags=()):
+    """Read the command line and YAML of a stage, set up processes, and return the `Run`.
+
+    Called as `python <stage>.py config.yaml [key=value ...] [section.key=value ...] [run=DIR] [--dry-run] [--help]`.
+    """
+    words = sys.argv[1:]
+    if "--help" in words or "-h" in words or not words:
+        print(doc)
+        for name, c in {stage: cls, "data": Data, "model": Model}.items():
+            print(f"{name}: {'key=value' if c is cls else name + '.key=value'}")
+            text = comments(c)
+            for f in dataclasses.fields(c):
+                default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+                choices = f"  [{' | '.join(map(str, typing.get_args(f.type)))}]" if typing.get_origin(f.type) is Literal else ""
+                print(f"  {f.name + '=' + str(default):32} {text.get(f.name, '')}{choices}")
+        print("other: run=DIR (default runs/<name of the YAML>), --dry-run" + "".join(f", {f}" for f in flags))
+        raise SystemExit(0 if words else 2)
+    given = {w for w in words if w.startswith("--")}
+    for w in given - {"--dry-run", *flags}:
+        raise UserError(f"{w}: unknown option; known: --help, --dry-run" + "".join(f", {f}" for f in flags))
+    files = [w for w in words if "=" not in w and w not in given]
+    if len(files) != 1:
+        raise UserError(f"expected exactly one YAML file, got {files or 'none'}; see --help")
+    try:
+        sections = yaml.safe_load(Path(files[0]).read_text()) or {}
+    except OSError as e:
+        raise UserError(f"{files[0]}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{files[0]}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(sections, dict) or not all(isinstance(v or {}, dict) for v in sections.values()):
+        raise UserError(f"{files[0]}: expected sections (data:, model:, {stage}:, ...), each with keys")
+    sections, folder = {k: dict(v or {}) for k, v in sections.items()}, Path("runs") / Path(files[0]).stem
+    for word in (w for w in words if "=" in w and w not in given):
+        key, value = word.split("=", 1)
+        if key == "run":
+            folder = Path(value)
+            continue
+        section, _, key = key.rpartition(".")
+        try:
+            sections.setdefault(section or stage, {})[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            sections[section or stage][key] = value
+    for name in sections:
+        if name not in ("data", "model", *STAGES):
+            near = difflib.get_close_matches(name, ["data", "model", *STAGES], 1)
+            raise UserError(f"{name}: unknown section" + (f"; did you mean {near[0]}?" if near else f"; known: data, model, {', '.join(STAGES)}"))
+    own = {name: fill(name, c, sections.get(name, {})) for name, c in {"data": Data, "model": Model, stage: cls}.items()}
+    sections |= {name: dataclasses.asdict(c) for name, c in own.items()}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True    # float32 stays float32 where it matters: losses, metrics
+        torch.backends.cudnn.benchmark = True
+    dry = "--dry-run" in given
+    if world > 1 and not dry:                             # preparing a large data set may keep the other ranks waiting for hours
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
+    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device)
+    if dry:
+        run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
+    else:
+        check_run_folder(run)
+    return run
+
+
+def check_run_folder(run):
+    """Write config.yaml on first use; afterwards the data section must stay what it was, since every file's row i is image i."""
+    path = run.dir / "config.yaml"
+    if path.exists():
+        try:
+            there = fill("data", Data, (yaml.safe_load(path.read_text()) or {}).get("data", {}))
+        except (UserError, yaml.YAMLError, AttributeError) as e:
+            raise UserError(f"{path}: cannot be read ({e}); restore it or use another run=DIR") from None
+        for key, value in dataclasses.asdict(run.data).items():
+            if getattr(there, key) != value and key not in ("root", "download"):
+                raise UserError(f"{path}: this run was made with data.{key}={getattr(there, key)}, now data.{key}={value}; use another run=DIR")
+    elif run.stage not in ("train_diffusion",):
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py")
+    run.wait()
+    if run.rank == 0 and run.stage == "train_diffusion":
+        run.dir.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as f:
+            f.write(yaml.safe_dump(run.sections, sort_keys=False).encode())
+    run.wait()
+
+
+def cli(main):
+    """Run a stage's `main`: what the user can put right is one line on stderr and exit code 2."""
+    code = 0
+    try:
+        main()
+    except UserError as e:
+        code = 2
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:                                  # full disk, no permission, ...
+        code = 2
+        print(f"error: {e.filename or 'file system'}: {e.strerror or e}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted; the same command again continues from the last checkpoint", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code)                                    # the other ranks may sit in a collective that will never complete
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, randomness, pictures
+
+@contextmanager
+def atomic(path):
+    """Open `path` for binary writing under a temporary name; on success flush, sync and rename. A kill leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    os.replace(aside, path)
+
+
+def write_json(path, value):
+    """`value` as indented JSON, atomically."""
+    with atomic(path) as f:
+        f.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path, hint):
+    """The JSON file at `path`; a missing or broken one is a UserError that ends in `hint`."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError:
+        raise UserError(f"{path}: not there; {hint}") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; {hint}") from None
+
+
+def digest(*parts):
+    """Short hash of strings, numbers, lists, dicts and arrays: names a recipe or a set of weights."""
+    h = hashlib.sha256()
+    for p in parts:
+        h.update(np.ascontiguousarray(p).tobytes() if isinstance(p, np.ndarray) else json.dumps(p, sort_keys=True).encode())
+    return h.hexdigest()[:16]
+
+
+def bar(run, total, what, unit="img"):
+    """Progress on the first process, if somebody is watching."""
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=run.rank != 0 or not sys.stderr.isatty(), leave=False)
+
+
+def seed_of(seed, purpose, index=0):
+    """A 32-bit seed that is a function of (seed, purpose, index) and different for every index of one purpose (mt19937 takes 32 bits)."""
+    base = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4], "little")
+    h = (base + index) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):          # each step is a bijection of the 32-bit numbers
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return h
+
+
+def draw(seed, purpose, indices, shape, uniforms=0):
+    """Random numbers that belong to each index alone, so that no batch size or number of processes changes them.
+
+    indices: ints [B] -> normal numbers float32 [B, *shape], preceded by uniform ones [B, uniforms] when asked for.
+    """
+    g, u, z = torch.Generator(), torch.empty(len(indices), uniforms), torch.empty(len(indices), *shape)
+    for j, i in enumerate(indices):
+        g.manual_seed(seed_of(seed, purpose, int(i)))
+        if uniforms:
+            u[j].uniform_(generator=g)
+        z[j].normal_(generator=g)
+    return (u, z) if uniforms else z
+
+
+def to_uint8(x):
+    """float images in [-1, 1] -> uint8."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def save_grid(path, images, columns, rows=None, zoom=0, head=None):
+    """Images uint8 [N, 3, H, W] as one PNG, row by row; `rows` are captions left of each row, `head` a line on top."""
+    n, _, h, w = images.shape
+    zoom = zoom or max(1, round(64 / h))
+    left, top, gap = 8 * max(map(len, rows)) + 8 if rows else 0, 20 if head else 0, 2
+    lines = math.ceil(n / columns)
+    sheet = Image.new("RGB", (left + columns * (w * zoom + gap), top + lines * (h * zoom + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, x in enumerate(np.asarray(images)):
+        tile = Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))).resize((w * zoom, h * zoom), Image.NEAREST)
+        sheet.paste(tile, (left + i % columns * (w * zoom + gap), top + i // columns * (h * zoom + gap)))
+    for j, text in enumerate(rows or []):
+        pen.text((4, top + j * (h * zoom + gap) + h * zoom // 2 - 6), text, "black")
+    if head:
+        pen.text((4, 4), head, "black")
+    with atomic(path) as f:
+        sheet.save(f, "PNG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: any source becomes arrays in the run folder, once
+
+SHAPES_CLASSES = [f"{family} {shape}" for family in ("warm", "cool") for shape in ("disc", "square", "triangle", "ring", "star")]
+
+
+def _hash(key, counter):
+    """Mix two uint64 arrays (broadcast) into uniform uint64: the splitmix64 generator, entered at position `counter`."""
+    z = key + counter * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _signed_distance(shape, x, y, reach):
+    """Distance in pixels to a shape's outline, negative inside; x, y [N, H, W] from its centre, reach [N, 1, 1] to its farthest point."""
+    if shape == 0:  # disc
+        return np.sqrt(x * x + y * y) - reach
+    if shape == 1:  # square
+        return np.maximum(np.abs(x), np.abs(y)) - 0.70710678 * reach
+    if shape == 2:  # triangle: behind all of its three sides
+        return np.maximum(y, 0.8660254 * np.abs(x) - 0.5 * y) - 0.5 * reach
+    if shape == 3:  # ring
+        return np.abs(np.sqrt(x * x + y * y) - 0.74 * reach) - 0.26 * reach
+    first = second = np.float32(-1e9)  # star: behind all of its five lines but one, so the second largest distance decides
+    for a, b in [(0, -1), (0.95105652, -0.30901699), (-0.95105652, -0.30901699), (0.58778525, 0.80901699), (-0.58778525, 0.80901699)]:
+        line = a * x + b * y
+        first, second = np.maximum(first, line), np.maximum(second, np.minimum(first, line))
+    return second - 0.30901699 * reach
+
+
+def _rgb(hue, saturation, value):
+    """HSV in [0, 1], each [...], to RGB [..., 3]."""
+    k = (np.array([5.0, 3.0, 1.0]) + 6 * hue[..., None]) % 6  # [..., 3]
+    return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+def draw_shapes(seed, index, size=32, two=0.25):
+    """Draw images `index` of the endless set `seed`: a bright shape (or two of one class) on a plain grey ground.
+
+    Image i depends on (seed, i) only, whatever is drawn with it. Every step is integer arithmetic or one of + - * / sqrt, which
+    IEEE 754 rounds in one way only (sin or exp may differ between machines), so the bits are the same everywhere.
+
+    Parameters
+    ----------
+    seed : int, 0 or more
+    index : int array [B]
+    size : int, height and width in pixels; an image shows the same scene at every size
+    two : float, share of images with a second, smaller object of the same class
+
+    Returns
+    -------
+    images : uint8 [B, 3, size, size]
+    classes : int64 [B], positions in SHAPES_CLASSES
+    boxes : float32 [B, 4], x0 y0 x1 y1 in pixels of the main (larger) object, right and bottom exclusive
+    masks : uint8 [B, size, size], 0 on the background, 1 + class on an object
+    """
+    index = np.asarray(index).astype(np.uint64)
+    if len(index) > 128:  # small pieces stay in the processor's cache, which is faster, and need little memory
+        pieces = [draw_shapes(seed, index[i:i + 128], size, two) for i in range(0, len(index), 128)]
+        return tuple(np.concatenate(p) for p in zip(*pieces))
+
+    B = len(index)
+    key = _hash(_hash(np.array([seed], np.uint64), np.uint64(0)), index)[:, None]  # [B, 1]
+    u = (_hash(key, np.arange(1, 33, dtype=np.uint64)) >> np.uint64(11)) * 2.0 ** -53  # [B, 32] uniform in [0, 1)
+    classes = (u[:, 0] * 10).astype(np.int64)  # [B]
+    shape, cool, paired = classes % 5, classes // 5, u[:, 1] < two  # [B]
+
+    # Where objects go. Axis 1 holds the main object and the second one, which is drawn only where `paired`.
+    stretch = np.array([0.78, 0.90, 1.05, 0.86, 1.10])[shape]  # [B] gives all shapes similar areas: size is no clue to the class
+    widest = np.where(paired, np.minimum(12.4, 15.5 / 1.6 / stretch), 12.4)  # [B] a pair must fit side by side
+    reach = (stretch * (8.2 + (widest - 8.2) * u[:, 2]) * size / 32)[:, None] * np.array([1, 0.6])  # [B, 2]
+    centre = reach[..., None] + (size - 2 * reach[..., None]) * u[:, 3:7].reshape(B, 2, 2)  # [B, 2, xy] wholly inside the image
+    free = size - 2 * reach.sum(1)  # [B] room left along the line of a pair: some before it, some between the two, the rest behind
+    near = reach[:, 0] + free * u[:, 7]
+    line = np.stack([near, near + reach.sum(1) + free * (1 - u[:, 7]) * u[:, 8]], 1)  # [B, 2]
+    line = np.where(u[:, 9:10] < 0.5, line, size - line)
+    lined = paired[:, None] & (np.arange(2) == (u[:, 10:11] < 0.5))  # [B, xy] a pair stands side by side or one above the other
+    centre = np.where(lined[:, None], line[..., None], centre)
+    tilt = 0.9 * u[:, 11:13] - 0.45  # [B, 2] tangent of the angle, at most 24 degrees: a square never stands on its corner
+    cos = 1 / np.sqrt(1 + tilt * tilt)
+
+    # Colours. Warm is pink to yellow, cool is green to violet, with a gap on both sides; some are pale, so that colour is a mild clue.
+    hue = np.where(cool[:, None] == 1, 0.31 + 0.43 * u[:, 13:15], 0.93 + 0.22 * u[:, 13:15])  # [B, 2]
+    colour = _rgb(hue, 0.25 + 0.45 * u[:, 15:17], 0.7 + 0.3 * u[:, 17:19])  # [B, 2, 3]
+    ground = 0.16 + 0.08 * u[:, 19:20] + 0.03 * u[:, 20:23]  # [B, 3] varies little: the object must be what tells images apart
+
+    f32 = np.float32  # from here on pixels, where speed counts
+    steps = np.arange(size, dtype=f32) + f32(0.5)  # [W] pixel centres
+    image = np.zeros((B, 3, size, size), f32) + ground.astype(f32)[..., None, None]
+    masks, boxes = np.zeros((B, size, size), np.uint8), np.zeros((B, 4), f32)
+    for o in (0, 1):
+        for s in range(5):
+            n = np.nonzero((shape == s) & (paired | (o == 0)))[0]  # [N] the images with this shape
+            cx, cy, c, t, r = np.stack([centre[n, o, 0], centre[n, o, 1], cos[n, o], tilt[n, o], reach[n, o]]).astype(f32)[..., None, None]
+            x, y = c * (steps - cx), c * (steps[:, None] - cy)  # [N, 1, W], [N, H, 1]
+            distance = _signed_distance(s, x + t * y, y - t * x, r)  # [N, H, W]
+            cover = np.clip(f32(0.5) - distance, 0, 1)[:, None]  # [N, 1, H, W] soft over one pixel: smooth edges
+            image[n] += cover * (colour[n, o].astype(f32)[..., None, None] - image[n])
+            inside = distance < 0
+            masks[n] = np.maximum(masks[n], inside * (1 + classes[n]).astype(np.uint8)[:, None, None])
+            if o == 0:
+                cols, rows = inside.any(1), inside.any(2)  # [N, W], [N, H]
+                boxes[n] = np.stack([cols.argmax(1), rows.argmax(1), size - cols[:, ::-1].argmax(1), size - rows[:, ::-1].argmax(1)], 1)
+
+    slope = (0.16 * u[:, 23:25] - 0.08).astype(f32)[..., None, None]  # [B, 2, 1, 1] soft light from one side
+    light = slope[:, 0] * (steps / size - f32(0.5)) + slope[:, 1] * (steps[:, None] / size - f32(0.5))  # [B, H, W]
+    bits = _hash(key, np.arange(64, 64 + size * size, dtype=np.uint64)).reshape(B, size, size)  # one draw holds the noise of 3 channels
+    for channel in range(3):
+        grain = ((bits >> np.uint64(16 * channel)) & np.uint64(0xFFFF)).astype(f32) * f32(0.05 / 65535) - f32(0.025)
+        image[:, channel] += light + grain
+    return np.clip(image * 255 + f32(0.5), 0, 255).astype(np.uint8), classes, boxes, masks
+
+
+TORCHVISION = {                                           # set -> constructor arguments of its train and its test part (parts are joined)
+    **{name: ([dict(train=True)], [dict(train=False)]) for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST")},
+    **{name: ([dict(split="train")], [dict(split="test")]) for name in ("SVHN", "Food101", "GTSRB", "StanfordCars")},
+    "STL10": ([dict(split="train+unlabeled")], [dict(split="test")]),            # class -1: not known
+    "Flowers102": ([dict(split="train"), dict(split="val")], [dict(split="test")]),
+    "DTD": ([dict(split="train"), dict(split="val")], [dict(split="test")]),
+    "FGVCAircraft": ([dict(split="trainval")], [dict(split="test")]),
+    "OxfordIIITPet": ([dict(split="trainval")], [dict(split="test")]),
+    "ImageNet": ([dict(split="train")], [dict(split="val")]),
+    "LSUN": ([dict(classes=["church_outdoor_train"])], [dict(classes=["church_outdoor_val"])]),
+}
+
+
+def torchvision_datasets():
+    """torchvision's data sets, also beside a CPU-only torch, with which its compiled detection operators cannot load."""
+    try:
+        from torchvision import datasets
+    except RuntimeError:
+        for op in ("nms", "qnms"):                        # declared but absent; nothing here calls them
+            try:
+                torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            except RuntimeError:
+                pass                                      # declared already
+        from torchvision import datasets
+    return datasets
+
+
+def open_torchvision(data, split):
+    """The torchvision data set `data.source` as one map-style data set of (PIL image, class)."""
+    datasets = torchvision_datasets()
+    parts = []
+    for arguments in TORCHVISION[data.source][split == "test"]:
+        if data.source not in ("ImageNet", "LSUN"):       # those two are never downloaded by torchvision
+            arguments = arguments | dict(download=data.download)
+        try:
+            parts.append(getattr(datasets, data.source)(data.root or "data", **arguments))
+        except (RuntimeError, OSError, ModuleNotFoundError, ValueError) as e:
+            raise UserError(f"data.source={data.source}: {str(e).splitlines()[0]} (looked in {data.root or 'data'}; "
+                            "set data.root to where the files are, or data.download=true)") from None
+    names = [str(n) for n in getattr(parts[0], "classes", [])]
+    return torch.utils.data.ConcatDataset(parts), names
+
+
+class Folder(torch.utils.data.Dataset):
+    """Image files below `root`: flat, or one subfolder per class, or train/ and test/ folders of either; sorted by name."""
+
+    def __init__(self, data, split):
+        root = Path(data.root)
+        if not root.is_dir():
+            raise UserError(f"data.root={data.root}: no such folder of images")
+        parts = {"train": root / "train", "test": next((root / p for p in ("test", "val") if (root / p).is_dir()), root / "test")}
+        own_split = all(p.is_dir() for p in parts.values())
+        root = parts[split] if own_split else root
+        kinds = set(Image.registered_extensions())
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+        if not files:
+            raise UserError(f"{root}: no image files found")
+        nested = all(len(p.relative_to(root).parts) > 1 for p in files)
+        self.names = sorted({p.relative_to(root).parts[0] for p in files}) if nested else []
+        keep = range(len(files)) if own_split else np.flatnonzero(held_out(data, len(files)) == (split == "test"))
+        self.files = [files[i] for i in keep]
+        self.classes = [self.names.index(p.relative_to(root).parts[0]) if nested else -1 for p in self.files]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return Image.open(self.files[i]), self.classes[i]
+
+
+def held_out(data, n):
+    """Which of n images are for testing: bool [n], a function of the seed."""
+    return np.random.default_rng(seed_of(data.seed, "held out")).random(n) < data.test_fraction
+
+
+class Squared(torch.utils.data.Dataset):
+    """(PIL image, class) -> (uint8 [3, size, size], class, complaint): centre crop to a square, resize, RGB."""
+
+    def __init__(self, items, size):
+        self.items, self.size = items, size
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:
+            image, label = self.items[i]
+            image = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            name = getattr(self.items, "files", {i: f"image {i}"})[i]
+            return np.zeros((3, self.size, self.size), np.uint8), -1, f"{name}: {e}"
+        (w, h), s = image.size, min(image.size)
+        image = image.crop(((w - s) // 2, (h - s) // 2, (w + s) // 2, (h + s) // 2)) if w != h else image
+        image = image.resize((self.size, self.size), Image.BICUBIC) if s != self.size else image
+        return np.asarray(image, np.uint8).transpose(2, 0, 1), int(label), ""
+
+
+def read_rows(f, name, chunk=256):
+    """Stream the rows of a .npy file object: yields arrays of up to `chunk` rows without holding the rest."""
+    try:
+        version = np.lib.format.read_magic(f)
+        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"{name}: not a .npy array ({e})") from None
+    if fortran or dtype.hasobject or not shape:
+        raise UserError(f"{name}: expected a C-ordered array of plain numbers with one row per image")
+    size = dtype.itemsize * math.prod(shape[1:])
+    for i in range(0, shape[0], chunk):
+        rows = min(chunk, shape[0] - i)
+        blob = f.read(rows * size)
+        if len(blob) != rows * size:
+            raise UserError(f"{name}: truncated: {shape[0]} rows announced, the file ends in row {i + len(blob) // size}")
+        yield np.frombuffer(blob, dtype).reshape(rows, *shape[1:])
+
+
+def read_arrays(data, split):
+    """Batches of (images, classes, boxes, masks) from a .npy of images or an .npz with images [, classes, boxes, masks] [, test_images, ...]."""
+    path = Path(data.root)
+    if not path.is_file():
+        raise UserError(f"data.root={data.root}: no such .npz or .npy file")
+    if path.suffix == ".npz" and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a readable .npz file")
+    archive = zipfile.ZipFile(path) if path.suffix == ".npz" else None
+    names = [n.removesuffix(".npy") for n in archive.namelist()] if archive else ["images"]
+    if "images" not in names:
+        raise UserError(f"{path}: has no array 'images' (found: {', '.join(names)})")
+    own_split = "test_images" in names
+    prefix = "test_" if own_split and split == "test" else ""
+    files = [archive.open(f"{prefix}{k}.npy") if archive else path.open("rb") if k == "images" else None
+             for k in ("images", "classes", "boxes", "masks") if not archive or f"{prefix}{k}" in names]
+    kinds = [k for k in ("images", "classes", "boxes", "masks") if (k == "images" if not archive else f"{prefix}{k}" in names)]
+    streams = [read_rows(f, f"{path}:{prefix}{k}") for f, k in zip([f for f in files if f], kinds)]
+    seen, test = 0, None
+    for rows in zip(*streams, strict=True):
+        batch = dict(zip(kinds, rows))
+        x = batch["images"]
+        if x.ndim not in (3, 4) or x.dtype != np.uint8:
+            raise UserError(f"{path}: images are {x.dtype} with {x.ndim} dimensions; expected uint8 [N, H, W], [N, H, W, C] or [N, C, H, W]")
+        x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) if x.shape[-1] in (1, 3) else x
+        if x.shape[1] not in (1, 3) or x.shape[2:] != (data.size, data.size):
+            raise UserError(f"{path}: images are {x.shape[2]}x{x.shape[3]} with {x.shape[1]} channels; expected 1 or 3 channels at data.size={data.size}")
+        batch["images"] = np.repeat(x, 3 // x.shape[1], 1)
+        if not own_split:                                 # one pass decides by row number, so that both parts agree
+            test = held_out(data, 1 << 24) if test is None else test
+            keep = test[seen:seen + len(x)] == (split == "test")
+            seen += len(x)
+            batch = {k: v[keep] for k, v in batch.items()}
+        yield tuple(batch.get(k) for k in ("images", "classes", "boxes", "masks"))
+
+
+def source_batches(run, split, bad):
+    """(number of images or 0 if unknown, class names, iterator of (images, classes, boxes, masks)); unreadable images are added to `bad`."""
+    data = run.data
+    if data.source == "shapes":
+        n, seed = (data.train or 20_000, 0) if split == "train" else (data.test or 5_000, 1)
+        chunks = (np.arange(i, min(i + 1000, n)) for i in range(0, n, 1000))
+        return n, SHAPES_CLASSES, (draw_shapes(seed_of(data.seed, split), c, data.size, data.two_objects) for c in chunks)
+    if data.source == "arrays":
+        return 0, [], read_arrays(data, split)
+    if data.source == "folder":
+        items = Folder(data, split)
+        names = items.names
+    elif data.source in TORCHVISION:
+        items, names = open_torchvision(data, split)
+    else:
+        near = difflib.get_close_matches(data.source, ["shapes", "folder", "arrays", *TORCHVISION], 1)
+        raise UserError(f"data.source={data.source}: unknown" + (f"; did you mean {near[0]}?" if near else f"; known: shapes, folder, arrays, {', '.join(TORCHVISION)}"))
+
+    def batches():
+        workers = 0 if len(items) < 2_000 or hasattr(getattr(items, "datasets", [None])[0], "data") else min(16, os.cpu_count() or 1)
+        loader = torch.utils.data.DataLoader(Squared(items, data.size), batch_size=256, num_workers=workers, collate_fn=list)
+        for batch in loader:
+            good = [(x, c) for x, c, complaint in batch if not complaint]
+            bad.extend(complaint for _, _, complaint in batch if complaint)
+            if bad and not data.skip_bad:
+                raise UserError(f"unreadable image {bad[0]}" + " (skip such files with data.skip_bad=true)")
+            if good:
+                yield np.stack([x for x, _ in good]), np.array([c for _, c in good]), None, None
+    return len(items), names, batches()
+
+
+class RowWriter:
+    """Append rows to a .npy file without knowing their number in advance; `close` writes the final shape and returns the sha256 of the data."""
+
+    def __init__(self, path, row):
+        self.file, self.row, self.count, self.hash = open(path, "wb"), row, 0, hashlib.sha256()
+        self.header()
+
+    def header(self):
+        np.lib.format.write_array_header_1_0(self.file, {"shape": (self.count, *self.row.shape), "fortran_order": False, "descr": self.row.dtype.str})
+
+    def add(self, rows):
+        blob = np.ascontiguousarray(rows, self.row.dtype).tobytes()
+        self.file.write(blob)
+        self.hash.update(blob)
+        self.count += len(rows)
+
+    def close(self):
+        self.file.seek(0)
+        self.header()                                     # numpy leaves room in the header for the first axis to grow
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return self.hash.hexdigest()
+
+
+def prepare_data(run):
+    """Turn `data.source` into data/{train,test}/*.npy in the run folder, streaming; nothing happens where that is done already."""
+    for split in ("train", "test"):
+        folder, aside = run.dir / "data" / split, run.dir / "data" / f".{split}.tmp"
+        if run.rank != 0 or (folder / "info.json").exists():
+            continue
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        bad, writers, limit, done = [], {}, getattr(run.data, split), 0
+        total, names, batches = source_batches(run, split, bad)
+        kinds = {"images": np.uint8, "classes": np.int64, "boxes": np.float32, "masks": np.uint8}
+        with bar(run, min(limit or 10 ** 12, total) or None, f"preparing {split} images") as progress:
+            for batch in batches:
+                keep = min(len(batch[0]), limit - done) if limit else len(batch[0])
+                for (kind, dtype), rows in zip(kinds.items(), batch):
+                    rows = np.full(len(batch[0]), -1) if rows is None and kind == "classes" else rows
+                    if rows is not None:
+                        rows = rows[:keep].astype(dtype)
+                        writers.setdefault(kind, RowWriter(aside / f"{kind}.npy", np.empty(rows.shape[1:], dtype)) if kind not in writers else None).add(rows)
+                done += keep
+                progress.update(keep)
+                if limit and done >= limit:
+                    break
+        if not done:
+            raise UserError(f"data.source={run.data.source}: no {split} images")
+        hashes = {kind: w.close() for kind, w in writers.items()}
+        write_json(aside / "info.json", dict(source=run.data.source, split=split, count=done, size=run.data.size, class_names=names,
+                                             arrays=sorted(hashes), fingerprint=hashes["images"][:16], skipped=bad))
+        os.replace(aside, folder)
+        run.say(f"prepared {done:,} {split} images in {folder}" + (f"; skipped {len(bad)} unreadable ones, listed in info.json" if bad else ""))
+    run.wait()
+
+
+@dataclass
+class Split:
+    """One part of the data: arrays opened read-only, row i is image i."""
+    images: np.ndarray                                    # uint8 [N, 3, H, W]
+    classes: np.ndarray                                   # int64 [N]; -1 = not known. For evaluation and control runs only
+    boxes: np.ndarray | None                              # float32 [N, 4]
+    masks: np.ndarray | None                              # uint8 [N, H, W]
+    info: dict
+
+    def __len__(self):
+        return len(self.images)
+
+
+def load_data(run, split):
+    """Open data/<split> of the run and check that its files fit each other."""
+    folder = run.dir / "data" / split
+    info, arrays = read_json(folder / "info.json", "run train_diffusion.py first"), {}
+    for kind in info["arrays"]:
+        try:
+            arrays[kind] = np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{folder / kind}.npy: cannot be read ({e}); delete {folder} and run train_diffusion.py again") from None
+        if len(arrays[kind]) != info["count"]:
+            raise UserError(f"{folder / kind}.npy has {len(arrays[kind])} rows, info.json says {info['count']}; delete {folder} and run train_diffusion.py again")
+    return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise paths: x_t = alpha(t) x + sigma(t) z with t = 0 noise, t = 1 data
+
+class ConstantVelocity:
+    """Straight path of constant velocity (arXiv 2312.08825): alpha = t, sigma = 1 - c t, dx_t/dt = x - c z, with c = 1 - 1e-4."""
+    c = 1 - 1e-4
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return 1 - self.c * t
+
+    def v_target(self, x, z, t):
+        """What a v-prediction learns: here the velocity itself."""
+        return x - self.c * z
+
+    def from_v(self, v, x_t, t):
+        """(x_hat, z_hat) from a predicted v; exact identities."""
+        z = x_t - t * v
+        return v + self.c * z, z
+
+    # The ODE is dy/ds = slope in the variables (y, s): here simply y = x_t, s = t
+    def clock(self, t):
+        return t
+
+    def time(self, s):
+        return s
+
+    def scale(self, t):
+        """x_t = scale(t) * y."""
+        return torch.ones_like(t)
+
+    def slope(self, x_hat, z_hat):
+        return x_hat - self.c * z_hat
+
+
+class VariancePreserving:
+    """DDPM's linear betas (1e-4 ... 0.02, 1000 steps) read on the clock t_ddpm = 1000 (1 - t); alpha^2 + sigma^2 = 1.
+
+    Its velocity in t is singular at the data end; the ODE is solved as dy/drho = z_hat with y = x_t / alpha and rho = sigma / alpha,
+    in which an Euler step is exactly DDIM (eta = 0).
+    """
+    table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumsum(0)])
+
+    def log_abar(self, t):
+        """ln of the product of (1 - beta), interpolated between the 1000 steps. t: [...] -> same shape, float64."""
+        u = (1000 * (1 - t.double())).clamp(0, 1000)
+        k = u.floor().clamp(max=999).long()
+        table = self.table.to(t.device)
+        return table[k] + (u - k) * (table[k + 1] - table[k])
+
+    def alpha(self, t):
+        return (0.5 * self.log_abar(t)).exp().to(t.dtype)
+
+    def sigma(self, t):
+        return (-torch.expm1(self.log_abar(t))).sqrt().to(t.dtype)
+
+    def v_target(self, x, z, t):
+        """Angular velocity alpha z - sigma x (Salimans and Ho, arXiv 2202.00512)."""
+        return self.alpha(t) * z - self.sigma(t) * x
+
+    def from_v(self, v, x_t, t):
+        a, s = self.alpha(t), self.sigma(t)
+        return a * x_t - s * v, s * x_t + a * v
+
+    def clock(self, t):
+        """rho = sigma / alpha, falling from 157 at t = 0 to 0 at t = 1."""
+        return torch.expm1(-self.log_abar(t)).sqrt().to(t.dtype)
+
+    def time(self, s):
+        """Inverse of `clock`: ln abar = -ln(1 + rho^2), looked up in the (falling) table."""
+        table, y = self.table.to(s.device), -torch.log1p(s.double() ** 2)
+        k = (torch.searchsorted(-table, -y) - 1).clamp(0, 999)
+        return (1 - (k + (y - table[k]) / (table[k + 1] - table[k])) / 1000).clamp(0, 1).to(s.dtype)
+
+    def scale(self, t):
+        return self.alpha(t)
+
+    def slope(self, x_hat, z_hat):
+        return z_hat
+
+
+PATHS = {"cv": ConstantVelocity(), "vp": VariancePreserving()}
+
+
+def wide(t):
+    """[B] -> [B, 1, 1, 1]."""
+    return t[:, None, None, None]
+
+
+def diffuse(path, x, z, t):
+    """x_t = alpha(t) x + sigma(t) z. x, z: [B, C, H, W]; t: [B]."""
+    return wide(path.alpha(t)) * x + wide(path.sigma(t)) * z
+
+
+def denoise(net, path, predict, x_t, t, **condition):
+    """One network call: (x_hat, z_hat), float32 or wider, whatever the network predicts. x_t: [B, C, H, W]; t: [B] in [0, 1]."""
+    out = net(x_t.float(), 1000 * t.float(), **condition).to(x_t.dtype)
+    t = wide(t)
+    if predict == "v":
+        return path.from_v(out, x_t, t)
+    a, s = path.alpha(t).clamp(min=1e-3), path.sigma(t).clamp(min=1e-3)          # only a division at the very ends of the path needs the clamp
+    return ((x_t - s * out) / a, out) if predict == "eps" else (out, (x_t - a * out) / s)
+
+
+def loss_per_image(net, path, predict, x, z, t, min_snr=0.0, **condition):
+    """Mean squared error of the network's prediction, [B]; optionally weighted by min(SNR, gamma) (arXiv 2303.09556)."""
+    target = {"v": path.v_target, "eps": lambda x, z, t: z, "x": lambda x, z, t: x}[predict](x, z, wide(t))
+    error = (net(diffuse(path, x, z, t), 1000 * t, **condition).float() - target).square().flatten(1).mean(1)
+    if min_snr:                                           # an error d of x_hat is d / sigma in v and d alpha / sigma in eps, on both paths
+        snr = (path.alpha(t) / path.sigma(t)).square().clamp(1e-8, 1e8)
+        error = error * snr.clamp(max=min_snr) * {"v": path.sigma(t).square(), "eps": 1 / snr, "x": torch.ones_like(t)}[predict]
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones. forward(x [B, C, H, W], time [B] = 1000 t, label [B], vector [B, D], layout [B, L, H, W]) -> [B, C', H, W].
+# Conditions may be absent; null is: label num_labels, vector of zeros, layout of zeros. Module names are those of the published weights.
+
+def time_embedding(t, width):
+    """Sinusoidal embedding of network time. t: [B] in 0 ... 1000 -> [B, width], cosines first, as published for ADM and U-ViT."""
+    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2))
+    angles = t.float()[:, None] * freqs                                          # [B, width / 2]
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def zeroed(module):
+    """Start a residual branch at zero, so that a fresh block is the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def group_norm(channels):
+    """ADM's 32 groups; fewer below 128 channels, where groups of one channel would erase what the channel says."""
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
+class ResBlock(nn.Module):
+    """ADM residual block: norm, SiLU, conv, twice; the embedding scales and shifts the second norm; optional 2x resampling inside."""
+
+    def __init__(self, c_in, c_out, width, dropout=0.0, resample=None):
+        super().__init__()
+        self.resample = resample                          # None, "down" or "up"
+        self.in_layers = nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * c_out))
+        self.out_layers = nn.Sequential(group_norm(c_out), nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def resized(self, x):
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+
+    def forward(self, x, emb):                            # x: [B, C, H, W], emb: [B, width]
+        norm, act, conv = self.in_layers
+        h = conv(self.resized(act(norm(x))))
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, 1)        # [B, C', 1, 1] each
+        h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+        return self.skip_connection(self.resized(x)) + self.out_layers[1:](h)
+
+
+class AttentionBlock(nn.Module):
+    """ADM self-attention over all positions of a map, with a residual connection."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)   # per head, its q, k and v lie together
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x):                                 # [B, C, H, W]
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x).reshape(B, C, H * W))                        # [B, 3C, HW]
+        q, k, v = qkv.reshape(B, self.heads, 3, C // self.heads, H * W).transpose(3, 4).unbind(2)
+        a = F.scaled_dot_product_attention(q, k, v)                              # [B, heads, HW, C / heads]
+        return x + self.proj_out(a.transpose(2, 3).reshape(B, C, H * W)).reshape(B, C, H, W)
+
+
+class UNet(nn.Module):
+    """The ADM U-Net (arXiv 2105.05233): scale-shift residual blocks, residual resampling, attention at chosen map sizes.
+
+    A label row or a vector is added to the time embedding; a layout is concatenated to the input.
+    """
+
+    def __init__(self, size, in_channels, out_channels, channels, mult, blocks, attention, head_channels, dropout=0.0, stem=1,
+                 num_labels=0, vector_dim=0, layout_channels=0):
+        super().__init__()
+        self.channels, self.stem, self.num_labels, self.layout_channels = channels, stem, num_labels, layout_channels
+        width, size, c = 4 * channels, size // stem, mult[0] * channels
+        heads = lambda c: max(1, c // head_channels)
+        self.time_embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
+        if num_labels:
+            self.label_emb = nn.Embedding(num_labels + 1, width)                 # the last row is the null label
+            nn.init.normal_(self.label_emb.weight, std=0.02)
+        if vector_dim:
+            self.vector_emb = nn.Linear(vector_dim, width, bias=False)           # without bias, so that the zero vector is null
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d((in_channels + layout_channels) * stem ** 2, c, 3, padding=1)])])
+        self.output_blocks, skips = nn.ModuleList(), [c]
+        for level, m in enumerate(mult):
+            for _ in range(blocks):
+                self.input_blocks.append(nn.ModuleList([ResBlock(c, m * channels, width, dropout)]))
+                c = m * channels
+                if size in attention:
+                    self.input_blocks[-1].append(AttentionBlock(c, heads(c)))
+                skips.append(c)
+            if level < len(mult) - 1:
+                self.input_blocks.append(nn.ModuleList([ResBlock(c, c, width, dropout, "down")]))
+                skips.append(c)
+                size //= 2
+        self.middle_block = nn.ModuleList([ResBlock(c, c, width, dropout), AttentionBlock(c, heads(c)), ResBlock(c, c, width, dropout)])
+        for level, m in reversed(list(enumerate(mult))):
+            for i in range(blocks + 1):
+                self.output_blocks.append(nn.ModuleList([ResBlock(c + skips.pop(), m * channels, width, dropout)]))
+                c = m * channels
+                if size in attention:
+                    self.output_blocks[-1].append(AttentionBlock(c, heads(c)))
+                if level and i == blocks:
+                    self.output_blocks[-1].append(ResBlock(c, c, width, dropout, "up"))
+                    size *= 2
+        self.out = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, out_channels * stem ** 2, 3, padding=1)))
+
+    def forward(self, x, time, label=None, vector=None, layout=None):
+        emb = self.time_embed(time_embedding(time, self.channels))               # [B, width]
+        if self.num_labels:
+            emb = emb + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
+        if vector is not None:
+            emb = emb + self.vector_emb(vector)
+        if self.layout_channels:
+            x = torch.cat([x, layout if layout is not None else x.new_zeros(len(x), self.layout_channels, *x.shape[2:])], 1)
+
+        def through(block, x):
+            for layer in block:
+                x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            return x
+
+        x, skips = F.pixel_unshuffle(x, self.stem), []
+        for block in self.input_blocks:
+            x = through(block, x)
+            skips.append(x)
+        x = through(self.middle_block, x)
+        for block in self.output_blocks:
+            x = through(block, torch.cat([x, skips.pop()], 1))
+        return F.pixel_shuffle(self.out(x), self.stem)
+
+
+class Attention(nn.Module):
+    """Self-attention of the U-ViT, without bias in q, k and v."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+
+    def forward(self, x):                                 # [B, L, D]
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)       # [B, heads, L, D / heads] each
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D))
+
+
+class Mlp(nn.Module):
+    """Feed-forward part of a transformer block."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; in the second half of the network it first merges the tokens of its mirror block."""
+
+    def __init__(self, dim, heads, skip=False):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(dim), Attention(dim, heads), nn.LayerNorm(dim), Mlp(dim)
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x, skip=None):
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], -1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens."""
+
+    def __init__(self, patch, channels, dim, bias=True):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch, bias=bias)
+
+    def forward(self, x):                                 # [B, C, H, W] -> [B, L, D]
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class UViT(nn.Module):
+    """U-ViT (arXiv 2209.12152): condition token, time token and patch tokens, with long skips from the first to the second half.
+
+    Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens.
+    """
+
+    def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0):
+        super().__init__()
+        self.channels, self.patch, self.num_labels, self.out_channels, self.grid = channels, patch, num_labels, out_channels, size // patch
+        self.patch_embed = PatchEmbed(patch, in_channels, channels)
+        if num_labels:
+            self.label_emb = nn.Embedding(num_labels + 1, channels)
+        if vector_dim:
+            self.vector_emb = nn.Linear(vector_dim, channels, bias=False)
+        if layout_channels:
+            self.layout_embed = PatchEmbed(patch, layout_channels, channels, bias=False)
+        self.extras = 1 + bool(num_labels or vector_dim)                         # time, and perhaps a condition
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid ** 2, channels))
+        self.in_blocks = nn.ModuleList(Block(channels, heads) for _ in range(depth // 2))
+        self.mid_block = Block(channels, heads)
+        self.out_blocks = nn.ModuleList(Block(channels, heads, skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(channels)
+        self.decoder_pred = nn.Linear(channels, patch ** 2 * out_channels)
+        self.final_layer = nn.Conv2d(out_channels, out_channels, 3, padding=1) if final_conv else nn.Identity()
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Embedding):
+                nn.init.normal_(m.weight, std=0.02)
+
+    def forward(self, x, time, label=None, vector=None, layout=None):
+        tokens = self.patch_embed(x)                                             # [B, L, D]
+        if layout is not None:
+            tokens = tokens + self.layout_embed(layout)
+        front = [time_embedding(time, self.channels).to(tokens.dtype)]
+        if self.extras == 2:
+            cond = torch.zeros_like(front[0])
+            if self.num_labels:
+                cond = cond + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
+            front.insert(0, cond if vector is None else cond + self.vector_emb(vector))
+        x = torch.cat([torch.stack(front, 1), tokens], 1) + self.pos_embed
+        skips = []
+        for block in self.in_blocks:
+            x = block(x)
+            skips.append(x)
+        x = self.mid_block(x)
+        for block in self.out_blocks:
+            x = block(x, skips.pop())
+        x = self.decoder_pred(self.norm(x)[:, self.extras:])                     # [B, L, patch * patch * C]
+        x = x.reshape(len(x), self.grid, self.grid, self.patch, self.patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return self.final_layer(x.reshape(len(x), self.out_channels, self.grid * self.patch, self.grid * self.patch))
+
+
+def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_channels=0, seed=0):
+    """The network that section `model` describes, with weights drawn from `seed`; impossible combinations are UserErrors."""
+    condition = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels)
+    with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator: lend it to them
+        torch.manual_seed(seed_of(seed, "weights"))
+        if model.backbone == "uvit":
+            if size % model.patch or model.channels % model.heads or model.depth % 2:
+                raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}, depth={model.depth} even")
+            return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv, **condition)
+        if size % (step := model.stem * 2 ** (len(model.mult) - 1)):
+            raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")
+        if model.channels % 8 or any(c * model.channels > model.head_channels and c * model.channels % model.head_channels for c in model.mult):
+            raise UserError(f"model: channels={model.channels} must be a multiple of 8, and of head_channels={model.head_channels} at every level")
+        return UNet(size, in_channels, in_channels, model.channels, model.mult, model.blocks, model.attention, model.head_channels,
+                    model.dropout, model.stem, **condition)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: tensors and plain types only, so that weights_only=True reads them and they rebuild the model alone
+
+def weights_hash(state):
+    """Short hash of a state dict: what features, labels and samples say they were made with."""
+    h = hashlib.sha256()
+    for name in sorted(state):
+        h.update(name.encode())
+        h.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().data if state[name].dim() else str(state[name].item()).encode())
+    return h.hexdigest()[:16]
+
+
+def save_checkpoint(run, folder, state):
+    """checkpoint.pt and checkpoint.json in `folder`, from the first process, atomically; the previous one stays until the new one is complete."""
+    if run.rank == 0:
+        path = Path(folder) / "checkpoint.pt"
+        try:
+            with atomic(path) as f:
+                torch.save(state, f)
+        except RuntimeError as e:                         # torch reports a full disk as a RuntimeError
+            raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); is the disk full? the previous checkpoint is kept") from None
+        write_json(path.with_suffix(".json"), dict(
+            what=f"{state['kind']} model, {state['seen']:,} images seen; 'ema' holds the averaged weights that samples and features use",
+            seen=state["seen"], parameters=sum(v.numel() for v in state["net"].values()), weights=state["weights"], num_labels=state["num_labels"],
+            path=state["path"], predict=state["predict"], data=state["data"], model=state["model"], config=state["config"]))
+    run.wait()
+
+
+def load_checkpoint(run, name):
+    """Checkpoint `name` (a folder of the run such as diffusion/base, or a path to a .pt) as a dict on the CPU."""
+    path = next((p for p in (run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:                                # a truncated or foreign file fails in many ways
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]}); it may be truncated or of another program") from None
+    if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project (keys: {', '.join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__})")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
+    return state | {"file": str(path)}
+
+
+def load_model(run, name, weights="ema"):
+    """(network in eval mode on the run's device, checkpoint dict) from the checkpoint alone."""
+    state = load_checkpoint(run, name)
+    net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], **state["conditions"])
+    try:
+        net.load_state_dict(state[weights])
+    except RuntimeError as e:
+        raise UserError(f"{state['file']}: the weights do not fit the architecture it names: {str(e).splitlines()[1].strip()[:160]}") from None
+    return net.eval().requires_grad_(False).to(run.device), state
+
+
+def autocast(run, precision):
+    """(context factory, dtype, the reason in words): bf16 where the hardware multiplies it natively, unless told otherwise."""
+    cuda = run.device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    kind = {"auto": torch.bfloat16 if native else torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    why = f"{str(kind).split('.')[1]} ({'asked for' if precision != 'auto' else 'native on this device' if native else 'no native bfloat16 here'})"
+    return (lambda: torch.autocast(run.device.type, kind) if kind != torch.float32 else nullcontext()), kind, why
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def image_order(seed, seen, n):
+    """Endless dataset rows from image number `seen` on: a new permutation for every epoch, a function of (seed, epoch)."""
+    epoch, position = divmod(seen, n)
+    while True:
+        yield from np.random.default_rng(seed_of(seed, "order", epoch)).permutation(n)[position:].tolist()
+        epoch, position = epoch + 1, 0
+
+
+def feed(run, cfg, images, seen):
+    """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 4]) on the device.
+
+    Noise and uniforms belong to the running number of the image, so neither restarts nor the number of processes change them. A thread
+    prepares the next batches while the network works. Small sets are kept on the device.
+    """
+    share = cfg.batch // run.world
+    pin = run.device.type == "cuda"
+    resident = torch.from_numpy(np.ascontiguousarray(images)).to(run.device) if pin and images.nbytes < 4e9 else None
+    ready, done = queue.Queue(maxsize=4), threading.Event()
+
+    def work():
+        try:
+            order, number = image_order(cfg.seed, seen, len(images)), seen
+            while not done.is_set():
+                rows = [next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share]
+                u, z = draw(cfg.seed, "train", range(number + run.rank * share, number + (run.rank + 1) * share), images.shape[1:], 4)
+                rows = torch.tensor(rows)
+                x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
+                ready.put([v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)])
+                number += cfg.batch
+        except BaseException as e:                        # hand it to the training loop
+            ready.put(e)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            rows, x, z, u = (v.to(run.device, non_blocking=True) if v is not None else None for v in item)
+            yield rows, resident[rows] if x is None else x, z, u
+    finally:
+        done.set()
+        while not ready.empty():
+            ready.get_nowait()
+
+
+@torch.no_grad()
+def preview(net, path, predict, z, steps=25, **condition):
+    """Quick pictures while training: x_s = alpha(s) x_hat + sigma(s) z_hat on an even grid (Euler on the straight path, DDIM on VP)."""
+    x = z
+    for t, s in zip(torch.linspace(0, 1, steps + 1)[:-1], torch.linspace(0, 1, steps + 1)[1:]):
+        x_hat, z_hat = denoise(net, path, predict, x, t.expand(len(x)).to(x), **condition)
+        x = path.alpha(s).to(x) * x_hat + path.sigma(s).to(x) * z_hat
+    return x
+
+
+def check_training(run, cfg):
+    """Combinations of training keys that cannot work."""
+    if cfg.batch < 1 or cfg.batch % run.world:
+        raise UserError(f"batch={cfg.batch} must be a multiple of the {run.world} processes")
+    if cfg.micro and (cfg.batch // run.world) % cfg.micro:
+        raise UserError(f"micro={cfg.micro} must divide the {cfg.batch // run.world} images per process and update")
+    for key in ("images", "log_every", "save_every", "grid_every", "ema"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+    if cfg.precision == "fp16" and run.device.type != "cuda":
+        raise UserError("precision=fp16 needs a GPU; use bf16 or fp32")
+
+
+def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
+    """The training loop of both training stages; returns the finished checkpoint state.
+
+    net        raw module on the device, freshly initialised; a checkpoint in `folder` takes precedence (resume)
+    data       Split to train on
+    state      what the checkpoint carries besides weights: kind, model, size, channels, conditions, num_labels, path, predict, data, config, ...
+    condition  (rows [b], uniform [b]) -> dict of conditions for the network, or None
+    grid       dict of conditions for the 100 images of the sample grid (fixed noise, averaged weights), or None
+    """
+    path, share = PATHS[cfg.path], cfg.batch // run.world
+    micro = cfg.micro or share
+    context, kind, why = autocast(run, cfg.precision)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    if run.device.type == "cuda" and state["model"]["backbone"] == "unet":       # on CPUs channels-last was measured to be slower
+        net.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
+    decay, rest = [p for p in net.parameters() if p.dim() > 1], [p for p in net.parameters() if p.dim() <= 1]
+    opt = torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)], lr=cfg.lr, fused=True)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=kind == torch.float16)
+
+    # resume: the same command again
+    seen, log = 0, Path(folder) / "metrics.jsonl"
+    if (Path(folder) / "checkpoint.pt").exists():
+        old = load_checkpoint(run, str(folder))
+        other = [f"{section}.{key}={old['config'].get(section, {}).get(key)}, now {value}" for section in ("model", run.stage)
+                 for key, value in state["config"][section].items() if old["config"].get(section, {}).get(key) != value and key not in RESUMABLE]
+        other += [f"other {what}" for key, what in dict(data="images", labels="labels", init="initial weights").items() if old.get(key) != state.get(key)]
+        if other and not cfg.overwrite:
+            raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true to start again")
+        if not other:
+            net.load_state_dict(old["net"]), ema.load_state_dict(old["ema"])
+            opt.load_state_dict(old["optimizer"]), scaler.load_state_dict(old["scaler"])
+            seen = old["seen"]
+            if seen >= cfg.images:
+                run.say(f"{folder}: done already ({seen:,} images seen)")
+                return old
+        del old
+    if run.rank == 0:                                     # lines and pictures later than the checkpoint belong to a run that was killed
+        (Path(folder) / "samples").mkdir(parents=True, exist_ok=True)
+        lines = [line for line in log.read_text().splitlines() if seen and line.endswith("}") and json.loads(line)["images"] <= seen] if log.exists() else []
+        with atomic(log) as f:
+            f.write("".join(line + "\n" for line in lines).encode())
+    run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training images; "
+            f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; batch {cfg.batch} = {run.world} process(es) x {share // micro} x {micro}; {why}")
+    board = None
+    if cfg.tensorboard and run.rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("tensorboard=true needs the package tensorboard (pip install tensorboard)") from None
+        board = SummaryWriter(folder)
+
+    model = torch.compile(net) if cfg.compile else net
+    if run.world > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    net.train()
+    weights, averages = list(net.parameters()), list(ema.parameters())
+    grid_z = draw(cfg.seed, "grid", range(len(next(iter(grid.values()))) if grid else 64), data.images.shape[1:]).to(run.device)
+    crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
+    bins, clock, since, waited = torch.zeros(3, 10, device=run.device, dtype=torch.float64), time.time(), seen, 0.0
+    batches = feed(run, cfg, data.images, seen)
+    with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
+        progress.update(seen)
+        while seen < cfg.images:
+            tick = time.time()
+            rows, x, z, u = next(batches)
+            waited += time.time() - tick
+            x = x.float() / 127.5 - 1                                            # [b, 3, H, W] in [-1, 1]
+            if cfg.flip:
+                x = torch.where(wide(u[:, 1] < 0.5), x.flip(-1), x)
+            t = u[:, 0] if cfg.times == "uniform" else torch.special.ndtri(u[:, 0].clamp(1e-6, 1 - 1e-6)).sigmoid()
+            cond = condition(rows, u[:, 2]) if condition else {}
+            lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
+            for group in opt.param_groups:
+                group["lr"] = lr
+            for i in range(0, share, micro):
+                part = slice(i, i + micro)
+                last = i + micro >= share
+                with (nullcontext() if last or run.world == 1 else model.no_sync()), context():
+                    loss = loss_per_image(model, path, cfg.predict, x[part], z[part], t[part], cfg.min_snr, **{k: v[part] for k, v in cond.items()})
+                    scaler.scale(loss.mean() * micro / share).backward()
+                slot = (t[part] * 10).long().clamp(0, 9)
+                bins[0].index_add_(0, slot, loss.detach().double())
+                bins[1].index_add_(0, slot, torch.ones_like(loss, dtype=torch.float64))
+            scaler.unscale_(opt)
+            norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
+            bins[2, 0] += norm.double()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad(set_to_none=True)
+            seen += cfg.batch
+            beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - beta)
+                for a, b in zip(ema.buffers(), net.buffers()):
+                    a.copy_(b)
+            progress.update(cfg.batch)
+
+            # what the loop says: one line, a picture, a checkpoint, each at its own interval
+            if crossed(cfg.log_every) or crossed(cfg.save_every):
+                if run.world > 1:
+                    dist.all_reduce(bins[:2])
+                total, count = bins[:2].tolist()
+                if not all(map(math.isfinite, total)):
+                    raise UserError(f"{folder}: the loss became {sum(total)} before {seen:,} images; the last checkpoint is kept. Lower lr, or use precision=fp32 or bf16")
+            if crossed(cfg.log_every):
+                seconds = time.time() - clock
+                line = dict(images=seen, loss=sum(total) / sum(count), loss_by_t=[round(a / b, 5) if b else None for a, b in zip(total, count)],
+                            grad_norm=float(bins[2, 0]) * cfg.batch / max(seen - since, 1), lr=lr, seconds=round(seconds, 3),
+                            images_per_second=round((seen - since) / seconds, 1), waiting=round(waited / seconds, 4),
+                            memory_mb=round(torch.cuda.max_memory_allocated() / 2 ** 20) if run.device.type == "cuda" else None)
+                if run.rank == 0:
+                    with open(log, "a") as f:
+                        f.write(json.dumps(line) + "\n")
+                    if board:
+                        for key in ("loss", "grad_norm", "lr", "images_per_second"):
+                            board.add_scalar(key, line[key], seen)
+                progress.set_postfix(loss=f"{line['loss']:.4f}")
+                if progress.disable:
+                    run.say(f"{seen:>12,} images  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s")
+                bins.zero_()
+                clock, since, waited = time.time(), seen, 0.0
+            if crossed(cfg.grid_every):
+                if run.rank == 0:
+                    with context():
+                        pictures = to_uint8(preview(ema, path, cfg.predict, grid_z, **(grid or {}))).cpu().numpy()
+                    columns = state.get("grid_columns", 8)
+                    save_grid(Path(folder) / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
+                run.wait()
+            if crossed(cfg.save_every):
+                averaged = ema.state_dict()
+                save_checkpoint(run, folder, state | dict(
+                    format=FORMAT, seen=seen, net=net.state_dict(), ema=averaged, weights=weights_hash(averaged),
+                    optimizer=opt.state_dict(), scaler=scaler.state_dict()))
+    batches.close()
+    return load_checkpoint(run, str(folder))
+
+
+def main():
+    """Stage 1 from the command line."""
+    run = start("train_diffusion", TrainDiffusion, __doc__)
+    cfg = run.cfg
+    check_training(run, cfg)
+    net = build_model(run.model, run.data.size, seed=cfg.seed)
+    folder = run.dir / "diffusion" / cfg.name
+    if run.dry_run:
+        parameters = sum(p.numel() for p in net.parameters())
+        run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; each checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
+        return
+
+    # data: any source becomes arrays, row i is image i from here on
+    prepare_data(run)
+    data = load_data(run, "train")
+
+    # train; the checkpoint alone rebuilds the model
+    state = dict(kind="diffusion", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions={}, num_labels=0, path=cfg.path,
+                 predict=cfg.predict, data=data.info["fingerprint"], config={k: run.sections[k] for k in ("data", "model", run.stage)})
+    fit(run, cfg, net.to(run.device), folder, data, state)
+
+    # close
+    run.say(f"model in {folder}, sample grids in {folder / 'samples'}")
+    run.say(f"next: python probe.py {[w for w in sys.argv[1:] if '=' not in w and not w.startswith('--')][0]}    # finds the block and time whose features cluster best")
+
+
+if __name__ == "__main__":
+    cli(main)
