@@ -39,11 +39,11 @@ class Probe:
     checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
-    t: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.6, 0.7, 0.8, 0.9])      # noise times. linear: default the label-free choice
+    t: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])      # noise times. linear: default the label-free choice
     choice: str = "sweep"                                 # linear: which sweep to take the default activation and time from
-    fit: int = 4_000                                      # sweep: training images to fit on
+    fit: int = 2_000                                      # sweep: training images to fit on
     validation: int = 1_000                               # training images held out for selection
-    K: int = 0                                            # sweep: clusters of k-means; 0 = 10 for up to 5,000 images, 50 above
+    K: int = 30                                           # sweep: clusters of k-means
     neighbours: int = 20                                  # k of kNN (cosine)
     draws: int = 3                                        # linear: noise draws, each probed alone: mean and spread
     controls: list[str] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear: what to compare with
@@ -105,17 +105,26 @@ def knn(fit, y, x, truth, k, classes):
 # Scores of features without labels
 
 def label_free_scores(a, b, K, seed):
-    """Criteria that see no label, from two noise draws a, b [N, D] of the same images; dict name -> number, larger is better.
+    """Scores that see no label, from two noise draws a, b [N, D] of the same images: (dict of numbers, cluster ids int64 [N] under draw a).
 
     stability   NMI between k-means of draw a and k-means of draw b: clusters that are about the image survive other noise
-    silhouette  mean simplified silhouette (distance to own centroid against the nearest other one), cosine
-    agreement   share of images whose cluster under draw b (centroids of draw a) is that under draw a
+    silhouette  mean simplified silhouette (distance to own centroid against the next one), cosine
     """
-    (ca, _, _), (cb, _, _) = kmeans(a, K, metric="cosine", seed=seed), kmeans(b, K, metric="cosine", seed=seed + 1)
-    ia, ib, iba = assign(a, ca, "cosine")[0], assign(b, cb, "cosine")[0], assign(b, ca, "cosine")[0]
-    d = (1 - F.normalize(a, dim=1) @ ca.T).clamp(min=0).topk(2, 1, largest=False).values                         # [N, 2] own, next
-    return dict(stability=nmi(ia.numpy(), ib.numpy()), silhouette=float((1 - d[:, 0] / d[:, 1].clamp(min=1e-9)).mean()),
-                agreement=float((ia == iba).float().mean())), ia
+    c, _, _ = kmeans(a, K, metric="cosine", seed=seed)
+    ids, other = assign(a, c, "cosine")[0], assign(b, kmeans(b, K, metric="cosine", start=c)[0], "cosine")[0]
+    d = (1 - F.normalize(a, dim=1) @ c.T).clamp(min=0).topk(2, 1, largest=False).values                          # [N, 2] own, next
+    return dict(stability=nmi(ids.numpy(), other.numpy()), silhouette=float((1 - d[:, 0] / d[:, 1].clamp(min=1e-9)).mean())), ids.numpy()
+
+
+def consensus(ids):
+    """Mean NMI of each clustering with all the others, [n] from int64 [n][N].
+
+    Over the blocks of one network at one noise time, this is high where every depth finds the same groups. Of the criteria that were tried
+    (results/), it is the one that tracks agreement with true classes: stability and silhouette favour little noise, where clusters are
+    about hue or position and survive anything.
+    """
+    m = np.array([[nmi(a, b) if i < j else 0.0 for j, b in enumerate(ids)] for i, a in enumerate(ids)])
+    return (m + m.T).sum(1) / max(len(ids) - 1, 1)
 
 
 def rank_correlation(a, b):
@@ -171,7 +180,7 @@ def sweep(run, cfg, net, state, context):
     fit_rows, val_rows = np.sort(order[:cfg.fit]), np.sort(order[cfg.fit:cfg.fit + cfg.validation])
     if len(val_rows) < 10:
         raise UserError(f"fit={cfg.fit} and validation={cfg.validation}: the run has only {len(data)} training images")
-    known, count, K = (classes >= 0).all(), int(classes.max()) + 1, cfg.K or (10 if len(fit_rows) <= 5_000 else 50)
+    known, count, K = (classes >= 0).all(), int(classes.max()) + 1, cfg.K
     if K >= len(fit_rows):
         raise UserError(f"K={K}: must be below fit={len(fit_rows)}")
     y_fit, y_val = torch.from_numpy(classes[fit_rows]), torch.from_numpy(classes[val_rows])
@@ -187,25 +196,27 @@ def sweep(run, cfg, net, state, context):
     with bar(run, len(mine) * len(names), "sweep", "cell") as progress:
         for t in mine:
             a, b, v = read(fit_rows, t, 0), read(fit_rows, t, 1), read(val_rows, t, 0)
+            rows, clusters = [], []
             for n in names:
-                mean = a[n].mean(0)                       # centred: post-activation features otherwise share one direction
+                mean = a[n].mean(0)                       # centred: activations share a large common direction
                 free, ids = label_free_scores(a[n] - mean, b[n] - mean, K, cfg.seed)
-                row = dict(activation=n, **noise_level(state["path"], t), **free)
+                rows.append(dict(activation=n, **noise_level(state["path"], t), **free))
+                clusters.append(ids)
                 if known:
                     fa, fv = standardise(a[n], v[n])
-                    row |= dict(nmi=nmi(ids.numpy(), y_fit.numpy()), linear=accuracy(ridge(fa, y_fit, count, 1e-3), fv, y_val),
-                                knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
-                table.append(row)
+                    rows[-1] |= dict(nmi=nmi(ids, y_fit.numpy()), linear=accuracy(ridge(fa, y_fit, count, 1e-3), fv, y_val),
+                                     knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
                 progress.update(1)
+            table += [r | dict(consensus=float(c)) for r, c in zip(rows, consensus(clusters))]
     table = sorted(gather(run, table), key=lambda r: (names.index(r["activation"]), r["t"]))
     pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
-    criterion = "stability"
+    criterion = "consensus" if len(names) > 2 else "stability"
     result = dict(protocol="sweep", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], K=K, fit=len(fit_rows), validation=len(val_rows), seed=cfg.seed,
                   criterion=criterion, label_free=pick(criterion))
     if known:
         chosen = next(r for r in table if all(r[k] == result["label_free"][k] for k in ("activation", "t")))
         result |= dict(label_free_scores={k: chosen[k] for k in ("nmi", "knn", "linear")}, oracle={k: pick(k) for k in ("nmi", "knn", "linear")},
-                       tracks_nmi={k: rank_correlation([r[k] for r in table], [r["nmi"] for r in table]) for k in ("stability", "silhouette", "agreement")})
+                       tracks_nmi={k: rank_correlation([r[k] for r in table], [r["nmi"] for r in table]) for k in ("consensus", "stability", "silhouette")})
     result["table"] = table
     if run.rank == 0:
         shown = "nmi" if known else criterion

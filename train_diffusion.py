@@ -911,7 +911,10 @@ def zeroed(module):
 
 def group_norm(channels):
     """ADM's 32 groups; fewer below 128 channels, where groups of one channel would erase what the channel says."""
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels // groups < 4:
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
 
 
 class ResBlock(nn.Module):

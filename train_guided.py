@@ -103,7 +103,7 @@ def main():
     fit(run, cfg, net.to(run.device), folder, data, state | dict(grid_columns=10 if guided else 8), condition, grid)
     if guided and run.rank == 0:
         with atomic(folder / "labels.npz") as f:
-            np.savez(f, **labels, num_labels=K)
+            np.savez(f, **labels)
 
     # close
     run.say(f"model in {folder}, sample grids (one row per label) in {folder / 'samples'}")

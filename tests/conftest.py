@@ -1,9 +1,82 @@
-"""Tests import the stages from the repository root and run on two threads."""
+"""Tests import the stages from the repository root and run on two threads; `tiny` is a configuration that trains in seconds."""
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+
+TINY = """
+data: {source: shapes, train: 512, test: 256}
+model: {channels: 16, mult: [1, 2], blocks: 1, attention: [4], head_channels: 16, stem: 4}
+train_diffusion: {images: 512, batch: 32, lr: 1.0e-3, warmup: 64, ema: 128, log_every: 128, save_every: 256, grid_every: 512, precision: fp32}
+probe: {fit: 200, validation: 100, t: [0.5, 0.8], K: 6, supervised_images: 512, draws: 1, precision: fp32}
+extract_features: {precision: fp32}
+self_label: {K: 6, restarts: 1}
+train_guided: {images: 256, batch: 32, lr: 1.0e-3, warmup: 64, ema: 128, log_every: 128, save_every: 128, grid_every: 256, precision: fp32}
+sample_ode: {n: 64, steps: 2, select: 64, batch: 20, precision: fp32}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Path of the tiny YAML."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def command(stage, *words, ranks=1):
+    """The command line of a stage, under torchrun when several ranks are asked for."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, str(ROOT / f"{stage}.py"), *map(str, words)]
+
+
+def stage(name, *words, ranks=1, ok=True):
+    """Run a stage as a user would; returns the finished process, with its output as text."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    p = subprocess.run(command(name, *words, ranks=ranks), capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    assert not ok or p.returncode == 0, f"{name} {words}\n{p.stdout}\n{p.stderr}"
+    return p
+
+
+def killed(name, *words, after, ranks=1):
+    """Start a stage and kill its whole process group after so many seconds; returns whether it was still running."""
+    p = subprocess.Popen(command(name, *words, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    time.sleep(after)
+    alive = p.poll() is None
+    try:
+        os.killpg(p.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    p.wait()
+    return alive
+
+
+def complaint(capsys, monkeypatch, name, *words):
+    """Run a stage in this process with bad input; returns its one line on stderr after checking exit code 2."""
+    import importlib
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        module.cli(module.main)
+    text = capsys.readouterr().err
+    assert e.value.code == 2, text
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), text
+    return lines[0]
+
+
+@pytest.fixture
+def refuse(capsys, monkeypatch):
+    """complaint(stage, *words) -> the error line."""
+    return lambda name, *words: complaint(capsys, monkeypatch, name, *words)

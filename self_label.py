@@ -1,0 +1,569 @@
+"""Stage 3: activations in, self-labels out: each image gets the id of its cluster.
+
+Reads   features/<features>/ (stage 2); for control labels only data/
+Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroids), .json (recipe and scores), .png (contact sheet)
+
+    python self_label.py configs/shapes.yaml method=kmeans                       # CPU, seconds
+    python self_label.py configs/cifar10.yaml method=sinkhorn K=100              # one GPU
+    torchrun --nproc_per_node=8 self_label.py configs/cifar10.yaml               # eight GPUs, the same labels
+    python self_label.py configs/shapes.yaml method=random reference=kmeans      # control: the same marginal, nothing about the image
+
+kmeans      clusters of any size. sinkhorn: clusters of equal size, by optimal transport (arXiv 1911.05371, 2006.09882).
+controls    classes (ground truth), random (permuted reference labels), subgroups (each class split at random into `groups` parts).
+"""
+import math
+import time
+import zipfile
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from extract_features import load_features
+from train_diffusion import UserError, atomic, bar, cli, digest, load_data, read_json, save_grid, seed_of, start, write_json
+
+
+@dataclass
+class SelfLabel:
+    """Section `self_label`."""
+    name: str = ""                                        # results go to labels/<name>.npz; empty = the method
+    method: Literal["kmeans", "sinkhorn", "classes", "random", "subgroups"] = "kmeans"  # the last three are controls
+    features: str = "base"                                # which features/<features> to cluster
+    K: int = 100                                          # clusters
+    metric: Literal["cosine", "euclidean"] = "cosine"     # kmeans: spherical or plain
+    center: bool = True                                   # subtract the mean feature first
+    pca: int = 0                                          # keep this many principal components; 0 = all
+    whiten: bool = False                                  # scale principal components to unit variance
+    iterations: int = 30                                  # kmeans: at most
+    restarts: int = 3                                     # kmeans: keep the best of so many starts
+    batch: int = 0                                        # kmeans: mini-batch size; 0 = full passes (Lloyd)
+    eps: float = 0.05                                     # sinkhorn: entropic regularisation; larger = softer
+    sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
+    rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
+    reference: str = "kmeans"                             # random: whose marginal to keep
+    groups: int = 5                                       # subgroups: parts per class
+    seed: int = 0                                         # of starts, permutations, splits
+    overwrite: bool = False                               # replace labels that another recipe left under this name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of features: streamed in chunks, split over ranks. Every rank passes its own slice; sums run over all ranks.
+
+def rows_of(features, rows, metric, device="cpu"):
+    """features[rows] as float32 [n, D] on the device, of unit length under the cosine metric. features: tensor or (memory-mapped) array [N, D]."""
+    x = features[rows]
+    x = torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x
+    x = x.to(device, torch.float32)
+    return F.normalize(x, dim=1) if metric == "cosine" else x
+
+
+def over_ranks(x, op="SUM"):
+    """all_reduce in place where there are several ranks; returns x."""
+    if dist.is_initialized():
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x
+
+
+def offsets(n):
+    """(first global row of this rank's slice, rows of all slices together)."""
+    if not dist.is_initialized():
+        return 0, n
+    counts = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, n)
+    return sum(counts[:dist.get_rank()]), sum(counts)
+
+
+def pick_rows(features, chosen, metric, device):
+    """The rows with global numbers `chosen` (sorted, distinct), [len(chosen), D], equal on every rank however the rows are split."""
+    first, _ = offsets(len(features))
+    mine = chosen[(chosen >= first) & (chosen < first + len(features))] - first
+    x = rows_of(features, mine, metric, device)
+    if not dist.is_initialized():
+        return x
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x.cpu())
+    return torch.cat(parts).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# k-means
+
+def assign(features, centroids, metric="cosine", chunk=4096):
+    """Nearest centroid of every row: (ids int64 [N], similarity float32 [N]: cosine, or minus half the squared distance). CPU tensors."""
+    c = F.normalize(centroids, dim=1) if metric == "cosine" else centroids
+    half, ids, best = 0.5 * c.square().sum(1), [], []
+    for i in range(0, len(features), chunk):
+        x = rows_of(features, slice(i, i + chunk), metric, c.device)
+        v, k = torch.addmm(-half, x, c.T).max(1)                                 # x.c - |c|^2 / 2 orders centroids as the distance does
+        ids.append(k.cpu())
+        best.append((v + 0.5 if metric == "cosine" else v - 0.5 * x.square().sum(1)).cpu())
+    return (torch.cat(ids), torch.cat(best)) if ids else (torch.zeros(0, dtype=torch.long), torch.zeros(0))
+
+
+def plus_plus(x, K, generator):
+    """k-means++ centroids [K, D] from rows x [M, D]: each is drawn with probability proportional to the squared distance to those chosen,
+    the best of 2 + ln K candidates (Arthur and Vassilvitskii 2007)."""
+    trials, norms = 2 + int(math.log(K)), x.square().sum(1)
+    chosen = [int(generator.integers(len(x)))]
+    d = (norms + norms[chosen[0]] - 2 * (x @ x[chosen[0]])).clamp(min=0)         # [M]
+    for _ in range(1, K):
+        mass = d.double().cumsum(0)
+        u = torch.from_numpy(generator.random(trials)).to(mass) * mass[-1]
+        tries = torch.searchsorted(mass, u).clamp(max=len(x) - 1)
+        left = torch.minimum(d, torch.addmm(norms + norms[tries, None], x[tries], x.T, alpha=-2).clamp(min=0))   # [trials, M]
+        best = int(left.sum(1).argmin())
+        chosen.append(int(tries[best]))
+        d = left[best]
+    return x[chosen]
+
+
+def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, batch=0, chunk=4096, start=None, device="cpu"):
+    """k-means on stored features: (centroids float32 [K, D], inertia, facts). Rows are streamed; memory never grows with N x K.
+
+    features  tensor or (memory-mapped) array [N, D]; under torch.distributed every rank passes its slice and all get the same centroids
+    metric    euclidean (Lloyd), or cosine (spherical k-means: rows and centroids of unit length; inertia is the sum of 2 - 2 cos)
+    batch     > 0: mini-batch k-means (Sculley 2010) with so many rows per step, `iterations` passes' worth of steps
+    start     centroids to start from instead of k-means++ (on a random subset of at most max(10,000, 20 K) rows)
+    Raises UserError for non-finite features or K out of range.
+    """
+    first, N = offsets(len(features))
+    if not 1 <= K <= N:
+        raise UserError(f"K={K}: must be between 1 and the {N} rows")
+    best = None
+    for attempt in range(restarts if start is None else 1):
+        generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
+        subset = pick_rows(features, np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False)), metric, device)
+        if not torch.isfinite(subset).all():
+            raise UserError("features are not finite; extract them again")
+        c = plus_plus(subset, K, generator) if start is None else start.to(device, torch.float32).clone()
+        if batch:
+            c = mini_batches(features, c, metric, batch, iterations * math.ceil(N / batch), generator, device)
+        result = lloyd(features, c, subset, metric, 1 if batch else iterations, chunk, generator)
+        if best is None or result[1] < best[1]:
+            best = *result[:2], dict(iterations=result[2], repaired=result[3], restarts=restarts)
+    return best
+
+
+def lloyd(features, c, spare, metric, iterations, chunk, generator):
+    """Alternate assignment and means from centroids c [K, D] until no row moves: (c, inertia of c, iterations used, empty clusters repaired).
+
+    An empty cluster takes over a row that is farthest from its own centroid, a different row for each (`spare` rows if those run out).
+    """
+    K, repaired, ids = len(c), 0, torch.full((len(features),), -1, dtype=torch.int32, device=c.device)
+    for step in range(iterations + 1):
+        sums, counts, inertia, moved, far = torch.zeros_like(c), torch.zeros(K, device=c.device), torch.zeros(2, dtype=torch.float64, device=c.device), 0, None
+        half = 0.5 * c.square().sum(1)
+        for i in range(0, len(features), chunk):
+            x = rows_of(features, slice(i, i + chunk), metric, c.device)
+            v, k = torch.addmm(-half, x, c.T).max(1)                             # [n]
+            d = (x.square().sum(1) - 2 * v).clamp(min=0)                         # squared distance to the own centroid
+            inertia[0] += d.sum(dtype=torch.float64)
+            inertia[1] += (ids[i:i + chunk] != k).sum()
+            ids[i:i + chunk] = k.int()
+            sums.index_add_(0, k, x)
+            counts += torch.bincount(k, minlength=K)
+            top = d.topk(min(16, len(d)))                                        # candidates for empty clusters
+            far = (top.values, x[top.indices]) if far is None else (torch.cat([far[0], top.values]), torch.cat([far[1], x[top.indices]]))
+            if len(far[0]) > 256:
+                order = far[0].topk(64).indices
+                far = far[0][order], far[1][order]
+        over_ranks(sums), over_ranks(counts), over_ranks(inertia)
+        if not torch.isfinite(inertia[0]):
+            raise UserError("features are not finite; extract them again")
+        if step == iterations or inertia[1] == 0:
+            return c, float(inertia[0]), step, repaired
+        empty = (counts == 0).nonzero().flatten()
+        c = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], c)
+        if len(empty):                                    # the same farthest rows on every rank
+            parts = [None] * dist.get_world_size() if dist.is_initialized() else [far]
+            if dist.is_initialized():
+                dist.all_gather_object(parts, far)
+            values, rows = torch.cat([p[0] for p in parts if p]), torch.cat([p[1] for p in parts if p])
+            rows = torch.cat([rows[values.argsort(descending=True)], spare[torch.from_numpy(generator.permutation(len(spare))).to(spare.device)]])
+            c[empty] = rows.unique_consecutive(dim=0)[:len(empty)]
+            repaired += len(empty)
+        c = F.normalize(c, dim=1) if metric == "cosine" else c
+
+
+def mini_batches(features, c, metric, batch, steps, generator, device):
+    """Mini-batch k-means: each centroid moves towards the mean of its rows in the batch by their share of all rows it has seen."""
+    seen, first, N = torch.zeros(len(c), device=device), *offsets(len(features))
+    for _ in range(steps):
+        chosen = np.unique(generator.integers(N, size=batch))
+        x = rows_of(features, chosen[(chosen >= first) & (chosen < first + len(features))] - first, metric, device)
+        k = torch.addmm(-0.5 * c.square().sum(1), x, c.T).argmax(1)
+        sums, counts = over_ranks(torch.zeros_like(c).index_add_(0, k, x)), over_ranks(torch.bincount(k, minlength=len(c)).float())
+        seen += counts
+        c = c + (sums - counts[:, None] * c) / seen.clamp(min=1)[:, None]
+        c = F.normalize(c, dim=1) if metric == "cosine" else c
+    return c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sinkhorn-Knopp: assignments Q [N, K] whose rows sum to 1 and whose columns sum to N / K (arXiv 1306.0895; for clustering 1911.05371)
+
+def column_logsumexp(L):
+    """ln of the column sums of exp(L) over the rows of all ranks. L: [n, K] -> [K]."""
+    local = L.logsumexp(0)
+    top = over_ranks(local.clone(), "MAX")
+    return top + over_ranks((local - top).exp()).log() if dist.is_initialized() else local
+
+
+def sinkhorn(scores, eps=0.05, iterations=3):
+    """Balanced soft assignments Q [N, K] from scores S [N, K] (cosines), in logarithms and float32, so that small eps stays finite.
+
+    Repeats: divide every column by its sum (over all ranks), then every row by its sum. Rows sum to exactly 1, columns to about N / K.
+    """
+    L = scores.float() / eps
+    for _ in range(iterations):
+        L = L - column_logsumexp(L)                       # every cluster receives the same mass
+        L = L - L.logsumexp(1, keepdim=True)              # every row gives mass one
+    return L.exp()
+
+
+def sinkhorn_stream(features, c, eps, iterations, chunk=8192):
+    """The same iteration for rows that do not fit N x K: (column potentials g [K], Q-weighted sums of rows [K, D], columns' mass [K]).
+
+    With row potentials f_i = logsumexp_k(L_ik - g_k), Q = exp(L - g - f) = softmax(L - g): only g is kept between passes. As
+    sum_i Q_ik = exp(g'_k - g_k) for the next g', one softmax per pass serves both normalisations.
+    """
+    g = None
+    for step in range(iterations + 1):
+        sums, mass, logs = torch.zeros_like(c), torch.zeros(len(c), device=c.device), []
+        for i in range(0, len(features), chunk):
+            x = rows_of(features, slice(i, i + chunk), "cosine", c.device)
+            L = (x @ c.T).div_(eps)                       # [n, K]
+            if g is None:
+                logs.append(L.logsumexp(0))
+            else:
+                Q = torch.softmax(L.sub_(g), 1)
+                mass += Q.sum(0)
+                if step == iterations:
+                    sums.addmm_(Q.T, x)
+        if g is None:
+            g = column_logsumexp(torch.stack(logs) if logs else torch.full((1, len(c)), -1e30, device=c.device))
+        else:
+            over_ranks(mass)
+            if step < iterations:
+                g = g + mass.clamp(min=1e-30).log()
+    return g, over_ranks(sums), mass
+
+
+def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, chunk=8192, device="cpu"):
+    """Clusters of equal size: (prototypes [K, D] of unit length, potentials g [K], facts).
+
+    Starts from spherical k-means and alternates Sinkhorn-Knopp with Q-weighted means. A row, also of other images, belongs to
+    argmax_k (s_k / eps - g_k): g is the price of a crowded cluster.
+    """
+    c, _, _ = kmeans(features, K, metric="cosine", iterations=10, seed=seed, device=device)
+    for step in range(1, rounds + 1):
+        g, sums, mass = sinkhorn_stream(features, c, eps, iterations, chunk)
+        new = F.normalize(sums, dim=1)
+        shift, c = float((new * c).sum(1).min()), new
+        if shift > 1 - 1e-5:                              # every prototype has come to rest
+            break
+    g, _, mass = sinkhorn_stream(features, c, eps, iterations, chunk)
+    return c, g, dict(rounds=step, mass_spread=float(mass.max() / mass.min().clamp(min=1e-12)))
+
+
+def balanced_assign(features, c, g, eps, chunk=8192):
+    """(ids int64 [N], probability float32 [N]) of each row's best cluster under potentials g. CPU tensors."""
+    out = [torch.softmax(rows_of(features, slice(i, i + chunk), "cosine", c.device) @ c.T / eps - g, 1).max(1) for i in range(0, len(features), chunk)]
+    return torch.cat([o.indices for o in out]).cpu(), torch.cat([o.values for o in out]).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of labels a [N] against classes b [N]: monitors only
+
+def contingency(a, b):
+    """Counts [labels, classes], without empty rows and columns."""
+    (_, a), (_, b) = np.unique(a, return_inverse=True), np.unique(b, return_inverse=True)
+    return np.bincount(a * (b.max() + 1) + b, minlength=(a.max() + 1) * (b.max() + 1)).reshape(a.max() + 1, b.max() + 1).astype(np.float64)
+
+
+def entropy(counts):
+    """Entropy in nats of counts."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def mutual_information(t):
+    """Mutual information in nats of a contingency table."""
+    n = t.sum()
+    i, j = np.nonzero(t)
+    return max(0.0, float((t[i, j] / n * np.log(t[i, j] * n / (t.sum(1)[i] * t.sum(0)[j]))).sum()))
+
+
+def nmi(a, b):
+    """Normalised mutual information, arithmetic mean of the entropies."""
+    t = contingency(a, b)
+    mean = (entropy(t.sum(1)) + entropy(t.sum(0))) / 2
+    return mutual_information(t) / mean if mean > 0 else 1.0
+
+
+def ami(a, b):
+    """Adjusted mutual information (Vinh, Epps and Bailey 2010): 0 for random labels whatever their number."""
+    t = contingency(a, b)
+    rows, cols, n = t.sum(1).astype(int), t.sum(0).astype(int), int(t.sum())
+    if len(rows) == len(cols) == 1 or len(rows) == len(cols) == n:
+        return 1.0
+    lf = np.concatenate([[0], np.log(np.arange(1, n + 1)).cumsum()])             # ln k!
+    expected, (rs, rn), (cs, cn) = 0.0, np.unique(rows, return_counts=True), np.unique(cols, return_counts=True)
+    for r, times_r in zip(rs, rn):
+        for c, times_c in zip(cs, cn):
+            k = np.arange(max(1, r + c - n), min(r, c) + 1)                      # hypergeometric: how often the two may meet
+            p = np.exp(lf[r] + lf[c] + lf[n - r] + lf[n - c] - lf[n] - lf[k] - lf[r - k] - lf[c - k] - lf[n - r - c + k])
+            expected += times_r * times_c * float((k / n * np.log(n * k / (r * c)) * p).sum())
+    mean = (entropy(t.sum(1)) + entropy(t.sum(0))) / 2
+    gap = mean - expected
+    return (mutual_information(t) - expected) / (gap if abs(gap) > 1e-15 else 1e-15)
+
+
+def ari(a, b):
+    """Adjusted Rand index."""
+    t = contingency(a, b)
+    pairs = lambda v: float((v * (v - 1) / 2).sum())
+    same, rows, cols, every = pairs(t), pairs(t.sum(1)), pairs(t.sum(0)), pairs(t.sum(keepdims=True))
+    chance, top = rows * cols / every if every else 0.0, (rows + cols) / 2
+    return (same - chance) / (top - chance) if top != chance else 1.0
+
+
+def hungarian(cost):
+    """Row -> column of the cheapest one-to-one matching, int [n]; cost [n, m] with n <= m. Shortest augmenting paths, O(n^2 m)."""
+    n, m = cost.shape
+    u, v, match = np.zeros(n + 1), np.zeros(m + 1), np.zeros(m + 1, int)         # potentials; match[j] = row of column j, 0 = free
+    for i in range(1, n + 1):
+        match[0], j0, low, used, way = i, 0, np.full(m + 1, np.inf), np.zeros(m + 1, bool), np.zeros(m + 1, int)
+        while match[j0]:
+            used[j0] = True
+            reduced = cost[match[j0] - 1] - u[match[j0]] - v[1:]
+            better = ~used[1:] & (reduced < low[1:])
+            low[1:][better], way[1:][better] = reduced[better], j0
+            j1 = 1 + int(np.where(used[1:], np.inf, low[1:]).argmin())
+            delta = low[j1]
+            u[match[used]] += delta
+            v[used] -= delta
+            low[~used] -= delta
+            j0 = j1
+        while j0:
+            match[j0], j0 = match[way[j0]], way[j0]
+    out = np.zeros(n, int)
+    out[match[1:][match[1:] > 0] - 1] = np.flatnonzero(match[1:])
+    return out
+
+
+def hungarian_accuracy(a, b):
+    """Share of images that are right when labels are matched to classes one to one as well as possible."""
+    t = contingency(a, b)
+    t = t if t.shape[0] <= t.shape[1] else t.T
+    return float(t[np.arange(len(t)), hungarian(-t)].sum() / t.sum())
+
+
+def purity(a, b):
+    """Share of images that are right when every label stands for its most frequent class."""
+    t = contingency(a, b)
+    return float(t.max(1).sum() / t.sum())
+
+
+def size_entropy(sizes):
+    """Entropy of cluster sizes as a share of ln K: 1 = all equal."""
+    return entropy(np.asarray(sizes, float)) / math.log(len(sizes)) if len(sizes) > 1 else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label files
+
+def load_labels(run, name):
+    """(dict(train int64 [N], test int64 [N'], ...), info) of labels/<name>.npz, checked against the run's data."""
+    path = run.dir / "labels" / f"{name}.npz"
+    info = read_json(path.with_suffix(".json"), f"make it with self_label.py name={name}")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            labels = {k: f[k] for k in f.files}
+        train, K = labels["train"], int(labels["num_labels"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: not a readable label file ({e}); make it again with overwrite=true") from None
+    for split in ("train", "test"):
+        data = load_data(run, split)
+        if len(labels[split]) != len(data):
+            raise UserError(f"{path} has {len(labels[split])} {split} labels, {run.dir}/data/{split} has {len(data)} images; make the labels again")
+        if info["data"].get(split) != data.info["fingerprint"]:
+            raise UserError(f"{path} belongs to {split} images {info['data'].get(split)}, {run.dir}/data/{split} holds {data.info['fingerprint']}; make the labels again")
+    if train.dtype.kind not in "iu" or not 0 <= train.min() <= train.max() < K:
+        raise UserError(f"{path}: labels must be whole numbers in 0 ... {K - 1} (num_labels={K}); found {train.dtype}, {train.min()} ... {train.max()}")
+    return labels | {"train": train.astype(np.int64)}, info | {"num_labels": K}
+
+
+def score_labels(labels, classes):
+    """Agreement of labels [N] with ground-truth classes [N] (-1 = not known): a monitor, never used to make labels."""
+    known = classes >= 0
+    if not known.any():
+        return {}
+    a, b = labels[known], classes[known]
+    return dict(nmi=nmi(a, b), ami=ami(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b), purity=purity(a, b))
+
+
+def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8):
+    """One row per label (at most `rows`, evenly chosen): its most typical members, then random ones."""
+    ids, tiles, captions = np.unique(labels), [], []
+    for k in ids[np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int))]:
+        members = np.flatnonzero(labels == k)
+        best = members[np.argsort(-typicality[members], kind="stable")[:columns]]
+        some = np.random.default_rng(seed_of(seed, "sheet", int(k))).choice(members, min(columns, len(members)), replace=False)
+        blank = np.full(images.shape[1:], 255, np.uint8)
+        for part in (best, some):
+            tiles += [images[i] for i in part] + [blank] * (columns - len(part))
+        captions.append(f"{k}: {len(members)}")
+    save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From feature files to labels
+
+def prepare(run, cfg, folder):
+    """The features to cluster, float32 [N, d] memory maps for train and test: joined, centred, perhaps projected. Returns (maps, info).
+
+    Several activations are joined, each scaled to unit mean norm. Centring comes first because activations share a large common
+    direction, beside which the differences between images hardly turn the vectors. The maps are files beside the labels, so that
+    features larger than memory can be clustered; every rank opens the same files.
+    """
+    arrays, info = {}, None
+    for split in ("train", "test"):
+        arrays[split], info = load_features(run, cfg.features, split)
+        for a, entry in zip(arrays[split], info["arrays"]):
+            if a.ndim != 2:
+                raise UserError(f"features/{cfg.features}: {entry['activation']} holds maps {list(a.shape[1:])}; extract with pool=mean or a number")
+    files = {split: folder / f".{cfg.name}-{split}.tmp.npy" for split in arrays}
+    if run.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        train = arrays["train"]
+        scales = [1 / max(float(np.linalg.norm(a[:20_000], axis=1).mean()), 1e-9) if len(train) > 1 else 1.0 for a in train]
+        joined = lambda split, i: torch.from_numpy(np.concatenate([a[i:i + 8192] * s for a, s in zip(arrays[split], scales)], 1).astype(np.float32))
+        mean, projection = fit_projection((joined("train", i) for i in range(0, len(train[0]), 8192)), cfg.pca, cfg.whiten)
+        mean = mean if cfg.center else torch.zeros_like(mean)
+        for split in arrays:
+            n = len(arrays[split][0])
+            out = np.lib.format.open_memmap(files[split], "w+", "f4", (n, projection.shape[1] if projection is not None else len(mean)))
+            for i in range(0, n, 8192):
+                x = joined(split, i)
+                bad = (~torch.isfinite(x).all(1)).nonzero()
+                if len(bad):
+                    raise UserError(f"features/{cfg.features}: row {i + int(bad[0])} of {split} is not finite; extract again")
+                x = x - mean
+                out[i:i + 8192] = (x @ projection if projection is not None else x).numpy()
+            out.flush()
+    run.wait()
+    return {split: np.load(f, mmap_mode="r") for split, f in files.items()}, info, files
+
+
+def fit_projection(chunks, components, white):
+    """Mean [D] and, if asked for, PCA projection [D, d] (whitened: unit variances), from an iterator of float chunks [n, D]."""
+    n, total, outer = 0, 0, 0
+    for x in chunks:
+        x = x.double()
+        n, total = n + len(x), total + x.sum(0)
+        outer = outer + x.T @ x if components or white else 0
+    mean = total / n
+    if not components and not white:
+        return mean.float(), None
+    e, u = torch.linalg.eigh(outer / n - mean[:, None] * mean)
+    keep = (e > 1e-9 * e[-1]).nonzero().flatten().flip(0)[:components or None]     # largest first; flat directions carry nothing
+    u = u[:, keep] * torch.sign(u[u.abs().argmax(0), torch.arange(len(u))][keep])  # eigenvectors have no sign of their own
+    return mean.float(), (u / e[keep].sqrt() if white else u).float()
+
+
+def cluster(run, cfg, maps):
+    """Cluster the prepared features: ({split: ids}, typicality of training images, arrays and facts to store). Every rank takes its slice of rows."""
+    n = len(maps["train"])
+    mine = maps["train"][n * run.rank // run.world:n * (run.rank + 1) // run.world]
+    zero = [int(i) for i in np.flatnonzero(~np.any(maps["train"][:100_000], axis=1))[:1]] if cfg.metric == "cosine" or cfg.method == "sinkhorn" else []
+    if zero:
+        raise UserError(f"features/{cfg.features}: row {zero[0]} is all zeros, which has no direction; use metric=euclidean or another activation")
+    if cfg.method == "kmeans":
+        c, inertia, facts = kmeans(mine, cfg.K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, seed=cfg.seed, batch=cfg.batch, device=run.device)
+        out = {split: assign(x, c, cfg.metric) for split, x in maps.items()}
+        extra, facts = dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
+    else:
+        c, g, facts = sinkhorn_cluster(mine, cfg.K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, seed=cfg.seed, device=run.device)
+        out = {split: balanced_assign(x, c, g, cfg.eps) for split, x in maps.items()}
+        extra = dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy())
+    return {split: ids.numpy() for split, (ids, _) in out.items()}, out["train"][1].numpy(), extra, facts
+
+
+def main():
+    """Stage 3 from the command line."""
+    run = start("self_label", SelfLabel, __doc__)
+    cfg = run.cfg
+    cfg.name = run.sections[run.stage]["name"] = cfg.name or cfg.method
+    folder = run.dir / "labels"
+    path, data = folder / f"{cfg.name}.npz", {split: load_data(run, split) for split in ("train", "test")}
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "chunk")}
+    if cfg.method in ("kmeans", "sinkhorn"):
+        features = load_features(run, cfg.features, "train")[1]
+        recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays")})
+        if not 1 <= cfg.K <= len(data["train"]):
+            raise UserError(f"K={cfg.K}: must be between 1 and the number of training images, {len(data['train'])}")
+    if cfg.method == "random":
+        reference, there = load_labels(run, cfg.reference)
+        recipe["reference_hash"] = digest(reference["train"])
+    if run.dry_run:
+        run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
+        return
+    if path.exists() and path.with_suffix(".json").exists():
+        there = read_json(path.with_suffix(".json"), "delete it").get("recipe", {})
+        other = [k for k in recipe if there.get(k) != recipe[k]]
+        if not other:
+            run.say(f"{path}: done already")
+            return
+        if not cfg.overwrite:
+            raise UserError(f"{path}: holds labels of another recipe ({', '.join(other)} differ); choose another name=, or overwrite=true")
+
+    # labels: from features, or a control that makes the evidence honest
+    classes = {split: np.asarray(d.classes) for split, d in data.items()}
+    generator, tick, extra, about = np.random.default_rng(seed_of(cfg.seed, cfg.method)), time.time(), {}, {}
+    if cfg.method in ("kmeans", "sinkhorn"):
+        maps, features, files = prepare(run, cfg, folder)
+        labels, typical, extra, about = cluster(run, cfg, maps)
+        about["features"] = {k: features[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
+        run.wait()
+        if run.rank == 0:
+            for f in files.values():
+                f.unlink()
+        K = cfg.K
+    elif cfg.method == "random":                          # a permutation: the same marginal, nothing about the image
+        labels, K = {split: generator.permutation(reference[split]) for split in data}, there["num_labels"]
+    else:
+        if any((c < 0).any() for c in classes.values()):
+            raise UserError(f"method={cfg.method} needs the class of every image, and data/ lacks some")
+        labels, K = classes, int(max(c.max() for c in classes.values())) + 1
+        if cfg.method == "subgroups":                     # each class split at random: tests whether merely more labels help
+            labels = {split: c * cfg.groups + generator.integers(cfg.groups, size=len(c)) for split, c in classes.items()}
+            K *= cfg.groups
+    if cfg.method not in ("kmeans", "sinkhorn"):
+        typical = generator.random(len(labels["train"]))
+
+    # scores: a monitor, never used for training or selection
+    sizes = np.bincount(labels["train"], minlength=K)
+    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()), smallest=int(sizes.min()), largest=int(sizes.max()),
+                  **score_labels(labels["train"], classes["train"]), **{f"test_{k}": v for k, v in score_labels(labels["test"], classes["test"]).items()})
+    if run.rank == 0:
+        with atomic(path) as f:
+            np.savez(f, train=labels["train"].astype(np.int64), test=labels["test"].astype(np.int64), num_labels=K, **extra)
+        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical,
+                      f"{cfg.name}: K = {K}; each row a label: most typical, then random members", cfg.seed)
+        write_json(path.with_suffix(".json"), dict(kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe, scores=scores,
+                                                   seconds=round(time.time() - tick, 2), sizes=sizes.tolist() if K <= 1000 else None, **about))
+    run.wait()
+
+    # close
+    agree = f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""
+    run.say(f"{cfg.method}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K{agree}; {time.time() - tick:.1f} s")
+    run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
+    run.say(f"next: python train_guided.py (same YAML) labels={cfg.name}")
+
+
+if __name__ == "__main__":
+    cli(main)

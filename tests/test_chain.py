@@ -1,0 +1,135 @@
+"""The whole chain as subprocesses at tiny size, on one and on two ranks: every stage runs, writes what the contracts say, and agrees across ranks."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import stage
+
+from train_diffusion import weights_hash
+
+
+@pytest.fixture(scope="session")
+def chain(tiny, tmp_path_factory):
+    """A finished tiny run: the folder."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    for name, *words in [("train_diffusion",), ("probe",), ("extract_features",), ("self_label", "method=kmeans"), ("self_label", "method=sinkhorn"),
+                         ("self_label", "method=random", "reference=kmeans"), ("self_label", "method=classes"), ("train_guided", "labels=kmeans"),
+                         ("train_guided", "labels=none"), ("sample_ode", "checkpoint=guided/kmeans", "name=kmeans", "guidance=1,2"),
+                         ("sample_ode", "checkpoint=guided/unconditional", "name=unconditional")]:
+        stage(name, tiny, f"run={run}", *words)
+    return run
+
+
+def test_files_follow_the_contract(chain):
+    images = np.load(chain / "data/train/images.npy", mmap_mode="r")
+    assert images.shape == (512, 3, 32, 32) and images.dtype == np.uint8
+    assert np.load(chain / "data/train/classes.npy").dtype == np.int64 and np.load(chain / "data/train/boxes.npy").shape == (512, 4)
+    assert np.load(chain / "data/test/masks.npy").shape == (256, 32, 32)
+    labels = np.load(chain / "labels/kmeans.npz")
+    assert labels["train"].shape == (512,) and labels["test"].shape == (256,) and int(labels["num_labels"]) == 6 and len(labels["centroids"]) == 6
+    info = json.loads((chain / "labels/kmeans.json").read_text())
+    assert {"nmi", "ami", "ari", "hungarian_accuracy", "purity", "size_entropy"} <= set(info["scores"])
+    state = torch.load(chain / "guided/kmeans/checkpoint.pt", weights_only=True)
+    assert state["num_labels"] == 6 and state["seen"] == 256
+    assert torch.allclose(state["marginal"], torch.from_numpy(np.bincount(labels["train"], minlength=6) / 512))
+    assert state["net"]["label_emb.weight"].shape[0] == 7
+    assert np.array_equal(np.load(chain / "guided/kmeans/labels.npz")["train"], labels["train"])
+    samples = json.loads((chain / "samples/kmeans/metrics.json").read_text())
+    assert np.load(chain / "samples/kmeans/images.npy").shape == (64, 3, 32, 32) and np.load(chain / "samples/kmeans/labels.npy").max() < 6
+    assert {"frechet", "kernel", "precision", "recall", "coverage", "memorisation"} <= set(samples["scores"])
+    assert samples["w"] in (1, 2) and samples["nfe"] == 4 and samples["network_calls"] == (4 if samples["w"] == 1 else 8) and samples["selection"]["seed"] != samples["seed"]
+    for picture in ("diffusion/base/samples/0000000512.png", "labels/kmeans.png", "probe/sweep.png", "guided/kmeans/samples/0000000256.png", "samples/kmeans/grid.png"):
+        assert (chain / picture).stat().st_size > 500, picture
+
+
+def test_metrics_have_a_line_per_interval(chain):
+    lines = [json.loads(line) for line in (chain / "diffusion/base/metrics.jsonl").read_text().splitlines()]
+    assert [m["images"] for m in lines] == [128, 256, 384, 512]
+    assert all(len(m["loss_by_t"]) == 10 and m["images_per_second"] > 0 for m in lines) and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_same_commands_again_find_the_work_done(chain, tiny):
+    before = {p: p.stat().st_mtime_ns for p in chain.rglob("*") if p.is_file() and p.name not in ("config.yaml", "metrics.jsonl")}
+    for name, *words in [("train_diffusion",), ("probe",), ("extract_features",), ("self_label", "method=kmeans"), ("train_guided", "labels=kmeans"),
+                         ("sample_ode", "checkpoint=guided/kmeans", "name=kmeans", "guidance=1,2")]:
+        assert "done already" in stage(name, tiny, f"run={chain}", *words).stdout, name
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.parent.name != "kmeans" or p.suffix != ".npz")
+
+
+def test_two_ranks_give_the_same_features_labels_and_samples(chain, tiny, tmp_path):
+    run = tmp_path / "two"
+    shutil.copytree(chain, run, ignore=shutil.ignore_patterns("features", "labels", "samples"))
+    (run / "samples").mkdir()
+    shutil.copy(chain / "samples/.judge.pt", run / "samples/.judge.pt")
+    stage("extract_features", tiny, f"run={run}", ranks=2)
+    file = next((chain / "features/base").glob("train-*.npy")).name
+    assert np.allclose(np.load(run / "features/base" / file), np.load(chain / "features/base" / file), atol=1e-5)
+    shutil.rmtree(run / "features")
+    shutil.copytree(chain / "features", run / "features")
+    for method in ("kmeans", "sinkhorn"):
+        stage("self_label", tiny, f"run={run}", f"method={method}", ranks=2)
+        a, b = (np.load(d / f"labels/{method}.npz")["train"] for d in (chain, run))
+        assert (a == b).mean() > 0.99, method
+    stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/kmeans", "name=kmeans", "guidance=1,2", "batch=7", ranks=2)
+    a, b = (np.load(d / "samples/kmeans/images.npy").astype(int) for d in (chain, run))
+    assert abs(a - b).max() <= 1
+    assert np.array_equal(*(np.load(d / "samples/kmeans/labels.npy") for d in (chain, run)))
+    a, b = (json.loads((d / "samples/kmeans/metrics.json").read_text())["scores"]["frechet"] for d in (chain, run))
+    assert a == pytest.approx(b, rel=1e-2)
+
+
+def test_two_ranks_train_on_the_same_images(chain, tiny, tmp_path):
+    run = tmp_path / "two"
+    shutil.copytree(chain / "data", run / "data")
+    shutil.copy(chain / "config.yaml", run / "config.yaml")
+    stage("train_diffusion", tiny, f"run={run}", ranks=2)
+    a, b = (torch.load(d / "diffusion/base/checkpoint.pt", weights_only=True)["ema"] for d in (chain, run))
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3          # the same global batches, up to rounding
+
+
+def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
+    """Another backbone, path and prediction through the same commands, with gradient accumulation."""
+    run, model = tmp_path / "vit", ["model.backbone=uvit", "model.channels=32", "model.depth=2", "model.heads=2", "model.patch=8"]
+    stage("train_diffusion", tiny, f"run={run}", *model, "path=vp", "predict=eps", "times=logit_normal", "min_snr=5", "micro=16", "images=256")
+    stage("self_label", tiny, f"run={run}", "method=subgroups", "groups=2")
+    assert int(np.load(run / "labels/subgroups.npz")["num_labels"]) == 20
+    stage("train_guided", tiny, f"run={run}", *model, "path=vp", "predict=eps", "labels=subgroups", "images=64")
+    for words in (["solver=ddim"], ["solver=dopri5", "tol=0.05"], ["direction=encode", "n=20"]):
+        stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/subgroups", f"name={words[0].split('=')[1]}", "guidance=2", "n=20", *words, "evaluate=false")
+    assert np.isfinite(np.load(run / "samples/encode/noise.npy")).all()
+
+
+def test_linear_protocol_with_controls(chain, tiny):
+    stage("probe", tiny, f"run={chain}", "protocol=linear")
+    rows = json.loads((chain / "probe/linear.json").read_text())["rows"]
+    assert {"features", "random weights", "supervised, same size", "raw pixels"} == set(rows)
+    assert all(0 <= r["linear"] <= 1 and 0 <= r["knn"] <= 1 for r in rows.values())
+
+
+def test_table_and_sweeps(chain, tiny):
+    stage("sample_ode", tiny, f"run={chain}", "checkpoint=guided/kmeans", "name=nfe", "sweep=nfe", "sweep_steps=1,2", "sweep_solvers=euler,heun,dopri5")
+    assert (chain / "samples/nfe/nfe.png").exists() and (chain / "samples/kmeans/guidance.png").exists()
+    text = stage("sample_ode", tiny, f"run={chain}", "--table").stdout
+    assert "kmeans" in text and "unconditional" in text and (chain / "samples/table.md").exists()
+
+
+def test_autoguidance(chain, tiny):
+    stage("sample_ode", tiny, f"run={chain}", "checkpoint=guided/kmeans", "autoguide=diffusion/base", "guidance=1.5", "name=auto", "evaluate=false")
+    assert json.loads((chain / "samples/auto/metrics.json").read_text())["network_calls"] == 8
+
+
+def test_files_load_safely(chain):
+    for path in chain.rglob("checkpoint.pt"):
+        state = torch.load(path, weights_only=True)
+        assert state["weights"] == weights_hash(state["ema"])
+        assert not any(k.startswith(("module.", "_orig_mod.")) for k in state["net"])
+    for path in chain.rglob("*.npz"):
+        np.load(path, allow_pickle=False)
+
+
+def test_features_stay_the_same_for_another_batch_size(chain, tiny):
+    stage("extract_features", tiny, f"run={chain}", "name=other", "batch=37")
+    file = next((chain / "features/base").glob("test-*.npy")).name
+    assert np.allclose(np.load(chain / "features/other" / file), np.load(chain / "features/base" / file), atol=1e-5)

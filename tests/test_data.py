@@ -1,0 +1,80 @@
+"""Sources of images: folders, arrays, torchvision sets made here; they arrive as arrays in order, cropped, resized and split."""
+import gzip
+import json
+import struct
+
+import numpy as np
+from conftest import stage
+from PIL import Image
+
+
+def prepare(tiny, run, *words):
+    """Prepare data with the smallest training that there is; returns {split: (images, classes, info)}."""
+    stage("train_diffusion", tiny, f"run={run}", "data.train=0", "data.test=0", "images=32", *words)
+    return {s: (np.load(run / f"data/{s}/images.npy"), np.load(run / f"data/{s}/classes.npy"), json.loads((run / f"data/{s}/info.json").read_text())) for s in ("train", "test")}
+
+
+def picture(i, shape):
+    return np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)
+
+
+def test_folder_with_classes_and_own_split(tiny, tmp_path):
+    for split, n in (("train", 40), ("val", 6)):
+        for i in range(n):
+            d = tmp_path / "images" / split / ["cat", "dog"][i % 2]
+            d.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(i, (32, 32, 3))).save(d / f"{i:03d}.png")
+    out = prepare(tiny, tmp_path / "r", "data.source=folder", f"data.root={tmp_path / 'images'}")
+    images, classes, info = out["train"]
+    assert info["class_names"] == ["cat", "dog"] and classes.tolist() == [0] * 20 + [1] * 20 and len(out["test"][0]) == 6
+    assert np.array_equal(images[0], picture(0, (32, 32, 3)).transpose(2, 0, 1)) and np.array_equal(images[20], picture(1, (32, 32, 3)).transpose(2, 0, 1))
+
+
+def test_flat_folder_is_cropped_and_held_out(tiny, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(60):
+        x = np.zeros((20, 60, 3), np.uint8)
+        x[:, 20:40] = 200                                 # only the centre square is grey
+        Image.fromarray(x).save(tmp_path / "images" / f"{i:03d}.png")
+    out = prepare(tiny, tmp_path / "r", "data.source=folder", f"data.root={tmp_path / 'images'}")
+    assert len(out["train"][0]) + len(out["test"][0]) == 60 and 0 < len(out["test"][0]) < 20
+    assert out["train"][0].shape[1:] == (3, 32, 32) and (out["train"][0] == 200).all() and (out["train"][1] == -1).all()
+
+
+def test_arrays_of_every_layout(tiny, tmp_path):
+    x, y = picture(0, (300, 32, 32, 3)), np.arange(300) % 7
+    boxes = np.tile(np.array([[1, 2, 3, 4.5]], np.float32), (300, 1))
+    np.savez_compressed(tmp_path / "a.npz", images=x, classes=y, boxes=boxes)
+    out = prepare(tiny, tmp_path / "a", "data.source=arrays", f"data.root={tmp_path / 'a.npz'}")
+    rows = {s: out[s][0] for s in out}
+    assert len(rows["train"]) + len(rows["test"]) == 300
+    where = {v.tobytes(): i for i, v in enumerate(x.transpose(0, 3, 1, 2).copy())}
+    for s in out:                                         # images and classes stay together, in order
+        index = [where[v.tobytes()] for v in rows[s]]
+        assert index == sorted(index) and out[s][1].tolist() == y[index].tolist()
+    assert np.load(tmp_path / "a/data/train/boxes.npy").shape == (len(rows["train"]), 4)
+    np.savez(tmp_path / "b.npz", images=x[..., 0], test_images=x[:50, ..., 0])
+    out = prepare(tiny, tmp_path / "b", "data.source=arrays", f"data.root={tmp_path / 'b.npz'}")
+    assert np.array_equal(out["train"][0], np.repeat(x[..., 0][:, None], 3, 1)) and len(out["test"][0]) == 50
+    np.save(tmp_path / "c.npy", x.transpose(0, 3, 1, 2).copy())
+    assert len(prepare(tiny, tmp_path / "c", "data.source=arrays", f"data.root={tmp_path / 'c.npy'}")["train"][0]) > 200
+
+
+def test_torchvision_set_from_files_at_hand(tiny, tmp_path):
+    """MNIST's own file format, written here: torchvision reads it without a download."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 64), ("t10k", 32)):
+        x, y = picture(n, (n, 28, 28)), (np.arange(n) % 10).astype(np.uint8)
+        for kind, blob in (("images-idx3", struct.pack(">4i", 2051, n, 28, 28) + x.tobytes()), ("labels-idx1", struct.pack(">2i", 2049, n) + y.tobytes())):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(blob)
+            (raw / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(blob))
+    out = prepare(tiny, tmp_path / "r", "data.source=MNIST", f"data.root={tmp_path}", "data.size=28", "model.stem=2", "model.attention=[7]")
+    assert out["train"][0].shape == (64, 3, 28, 28) and out["train"][1].tolist() == [i % 10 for i in range(64)]
+    assert np.array_equal(out["train"][0][:, 0], picture(64, (64, 28, 28))) and out["train"][2]["class_names"][3].startswith("3")
+
+
+def test_nothing_is_prepared_twice(tiny, tmp_path):
+    a = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=32").stdout
+    b = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=64").stdout
+    assert "prepared 512 train images" in a and "prepared" not in b

@@ -1,0 +1,443 @@
+"""Solvers, guidance and sampling against closed forms, torchdiffeq, and data whose exact flow is known."""
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+
+import sample_ode
+from sample_ode import DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, generate, integrate, sample_labels, solve_dopri5, solve_fixed
+from train_diffusion import PATHS, UserError, draw, seed_of, wide
+
+FIXED = list(TABLEAUS)
+ORDERS = dict(euler=1, midpoint=2, heun=2, rk4=4)
+EVERY_PATH = pytest.mark.parametrize("kind", PATHS)
+y0 = torch.linspace(0.5, 2, 4, dtype=torch.float64)[:, None]                     # [B, 1]
+
+
+@pytest.fixture
+def dopri5_fixed(monkeypatch):
+    """The Dormand-Prince tableau for fixed steps: its own weights, and those of the embedded 4th order method."""
+    c, a, b = DOPRI5
+    monkeypatch.setitem(TABLEAUS, "dopri5", DOPRI5)
+    monkeypatch.setitem(TABLEAUS, "embedded", (c, a, [v - e for v, e in zip(b, DOPRI5_ERROR)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fixed steps
+
+@pytest.mark.parametrize("solver, order", [*ORDERS.items(), ("dopri5", 5), ("embedded", 4)])
+def test_order_of_convergence(dopri5_fixed, solver, order):
+    """Halving the step divides the error by 2^order; y' = y^2 cos s has y = y0 / (1 - y0 sin s)."""
+    start = 0.4 * y0
+    f = lambda y, s: y ** 2 * s.cos()[:, None]
+    exact = start / (1 - start * math.sin(1.0))
+    errors = [float((solve_fixed(f, start, torch.linspace(0, 1, n + 1, dtype=torch.float64), solver) - exact).abs().max()) for n in (16, 32, 64)]
+    measured = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert measured[-1] == pytest.approx(order, abs=0.15), (measured, errors)
+    assert measured[0] == pytest.approx(order, abs=0.4)
+
+
+@pytest.mark.parametrize("solver, factor", [
+    ("euler", lambda z: 1 + z), ("midpoint", lambda z: 1 + z + z ** 2 / 2), ("heun", lambda z: 1 + z + z ** 2 / 2), ("rk4", lambda z: sum(z ** k / math.factorial(k) for k in range(5))),
+    ("dopri5", lambda z: sum(z ** k / math.factorial(k) for k in range(6)) + z ** 6 / 600)])
+def test_one_step_of_a_linear_field(dopri5_fixed, solver, factor):
+    """Each method multiplies y' = r y by its stability polynomial."""
+    for r in (-1.5, 0.3, 2.0):
+        assert torch.allclose(solve_fixed(lambda y, s: r * y, y0, torch.tensor([0.0, 0.7], dtype=torch.float64), solver), y0 * factor(0.7 * r), rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver, theirs", [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
+def test_fixed_steps_against_torchdiffeq(solver, theirs):
+    if theirs not in torchdiffeq._impl.odeint.SOLVERS:
+        pytest.skip(f"this torchdiffeq has no {theirs}")
+    f = lambda s, y: torch.sin(3 * y) + s * y
+    grid = torch.linspace(0, 1, 8, dtype=torch.float64) ** 1.5                   # an uneven one
+    assert torch.allclose(solve_fixed(lambda y, s: f(s[:, None], y), y0, grid, solver), torchdiffeq.odeint(f, y0, grid, method=theirs)[-1], rtol=1e-12)
+
+
+def test_rk4_against_torchdiffeq():
+    """Its rk4 is another method of the same order, so the reference is an adaptive solution."""
+    f = lambda s, y: torch.sin(3 * y) + s * y
+    grid = torch.linspace(0, 1, 41, dtype=torch.float64)
+    exact = torchdiffeq.odeint(f, y0, grid[[0, -1]], method="dopri8", rtol=1e-12, atol=1e-12)[-1]
+    assert (solve_fixed(lambda y, s: f(s[:, None], y), y0, grid, "rk4") - exact).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adaptive steps
+
+def count(f):
+    """f(s, y) as the other library wants it, and how often it was called."""
+    calls = [0]
+
+    def counted(s, y):
+        calls[0] += 1
+        return f(s, y)
+    return counted, calls
+
+
+def van_der_pol(s, y):
+    return torch.stack([y[..., 1], 20 * (1 - y[..., 0] ** 2) * y[..., 1] - y[..., 0]], -1)
+
+
+FIELDS = {                                                # name: (f(s, y), start [1, D], end)
+    "smooth": (lambda s, y: torch.sin(3 * y) + s * y, torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64), 2.0),
+    "oscillating": (lambda s, y: torch.stack([y[..., 1], -25 * y[..., 0]], -1), torch.tensor([[1.0, 0.0]], dtype=torch.float64), 3.0),
+    "stiff decay": (lambda s, y: -50 * (y - torch.cos(torch.as_tensor(s, dtype=torch.float64))), torch.tensor([[0.0]], dtype=torch.float64), 3.0),
+    "van der Pol": (van_der_pol, torch.tensor([[2.0, 0.0]], dtype=torch.float64), 20.0),
+}
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("name", FIELDS)
+def test_dopri5_against_torchdiffeq(name, tol):
+    f, start, end = FIELDS[name]
+    ends = torch.tensor([0.0, end], dtype=torch.float64)
+    counted, calls = count(f)
+    theirs = torchdiffeq.odeint(counted, start, ends, method="dopri5", rtol=tol, atol=tol)[-1]
+    exact = torchdiffeq.odeint(f, start, ends, method="dopri8", rtol=1e-11, atol=1e-11)[-1]
+    ours, nfe = solve_dopri5(lambda y, s, rows: f(s[:, None] if name != "van der Pol" else s, y), start, 0.0, end, tol)
+    assert abs(int(nfe) - calls[0]) <= max(0.1 * calls[0], 6), (int(nfe), calls[0])                   # 6 calls are one step
+    assert (ours - exact).norm() <= 3 * (theirs - exact).norm() + 10 * tol, ((ours - exact).norm(), (theirs - exact).norm())
+
+
+def test_dopri5_error_follows_the_tolerance():
+    start, errors, calls = 0.4 * y0, [], []
+    for tol in (1e-3, 1e-5, 1e-7, 1e-9):
+        y, nfe = solve_dopri5(lambda y, s, rows: y ** 2 * s.cos()[:, None], start, 0.0, 1.0, tol)
+        errors.append(float((y - start / (1 - start * math.sin(1.0))).abs().max()))
+        calls.append(int(nfe.max()))
+        assert errors[-1] < 10 * tol
+    assert errors[-1] < 1e-4 * errors[0] and calls[0] < calls[-1] < 30 * calls[0]
+
+
+def test_dopri5_counts_its_calls():
+    asked = torch.zeros(4, dtype=torch.long)
+
+    def f(y, s, rows):
+        asked[rows] += 1
+        assert len(y) == len(s) == len(rows)
+        return -y * (1 + 20 * rows[:, None])
+    _, calls = solve_dopri5(f, y0, 0.0, 1.0, 1e-6)
+    assert torch.equal(calls, asked) and calls[0] < calls[-1]                    # slow rows wait for nobody
+
+
+def test_rows_of_a_batch_do_not_know_each_other():
+    """Rates from lazy to stiff in one batch: each row takes the steps it would take alone."""
+    rates = torch.tensor([0.0, 0.1, 3.0, 80.0, 400.0], dtype=torch.float64)[:, None]
+    start = torch.linspace(0.5, 2, 5, dtype=torch.float64)[:, None].expand(5, 6) + torch.arange(6) * 0.1
+    f = lambda y, s, rows: -rates[rows] * (y - s[:, None].cos()) + torch.sin(y)
+    together, calls = solve_dopri5(f, start, 0.0, 1.0, 1e-5)
+    for i in range(5):
+        alone, n = solve_dopri5(lambda y, s, rows: f(y, s, rows + i), start[i:i + 1], 0.0, 1.0, 1e-5)
+        assert torch.allclose(alone[0], together[i], rtol=1e-12, atol=0) and int(n) == int(calls[i])
+    assert len(set(calls.tolist())) > 3
+
+
+def test_dopri5_back_and_forth():
+    f = lambda y, s, rows: torch.sin(3 * y) + s[:, None] * y
+    end, _ = solve_dopri5(f, y0, 0.0, 1.0, 1e-9)
+    assert torch.allclose(solve_dopri5(f, end, 1.0, 0.0, 1e-9)[0], y0, atol=1e-7) and (end - y0).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("f, words", [
+    (lambda y, s, rows: y ** 2 * 2, "step shrank|non-finite"),                   # blows up at s = 1 / (2 y0)
+    (lambda y, s, rows: torch.where(s[:, None] < 0.4, y, torch.full_like(y, math.nan)), "non-finite"),
+    (lambda y, s, rows: -1e9 * (y - s[:, None]), "more than 10000 steps|step shrank")], ids=["singular", "nan", "too stiff"])
+def test_hopeless_fields_are_user_errors(f, words):
+    with pytest.raises(UserError, match=words):
+        solve_dopri5(f, y0, 0.0, 1.0, 1e-6)
+
+
+def test_a_tiny_last_step_is_no_underflow():
+    """One row ends with a step of 1e-10, as rounding may leave it, while another still has far to go."""
+    steps = []
+    solve_dopri5(lambda y, s, rows: (steps.append(s[0].item()), torch.ones_like(y))[1], y0[:1], 0.0, 1e6, 1e-6)
+    first, second = sorted(set(steps))[1:], None                                 # stage times: the first step's end comes 6th after the trial step
+    ends = [s for i, s in enumerate(steps) if i >= 2 and (i - 2) % 6 == 5]
+    end = ends[1] * (1 + 1e-10)
+    f = lambda y, s, rows: torch.where(rows[:, None] == 0, torch.ones_like(y), 30 * torch.cos(30 * s[:, None] / end) * y / end)
+    y, calls = solve_dopri5(f, torch.cat([y0[:1], y0[:1]]), 0.0, end, 1e-6)
+    assert int(calls[0]) == 2 + 3 * 6 and calls[1] > calls[0]                    # the case in question did occur
+    assert y[0].item() == pytest.approx(y0[0].item() + end)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Integration in the variables of the paths
+
+class Flow:
+    """A network for data of independent pixels N(mu, std^2): its predictions, and where the exact flow takes noise, in closed form."""
+
+    def __init__(self, kind, predict):
+        g = torch.Generator().manual_seed(0)
+        self.path, self.predict = PATHS[kind], predict
+        self.mu, self.std = torch.randn(1, 3, 4, 4, generator=g) * 0.5, torch.rand(1, 3, 4, 4, generator=g) * 0.8 + 0.1
+
+    def __call__(self, x, time):
+        t, x = wide(time / 1000).double(), x.double()
+        a, s = self.path.alpha(t), self.path.sigma(t)
+        rest = (x - a * self.mu) / (a ** 2 * self.std ** 2 + s ** 2)
+        x_hat, z_hat = self.mu + a * self.std ** 2 * rest, s * rest              # means of data and noise given x_t
+        return {"v": self.path.v_target(x_hat, z_hat, t), "eps": z_hat, "x": x_hat}[self.predict].float()
+
+    def end(self, z):
+        """Quantiles are kept: from N(alpha mu, alpha^2 std^2 + sigma^2) at t = 0 to the same at t = 1."""
+        (a0, a1), (s0, s1) = [f(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() for f in (self.path.alpha, self.path.sigma)]
+        scale = ((a1 * self.std) ** 2 + s1 ** 2).sqrt() / ((a0 * self.std) ** 2 + s0 ** 2).sqrt()
+        return a1 * self.mu + scale * (z - a0 * self.mu)
+
+
+def noise(n=16):
+    return torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def sample(net, path, predict, z, solver="heun", steps=12, tol=1e-5, label=None, reverse=False, **more):
+    return integrate(Field(net, path, predict, **more), z, label, solver, steps, tol, reverse)[0]
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("predict", ["v", "eps", "x"])
+def test_gaussian_data_is_reached_exactly(kind, predict):
+    flow, z = Flow(kind, predict), noise()
+    for solver, steps, atol in (("heun", 100, 3e-3), ("rk4", 100, 3e-3), ("dopri5", 1, 3e-3), ("midpoint", 100, 3e-3), ("euler", 400, 2e-2)):
+        assert torch.allclose(sample(flow, flow.path, predict, z, solver, steps), flow.end(z), atol=atol), (solver, (sample(flow, flow.path, predict, z, solver, steps) - flow.end(z)).abs().max())
+
+
+@EVERY_PATH
+def test_samples_have_the_mean_and_spread_of_the_data(kind):
+    flow = Flow(kind, "v")
+    x = sample(flow, flow.path, "v", noise(4000), "heun", 25)
+    assert torch.allclose(x.mean(0, keepdim=True), flow.mu, atol=0.06) and torch.allclose(x.std(0, keepdim=True), flow.std, rtol=0.06)
+
+
+def test_both_paths_take_noise_to_the_same_picture():
+    """Quantiles are kept on either path, up to the 0.6 % of data in VP's noise end: one noise, one picture."""
+    z = noise()
+    straight, curved = (sample(Flow(kind, predict), PATHS[kind], predict, z, "rk4", 100) for kind, predict in (("cv", "v"), ("vp", "eps")))
+    assert torch.allclose(straight, curved, atol=0.02) and straight.std() > 0.3
+
+
+@EVERY_PATH
+def test_ddim_is_euler(kind):
+    flow, z = Flow(kind, "eps" if kind == "vp" else "v"), noise()
+    for steps in (1, 7, 30):
+        a, b = (sample(flow, flow.path, flow.predict, z.double(), s, steps) for s in ("euler", "ddim"))
+        assert torch.allclose(a, b, atol=2e-6), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("solver", [*FIXED, "dopri5", "ddim"])
+def test_constant_velocity_needs_one_step(solver):
+    v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
+    net = lambda x, time: v[:len(x)]                      # one v for all times
+    assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1), z + v, atol=2e-6)
+    assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6 if solver != "ddim" else 2e-3)
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 4e-3), ("ddim", 500, 0.05)])
+def test_encoding_returns_to_the_start(kind, solver, steps, atol):
+    flow, z = Flow(kind, "v"), noise()
+    x = flow.end(z)
+    back = sample(flow, flow.path, "v", x, solver, steps, 1e-6, reverse=True)
+    assert torch.allclose(back, z, atol=atol) and torch.allclose(sample(flow, flow.path, "v", back, solver, steps, 1e-6), x, atol=atol)
+
+
+@pytest.mark.parametrize("solver, calls", [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20), ("ddim", 5)])
+def test_evaluations_are_counted(solver, calls):
+    flow, z, seen = Flow("vp", "v"), noise(), []
+
+    def net(x, time):
+        seen.append(len(x))
+        return flow(x, time)
+    field = Field(net, flow.path, "v")
+    _, n = integrate(field, z, None, solver, 5, 1e-3)
+    assert len(seen) == calls and n.tolist() == [calls] * 16 and field.images == sum(seen)
+
+
+def test_adaptive_evaluations_are_counted():
+    flow, seen = Flow("cv", "v"), []
+
+    def net(x, time):
+        seen.append(len(x))
+        return flow(x, time)
+    field = Field(net, flow.path, "v")
+    _, n = integrate(field, noise(), None, "dopri5", 1, 1e-4)
+    assert int(n.sum()) == sum(seen) == field.images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+class Labelled:
+    """A network of K labels with a smooth output that depends on x, t and label; remembers what it was asked."""
+    num_labels = 4
+
+    def __init__(self, turn=0.0):
+        self.asked, self.turn = [], turn
+
+    def __call__(self, x, time, label=None):
+        label = torch.full((len(x),), self.num_labels) if label is None else label
+        self.asked.append((time / 1000, label))
+        return torch.sin(x + self.turn + wide(label.float())) + wide(time / 1000)
+
+
+label16 = torch.arange(16) % 4
+null16 = torch.full((16,), 4)
+
+
+@EVERY_PATH
+def test_guidance_scale(kind):
+    """v = v_null + w (v_cond - v_null): w = 0 and w = 1 are exactly the two fields, the rest is linear in w."""
+    z, t = noise(), torch.full((16,), 0.4)
+    velocity = lambda w, label=label16: PATHS[kind].slope(*Field(Labelled(), PATHS[kind], "v", w).estimate(z, t, label))
+    assert torch.equal(velocity(0.0), velocity(1.0, null16)) and torch.equal(velocity(1.0), velocity(1.0, label16))
+    assert not torch.allclose(velocity(0.0), velocity(1.0))
+    for w in (-0.5, 0.3, 1.4, 4.0):
+        assert torch.allclose(velocity(w), velocity(0.0) + w * (velocity(1.0) - velocity(0.0)), atol=1e-5)
+
+
+@EVERY_PATH
+def test_whole_trajectories_at_zero_and_one(kind):
+    z = noise()
+    for w, label in ((0.0, null16), (1.0, label16)):
+        plain = sample(Labelled(), PATHS[kind], "v", z, label=label)
+        assert torch.equal(sample(Labelled(), PATHS[kind], "v", z, label=label16, w=w), plain)
+    assert torch.equal(sample(Labelled(), PATHS[kind], "v", z, label=null16), sample(Labelled(), PATHS[kind], "v", z))     # null = no label given
+
+
+def test_one_doubled_batch_equals_two_calls():
+    z, t, w, net = noise(), torch.full((16,), 0.4), 2.5, Labelled()
+    field = Field(net, PATHS["cv"], "v", w)
+    got = field.estimate(z, t, label16)
+    assert len(net.asked) == 1 and len(net.asked[0][1]) == 32 == field.images
+    two = [Field(Labelled(), PATHS["cv"], "v").estimate(z, t, k) for k in (label16, null16)]
+    for g, cond, null in zip(got, *two):
+        assert torch.allclose(g, null + w * (cond - null), atol=1e-6)
+
+
+@pytest.mark.parametrize("w, images", [(0.0, 16), (1.0, 16), (2.0, 32)])
+def test_network_calls_of_guidance(w, images):
+    net = Labelled()
+    field = Field(net, PATHS["cv"], "v", w)
+    _, n = integrate(field, noise(), label16, "heun", 3, 1e-3)
+    assert field.images == 6 * images == sum(len(t) for t, _ in net.asked) and n.tolist() == [6] * 16
+
+
+@pytest.mark.parametrize("w", [0.0, 3.0])
+def test_guidance_interval(w):
+    """Inside the interval guided, outside plain conditional, also where rows of one batch have different times."""
+    z, t = noise(), torch.linspace(0, 1, 16)
+    inside = (t >= 0.3) & (t <= 0.7)
+    part = Field(Labelled(), PATHS["cv"], "v", w, (0.3, 0.7)).estimate(z, t, label16)
+    whole, plain = (Field(Labelled(), PATHS["cv"], "v", v).estimate(z, t, label16) for v in (w, 1.0))
+    for p, a, b in zip(part, whole, plain):
+        assert torch.allclose(p, torch.where(wide(inside), a, b), atol=1e-6)
+    net = Labelled()
+    Field(net, PATHS["cv"], "v", 3.0, (0.3, 0.7)).estimate(z, torch.full((16,), 0.1), label16)
+    assert len(net.asked[0][0]) == 16                     # outside, nothing is computed for nothing
+
+
+def test_autoguidance():
+    z, t = noise(), torch.full((16,), 0.4)
+    main, weak = (Field(Labelled(turn), PATHS["cv"], "v").estimate(z, t, label16) for turn in (0.0, 0.7))
+    for w in (0.0, 1.0, 2.5):
+        field = Field(Labelled(), PATHS["cv"], "v", w, weak=Labelled(0.7))
+        for g, a, b in zip(field.estimate(z, t, label16), main, weak):
+            assert torch.allclose(g, b + w * (a - b), atol=1e-5)
+        assert field.images == 32 or w == 1               # at w = 1 the weak model may be left alone
+    early = Field(Labelled(), PATHS["cv"], "v", 2.5, (0.5, 1.0), weak=Labelled(0.7)).estimate(z, t, label16)
+    assert torch.allclose(early[0], main[0], atol=1e-5)   # the interval holds for it too
+
+
+def test_autoguidance_of_models_without_labels():
+    plain = lambda turn: lambda x, time: torch.sin(x + turn)
+    z, t = noise(), torch.full((16,), 0.4)
+    got = Field(plain(0.0), PATHS["cv"], "v", 2.0, weak=plain(0.5)).estimate(z, t, None)
+    main, weak = (Field(plain(turn), PATHS["cv"], "v").estimate(z, t, None) for turn in (0.0, 0.5))
+    assert torch.allclose(got[0], 2 * main[0] - weak[0], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What belongs to each sample
+
+def test_random_numbers_belong_to_their_index():
+    before = torch.get_rng_state()
+    u, z = draw(3, "test", range(40), (3, 4, 4), 2)
+    order = [7, 39, 0]
+    for part in (order, order[::-1]):
+        u2, z2 = draw(3, "test", part, (3, 4, 4), 2)
+        assert torch.equal(u2, u[part]) and torch.equal(z2, z[part])
+    assert torch.equal(torch.get_rng_state(), before)
+    for other in (draw(4, "test", range(40), (3, 4, 4)), draw(3, "other", range(40), (3, 4, 4))):
+        assert not torch.isclose(other, z).any(1).all()
+    assert len({tuple(v) for v in z.flatten(1).tolist()}) == 40
+
+
+def test_random_numbers_are_independent_and_standard():
+    u, z = draw(0, "test", range(20_000), (4,), 2)
+    assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.02 and (u.mean(0) - 0.5).abs().max() < 0.01
+    together = torch.cat([z, z[1:].roll(-1, 0)[:1].expand(0, 4)]).T              # within an index ...
+    assert (torch.corrcoef(together) - torch.eye(4)).abs().max() < 0.03
+    assert abs(float(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1])) < 0.03                # ... and between neighbours
+
+
+def test_seeds_of_one_purpose_never_collide():
+    assert len({seed_of(1, "test", i) for i in range(200_000)}) == 200_000
+    assert len({seed_of(s, p) for s in range(100) for p in ("a", "b", "c")}) == 300
+
+
+def configured(**more):
+    return SampleOde(n=20, steps=2, **more)
+
+
+def test_labels_follow_the_marginal():
+    p = torch.tensor([0.5, 0.0, 0.3, 0.05, 0.15], dtype=torch.float64)
+    for kind, expected in (("marginal", p), ("uniform", torch.full((5,), 0.2, dtype=torch.float64))):
+        cfg, state = configured(labels=[kind]), dict(num_labels=5, marginal=p)
+        labels = sample_labels(cfg, state, np.arange(10_000), seed=0)
+        seen = torch.bincount(labels, minlength=5).double()
+        used = expected > 0
+        assert labels.dtype == torch.int64 and seen[~used].sum() == 0
+        chi = float(((seen - 10_000 * expected)[used] ** 2 / (10_000 * expected)[used]).sum())
+        assert chi < 23.5                                 # 4 degrees of freedom, p = 0.0001
+        assert torch.equal(sample_labels(cfg, state, [77, 5], 0), labels[[77, 5]])
+        assert not torch.equal(sample_labels(cfg, state, np.arange(10_000), 1), labels)
+
+
+def test_labels_by_name():
+    state = dict(num_labels=5, marginal=torch.full((5,), 0.2))
+    assert sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7), 0).tolist() == [5, 3, 0, 5, 3]      # cycles by index; 5 = null
+    assert sample_labels(configured(), dict(num_labels=0), [0], 0) is None
+    for wrong in (["6"], ["-1"], ["cat"], ["1.5"], []):
+        with pytest.raises(UserError, match="labels"):
+            sample_labels(configured(labels=wrong), state, [0], 0)
+
+
+def process(rank=0, world=1):
+    return SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver):
+    state = dict(path="cv", predict="v", channels=3, size=8, num_labels=4, marginal=torch.full((4,), 0.25))
+    run = lambda rank=0, world=1, batch=250, n=20, seed=0: generate(process(rank, world), configured(solver=solver, batch=batch), (Labelled(), None), state, n, w=2.0, seed=seed)
+    rows, images, labels, report = run()
+    assert images.shape == (20, 3, 8, 8) and images.dtype == np.uint8 and rows.tolist() == list(range(20)) and len(np.unique(images)) > 50
+    assert report["network_calls"] == pytest.approx(2 * report["nfe"]) and (report["nfe"] == 4 or solver == "dopri5")
+    for parts in ([run(batch=7)], [run(r, 3) for r in range(3)]):
+        assert np.array_equal(np.concatenate([p[0] for p in parts]), rows) and np.array_equal(np.concatenate([p[2] for p in parts]), labels)
+        assert np.abs(np.concatenate([p[1] for p in parts]).astype(int) - images).max() <= 1
+    assert np.abs(run(n=5)[1].astype(int) - images[:5]).max() <= 1               # nor does their number matter
+    assert len(run(2, 4, n=2)[1]) + len(run(0, 4, n=2)[1]) < 2                   # more processes than samples
+    assert not np.array_equal(run(seed=1)[1], images)
+
+
+def test_broken_networks_do_not_become_pictures():
+    """Not-a-number would turn into some uint8 and pass as an image."""
+    state = dict(path="cv", predict="v", channels=3, size=8, num_labels=0)
+    for solver in ("heun", "dopri5"):
+        with pytest.raises(UserError, match="non-finite|not finite"):
+            generate(process(), configured(solver=solver), (lambda x, time: x * math.nan, None), state, 4, w=1.0)
