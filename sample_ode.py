@@ -279,7 +279,7 @@ def train_judge(run, epochs=4, batch=128):
                 order = np.random.default_rng(seed_of(0, "judge order", done)).permutation(known)
                 for i in range(0, len(order) - batch + 1, batch):
                     rows = np.sort(order[i:i + batch])
-                    loss = F.cross_entropy(net.head(net(torch.from_numpy(data.images[rows]).to(run.device))), torch.from_numpy(np.asarray(data.classes[rows])).to(run.device))
+                    loss = F.cross_entropy(net.head(net(torch.tensor(data.images[rows]).to(run.device))), torch.from_numpy(np.asarray(data.classes[rows])).to(run.device))
                     opt.zero_grad()
                     loss.backward()
                     opt.step()
@@ -292,7 +292,7 @@ def train_judge(run, epochs=4, batch=128):
                     break
         net.eval()
         with torch.no_grad():
-            right = [(net.head(net(torch.from_numpy(test.images[i:i + 500]).to(run.device))).argmax(1).cpu().numpy() == test.classes[i:i + 500]) for i in range(0, len(test), 500)]
+            right = [(net.head(net(torch.tensor(test.images[i:i + 500]).to(run.device))).argmax(1).cpu().numpy() == test.classes[i:i + 500]) for i in range(0, len(test), 500)]
         with atomic(path) as f:
             torch.save(dict(net=net.state_dict(), data=data.info["fingerprint"], test_accuracy=float(np.concatenate(right).mean())), f)
     run.wait()

@@ -61,7 +61,7 @@ class Data:
     test: int = 0                                         # images to keep for testing; 0 = all (shapes: 5,000)
     test_fraction: float = 0.1                            # folder and arrays without a test part: this share of the images is held out
     skip_bad: bool = False                                # skip unreadable images, listing them in info.json; false = stop
-    two_objects: float = 0.25                             # shapes: share of images with a second object of the same class
+    two_objects: float = 0.2                              # shapes: share of images with a second object of the same class
     seed: int = 0                                         # shapes: which images are drawn; folder, arrays: which are held out
 
 
@@ -398,7 +398,9 @@ def save_grid(path, images, columns, rows=None, zoom=0, head=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any source becomes arrays in the run folder, once
 
-SHAPES_CLASSES = [f"{family} {shape}" for family in ("warm", "cool") for shape in ("disc", "square", "triangle", "ring", "star")]
+SHAPES_CLASSES = ["red disc", "red star", "yellow ring", "yellow square", "green triangle", "green disc", "blue star", "blue ring", "violet square", "violet triangle"]
+SHAPES = ["disc", "square", "triangle", "ring", "star"]
+HUES = np.array([0.0, 0.14, 0.33, 0.58, 0.80])            # of the five colour families: two classes each
 
 
 def _hash(key, counter):
@@ -461,11 +463,12 @@ def draw_shapes(seed, index, size=32, two=0.25):
     key = _hash(_hash(np.array([seed], np.uint64), np.uint64(0)), index)[:, None]  # [B, 1]
     u = (_hash(key, np.arange(1, 33, dtype=np.uint64)) >> np.uint64(11)) * 2.0 ** -53  # [B, 32] uniform in [0, 1)
     classes = (u[:, 0] * 10).astype(np.int64)  # [B]
-    shape, cool, paired = classes % 5, classes // 5, u[:, 1] < two  # [B]
+    shape = np.array([SHAPES.index(name.split()[1]) for name in SHAPES_CLASSES])[classes]  # [B]
+    paired = u[:, 1] < two  # [B]
 
     # Where objects go. Axis 1 holds the main object and the second one, which is drawn only where `paired`.
     stretch = np.array([0.78, 0.90, 1.05, 0.86, 1.10])[shape]  # [B] gives all shapes similar areas: size is no clue to the class
-    widest = np.where(paired, np.minimum(12.4, 15.5 / 1.6 / stretch), 12.4)  # [B] a pair must fit side by side
+    widest = np.where(paired, np.minimum(12, 15.5 / 1.6 / stretch), 12)  # [B] a pair must fit side by side
     reach = (stretch * (8.2 + (widest - 8.2) * u[:, 2]) * size / 32)[:, None] * np.array([1, 0.6])  # [B, 2]
     centre = reach[..., None] + (size - 2 * reach[..., None]) * u[:, 3:7].reshape(B, 2, 2)  # [B, 2, xy] wholly inside the image
     free = size - 2 * reach.sum(1)  # [B] room left along the line of a pair: some before it, some between the two, the rest behind
@@ -477,9 +480,8 @@ def draw_shapes(seed, index, size=32, two=0.25):
     tilt = 0.9 * u[:, 11:13] - 0.45  # [B, 2] tangent of the angle, at most 24 degrees: a square never stands on its corner
     cos = 1 / np.sqrt(1 + tilt * tilt)
 
-    # Colours. Warm is pink to yellow, cool is green to violet, with a gap on both sides; some are pale, so that colour is a mild clue.
-    hue = np.where(cool[:, None] == 1, 0.31 + 0.43 * u[:, 13:15], 0.93 + 0.22 * u[:, 13:15])  # [B, 2]
-    colour = _rgb(hue, 0.25 + 0.45 * u[:, 15:17], 0.7 + 0.3 * u[:, 17:19])  # [B, 2, 3]
+    hue = (HUES[classes // 2][:, None] + 0.10 * u[:, 13:15] - 0.05) % 1  # [B, 2] varies inside its family
+    colour = _rgb(hue, 0.65 + 0.25 * u[:, 15:17], 0.75 + 0.25 * u[:, 17:19])  # [B, 2, 3]
     ground = 0.16 + 0.08 * u[:, 19:20] + 0.03 * u[:, 20:23]  # [B, 3] varies little: the object must be what tells images apart
 
     f32 = np.float32  # from here on pixels, where speed counts
@@ -504,7 +506,7 @@ def draw_shapes(seed, index, size=32, two=0.25):
     light = slope[:, 0] * (steps / size - f32(0.5)) + slope[:, 1] * (steps[:, None] / size - f32(0.5))  # [B, H, W]
     bits = _hash(key, np.arange(64, 64 + size * size, dtype=np.uint64)).reshape(B, size, size)  # one draw holds the noise of 3 channels
     for channel in range(3):
-        grain = ((bits >> np.uint64(16 * channel)) & np.uint64(0xFFFF)).astype(f32) * f32(0.05 / 65535) - f32(0.025)
+        grain = ((bits >> np.uint64(16 * channel)) & np.uint64(0xFFFF)).astype(f32) * f32(0.02 / 65535) - f32(0.01)
         image[:, channel] += light + grain
     return np.clip(image * 255 + f32(0.5), 0, 255).astype(np.uint8), classes, boxes, masks
 
@@ -973,8 +975,7 @@ class UNet(nn.Module):
         heads = lambda c: max(1, c // head_channels)
         self.time_embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         if num_labels:
-            self.label_emb = nn.Embedding(num_labels + 1, width)                 # the last row is the null label
-            nn.init.normal_(self.label_emb.weight, std=0.02)
+            self.label_emb = nn.Embedding(num_labels + 1, width)                 # rows N(0, 1), as published; the last is the null label
         if vector_dim:
             self.vector_emb = nn.Linear(vector_dim, width, bias=False)           # without bias, so that the zero vector is null
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d((in_channels + layout_channels) * stem ** 2, c, 3, padding=1)])])
@@ -1106,8 +1107,6 @@ class UViT(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-            if isinstance(m, nn.Embedding):
-                nn.init.normal_(m.weight, std=0.02)
 
     def forward(self, x, time, label=None, vector=None, layout=None):
         tokens = self.patch_embed(x)                                             # [B, L, D]

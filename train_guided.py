@@ -33,9 +33,11 @@ class TrainGuided(Training):
 
 
 def load_pretrained(net, state):
-    """Copy weights into a network that additionally has conditions: what conditions add starts at zero, so the network starts as it was.
+    """Copy weights into a network that additionally has conditions. With the null condition it starts as it was.
 
     net: freshly built; state: the averaged weights of an unconditional model of the same architecture. UserError if they do not fit.
+    The rows of the labels keep their random values, of unit variance as in a network trained from scratch: from rows near zero, which
+    Adam moves by no more than lr per update, short fine-tuning learns hardly any label.
     """
     own = net.state_dict()
     if "pos_embed" in own and "pos_embed" in state and own["pos_embed"].shape[1] == state["pos_embed"].shape[1] + 1:
@@ -45,7 +47,10 @@ def load_pretrained(net, state):
     bad = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or extra or bad:
         raise UserError(f"init: the checkpoint is of another architecture (first difference: {sorted(missing | extra | set(bad))[0]})")
-    net.load_state_dict({k: torch.zeros_like(v) if k in added else state[k] for k, v in own.items()})
+    net.load_state_dict({k: (v if k == "label_emb.weight" else torch.zeros_like(v)) if k in added else state[k] for k, v in own.items()})
+    if "label_emb.weight" in added:
+        with torch.no_grad():
+            net.label_emb.weight[-1] = 0                  # the null label
 
 
 def label_condition(labels, K, drop, device):

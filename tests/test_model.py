@@ -165,19 +165,21 @@ def test_every_parameter_learns(model):
 @EVERY
 @pytest.mark.parametrize("more", [dict(num_labels=5), dict(vector_dim=7), dict(num_labels=5, vector_dim=7)], ids="+".join)
 def test_guided_model_starts_from_the_unconditional_one(model, more):
-    """U-Net: exactly, whatever the condition. U-ViT: its condition token joins the attention, so only nearly; but conditions start equal."""
+    """Under the null condition, exactly for the U-Net; the U-ViT's condition token joins the attention, so there nearly."""
     from train_guided import load_pretrained
     source, net, (x, t) = waves(build_model(model, 16)), build_model(model, 16, seed=1, **more).eval(), inputs(batch=4)
     load_pretrained(net, source.state_dict())
     with torch.no_grad():
         plain, start = source(x, t), net(x, t)
-        assert plain.std() > 1e-3                                                # else nothing is compared
+        assert plain.std() > 0.01                                                # else nothing is compared
         if model.backbone == "unet":
             assert torch.equal(start, plain)
         else:
-            assert not torch.equal(start, plain) and (start - plain).norm() < 0.05 * plain.norm()
-        for k in range(6) if "num_labels" in more else ():
-            assert torch.equal(net(x, t, torch.full((4,), k)), start)
+            assert (start - plain).norm() < 0.05 * plain.norm()
+        if "num_labels" in more:
+            assert torch.equal(net(x, t, torch.full((4,), 5)), start)
+            apart = [net(x, t, torch.full((4,), k)) for k in range(5)]           # rows of order 1: optimisers hardly move rows near zero
+            assert min((a - b).norm() for i, a in enumerate([start, *apart]) for b in apart[i:]) > 1e-4 * start.norm()
         if "vector_dim" in more:
             assert torch.equal(net(x, t, vector=conditions()["vector"]), start)
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.integrate
 import torch
 import torchdiffeq
 
-import sample_ode
 from sample_ode import DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, generate, integrate, sample_labels, solve_dopri5, solve_fixed
 from train_diffusion import PATHS, UserError, draw, seed_of, wide
 
@@ -30,11 +30,10 @@ def dopri5_fixed(monkeypatch):
 
 @pytest.mark.parametrize("solver, order", [*ORDERS.items(), ("dopri5", 5), ("embedded", 4)])
 def test_order_of_convergence(dopri5_fixed, solver, order):
-    """Halving the step divides the error by 2^order; y' = y^2 cos s has y = y0 / (1 - y0 sin s)."""
-    start = 0.4 * y0
-    f = lambda y, s: y ** 2 * s.cos()[:, None]
-    exact = start / (1 - start * math.sin(1.0))
-    errors = [float((solve_fixed(f, start, torch.linspace(0, 1, n + 1, dtype=torch.float64), solver) - exact).abs().max()) for n in (16, 32, 64)]
+    """Halving the step divides the error by 2^order; y' = y cos s has y = y0 exp(sin s)."""
+    f = lambda y, s: y * s.cos()[:, None]
+    exact = y0 * math.exp(math.sin(2.0))
+    errors = [float((solve_fixed(f, y0, torch.linspace(0, 2, n + 1, dtype=torch.float64), solver) - exact).abs().max()) for n in (40, 80, 160)]
     measured = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert measured[-1] == pytest.approx(order, abs=0.15), (measured, errors)
     assert measured[0] == pytest.approx(order, abs=0.4)
@@ -51,8 +50,6 @@ def test_one_step_of_a_linear_field(dopri5_fixed, solver, factor):
 
 @pytest.mark.parametrize("solver, theirs", [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
 def test_fixed_steps_against_torchdiffeq(solver, theirs):
-    if theirs not in torchdiffeq._impl.odeint.SOLVERS:
-        pytest.skip(f"this torchdiffeq has no {theirs}")
     f = lambda s, y: torch.sin(3 * y) + s * y
     grid = torch.linspace(0, 1, 8, dtype=torch.float64) ** 1.5                   # an uneven one
     assert torch.allclose(solve_fixed(lambda y, s: f(s[:, None], y), y0, grid, solver), torchdiffeq.odeint(f, y0, grid, method=theirs)[-1], rtol=1e-12)
@@ -84,24 +81,28 @@ def van_der_pol(s, y):
 
 
 FIELDS = {                                                # name: (f(s, y), start [1, D], end)
-    "smooth": (lambda s, y: torch.sin(3 * y) + s * y, torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64), 2.0),
+    "smooth": (lambda s, y: torch.cos(torch.as_tensor(2 * s)) - y + torch.sin(y), torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64), 10.0),
     "oscillating": (lambda s, y: torch.stack([y[..., 1], -25 * y[..., 0]], -1), torch.tensor([[1.0, 0.0]], dtype=torch.float64), 3.0),
-    "stiff decay": (lambda s, y: -50 * (y - torch.cos(torch.as_tensor(s, dtype=torch.float64))), torch.tensor([[0.0]], dtype=torch.float64), 3.0),
+    "stiff decay": (lambda s, y: -50 * (y - torch.cos(torch.as_tensor(s))), torch.tensor([[0.0]], dtype=torch.float64), 3.0),
     "van der Pol": (van_der_pol, torch.tensor([[2.0, 0.0]], dtype=torch.float64), 20.0),
 }
 
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("name", FIELDS)
-def test_dopri5_against_torchdiffeq(name, tol):
+def test_dopri5_against_other_programs(name, tol):
+    """As exact as torchdiffeq and scipy for as many calls. (torchdiffeq estimates errors about a third lower: 8 % fewer steps.)"""
     f, start, end = FIELDS[name]
     ends = torch.tensor([0.0, end], dtype=torch.float64)
+    exact = torchdiffeq.odeint(f, start, ends, method="dopri8", rtol=1e-11, atol=1e-11)[-1]
     counted, calls = count(f)
     theirs = torchdiffeq.odeint(counted, start, ends, method="dopri5", rtol=tol, atol=tol)[-1]
-    exact = torchdiffeq.odeint(f, start, ends, method="dopri8", rtol=1e-11, atol=1e-11)[-1]
-    ours, nfe = solve_dopri5(lambda y, s, rows: f(s[:, None] if name != "van der Pol" else s, y), start, 0.0, end, tol)
-    assert abs(int(nfe) - calls[0]) <= max(0.1 * calls[0], 6), (int(nfe), calls[0])                   # 6 calls are one step
-    assert (ours - exact).norm() <= 3 * (theirs - exact).norm() + 10 * tol, ((ours - exact).norm(), (theirs - exact).norm())
+    scipys = scipy.integrate.solve_ivp(lambda s, y: f(s, torch.from_numpy(y)[None])[0].numpy(), (0, end), start[0].numpy(), "RK45", rtol=tol, atol=tol)
+    ours, nfe = solve_dopri5(lambda y, s, rows: f(s[:, None] if y.shape[1] != 2 else s, y), start, 0.0, end, tol)
+    assert 0.8 * calls[0] <= int(nfe) <= 1.1 * calls[0] + 6, (int(nfe), calls[0])                     # 6 calls are one step
+    assert abs(int(nfe) - scipys.nfev) <= 0.1 * scipys.nfev + 6, (int(nfe), scipys.nfev)
+    errors = [float((y - exact).norm()) for y in (ours, theirs, torch.from_numpy(scipys.y[:, -1]))]
+    assert errors[0] <= 3 * max(errors[1:]) + tol, errors
 
 
 def test_dopri5_error_follows_the_tolerance():
@@ -156,9 +157,7 @@ def test_a_tiny_last_step_is_no_underflow():
     """One row ends with a step of 1e-10, as rounding may leave it, while another still has far to go."""
     steps = []
     solve_dopri5(lambda y, s, rows: (steps.append(s[0].item()), torch.ones_like(y))[1], y0[:1], 0.0, 1e6, 1e-6)
-    first, second = sorted(set(steps))[1:], None                                 # stage times: the first step's end comes 6th after the trial step
-    ends = [s for i, s in enumerate(steps) if i >= 2 and (i - 2) % 6 == 5]
-    end = ends[1] * (1 + 1e-10)
+    end = steps[2 + 6 + 5] * (1 + 1e-10)                                         # after the two calls that choose it, each step makes six; its end comes last
     f = lambda y, s, rows: torch.where(rows[:, None] == 0, torch.ones_like(y), 30 * torch.cos(30 * s[:, None] / end) * y / end)
     y, calls = solve_dopri5(f, torch.cat([y0[:1], y0[:1]]), 0.0, end, 1e-6)
     assert int(calls[0]) == 2 + 3 * 6 and calls[1] > calls[0]                    # the case in question did occur
@@ -202,14 +201,24 @@ def sample(net, path, predict, z, solver="heun", steps=12, tol=1e-5, label=None,
 @pytest.mark.parametrize("predict", ["v", "eps", "x"])
 def test_gaussian_data_is_reached_exactly(kind, predict):
     flow, z = Flow(kind, predict), noise()
-    for solver, steps, atol in (("heun", 100, 3e-3), ("rk4", 100, 3e-3), ("dopri5", 1, 3e-3), ("midpoint", 100, 3e-3), ("euler", 400, 2e-2)):
-        assert torch.allclose(sample(flow, flow.path, predict, z, solver, steps), flow.end(z), atol=atol), (solver, (sample(flow, flow.path, predict, z, solver, steps) - flow.end(z)).abs().max())
+    for solver, steps, limit in (("heun", 100, 5e-3), ("rk4", 100, 4e-3), ("dopri5", 1, 4e-3), ("midpoint", 100, 4e-3), ("euler", 400, 2e-2), ("ddim", 400, 2e-2)):
+        error = float((sample(flow, flow.path, predict, z, solver, steps) - flow.end(z)).abs().max())
+        assert error < limit, (solver, error)
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("predict", ["v", "eps", "x"])
+def test_small_errors_of_the_network_stay_small(kind, predict):
+    """Where x_t is pure noise, eps says nothing about x: its error must not be divided by nothing."""
+    flow, z, off = Flow(kind, predict), noise(), 0.01 * noise(1)
+    x = sample(lambda x, time: flow(x, time) + off, flow.path, predict, z, "rk4", 12)
+    assert (x - flow.end(z)).square().mean().sqrt() < 0.06
 
 
 @EVERY_PATH
 def test_samples_have_the_mean_and_spread_of_the_data(kind):
     flow = Flow(kind, "v")
-    x = sample(flow, flow.path, "v", noise(4000), "heun", 25)
+    x = sample(flow, flow.path, "v", noise(4000), "rk4", 25)
     assert torch.allclose(x.mean(0, keepdim=True), flow.mu, atol=0.06) and torch.allclose(x.std(0, keepdim=True), flow.std, rtol=0.06)
 
 
@@ -221,8 +230,9 @@ def test_both_paths_take_noise_to_the_same_picture():
 
 
 @EVERY_PATH
-def test_ddim_is_euler(kind):
-    flow, z = Flow(kind, "eps" if kind == "vp" else "v"), noise()
+@pytest.mark.parametrize("predict", ["v", "eps", "x"])
+def test_ddim_is_euler(kind, predict):
+    flow, z = Flow(kind, predict), noise()
     for steps in (1, 7, 30):
         a, b = (sample(flow, flow.path, flow.predict, z.double(), s, steps) for s in ("euler", "ddim"))
         assert torch.allclose(a, b, atol=2e-6), (a - b).abs().max()
@@ -237,7 +247,7 @@ def test_constant_velocity_needs_one_step(solver):
 
 
 @EVERY_PATH
-@pytest.mark.parametrize("solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 4e-3), ("ddim", 500, 0.05)])
+@pytest.mark.parametrize("solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 0.02), ("ddim", 500, 0.1)])
 def test_encoding_returns_to_the_start(kind, solver, steps, atol):
     flow, z = Flow(kind, "v"), noise()
     x = flow.end(z)
