@@ -58,6 +58,7 @@ class SampleOde:
     batch: int = 250                                      # images per network call and process
     precision: str = "auto"                               # of the network; the ODE state is float32 always
     seed: int = 0                                         # sample i is a function of (seed, i)
+    runs: list[str] = field(default_factory=list)         # --table: further run folders (other seeds) to average with
     overwrite: bool = False                               # replace samples that another recipe left under this name
 
 
@@ -450,28 +451,45 @@ def plot(path, curves, title, x_label, y_label, log_x=False, log_y=False, size=(
 
 
 def table(run):
-    """Print every samples/*/metrics.json of the run side by side and write samples/table.md."""
-    rows = []
-    for path in sorted((run.dir / "samples").glob("*/metrics.json")):
-        m = json.loads(path.read_text())
-        if "scores" not in m:
-            continue
-        kind = "fid" if "fid" in m["scores"] else "frechet"
-        plain, label = m.get("scores_w1", m["scores"] if m["w"] == 1 or not m["num_labels"] else {}), m.get("label_scores", {})
-        show = lambda v, f: format(v, f) if v is not None else "-"
-        rows.append((m["scores"][kind], [path.parent.name, str(m["num_labels"] or "-"), show(label.get("nmi"), ".3f"), show(plain.get(kind), ".3f"),
-                     show(m["w"] if m["num_labels"] else None, "g"), show(m["scores"][kind], ".3f"), show(m["scores"]["precision"], ".3f"), show(m["scores"]["recall"], ".3f"),
-                     show(m["scores"]["coverage"], ".3f"), show(m["scores"]["memorisation"], ".2f"), show(m["network_calls"], ".0f"), f"{m['seen']:,}"]))
+    """Print every samples/*/metrics.json of the run side by side, and write samples/table.md and .json.
+
+    With runs= (the same chain from other seeds) every number is the mean over runs, with the standard deviation behind it.
+    """
+    folders, rows = [run.dir, *map(Path, run.cfg.runs)], {}
+    for folder in folders:
+        for path in sorted((folder / "samples").glob("*/metrics.json")):
+            m = json.loads(path.read_text())
+            if "scores" not in m:
+                continue
+            kind, K = "fid" if "fid" in m["scores"] else "frechet", m["num_labels"]
+            plain = m.get("scores_w1", m["scores"] if m["w"] == 1 else {})
+            rows.setdefault(path.parent.name, []).append({
+                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), f"{kind} w=1": plain.get(kind), "best w": m["w"] if K else None,
+                f"{kind} best w": m["scores"][kind], "precision": m["scores"]["precision"], "recall": m["scores"]["recall"], "coverage": m["scores"]["coverage"],
+                "memorisation": m["scores"]["memorisation"], "network calls": m["network_calls"], "training images": m["total_seen"], "evaluator": m["scores"]["evaluator"],
+                "reference": m["scores"]["reference"], "samples": m["scores"]["samples"], "solver": f"{m['solver']} {m['steps']}", "weights": m["weights"], "seed": m["seed"]})
     if not rows:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
-    head = ["samples", "K", "NMI", f"{kind} w=1", "best w", f"{kind} best w", "precision", "recall", "coverage", "memor.", "calls", "images seen"]
-    cells = [head, *[r for _, r in sorted(rows, key=lambda r: -r[0])]]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(head))]
+
+    def cell(values):
+        values = [v for v in values if v is not None]
+        if not values:
+            return "-"
+        mean, digits = np.mean(values), 0 if max(map(abs, values)) >= 100 else 3 if max(map(abs, values)) < 2 else 2
+        spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
+        return f"{mean:,.0f}{spread}" if all(float(v).is_integer() for v in values) and not spread else f"{mean:.{digits}f}{spread}"
+
+    head = [k for k in next(iter(rows.values()))[0] if k not in ("run", "evaluator", "reference", "samples", "solver", "weights", "seed")]
+    order = sorted(rows, key=lambda n: -np.mean([r[head[4]] for r in rows[n]]))
+    cells = [["samples", *head], *([name, *(cell([r[h] for r in rows[name]]) for h in head)] for name in order)]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(head) + 1)]
     lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    text = "\n".join(lines) + f"\n\n{m['scores']['evaluator']}; reference {m['scores']['reference']}; {m['scores']['samples']:,} samples; w chosen on other samples than those reported\n"
+    said = {k: sorted({str(r[k]) for v in rows.values() for r in v}) for k in ("evaluator", "reference", "samples", "solver", "weights")}
+    text = "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(v)}" for k, v in said.items()) + f"; runs: {len(folders)}; w chosen on other samples than those reported\n"
     with atomic(run.dir / "samples" / "table.md") as f:
         f.write(text.encode())
+    write_json(run.dir / "samples" / "table.json", rows)
     run.say(text)
 
 
@@ -511,7 +529,7 @@ def main():
         cfg.guidance = [1.0]                              # nothing to guide with
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch")} | dict(hash=state["weights"], guidance=cfg.guidance)
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")} | dict(hash=state["weights"], guidance=cfg.guidance)
     if run.dry_run:
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}")
         return
@@ -529,6 +547,7 @@ def main():
     run.wait()
     run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, {cfg.weights} weights); {why}")
     metrics = dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"], seen=state["seen"], num_labels=state["num_labels"],
+                   total_seen=state["seen"] + (state.get("init") or {}).get("seen", 0),      # with the training that the initial weights come from
                    label_file=state.get("label_file"), label_scores=state.get("label_scores"), solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
     judge = Evaluation(run, cfg) if cfg.evaluate and cfg.direction == "generate" else None
 

@@ -39,7 +39,8 @@ class SelfLabel:
     whiten: bool = False                                  # scale principal components to unit variance
     iterations: int = 30                                  # kmeans: at most
     restarts: int = 3                                     # kmeans: keep the best of so many starts
-    batch: int = 0                                        # kmeans: mini-batch size; 0 = full passes (Lloyd)
+    batch: int = 16_384                                   # kmeans: mini-batch size above `full` rows (at least 4 K)
+    full: int = 500_000                                   # kmeans: up to so many rows, every iteration is a full pass (Lloyd)
     eps: float = 0.05                                     # sinkhorn: entropic regularisation; larger = softer
     sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
     rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
@@ -483,7 +484,8 @@ def cluster(run, cfg, maps):
     if zero:
         raise UserError(f"features/{cfg.features}: row {zero[0]} is all zeros, which has no direction; use metric=euclidean or another activation")
     if cfg.method == "kmeans":
-        c, inertia, facts = kmeans(mine, cfg.K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, seed=cfg.seed, batch=cfg.batch, device=run.device)
+        c, inertia, facts = kmeans(mine, cfg.K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, seed=cfg.seed,
+                                   batch=max(cfg.batch, 4 * cfg.K) if n > cfg.full else 0, device=run.device)
         out = {split: assign(x, c, cfg.metric) for split, x in maps.items()}
         extra, facts = dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
     else:

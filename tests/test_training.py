@@ -1,0 +1,110 @@
+"""Parts of the training loop against what they promise: order, feeding, averaging, label dropping, loss bins, non-finite losses."""
+import dataclasses
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_diffusion as td
+from train_guided import label_condition
+
+
+def make_run(folder, rank=0, world=1):
+    """A Run without command line; cfg is the training section."""
+    cfg = td.TrainDiffusion(images=64, batch=16, lr=1e-3, warmup=1, ema=32, log_every=32, save_every=64, grid_every=64, precision="fp32")
+    model = td.Model(channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
+    sections = dict(data={}, model=dataclasses.asdict(model), train_diffusion=dataclasses.asdict(cfg))
+    return td.Run("train_diffusion", Path(folder), cfg, td.Data(), model, sections, False, set(), rank, world)
+
+
+def split(n=40):
+    images, classes, boxes, masks = td.draw_shapes(0, np.arange(n))
+    return td.Split(images, classes, boxes, masks, dict(fingerprint="x"))
+
+
+def state(run):
+    return dict(kind="diffusion", model=dataclasses.asdict(run.model), size=32, channels=3, conditions={}, num_labels=0, path="cv", predict="v", data="x", config=run.sections)
+
+
+def test_every_epoch_is_a_permutation_and_can_be_entered_anywhere():
+    whole = list(islice(td.image_order(3, 0, 50), 175))
+    assert all(sorted(whole[i:i + 50]) == list(range(50)) for i in (0, 50, 100)) and whole[:50] != whole[50:100]
+    for seen in (1, 49, 50, 120):
+        assert list(islice(td.image_order(3, seen, 50), 30)) == whole[seen:seen + 30]
+
+
+def test_ranks_share_the_batch_of_one_process(tmp_path):
+    data = split()
+    one = td.feed(make_run(tmp_path), make_run(tmp_path).cfg, data.images, 32)
+    two = [td.feed(make_run(tmp_path, r, 2), make_run(tmp_path).cfg, data.images, 32) for r in (0, 1)]
+    for _ in range(4):
+        whole, parts = next(one), [next(f) for f in two]
+        for a, b in zip(whole, zip(*parts)):
+            assert torch.equal(a, torch.cat(b))
+        assert np.array_equal(whole[1].numpy(), data.images[whole[0].numpy()])
+    for f in (one, *two):
+        f.close()
+
+
+def test_labels_are_dropped_image_by_image():
+    labels = np.arange(1000) % 7
+    condition = label_condition(labels, 7, 0.25, torch.device("cpu"))
+    rows, u = torch.arange(1000), torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    out = condition(rows, u)["label"]
+    assert torch.equal(out == 7, u < 0.25) and 0.2 < (out == 7).float().mean() < 0.3       # a share of the images, not whole batches
+    assert torch.equal(out[u >= 0.25], torch.from_numpy(labels)[u >= 0.25])
+    assert (label_condition(labels, 7, 0.0, torch.device("cpu"))(rows, u)["label"] < 7).all()
+
+
+def test_average_has_the_half_life_that_it_names(tmp_path):
+    """With weights that jump once, the average has covered half of the jump after `ema` images (no ramp)."""
+    a, b, seen = torch.zeros(1), torch.ones(1), 0
+    while seen < 1000:
+        seen += 10
+        a.lerp_(b, 1 - 0.5 ** (10 / min(1000, 1e9 * seen)))
+    assert float(a) == pytest.approx(0.5, abs=1e-4)
+    run = make_run(tmp_path)
+    run.cfg.ema, run.cfg.ema_ramp = 1, 1e-9               # no memory: the average is the network
+    out = td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
+    assert all(torch.allclose(out["net"][k], out["ema"][k], atol=1e-6) for k in out["net"])
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    results = []
+    for micro in (0, 4):
+        run = make_run(tmp_path / str(micro))
+        run.cfg.micro = micro
+        results.append(td.fit(run, run.cfg, td.build_model(run.model, 32), run.dir / "diffusion/base", split(), state(run))["net"])
+    assert max(float((results[0][k] - results[1][k]).abs().max()) for k in results[0]) < 1e-4
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    run = make_run(tmp_path)
+    td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
+    before = (tmp_path / "diffusion/base/checkpoint.pt").read_bytes()
+    run.cfg.images, broken = 128, split()
+    net = td.build_model(run.model, 32)
+    net.register_forward_hook(lambda m, a, out: out * float("nan"))
+    with pytest.raises(td.UserError, match="last checkpoint is kept"):
+        td.fit(run, run.cfg, net, tmp_path / "diffusion/base", broken, state(run))
+    assert (tmp_path / "diffusion/base/checkpoint.pt").read_bytes() == before
+
+
+def test_global_generators_are_left_alone(tmp_path):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = np.random.get_state()[1].copy()
+    run = make_run(tmp_path)
+    td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
+    assert torch.equal(torch.rand(3), want) and np.array_equal(np.random.get_state()[1], before)
+
+
+def test_bf16_training_saves_float32_weights(tmp_path):
+    run = make_run(tmp_path)
+    run.cfg.precision = "bf16"
+    out = td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
+    assert all(v.dtype == torch.float32 and not k.startswith("_orig_mod") for k, v in out["net"].items())
