@@ -28,7 +28,7 @@ demo: .venv/demo
 	    $(PY) train_guided.py $(CFG) $(ARGS) labels=$$labels || exit $$?; done
 	for name in unconditional kmeans sinkhorn random classes; do \
 	    $(PY) sample_ode.py   $(CFG) $(ARGS) checkpoint=guided/$$name name=$$name || exit $$?; done
-	$(PY) sample_ode.py       $(CFG) $(ARGS) checkpoint=guided/kmeans name=nfe sweep=nfe
+	$(PY) sample_ode.py       $(CFG) $(ARGS) checkpoint=guided/kmeans name=nfe sweep=nfe guidance=1 n=300
 	$(PY) sample_ode.py       $(CFG) $(ARGS) --table
 
 test: .venv/dev

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, diffuse, draw, load_data, load_model,
+from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, diffuse, draw, finished, load_data, load_model,
                              read_json, start, write_json)
 
 
@@ -249,14 +249,8 @@ def main():
     if run.dry_run:
         run.say(f"{len(names)} activation(s) x {len(times)} time(s) of {sum(map(len, data.values())):,} images: {', '.join(names)}")
         return
-    if (folder / "info.json").exists():
-        there = read_json(folder / "info.json", "delete the folder")
-        other = [k for k in recipe if there.get(k) != recipe[k]]
-        if not other:
-            run.say(f"{folder}: done already")
-            return
-        if not cfg.overwrite:
-            raise UserError(f"{folder}: holds features of another recipe ({', '.join(other)} differ); choose another name=, or overwrite=true")
+    if finished(run, folder / "info.json", recipe):
+        return
 
     # extract: every rank fills its own rows of the same arrays
     run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)} at t = {', '.join(map(str, times))}; {why}")

@@ -27,8 +27,8 @@ from torch import nn
 
 from extract_features import catalogue, noise_level, select, stream, tapped, _Enough
 from self_label import assign, kmeans, nmi
-from train_diffusion import (PATHS, Model, UserError, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, load_data, load_model, read_json,
-                             seed_of, start, wide, write_json)
+from train_diffusion import (Model, UserError, atomic, autocast, bar, build_model, cli, fill, finished, load_data, load_model, read_json, seed_of, start,
+                             write_json)
 
 
 @dataclass
@@ -334,14 +334,8 @@ def main():
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         return
-    if path.exists():
-        there = read_json(path, "delete it").get("recipe", {})
-        other = [k for k in recipe if there.get(k) != recipe[k]]
-        if not other:
-            run.say(f"{path}: done already")
-            return
-        if not cfg.overwrite:
-            raise UserError(f"{path}: holds a result of another recipe ({', '.join(other)} differ); choose another name=, or overwrite=true")
+    if finished(run, path, recipe):
+        return
     result = (sweep if cfg.protocol == "sweep" else linear)(run, cfg, net, state, context)
     if run.rank == 0:
         write_json(path, result | dict(recipe=recipe))

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, denoise, digest, draw, load_data, load_model, save_grid,
+from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, denoise, digest, draw, finished, load_data, load_model, save_grid,
                              seed_of, start, to_uint8, wide, write_json)
 
 
@@ -188,7 +187,7 @@ class Field:
 @torch.no_grad()
 def integrate(field, x, label, solver, steps, tol, reverse=False):
     """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, field evaluations per row)."""
-    path, before = field.path, field.images
+    path = field.path
     grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
     grid = grid.flip(0) if reverse else grid
     if solver == "ddim":                                  # the formula itself; on VP the same as an Euler step in rho
@@ -262,7 +261,7 @@ class Judge(nn.Module):
         return self.body(x.float() / 127.5 - 1)
 
 
-def train_judge(run, epochs=4, batch=128):
+def train_judge(run, epochs=2, batch=128):
     """The judge of this run, from judge.pt in the run folder or trained now (rank 0) on data/train with its ground-truth classes."""
     path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
     known = np.flatnonzero(np.asarray(data.classes) >= 0)
@@ -459,7 +458,7 @@ def table(run):
     for folder in folders:
         for path in sorted((folder / "samples").glob("*/metrics.json")):
             m = json.loads(path.read_text())
-            if "scores" not in m:
+            if "scores" not in m or m["recipe"]["sweep"]:        # a sweep is a picture, not a row
                 continue
             kind, K = "fid" if "fid" in m["scores"] else "frechet", m["num_labels"]
             plain = m.get("scores_w1", m["scores"] if m["w"] == 1 else {})
@@ -533,14 +532,8 @@ def main():
     if run.dry_run:
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}")
         return
-    if (folder / "metrics.json").exists():
-        there = json.loads((folder / "metrics.json").read_text()).get("recipe", {})
-        other = [k for k in recipe if there.get(k) != recipe[k]]
-        if not other:
-            run.say(f"{folder}: done already")
-            return
-        if not cfg.overwrite:
-            raise UserError(f"{folder}: holds samples of another recipe ({', '.join(other)} differ); choose another name=, or overwrite=true")
+    if finished(run, folder / "metrics.json", recipe):
+        return
     if run.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from extract_features import load_features
-from train_diffusion import UserError, atomic, bar, cli, digest, load_data, read_json, save_grid, seed_of, start, write_json
+from train_diffusion import UserError, atomic, cli, digest, finished, load_data, read_json, save_grid, seed_of, start, write_json
 
 
 @dataclass
@@ -155,7 +155,7 @@ def lloyd(features, c, spare, metric, iterations, chunk, generator):
     """
     K, repaired, ids = len(c), 0, torch.full((len(features),), -1, dtype=torch.int32, device=c.device)
     for step in range(iterations + 1):
-        sums, counts, inertia, moved, far = torch.zeros_like(c), torch.zeros(K, device=c.device), torch.zeros(2, dtype=torch.float64, device=c.device), 0, None
+        sums, counts, inertia, far = torch.zeros_like(c), torch.zeros(K, device=c.device), torch.zeros(2, dtype=torch.float64, device=c.device), None
         half = 0.5 * c.square().sum(1)
         for i in range(0, len(features), chunk):
             x = rows_of(features, slice(i, i + chunk), metric, c.device)
@@ -514,14 +514,8 @@ def main():
     if run.dry_run:
         run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
         return
-    if path.exists() and path.with_suffix(".json").exists():
-        there = read_json(path.with_suffix(".json"), "delete it").get("recipe", {})
-        other = [k for k in recipe if there.get(k) != recipe[k]]
-        if not other:
-            run.say(f"{path}: done already")
-            return
-        if not cfg.overwrite:
-            raise UserError(f"{path}: holds labels of another recipe ({', '.join(other)} differ); choose another name=, or overwrite=true")
+    if path.exists() and finished(run, path.with_suffix(".json"), recipe):
+        return
 
     # labels: from features, or a control that makes the evidence honest
     classes = {split: np.asarray(d.classes) for split, d in data.items()}

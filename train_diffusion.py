@@ -17,7 +17,6 @@ import datetime
 import difflib
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -333,6 +332,23 @@ def read_json(path, hint):
         raise UserError(f"{path}: not there; {hint}") from None
     except ValueError:
         raise UserError(f"{path}: not valid JSON; {hint}") from None
+
+
+def finished(run, path, recipe):
+    """Whether the result described by the JSON file `path` is there and was made by `recipe`.
+
+    A result of another recipe is a UserError that names what differs, unless overwrite=true.
+    """
+    if not path.exists():
+        return False
+    there = read_json(path, "delete it")
+    there = there.get("recipe", there)
+    other = [f"{k}={there.get(k)}, now {v}" if len(str(v)) < 40 else k for k, v in recipe.items() if there.get(k) != v]
+    if other and not run.cfg.overwrite:
+        raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
+    if not other:
+        run.say(f"{path.parent}/{path.stem}: done already")
+    return not other
 
 
 def digest(*parts):

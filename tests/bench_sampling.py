@@ -82,12 +82,12 @@ def main():
     shapes = fill("model", Model, yaml.safe_load((ROOT / "configs" / "shapes.yaml").read_text())["model"])
     unet = Model(channels=64, mult=[1, 2, 2], blocks=2, attention=[8], head_channels=32)
     uvit = Model("uvit", channels=192, depth=12, heads=3, patch=4)
-    few = 9 if DEVICE.type == "cpu" else 30
-    results = {"sampling, shapes": ratio("sampling, shapes.yaml", 1.05, few, **sampling(shapes, 32, 250, 6, 0, 1.0)),
-               "sampling, shapes, guided": ratio("sampling, shapes.yaml, guided", 1.05, few, **sampling(shapes, 32, 125, 6, 20, 2.0)),
-               "sampling, unet": ratio("sampling, U-Net of 64 channels", 1.05, 3 if few == 9 else few, **sampling(unet, 32, 32, 3, 0, 1.0))}
-    for name, model in (("shapes", shapes), ("unet", unet), ("uvit", uvit)):
-        results[f"extraction, {name}"] = ratio(f"extraction up to the middle, {name}", 0.6, few, **extraction(model, 32, 128))
+    few, big = (5, 1) if DEVICE.type == "cpu" else (30, 8)
+    results = {"sampling, shapes": ratio("sampling, shapes.yaml", 1.05, few, **sampling(shapes, 32, 100 * big, 4, 0, 1.0)),
+               "sampling, shapes, guided": ratio("sampling, shapes.yaml, guided", 1.05, few, **sampling(shapes, 32, 50 * big, 4, 20, 2.0)),
+               "sampling, unet": ratio("sampling, U-Net of 64 channels", 1.05, few, **sampling(unet, 32, 8 * big, 2, 0, 1.0))}
+    for name, model, batch in (("shapes", shapes, 100), ("unet", unet, 16), ("uvit", uvit, 32)):
+        results[f"extraction, {name}"] = ratio(f"extraction up to the middle, {name}", 0.6, few, **extraction(model, 32, batch * big))
     print(json.dumps(dict(device=str(DEVICE), threads=torch.get_num_threads(), torch=torch.__version__, **results)))
 
 
