@@ -117,6 +117,8 @@ def select(net, patterns):
             near = difflib.get_close_matches(pattern, names, 3, 0.3)
             raise UserError(f"activations={pattern}: no such activation; nearest: {', '.join(near) or 'none'}; --list shows all")
         chosen |= set(hits)
+    if not chosen:
+        raise UserError("activations=: name at least one; --list shows all")
     return [n for n in names if n in chosen]
 
 

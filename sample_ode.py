@@ -124,9 +124,11 @@ def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
         if len(rows) == 0:
             return y, calls
         step = torch.minimum(h[rows], left[rows])
-        if not torch.isfinite(step).all() or (step < 1e-9 * abs(s1 - s0)).any() and (left[rows] > 1e-6 * abs(s1 - s0)).any() and (step < left[rows]).any():
-            worst = rows[step.argmin()]
-            raise UserError(f"solver=dopri5: the step shrank to {float(step.min()):.1e} at {float(s[worst]):.6f}; raise tol, or use a fixed-step solver")
+        if not torch.isfinite(step).all():
+            raise UserError("solver=dopri5: the network returned a non-finite velocity")
+        stuck = ((step < 1e-9 * abs(s1 - s0)) & (step < left[rows])).nonzero().flatten()         # only the last step may be tiny
+        if len(stuck):
+            raise UserError(f"solver=dopri5: the step shrank to {float(step[stuck[0]]):.1e} at {float(s[rows[stuck[0]]]):.6f}; raise tol, or use a fixed-step solver")
         yr, hs, ks = y[rows], column(sign * step, y).to(y), [k1[rows]]
         for node, row in zip(c[1:], a[1:]):
             stage = yr + hs * mix(ks, row)
@@ -164,19 +166,18 @@ class Field:
 
     def estimate(self, x, t, label):
         """(x_hat, z_hat), guided. x: [B, C, H, W]; t: [B], equal for all rows or not; label: [B] or None."""
-        if self.weak is not None:
-            main, weak = self.call(self.net, x, t, label), self.call(self.weak, x, t, label if getattr(self.weak, "num_labels", 0) else None)
-            return tuple(b + self.w * (a - b) for a, b in zip(main, weak))
-        if label is None or self.w == 1:
-            return self.call(self.net, x, t, label)
-        if self.w == 0:
-            return self.call(self.net, x, t, torch.full_like(label, self.null))
         inside = (t >= self.interval[0]) & (t <= self.interval[1])               # [B]
-        if not inside.any():
+        if self.w == 1 or not inside.any() or self.weak is None and label is None:
             return self.call(self.net, x, t, label)
-        both = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)]))
+        if self.weak is not None:
+            good, bad = self.call(self.net, x, t, label), self.call(self.weak, x, t, label if getattr(self.weak, "num_labels", 0) else None)
+        elif self.w == 0 and inside.all():
+            return self.call(self.net, x, t, torch.full_like(label, self.null))
+        else:                                             # conditional and unconditional in one batch
+            both = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)]))
+            good, bad = zip(*(v.chunk(2) for v in both))
         w = wide(torch.where(inside, self.w, 1.0)).to(x)
-        return tuple(null + w * (cond - null) for cond, null in (v.chunk(2) for v in both))
+        return tuple(b + w * (g - b) for g, b in zip(good, bad))
 
     def slope(self, y, s, label):
         """dy/ds for states y [B, C, H, W] at s [B]."""
@@ -217,7 +218,7 @@ def sample_labels(cfg, state, indices, seed):
         ids = [int(v) for v in cfg.labels]
     except ValueError:
         raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or label ids") from None
-    if min(ids) < 0 or max(ids) > K:
+    if not ids or min(ids) < 0 or max(ids) > K:
         raise UserError(f"labels={','.join(cfg.labels)}: ids must be in 0 ... {K - 1} ({K} is the null label)")
     return torch.tensor([ids[i % len(ids)] for i in indices])
 
@@ -234,6 +235,8 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, seed=Non
             z = draw(seed, "sample noise", part, (state["channels"], state["size"], state["size"])).to(run.device)
             label = sample_labels(cfg, state, part, seed)
             x, calls = integrate(field_, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, cfg.tol)
+            if not torch.isfinite(x).all():
+                raise UserError(f"{state.get('file', 'the model')}: samples are not finite; is it a healthy model? (precision=fp32 may help)")
             images.append(to_uint8(x).cpu().numpy())
             labels.append(label)
             evaluations += int(calls.sum())
@@ -369,7 +372,7 @@ def kernel_distance(a, b, limit=5000):
 
 def manifold(fake, real, k=5, limit=10_000):
     """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) by k-nearest-neighbour balls."""
-    fake, real = fake[:limit], real[:limit]
+    fake, real = (fake[:limit].double(), real[:limit].double())                  # float64: the fast formula for distances cancels
     k = min(k, len(fake) - 1, len(real) - 1)
     radius = lambda x: torch.cat([torch.cdist(c, x).kthvalue(k + 1, 1).values for c in x.split(1000)])           # the nearest is the point itself
     r_real, r_fake = radius(real), radius(fake)
@@ -380,7 +383,8 @@ def manifold(fake, real, k=5, limit=10_000):
 
 def nearest(x, train):
     """Distance of each row of x to its nearest row of train, [N]."""
-    return torch.cat([torch.cdist(c, train).min(1).values for c in x.split(500)])
+    x, train = x.double(), train.double()                 # float64: the fast formula for distances cancels
+    return torch.cat([torch.cdist(c, train).min(1).values for c in x.split(500)]).float()
 
 
 class Evaluation:

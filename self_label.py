@@ -442,18 +442,20 @@ def prepare(run, cfg, folder):
         folder.mkdir(parents=True, exist_ok=True)
         train = arrays["train"]
         scales = [1 / max(float(np.linalg.norm(a[:20_000], axis=1).mean()), 1e-9) if len(train) > 1 else 1.0 for a in train]
-        joined = lambda split, i: torch.from_numpy(np.concatenate([a[i:i + 8192] * s for a, s in zip(arrays[split], scales)], 1).astype(np.float32))
+
+        def joined(split, i):                             # rows i ... of all activations side by side, float32 [n, D]
+            x = torch.from_numpy(np.concatenate([a[i:i + 8192] * s for a, s in zip(arrays[split], scales)], 1).astype(np.float32))
+            if bad := (~torch.isfinite(x).all(1)).nonzero().flatten().tolist():
+                raise UserError(f"features/{cfg.features}: row {i + bad[0]} of {split} is not finite; extract again")
+            return x
+
         mean, projection = fit_projection((joined("train", i) for i in range(0, len(train[0]), 8192)), cfg.pca, cfg.whiten)
         mean = mean if cfg.center else torch.zeros_like(mean)
         for split in arrays:
             n = len(arrays[split][0])
             out = np.lib.format.open_memmap(files[split], "w+", "f4", (n, projection.shape[1] if projection is not None else len(mean)))
             for i in range(0, n, 8192):
-                x = joined(split, i)
-                bad = (~torch.isfinite(x).all(1)).nonzero()
-                if len(bad):
-                    raise UserError(f"features/{cfg.features}: row {i + int(bad[0])} of {split} is not finite; extract again")
-                x = x - mean
+                x = joined(split, i) - mean
                 out[i:i + 8192] = (x @ projection if projection is not None else x).numpy()
             out.flush()
     run.wait()

@@ -312,10 +312,13 @@ def atomic(path):
             yield f
             f.flush()
             os.fsync(f.fileno())
+        os.replace(aside, path)
+    except OSError as e:                                  # a full disk, most of all: say which file it was
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written ({e.strerror or e}); what was there before is kept") from None
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    os.replace(aside, path)
 
 
 def write_json(path, value):
@@ -895,8 +898,8 @@ def denoise(net, path, predict, x_t, t, **condition):
     t = wide(t)
     if predict == "v":
         return path.from_v(out, x_t, t)
-    a, s = path.alpha(t).clamp(min=1e-3), path.sigma(t).clamp(min=1e-3)          # only a division at the very ends of the path needs the clamp
-    return ((x_t - s * out) / a, out) if predict == "eps" else (out, (x_t - a * out) / s)
+    a, s = path.alpha(t), path.sigma(t)                   # at an end of the path the other part is not determined: do not divide the network's error by nothing
+    return ((x_t - s * out) / a.clamp(min=0.005), out) if predict == "eps" else (out, (x_t - a * out) / s.clamp(min=0.02))
 
 
 def loss_per_image(net, path, predict, x, z, t, min_snr=0.0, **condition):
@@ -1153,8 +1156,8 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator: lend it to them
         torch.manual_seed(seed_of(seed, "weights"))
         if model.backbone == "uvit":
-            if size % model.patch or model.channels % model.heads or model.depth % 2:
-                raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}, depth={model.depth} even")
+            if size % model.patch or model.channels % model.heads or model.depth % 2 or model.channels % 2:
+                raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}; channels and depth={model.depth} even")
             return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv, **condition)
         if size % (step := model.stem * 2 ** (len(model.mult) - 1)):
             raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")

@@ -77,4 +77,4 @@ def test_torchvision_set_from_files_at_hand(tiny, tmp_path):
 def test_nothing_is_prepared_twice(tiny, tmp_path):
     a = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=32").stdout
     b = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=64").stdout
-    assert "prepared 512 train images" in a and "prepared" not in b
+    assert "prepared 512 train images" in a and "prepared 512" not in b

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import killed, stage
 
-SLOW_SAVES = ["save_every=32", "log_every=32", "images=640"]      # saves after every update, so that kills also hit the saving
+SLOW_SAVES = ["save_every=32", "log_every=32", "images=3200"]      # saves after every update, so that kills also hit the saving
 
 
 def weights(run, folder="diffusion/base"):
@@ -23,11 +23,11 @@ def test_kill_and_resume_equals_one_run(tiny, tmp_path, ranks):
     stage("train_diffusion", tiny, f"run={broken}", *SLOW_SAVES, "images=64", ranks=ranks)     # start-up is not what is tested
     moments, hits = random.Random(ranks), 0
     for _ in range(4):
-        hits += killed("train_diffusion", tiny, f"run={broken}", *SLOW_SAVES, after=moments.uniform(3.0, 6.0) + 3 * (ranks - 1), ranks=ranks)
+        hits += killed("train_diffusion", tiny, f"run={broken}", *SLOW_SAVES, after=moments.uniform(3.5, 6.0) + 2.5 * (ranks - 1), ranks=ranks)
     assert hits, "no kill came in time: the test proves nothing"
     stage("train_diffusion", tiny, f"run={broken}", *SLOW_SAVES, ranks=ranks)
     (a, n), (b, m) = weights(whole), weights(broken)
-    assert n == m == 640 and a.keys() == b.keys()
+    assert n == m == 3200 and a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     logs = [[json.loads(line)["images"] for line in (d / "diffusion/base/metrics.jsonl").read_text().splitlines()] for d in (whole, broken)]
     assert logs[0] == logs[1]                             # no line twice, none missing
