@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the whole chain on the embedded data, `make test` the tests. Python 3.10 to 3.13.
+# The two commands that matter: `make demo` runs the whole chain on the embedded data, `make test` the tests. Python 3.10 to 3.13.
 PYTHON ?= python3
 PY     := .venv/bin/python
 CFG    ?= configs/shapes.yaml
@@ -38,4 +38,4 @@ bench: .venv/dev
 	for f in tests/bench_*.py; do $(PY) $$f || exit $$?; done
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

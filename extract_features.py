@@ -19,6 +19,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,16 +34,16 @@ class ExtractFeatures:
     """Section `extract_features`."""
     name: str = "base"                                    # results go to features/<name>
     checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, or a .pt file
-    weights: str = "ema"                                  # ema or net (raw)
+    weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["auto"])      # names and globs; auto = the label-free choice in probe/<choice>.json
     t: list[float] = field(default_factory=list)          # noise times; empty with activations=auto = the label-free choice
     choice: str = "sweep"                                 # which probe result `auto` reads
     pool: str = "mean"                                    # mean, none, or a number g: average over a grid of g x g
     draws: int = 1                                        # noise draws to average
     splits: list[str] = field(default_factory=lambda: ["train", "test"])  # parts of the data
-    dtype: str = "float32"                                # float32 or float16 on disk
+    dtype: Literal["float32", "float16"] = "float32"      # on disk
     batch: int = 256                                      # images per forward pass and process
-    precision: str = "auto"                               # auto, bf16, fp16, fp32
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     seed: int = 0                                         # of the noise
     overwrite: bool = False                               # replace features that another recipe left under this name
 
@@ -63,7 +64,7 @@ def parts(net):
                         yield f"{stage}-level{level}-{stage}sampler-out", m
                         moved = True
                     else:
-                        yield f"{stage}-repeat{(repeat + 1) // 2}" if stage == "mid" else f"{stage}-level{level}-repeat{repeat}", m
+                        yield f"{stage}-repeat{(repeat + 1) // 2}" if stage == "mid" else f"{stage}-level{level}-repeat{repeat}", m    # mid: ResBlock, attention, ResBlock
                 level, repeat = (level + 1, 0) if moved else (level, repeat + 1)
     else:
         yield "vit-after-embed", net.patch_embed
@@ -208,9 +209,9 @@ def load_features(run, name, split):
         try:
             arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError) as e:
-            raise UserError(f"{file}: cannot be read ({e}); extract again with overwrite=true") from None
+            raise UserError(f"{file}: cannot be read ({e}); delete the folder and extract again") from None
         if len(arrays[-1]) != len(data):
-            raise UserError(f"{file} has {len(arrays[-1])} rows, the data {len(data)}; extract again with overwrite=true")
+            raise UserError(f"{file} has {len(arrays[-1])} rows, the data {len(data)}; delete the folder and extract again")
     return arrays, info
 
 
@@ -233,7 +234,10 @@ def main():
     # what to read, and where
     times = cfg.t
     if cfg.activations == ["auto"]:
-        choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")["label_free"]
+        probed = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")
+        if probed["checkpoint"] == cfg.checkpoint and probed["hash"] != state["weights"]:
+            raise UserError(f"probe/{cfg.choice}.json was made with weights {probed['hash']}, {state['file']} holds {state['weights']}; run probe.py again with overwrite=true")
+        choice = probed["label_free"]
         names, times = [choice["activation"]], times or [choice["t"]]
     else:
         names = select(net, cfg.activations)
@@ -241,17 +245,17 @@ def main():
         raise UserError(f"t={times}: name one or more noise times between 0 and 1")
     if cfg.pool not in ("mean", "none") and not cfg.pool.isdigit() or cfg.pool == "0":
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
-    if cfg.dtype not in ("float32", "float16") or cfg.draws < 1:
-        raise UserError(f"dtype={cfg.dtype}, draws={cfg.draws}: dtype must be float32 or float16, draws at least 1")
+    if cfg.draws < 1 or cfg.batch < 1:
+        raise UserError(f"draws={cfg.draws}, batch={cfg.batch}: must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"
     data = {split: load_data(run, split) for split in cfg.splits}
-    recipe = dict(checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"] if cfg.weights == "ema" else f"raw at {state['seen']}", pool=cfg.pool,
+    recipe = dict(checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"] if cfg.weights == "ema" else f"raw beside {state['weights']}", pool=cfg.pool,
                   draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, data={k: d.info["fingerprint"] for k, d in data.items()},
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
     if run.dry_run:
         run.say(f"{len(names)} activation(s) x {len(times)} time(s) of {sum(map(len, data.values())):,} images: {', '.join(names)}")
         return
-    if finished(run, folder / "info.json", recipe):
+    if run.agreed(finished(run, folder / "info.json", recipe)):
         return
 
     # extract: every rank fills its own rows of the same arrays

@@ -10,7 +10,7 @@ Time    t = 0 is noise, t = 1 is data.
 
 sweep   scores every block x time by NMI of k-means, kNN and a linear probe on a validation part of the training images (nothing is stored), and by
         criteria that need no labels. `label_free` is what self_label.py uses; `oracle`, the choice made with labels, is only reported beside it.
-linear  trains on all training images, selects on the validation part, reports the test images once; with raw pixels, the same network with
+linear  trains on the training images outside the validation part, selects on that part, reports the test images once; with raw pixels, the same network with
         random weights and a supervised network of the same size beside it.
 """
 import math
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from extract_features import catalogue, noise_level, select, stream, tapped, _Enough
-from self_label import assign, kmeans, nmi
+from self_label import alone, assign, kmeans, nmi
 from train_diffusion import (Model, UserError, atomic, autocast, bar, build_model, cli, fill, finished, load_data, load_model, read_json, seed_of, start,
                              write_json)
 
@@ -48,7 +48,7 @@ class Probe:
     draws: int = 3                                        # linear: noise draws, each probed alone: mean and spread
     controls: list[str] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear: what to compare with
     supervised_images: int = 100_000                      # linear: images that the supervised control is trained on
-    precision: str = "auto"                               # of the network
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     batch: int = 500                                      # images per forward pass and process
     seed: int = 0                                         # of noise, k-means, controls
     overwrite: bool = False                               # replace a result of another recipe under this name
@@ -199,7 +199,8 @@ def sweep(run, cfg, net, state, context):
             rows, clusters = [], []
             for n in names:
                 mean = a[n].mean(0)                       # centred: activations share a large common direction
-                free, ids = label_free_scores(a[n] - mean, b[n] - mean, K, cfg.seed)
+                with alone():
+                    free, ids = label_free_scores(a[n] - mean, b[n] - mean, K, cfg.seed)
                 rows.append(dict(activation=n, **noise_level(state["path"], t), **free))
                 clusters.append(ids)
                 if known:
@@ -211,10 +212,12 @@ def sweep(run, cfg, net, state, context):
     table = sorted(gather(run, table), key=lambda r: (names.index(r["activation"]), r["t"]))
     pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
     # the noisiest time at which the blocks still agree about as well as anywhere, and there the block that agrees most
+    # (one or two activations have nothing to agree with: then the most stable under new noise)
     best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in cfg.t}
-    chosen = max((r for r in table if r["t"] == min(t for t in best if best[t] >= 0.97 * max(best.values()))), key=lambda r: r["consensus"])
+    noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
+    chosen = max((r for r in table if r["t"] == noisiest), key=lambda r: r["consensus"]) if len(names) > 2 else max(table, key=lambda r: r["stability"])
     result = dict(protocol="sweep", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], K=K, fit=len(fit_rows), validation=len(val_rows), seed=cfg.seed,
-                  criterion="consensus of blocks, noisiest time within 3 %", label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "consensus", "stability")})
+                  criterion="consensus of blocks, noisiest time within 3 %" if len(names) > 2 else "stability", label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "consensus", "stability")})
     if known:
         result |= dict(label_free_scores={k: chosen[k] for k in ("nmi", "knn", "linear")}, oracle={k: pick(k) for k in ("nmi", "knn", "linear")},
                        tracks_nmi={k: rank_correlation([r[k] for r in table], [r["nmi"] for r in table]) for k in ("consensus", "stability", "silhouette")})
@@ -269,20 +272,24 @@ def train_supervised(run, cfg, state, data, name, classes):
     return net.eval().requires_grad_(False)
 
 
+def one_activation(run, cfg, net):
+    """The (activation, time) that protocol=linear reads: the label-free choice of a sweep, or what was named."""
+    if cfg.activations == ["blocks"]:
+        choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")["label_free"]
+        return choice["activation"], choice["t"]
+    names = select(net, cfg.activations)
+    if len(names) != 1 or len(cfg.t) != 1:
+        raise UserError(f"protocol=linear reads one activation at one time; got {len(names)} and t={cfg.t}")
+    return names[0], cfg.t[0]
+
+
 def linear(run, cfg, net, state, context):
     """Linear probe and kNN of one activation: select on the validation part, report the test part once; controls beside it."""
     train, test = load_data(run, "train"), load_data(run, "test")
     y, y_test = torch.from_numpy(np.asarray(train.classes)), torch.from_numpy(np.asarray(test.classes))
     if (y < 0).any() or (y_test < 0).any():
         raise UserError("protocol=linear needs the class of every image, and this data lacks some")
-    if cfg.activations == ["blocks"]:
-        choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")["label_free"]
-        name, t = choice["activation"], choice["t"]
-    else:
-        names = select(net, cfg.activations)
-        if len(names) != 1 or len(cfg.t) != 1:
-            raise UserError(f"protocol=linear reads one activation at one time; got {len(names)} and t={cfg.t}")
-        name, t = names[0], cfg.t[0]
+    name, t = one_activation(run, cfg, net)
     classes, order = int(y.max()) + 1, np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train))
     val, fit = np.sort(order[:min(cfg.validation, len(order) // 5)]), np.sort(order[min(cfg.validation, len(order) // 5):])
 
@@ -292,8 +299,8 @@ def linear(run, cfg, net, state, context):
                                                              seed=cfg.seed, purpose=f"linear {split} {d}", batch=cfg.batch)]
         return torch.cat(parts)
 
-    def score(a, b):                                      # a: train features, b: test features -> accuracies and the selected l2
-        f, v, full, te = standardise(a[fit], a[val], a, b)
+    def score(a, b):                                      # a: train features, b: test features -> accuracies and what was selected
+        f, v, te = standardise(a[fit], a[val], b)
         best = max((1e-5, 1e-4, 1e-3, 1e-2), key=lambda l2: accuracy(logistic(f, y[fit], classes, l2), v, y[val]))
         k = max((1, 5, 20, 50), key=lambda k: knn(f, y[fit], v, y[val], k, classes))
         return dict(linear=accuracy(logistic(f, y[fit], classes, best), te, y_test), knn=knn(f, y[fit], te, y_test, k, classes), l2=best, k=k)
@@ -302,14 +309,15 @@ def linear(run, cfg, net, state, context):
     sources = {"features": (net, t)}
     if "random" in cfg.controls:
         sources["random weights"] = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed + 1).to(run.device).eval().requires_grad_(False), t
+        g = torch.Generator().manual_seed(seed_of(cfg.seed, "random weights"))
         for p in sources["random weights"][0].parameters():                      # zero-initialised branches would make it blind
             if not p.any() and p.dim() > 1:
-                nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=torch.Generator(p.device).manual_seed(seed_of(cfg.seed, "random weights")))
+                p.copy_(nn.init.kaiming_uniform_(torch.empty(p.shape), a=math.sqrt(5), generator=g))
     if "supervised" in cfg.controls:
         sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.images, y=y, rows=fit), name, classes), 1.0
     for what, (model, level) in sources.items():
         scores = [score(read(model, "train", d, level), read(model, "test", d, level)) for d in range(cfg.draws if level < 1 else 1)]
-        rows[what] = dict(activation=name, t=level, dimensions=None, draws=len(scores), **{f"{k}": float(np.mean([s[k] for s in scores])) for k in ("linear", "knn")},
+        rows[what] = dict(activation=name, t=level, draws=len(scores), **{k: float(np.mean([s[k] for s in scores])) for k in ("linear", "knn")},
                           **{f"{k}_std": float(np.std([s[k] for s in scores])) for k in ("linear", "knn")}, l2=scores[0]["l2"], k=scores[0]["k"])
         run.say(f"{what:24} linear {rows[what]['linear']:.4f} +- {rows[what]['linear_std']:.4f}   kNN {rows[what]['knn']:.4f} +- {rows[what]['knn_std']:.4f}")
     if "pixels" in cfg.controls:
@@ -329,13 +337,15 @@ def main():
     cfg.name = cfg.name or cfg.protocol
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context, _, why = autocast(run, cfg.precision)
-    if not cfg.t or not all(0 <= t <= 1 for t in cfg.t) or cfg.draws < 1:
-        raise UserError(f"t={cfg.t}, draws={cfg.draws}: noise times lie between 0 and 1, draws is at least 1")
+    if not cfg.t or not all(0 <= t <= 1 for t in cfg.t) or min(cfg.draws, cfg.batch, cfg.neighbours) < 1 or cfg.K < 2:
+        raise UserError(f"t={cfg.t}, draws={cfg.draws}, batch={cfg.batch}, neighbours={cfg.neighbours}, K={cfg.K}: times lie between 0 and 1, K is at least 2, the others at least 1")
     path, recipe = run.dir / "probe" / f"{cfg.name}.json", {k: v for k, v in run.sections[run.stage].items() if k not in ("name", "overwrite", "batch")} | dict(hash=state["weights"])
+    if cfg.protocol == "linear":
+        recipe["reads"] = list(one_activation(run, cfg, net))
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         return
-    if finished(run, path, recipe):
+    if run.agreed(finished(run, path, recipe)):
         return
     result = (sweep if cfg.protocol == "sweep" else linear)(run, cfg, net, state, context)
     if run.rank == 0:

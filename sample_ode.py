@@ -5,10 +5,10 @@ Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, me
 Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0.
 Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write v_c + s (v_c - v_0) have s = w - 1.
 
-    python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans guidance=1,1.5,2,3   # picks w on other samples than it reports
+    python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans-w guidance=1,1.5,2,3   # picks w on other samples than it reports
     python sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k evaluator=inception       # one GPU; FID proper
     torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k      # the same images, eight GPUs
-    python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=nfe sweep=nfe              # distance against network evaluations
+    python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=base-nfe sweep=nfe              # distance against network evaluations
     python sample_ode.py configs/shapes.yaml --table                                                   # all results of the run side by side
 """
 import json
@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, denoise, digest, draw, finished, load_data, load_model, save_grid,
-                             seed_of, start, to_uint8, wide, write_json)
+                             seed_of, start, to_uint8, weights_hash, wide, write_json)
 
 
 @dataclass
@@ -52,10 +52,10 @@ class SampleOde:
     reference: Literal["train", "test"] = "test"          # real images to compare with
     neighbours: int = 5                                   # k of precision, recall, density, coverage
     sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
-    sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # steps of the nfe sweep
-    sweep_solvers: list[str] = field(default_factory=lambda: ["euler", "midpoint", "heun", "rk4", "dopri5"])   # its solvers
+    sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead
+    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])   # of the nfe sweep
     batch: int = 250                                      # images per network call and process
-    precision: str = "auto"                               # of the network; the ODE state is float32 always
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network; the ODE state is float32 always
     seed: int = 0                                         # sample i is a function of (seed, i)
     runs: list[str] = field(default_factory=list)         # --table: further run folders (other seeds) to average with
     overwrite: bool = False                               # replace samples that another recipe left under this name
@@ -223,7 +223,7 @@ def sample_labels(cfg, state, indices, seed):
     return torch.tensor([ids[i % len(ids)] for i in indices])
 
 
-def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, seed=None, context=None, what="sampling"):
+def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None, seed=None, context=None, what="sampling"):
     """n samples, the share of this process: (indices, uint8 [b, C, H, W], labels or None, report). Sample i is a function of (seed, i)."""
     seed = cfg.seed if seed is None else seed
     mine = np.arange(n * run.rank // run.world, n * (run.rank + 1) // run.world)
@@ -234,7 +234,7 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, seed=Non
             part = mine[i:i + cfg.batch]
             z = draw(seed, "sample noise", part, (state["channels"], state["size"], state["size"])).to(run.device)
             label = sample_labels(cfg, state, part, seed)
-            x, calls = integrate(field_, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, cfg.tol)
+            x, calls = integrate(field_, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state.get('file', 'the model')}: samples are not finite; is it a healthy model? (precision=fp32 may help)")
             images.append(to_uint8(x).cpu().numpy())
@@ -245,7 +245,10 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, seed=Non
     shape = (0, state["channels"], state["size"], state["size"])
     images = np.concatenate(images) if images else np.zeros(shape, np.uint8)
     labels = torch.cat(labels).numpy() if state["num_labels"] and len(mine) else None
-    return mine, images, labels, dict(nfe=evaluations / max(len(mine), 1), network_calls=field_.images / max(len(mine), 1), seconds_per_image=seconds / max(len(mine), 1))
+    counts = torch.tensor([evaluations, field_.images], dtype=torch.float64)
+    if run.world > 1:
+        dist.all_reduce(counts)
+    return mine, images, labels, dict(nfe=float(counts[0]) / n, network_calls=float(counts[1]) / n, seconds_per_image=seconds / max(len(mine), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,12 +271,12 @@ def train_judge(run, epochs=2, batch=128):
     """The judge of this run, from judge.pt in the run folder or trained now (rank 0) on data/train with its ground-truth classes."""
     path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
     known = np.flatnonzero(np.asarray(data.classes) >= 0)
-    if len(known) == 0:
-        raise UserError("evaluator=judge needs classes, and this data has none; use evaluator=inception or a TorchScript file")
+    if len(known) < batch:
+        raise UserError(f"evaluator=judge needs classes, and this data has {len(known)} labelled images; use evaluator=inception or a TorchScript file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(0, "judge"))
         net = Judge(int(np.max(data.classes)) + 1)
-    if run.rank == 0 and (not path.exists() or torch.load(path, weights_only=True)["data"] != data.info["fingerprint"]):
+    if run.rank == 0 and (not path.exists() or torch.load(path, map_location="cpu", weights_only=True)["data"] != data.info["fingerprint"]):
         net, test = net.to(run.device).train(), load_data(run, "test")
         opt, steps, done = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), epochs * len(known) // batch, 0
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, max(steps, 2))
@@ -301,7 +304,7 @@ def train_judge(run, epochs=2, batch=128):
     run.wait()
     saved = torch.load(path, map_location="cpu", weights_only=True)
     net.load_state_dict(saved["net"])
-    return net.to(run.device).eval(), f"judge (small CNN on this run's classes, test accuracy {saved['test_accuracy']:.3f})"
+    return net.to(run.device).eval(), f"judge {weights_hash(saved['net'])[:6]} (small CNN on this run's classes, test accuracy {saved['test_accuracy']:.3f})"
 
 
 def open_evaluator(run, name):
@@ -316,11 +319,14 @@ def open_evaluator(run, name):
         from cleanfid.resize import build_resizer
         folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            net = InceptionV3W(str(folder), download=True).to(run.device).eval()
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"evaluator=inception: no weights in {folder} and they could not be downloaded ({str(e).splitlines()[0]}); "
-                            "put inception-2015-12-05.pt there (or set INCEPTION_DIR), or use another evaluator") from None
+        for turn in range(run.world):                     # one at a time: the first may have to download
+            if turn == run.rank:
+                try:
+                    net = InceptionV3W(str(folder), download=True).to(run.device).eval()
+                except (OSError, RuntimeError) as e:
+                    raise UserError(f"evaluator=inception: no weights in {folder} and they could not be downloaded ({str(e).splitlines()[0]}); "
+                                    "put inception-2015-12-05.pt there (or set INCEPTION_DIR), or use another evaluator") from None
+            run.wait()
         resize = build_resizer("clean")
 
         def features(x):
@@ -331,7 +337,7 @@ def open_evaluator(run, name):
         net = torch.jit.load(name, map_location=run.device).eval()
     except (RuntimeError, ValueError, OSError):
         raise UserError(f"evaluator={name}: must be judge, inception, or a readable TorchScript file") from None
-    return net, f"TorchScript {Path(name).name}", "frechet"
+    return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}", "frechet"
 
 
 @torch.no_grad()
@@ -383,8 +389,8 @@ def manifold(fake, real, k=5, limit=10_000):
 
 def nearest(x, train):
     """Distance of each row of x to its nearest row of train, [N]."""
-    x, train = x.double(), train.double()                 # float64: the fast formula for distances cancels
-    return torch.cat([torch.cdist(c, train).min(1).values for c in x.split(500)]).float()
+    # float64, since the fast formula for distances cancels
+    return torch.cat([torch.stack([torch.cdist(c.double(), part.double()).min(1).values for part in train.split(50_000)]).amin(0) for c in x.split(500)]).float()
 
 
 class Evaluation:
@@ -397,19 +403,24 @@ class Evaluation:
         for split in ("train", "test"):
             data = load_data(run, split)
             cache = run.dir / "samples" / ".reference" / f"{digest(cfg.evaluator, self.text, data.info['fingerprint'])}.npy"
-            if not cache.exists():
+            if not run.agreed(cache.exists()):
                 sets[split] = features_of(run, self.net, data.images, f"evaluator on {split} images")
                 if run.rank == 0:
                     with atomic(cache) as f:
                         np.save(f, sets[split].numpy())
                 run.wait()
-            sets[split] = torch.from_numpy(np.load(cache, allow_pickle=False))
+            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))     # scores that look at some rows only: not those of one class
+            sets[split] = torch.from_numpy(np.load(cache, allow_pickle=False)[order])
         self.train, self.test, self.real = sets["train"], sets["test"], sets[cfg.reference]
         self.to_train = nearest(self.test[:2000], self.train)
 
-    def distance(self, images):
-        """Frechet distance alone (every rank passes its own samples)."""
-        return frechet(features_of(self.run, self.net, images, "evaluator on samples", shard=False), self.real)
+    def distance(self, images, real=None):
+        """Frechet distance alone (every rank passes its own samples), to the reference or to other real features."""
+        return frechet(features_of(self.run, self.net, images, "evaluator on samples", shard=False), self.real if real is None else real)
+
+    def other(self):
+        """Real images that the report does not use: what w is chosen against."""
+        return self.train if self.cfg.reference == "test" else self.test
 
     def scores(self, images):
         """All scores of a set of samples, with what they were measured with."""
@@ -467,8 +478,8 @@ def table(run):
             kind, K = "fid" if "fid" in m["scores"] else "frechet", m["num_labels"]
             plain = m.get("scores_w1", m["scores"] if m["w"] == 1 else {})
             rows.setdefault(path.parent.name, []).append({
-                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), f"{kind} w=1": plain.get(kind), "best w": m["w"] if K else None,
-                f"{kind} best w": m["scores"][kind], "precision": m["scores"]["precision"], "recall": m["scores"]["recall"], "coverage": m["scores"]["coverage"],
+                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind), "best w": m["w"] if K else None,
+                "distance best w": m["scores"][kind], "kind": kind, "precision": m["scores"]["precision"], "recall": m["scores"]["recall"], "coverage": m["scores"]["coverage"],
                 "memorisation": m["scores"]["memorisation"], "network calls": m["network_calls"], "training images": m["total_seen"], "evaluator": m["scores"]["evaluator"],
                 "reference": m["scores"]["reference"], "samples": m["scores"]["samples"], "solver": f"{m['solver']} {m['steps']}", "weights": m["weights"], "seed": m["seed"]})
     if not rows:
@@ -482,14 +493,14 @@ def table(run):
         spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
         return f"{mean:,.0f}{spread}" if all(float(v).is_integer() for v in values) and not spread else f"{mean:.{digits}f}{spread}"
 
-    head = [k for k in next(iter(rows.values()))[0] if k not in ("run", "evaluator", "reference", "samples", "solver", "weights", "seed")]
-    order = sorted(rows, key=lambda n: -np.mean([r[head[4]] for r in rows[n]]))
+    head = [k for k in next(iter(rows.values()))[0] if k not in ("run", "kind", "evaluator", "reference", "samples", "solver", "weights", "seed")]
+    order = sorted(rows, key=lambda n: -np.mean([r["distance best w"] for r in rows[n]]))
     cells = [["samples", *head], *([name, *(cell([r[h] for r in rows[name]]) for h in head)] for name in order)]
     widths = [max(len(r[i]) for r in cells) for i in range(len(head) + 1)]
     lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    said = {k: sorted({str(r[k]) for v in rows.values() for r in v}) for k in ("evaluator", "reference", "samples", "solver", "weights")}
-    text = "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(v)}" for k, v in said.items()) + f"; runs: {len(folders)}; w chosen on other samples than those reported\n"
+    said = {k: sorted({str(r[k]) for v in rows.values() for r in v}) for k in ("kind", "evaluator", "reference", "samples", "solver", "weights")}
+    text = "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(v)}" for k, v in said.items()) + f"; runs: {len(folders)}; w chosen on other samples and other real images than those reported\n"
     with atomic(run.dir / "samples" / "table.md") as f:
         f.write(text.encode())
     write_json(run.dir / "samples" / "table.json", rows)
@@ -525,18 +536,23 @@ def main():
         return table(run)
     if cfg.n < 2 or cfg.steps < 1 or cfg.batch < 1 or cfg.tol <= 0 or len(cfg.interval) != 2 or not cfg.guidance:
         raise UserError(f"n={cfg.n}, steps={cfg.steps}, batch={cfg.batch}, tol={cfg.tol}, interval={cfg.interval}, guidance={cfg.guidance}: n must be at least 2, the others positive, interval two times")
+    if not cfg.evaluate and (cfg.sweep or len(cfg.guidance) > 1) or cfg.select < 2:
+        raise UserError(f"sweep={cfg.sweep}, guidance={cfg.guidance}, select={cfg.select}: sweeps and a choice of w need evaluate=true and at least two samples")
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
-    models = net, load_model(run, cfg.autoguide, cfg.weights)[0] if cfg.autoguide else None
+    weak, other = load_model(run, cfg.autoguide, cfg.weights) if cfg.autoguide else (None, None)
+    if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
+        raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
+    models = net, weak
     context, _, why = autocast(run, cfg.precision)
     if not state["num_labels"] and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing to guide with
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")} | dict(hash=state["weights"], guidance=cfg.guidance)
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")} | dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
     if run.dry_run:
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}")
         return
-    if finished(run, folder / "metrics.json", recipe):
+    if run.agreed(finished(run, folder / "metrics.json", recipe)):
         return
     if run.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -556,14 +572,12 @@ def main():
         # choose w on samples of another seed than the one reported
         w = cfg.guidance[0]
         if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
-            if judge is None:
-                raise UserError(f"guidance={cfg.guidance}: choosing among several needs evaluate=true")
             curve = []
             for w in cfg.guidance:
                 _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, seed=cfg.seed + 1, context=context, what=f"w = {w:g}")
-                curve.append((w, judge.distance(images)))
+                curve.append((w, judge.distance(images, judge.other())))
                 run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {cfg.seed + 1}")
-            w = min(curve, key=lambda p: p[1])[0]
+            w = run.agreed(min(curve, key=lambda p: p[1])[0])
             metrics["selection"] = dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
             if run.rank == 0:
                 plot(aside / "guidance.png", {cfg.checkpoint: curve}, f"{judge.kind} against w, {cfg.select:,} samples", "w", judge.kind)
@@ -573,22 +587,21 @@ def main():
             curves = {}
             for solver in cfg.sweep_solvers:
                 settings = [(s, cfg.tol) for s in cfg.sweep_steps] if solver != "dopri5" else [(1, tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
-                for steps, cfg.tol in settings:
+                for steps, tol in settings:
                     if solver != "dopri5" and steps * len(TABLEAUS.get(solver, [[0]])[0]) > 64:
                         continue
-                    _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, solver=solver, steps=steps, seed=cfg.seed + 1, context=context, what=f"{solver} {steps}")
+                    _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, solver=solver, steps=steps, tol=tol, seed=cfg.seed + 1, context=context, what=f"{solver} {steps}")
                     curves.setdefault(solver, []).append((report["nfe"], judge.distance(images)))
                     run.say(f"  {solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {curves[solver][-1][1]:.3f}")
             metrics["nfe_sweep"] = dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves)
             if run.rank == 0:
                 plot(aside / "nfe.png", curves, f"{judge.kind} against network evaluations ({cfg.checkpoint}, {cfg.select:,} samples)", "evaluations (NFE)", judge.kind, log_x=True, log_y=True)
-            cfg.tol = recipe["tol"]
 
         # the samples that are reported
         rows, images, labels, report = generate(run, cfg, models, state, cfg.n, w=w, context=context)
         metrics |= dict(w=w) | report
         for kind, values in (("images", images), ("labels", labels)):
-            if values is not None or state["num_labels"] and kind == "labels":
+            if kind == "images" or state["num_labels"]:
                 shape = (cfg.n, *images.shape[1:]) if kind == "images" else (cfg.n,)
                 if run.rank == 0:
                     np.lib.format.open_memmap(aside / f"{kind}.npy", "w+", "u1" if kind == "images" else "i8", shape).flush()
@@ -606,7 +619,6 @@ def main():
             images = np.load(aside / "images.npy", mmap_mode="r")
             if state["num_labels"]:
                 labels = np.load(aside / "labels.npy")
-                order = [i for k in np.unique(labels)[:20] for i in np.flatnonzero(labels == k)[:10]]
                 keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]
                 order = [i for k in keep for i in np.flatnonzero(labels == k)[:10]] or list(range(min(100, cfg.n)))
                 save_grid(aside / "grid.png", images[order], 10, [str(k) for k in keep] or None, head=f"{cfg.name}: w = {w:g}, one row per label")
@@ -624,7 +636,7 @@ def main():
         run.say(f"{judge.kind} {s[judge.kind]:.3f}  kernel {s['kernel']:.5f}  precision {s['precision']:.3f}  recall {s['recall']:.3f}  coverage {s['coverage']:.3f}  "
                 f"memorisation {s['memorisation']:.2f} (1 = as far from the training images as test images are)  w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  "
                 f"network calls {metrics['network_calls']:.1f}  {metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
-    run.say(f"samples in {folder}: grid.png, images.npy, metrics.json")
+    run.say(f"samples in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 
 if __name__ == "__main__":

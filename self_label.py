@@ -14,6 +14,7 @@ controls    classes (ground truth), random (permuted reference labels), subgroup
 import math
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,16 +62,35 @@ def rows_of(features, rows, metric, device="cpu"):
     return F.normalize(x, dim=1) if metric == "cosine" else x
 
 
+_alone = False
+
+
+@contextmanager
+def alone():
+    """Within this context a process clusters data of its own, whatever other ranks do."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def together():
+    """Whether the rows of all ranks belong together."""
+    return dist.is_initialized() and not _alone
+
+
 def over_ranks(x, op="SUM"):
     """all_reduce in place where there are several ranks; returns x."""
-    if dist.is_initialized():
+    if together():
         dist.all_reduce(x, getattr(dist.ReduceOp, op))
     return x
 
 
 def offsets(n):
     """(first global row of this rank's slice, rows of all slices together)."""
-    if not dist.is_initialized():
+    if not together():
         return 0, n
     counts = [None] * dist.get_world_size()
     dist.all_gather_object(counts, n)
@@ -82,7 +102,7 @@ def pick_rows(features, chosen, metric, device):
     first, _ = offsets(len(features))
     mine = chosen[(chosen >= first) & (chosen < first + len(features))] - first
     x = rows_of(features, mine, metric, device)
-    if not dist.is_initialized():
+    if not together():
         return x
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, x.cpu())
@@ -130,7 +150,7 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, b
     start     centroids to start from instead of k-means++ (on a random subset of at most max(10,000, 20 K) rows)
     Raises UserError for non-finite features or K out of range.
     """
-    first, N = offsets(len(features))
+    _, N = offsets(len(features))
     if not 1 <= K <= N:
         raise UserError(f"K={K}: must be between 1 and the {N} rows")
     best = None
@@ -179,10 +199,11 @@ def lloyd(features, c, spare, metric, iterations, chunk, generator):
         empty = (counts == 0).nonzero().flatten()
         c = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], c)
         if len(empty):                                    # the same farthest rows on every rank
-            parts = [None] * dist.get_world_size() if dist.is_initialized() else [far]
-            if dist.is_initialized():
-                dist.all_gather_object(parts, far)
-            values, rows = torch.cat([p[0] for p in parts if p]), torch.cat([p[1] for p in parts if p])
+            parts = [far and tuple(v.cpu() for v in far)]
+            if together():
+                parts = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, far and tuple(v.cpu() for v in far))
+            values, rows = (torch.cat([p[j] for p in parts if p]).to(c.device) for j in (0, 1))
             rows = torch.cat([rows[values.argsort(descending=True)], spare[torch.from_numpy(generator.permutation(len(spare))).to(spare.device)]])
             c[empty] = rows.unique_consecutive(dim=0)[:len(empty)]
             repaired += len(empty)
@@ -210,7 +231,7 @@ def column_logsumexp(L):
     """ln of the column sums of exp(L) over the rows of all ranks. L: [n, K] -> [K]."""
     local = L.logsumexp(0)
     top = over_ranks(local.clone(), "MAX")
-    return top + over_ranks((local - top).exp()).log() if dist.is_initialized() else local
+    return top + over_ranks((local - top).exp()).log() if together() else local
 
 
 def sinkhorn(scores, eps=0.05, iterations=3):
@@ -384,15 +405,15 @@ def load_labels(run, name):
     try:
         with np.load(path, allow_pickle=False) as f:
             labels = {k: f[k] for k in f.files}
-        train, K = labels["train"], int(labels["num_labels"])
+        train, _, K = labels["train"], labels["test"], int(labels["num_labels"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: not a readable label file ({e}); make it again with overwrite=true") from None
+        raise UserError(f"{path}: not a readable label file ({e}); delete it and make it again") from None
     for split in ("train", "test"):
         data = load_data(run, split)
         if len(labels[split]) != len(data):
             raise UserError(f"{path} has {len(labels[split])} {split} labels, {run.dir}/data/{split} has {len(data)} images; make the labels again")
-        if info["data"].get(split) != data.info["fingerprint"]:
-            raise UserError(f"{path} belongs to {split} images {info['data'].get(split)}, {run.dir}/data/{split} holds {data.info['fingerprint']}; make the labels again")
+        if info.get("data", {}).get(split) != data.info["fingerprint"]:
+            raise UserError(f"{path} belongs to {split} images {info.get('data', {}).get(split)}, {run.dir}/data/{split} holds {data.info['fingerprint']}; make the labels again")
     if train.dtype.kind not in "iu" or not 0 <= train.min() <= train.max() < K:
         raise UserError(f"{path}: labels must be whole numbers in 0 ... {K - 1} (num_labels={K}); found {train.dtype}, {train.min()} ... {train.max()}")
     return labels | {"train": train.astype(np.int64)}, info | {"num_labels": K}
@@ -424,7 +445,7 @@ def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns
 # ---------------------------------------------------------------------------------------------------------------------
 # From feature files to labels
 
-def prepare(run, cfg, folder):
+def prepare(run, cfg, files):
     """The features to cluster, float32 [N, d] memory maps for train and test: joined, centred, perhaps projected. Returns (maps, info).
 
     Several activations are joined, each scaled to unit mean norm. Centring comes first because activations share a large common
@@ -437,17 +458,16 @@ def prepare(run, cfg, folder):
         for a, entry in zip(arrays[split], info["arrays"]):
             if a.ndim != 2:
                 raise UserError(f"features/{cfg.features}: {entry['activation']} holds maps {list(a.shape[1:])}; extract with pool=mean or a number")
-    files = {split: folder / f".{cfg.name}-{split}.tmp.npy" for split in arrays}
     if run.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        files["train"].parent.mkdir(parents=True, exist_ok=True)
         train = arrays["train"]
-        scales = [1 / max(float(np.linalg.norm(a[:20_000], axis=1).mean()), 1e-9) if len(train) > 1 else 1.0 for a in train]
+        scales = [1 / max(float(np.linalg.norm(a[:20_000].astype(np.float32), axis=1).mean()), 1e-9) if len(train) > 1 else 1.0 for a in train]
 
         def joined(split, i):                             # rows i ... of all activations side by side, float32 [n, D]
-            x = torch.from_numpy(np.concatenate([a[i:i + 8192] * s for a, s in zip(arrays[split], scales)], 1).astype(np.float32))
-            if bad := (~torch.isfinite(x).all(1)).nonzero().flatten().tolist():
+            parts = [torch.from_numpy(a[i:i + 8192].astype(np.float32)) for a in arrays[split]]
+            if bad := (~torch.isfinite(torch.cat(parts, 1)).all(1)).nonzero().flatten().tolist():
                 raise UserError(f"features/{cfg.features}: row {i + bad[0]} of {split} is not finite; extract again")
-            return x
+            return torch.cat([x * s for x, s in zip(parts, scales)], 1)
 
         mean, projection = fit_projection((joined("train", i) for i in range(0, len(train[0]), 8192)), cfg.pca, cfg.whiten)
         mean = mean if cfg.center else torch.zeros_like(mean)
@@ -459,7 +479,7 @@ def prepare(run, cfg, folder):
                 out[i:i + 8192] = (x @ projection if projection is not None else x).numpy()
             out.flush()
     run.wait()
-    return {split: np.load(f, mmap_mode="r") for split, f in files.items()}, info, files
+    return {split: np.load(f, mmap_mode="r") for split, f in files.items()}, info
 
 
 def fit_projection(chunks, components, white):
@@ -504,7 +524,9 @@ def main():
     cfg.name = run.sections[run.stage]["name"] = cfg.name or cfg.method
     folder = run.dir / "labels"
     path, data = folder / f"{cfg.name}.npz", {split: load_data(run, split) for split in ("train", "test")}
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "chunk")}
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k != "overwrite"} | dict(data={k: d.info["fingerprint"] for k, d in data.items()})
+    if min(cfg.restarts, cfg.rounds, cfg.sk_iterations, cfg.groups, cfg.iterations) < 1 or cfg.eps <= 0 or cfg.pca < 0:
+        raise UserError(f"restarts={cfg.restarts}, rounds={cfg.rounds}, sk_iterations={cfg.sk_iterations}, iterations={cfg.iterations}, groups={cfg.groups}, eps={cfg.eps}, pca={cfg.pca}: must be positive")
     if cfg.method in ("kmeans", "sinkhorn"):
         features = load_features(run, cfg.features, "train")[1]
         recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays")})
@@ -516,20 +538,22 @@ def main():
     if run.dry_run:
         run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
         return
-    if path.exists() and finished(run, path.with_suffix(".json"), recipe):
+    if run.agreed(path.exists() and finished(run, path.with_suffix(".json"), recipe)):
         return
 
     # labels: from features, or a control that makes the evidence honest
     classes = {split: np.asarray(d.classes) for split, d in data.items()}
     generator, tick, extra, about = np.random.default_rng(seed_of(cfg.seed, cfg.method)), time.time(), {}, {}
     if cfg.method in ("kmeans", "sinkhorn"):
-        maps, features, files = prepare(run, cfg, folder)
-        labels, typical, extra, about = cluster(run, cfg, maps)
+        files = {split: folder / f".{cfg.name}-{split}.tmp.npy" for split in data}
+        try:
+            maps, features = prepare(run, cfg, files)
+            labels, typical, extra, about = cluster(run, cfg, maps)
+            run.wait()
+        finally:
+            for f in files.values() if run.rank == 0 else ():
+                f.unlink(missing_ok=True)
         about["features"] = {k: features[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
-        run.wait()
-        if run.rank == 0:
-            for f in files.values():
-                f.unlink()
         K = cfg.K
     elif cfg.method == "random":                          # a permutation: the same marginal, nothing about the image
         labels, K = {split: generator.permutation(reference[split]) for split in data}, there["num_labels"]

@@ -8,8 +8,8 @@ Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t
     python train_diffusion.py configs/cifar10.yaml                               # one GPU
     torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml          # eight GPUs, the same global batch
 
-The same command again resumes. This file is the ground floor: configuration, run folder, data arrays, noise paths, the two
-backbones, checkpoints and the training loop `fit`; the later stages import them from here.
+The same command again resumes. This file is the ground floor that the later stages import. To learn the method, read `main`, `fit`,
+`loss_per_image`, `ConstantVelocity` and `UNet` first; configuration, run folder and data are plumbing.
 """
 import copy
 import dataclasses
@@ -17,6 +17,7 @@ import datetime
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import typing
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -56,7 +58,7 @@ class Data:
     root: str = ""                                        # folder (torchvision, folder) or .npz/.npy file (arrays) that holds the images
     download: bool = False                                # let torchvision download what is not under root
     size: int = 32                                        # images become size x size: centre crop, then resize
-    train: int = 0                                        # images to keep for training; 0 = all (shapes: 20,000)
+    train: int = 0                                        # keep the first so many training images (class folders: the first classes); 0 = all (shapes: 20,000)
     test: int = 0                                         # images to keep for testing; 0 = all (shapes: 5,000)
     test_fraction: float = 0.1                            # folder and arrays without a test part: this share of the images is held out
     skip_bad: bool = False                                # skip unreadable images, listing them in info.json; false = stop
@@ -141,6 +143,13 @@ class Run:
         if self.rank == 0:
             print(*words, flush=True)
 
+    def agreed(self, value):
+        """The first process's value on all of them: files may change between two looks."""
+        box = [value]
+        if self.world > 1 and not self.dry_run:
+            dist.broadcast_object_list(box)
+        return box[0]
+
     def wait(self):
         """Let all processes meet."""
         if self.world > 1:
@@ -160,6 +169,8 @@ def comments(cls):
 def convert(key, kind, value):
     """`value` (from YAML or the command line) as the type `kind`; 200k and 50M are accepted for whole numbers."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if value is None and (origin is list or "" in args):  # key= on the command line empties it
+        return [] if origin is list else ""
     if origin is Literal:
         if value in args:
             return value
@@ -170,7 +181,7 @@ def convert(key, kind, value):
     if kind is int and isinstance(value, str) and (m := re.fullmatch(r"(\d+(?:\.\d+)?)([kM])", value)):
         value = float(m[1]) * {"k": 1_000, "M": 1_000_000}[m[2]]
     try:
-        if kind is bool and not isinstance(value, bool) or kind is not bool and isinstance(value, bool):
+        if isinstance(value, bool) != (kind is bool):
             raise ValueError
         if kind is int and float(value) != int(float(value)):
             raise ValueError
@@ -241,7 +252,7 @@ def start(stage, cls, doc, flags=()):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True    # float32 stays float32 where it matters: losses, metrics
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = stage in ("train_diffusion", "train_guided")   # not in k-means, metrics, ODEs
         torch.backends.cudnn.benchmark = True
     dry = "--dry-run" in given
     if world > 1 and not dry:                             # preparing a large data set may keep the other ranks waiting for hours
@@ -257,15 +268,15 @@ def start(stage, cls, doc, flags=()):
 def check_run_folder(run):
     """Write config.yaml on first use; afterwards the data section must stay what it was, since every file's row i is image i."""
     path = run.dir / "config.yaml"
-    if path.exists():
+    if path.exists() and (run.dir / "data" / "train" / "info.json").exists():
         try:
             there = fill("data", Data, (yaml.safe_load(path.read_text()) or {}).get("data", {}))
         except (UserError, yaml.YAMLError, AttributeError) as e:
             raise UserError(f"{path}: cannot be read ({e}); restore it or use another run=DIR") from None
         for key, value in dataclasses.asdict(run.data).items():
-            if getattr(there, key) != value and key not in ("root", "download"):
+            if getattr(there, key) != value and key not in ("root", "download", "skip_bad"):
                 raise UserError(f"{path}: this run was made with data.{key}={getattr(there, key)}, now data.{key}={value}; use another run=DIR")
-    elif run.stage not in ("train_diffusion",):
+    elif run.stage != "train_diffusion":
         raise UserError(f"{run.dir}: no such run; start with train_diffusion.py")
     run.wait()
     if run.rank == 0 and run.stage == "train_diffusion":
@@ -286,6 +297,11 @@ def cli(main):
     except OSError as e:                                  # full disk, no permission, ...
         code = 2
         print(f"error: {e.filename or 'file system'}: {e.strerror or e}", file=sys.stderr)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        code = 1                                          # the other ranks must not wait for this one
+        traceback.print_exc()
     except KeyboardInterrupt:
         code = 130
         print("interrupted; the same command again continues from the last checkpoint", file=sys.stderr)
@@ -453,25 +469,15 @@ def _rgb(hue, saturation, value):
     return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
-def draw_shapes(seed, index, size=32, two=0.25):
+def draw_shapes(seed, index, size=32, two=0.2):
     """Draw images `index` of the endless set `seed`: a bright shape (or two of one class) on a plain grey ground.
 
     Image i depends on (seed, i) only, whatever is drawn with it. Every step is integer arithmetic or one of + - * / sqrt, which
     IEEE 754 rounds in one way only (sin or exp may differ between machines), so the bits are the same everywhere.
 
-    Parameters
-    ----------
-    seed : int, 0 or more
-    index : int array [B]
-    size : int, height and width in pixels; an image shows the same scene at every size
-    two : float, share of images with a second, smaller object of the same class
-
-    Returns
-    -------
-    images : uint8 [B, 3, size, size]
-    classes : int64 [B], positions in SHAPES_CLASSES
-    boxes : float32 [B, 4], x0 y0 x1 y1 in pixels of the main (larger) object, right and bottom exclusive
-    masks : uint8 [B, size, size], 0 on the background, 1 + class on an object
+    index: ints [B]; two: share of images with a second, smaller object of the same class. Returns images uint8 [B, 3, size, size],
+    classes int64 [B] (positions in SHAPES_CLASSES), boxes float32 [B, 4] (x0 y0 x1 y1 in pixels of the larger object, right and bottom
+    exclusive), masks uint8 [B, size, size] (0 on the background, 1 + class on an object). An image shows the same scene at every size.
     """
     index = np.asarray(index).astype(np.uint64)
     if len(index) > 128:  # small pieces stay in the processor's cache, which is faster, and need little memory
@@ -588,7 +594,8 @@ class Folder(torch.utils.data.Dataset):
         if not files:
             raise UserError(f"{root}: no image files found")
         nested = all(len(p.relative_to(root).parts) > 1 for p in files)
-        self.names = sorted({p.relative_to(root).parts[0] for p in files}) if nested else []
+        every = parts.values() if own_split else [root]   # class ids must be those of both parts
+        self.names = sorted({p.name for r in every for p in r.iterdir() if p.is_dir()}) if nested else []
         keep = range(len(files)) if own_split else np.flatnonzero(held_out(data, len(files)) == (split == "test"))
         self.files = [files[i] for i in keep]
         self.classes = [self.names.index(p.relative_to(root).parts[0]) if nested else -1 for p in self.files]
@@ -658,12 +665,12 @@ def read_arrays(data, split):
         raise UserError(f"{path}: has no array 'images' (found: {', '.join(names)})")
     own_split = "test_images" in names
     prefix = "test_" if own_split and split == "test" else ""
-    files = [archive.open(f"{prefix}{k}.npy") if archive else path.open("rb") if k == "images" else None
-             for k in ("images", "classes", "boxes", "masks") if not archive or f"{prefix}{k}" in names]
-    kinds = [k for k in ("images", "classes", "boxes", "masks") if (k == "images" if not archive else f"{prefix}{k}" in names)]
-    streams = [read_rows(f, f"{path}:{prefix}{k}") for f, k in zip([f for f in files if f], kinds)]
+    kinds = [k for k in ("images", "classes", "boxes", "masks") if f"{prefix}{k}" in names]
+    streams = [read_rows(archive.open(f"{prefix}{k}.npy") if archive else path.open("rb"), f"{path}:{prefix}{k}") for k in kinds]
     seen, test = 0, None
-    for rows in zip(*streams, strict=True):
+    for rows in itertools.zip_longest(*streams, fillvalue=()):
+        if len({len(v) for v in rows}) > 1:
+            raise UserError(f"{path}: {', '.join(kinds)} do not have one row for each image")
         batch = dict(zip(kinds, rows))
         x = batch["images"]
         if x.ndim not in (3, 4) or x.dtype != np.uint8:
@@ -684,7 +691,7 @@ def source_batches(run, split, bad):
     """(number of images or 0 if unknown, class names, iterator of (images, classes, boxes, masks)); unreadable images are added to `bad`."""
     data = run.data
     if data.source == "shapes":
-        n, seed = (data.train or 20_000, 0) if split == "train" else (data.test or 5_000, 1)
+        n = (data.train or 20_000) if split == "train" else (data.test or 5_000)
         chunks = (np.arange(i, min(i + 1000, n)) for i in range(0, n, 1000))
         return n, SHAPES_CLASSES, (draw_shapes(seed_of(data.seed, split), c, data.size, data.two_objects) for c in chunks)
     if data.source == "arrays":
@@ -754,7 +761,9 @@ def prepare_data(run):
                     rows = np.full(len(batch[0]), -1) if rows is None and kind == "classes" else rows
                     if rows is not None:
                         rows = rows[:keep].astype(dtype)
-                        writers.setdefault(kind, RowWriter(aside / f"{kind}.npy", np.empty(rows.shape[1:], dtype)) if kind not in writers else None).add(rows)
+                        if kind not in writers:
+                            writers[kind] = RowWriter(aside / f"{kind}.npy", np.empty(rows.shape[1:], dtype))
+                        writers[kind].add(rows)
                 done += keep
                 progress.update(keep)
                 if limit and done >= limit:
@@ -1243,7 +1252,9 @@ def image_order(seed, seen, n):
 
 
 def feed(run, cfg, images, seen):
-    """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 4]) on the device.
+    """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 3]) on the device.
+
+    The uniforms decide time, flip and condition of each image.
 
     Noise and uniforms belong to the running number of the image, so neither restarts nor the number of processes change them. A thread
     prepares the next batches while the network works. Small sets are kept on the device.
@@ -1258,7 +1269,7 @@ def feed(run, cfg, images, seen):
             order, number = image_order(cfg.seed, seen, len(images)), seen
             while not done.is_set():
                 rows = [next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share]
-                u, z = draw(cfg.seed, "train", range(number + run.rank * share, number + (run.rank + 1) * share), images.shape[1:], 4)
+                u, z = draw(cfg.seed, "train", range(number + run.rank * share, number + (run.rank + 1) * share), images.shape[1:], 3)
                 rows = torch.tensor(rows)
                 x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
                 ready.put([v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)])
@@ -1294,7 +1305,7 @@ def check_training(run, cfg):
     """Combinations of training keys that cannot work."""
     if cfg.batch < 1 or cfg.batch % run.world:
         raise UserError(f"batch={cfg.batch} must be a multiple of the {run.world} processes")
-    if cfg.micro and (cfg.batch // run.world) % cfg.micro:
+    if cfg.micro < 0 or cfg.micro and (cfg.batch // run.world) % cfg.micro:
         raise UserError(f"micro={cfg.micro} must divide the {cfg.batch // run.world} images per process and update")
     for key in ("images", "log_every", "save_every", "grid_every", "ema"):
         if getattr(cfg, key) < 1:
@@ -1310,7 +1321,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
     data       Split to train on
     state      what the checkpoint carries besides weights: kind, model, size, channels, conditions, num_labels, path, predict, data, config, ...
     condition  (rows [b], uniform [b]) -> dict of conditions for the network, or None
-    grid       dict of conditions for the 100 images of the sample grid (fixed noise, averaged weights), or None
+    grid       dict of conditions for the images of the sample grid (fixed noise, averaged weights), or None
     """
     path, share = PATHS[cfg.path], cfg.batch // run.world
     micro = cfg.micro or share
@@ -1344,6 +1355,9 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
         lines = [line for line in log.read_text().splitlines() if seen and line.endswith("}") and json.loads(line)["images"] <= seen] if log.exists() else []
         with atomic(log) as f:
             f.write("".join(line + "\n" for line in lines).encode())
+        for picture in (Path(folder) / "samples").glob("*.png"):
+            if int(picture.stem) > seen:
+                picture.unlink()
     run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training images; "
             f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; batch {cfg.batch} = {run.world} process(es) x {share // micro} x {micro}; {why}")
     board = None
@@ -1352,7 +1366,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("tensorboard=true needs the package tensorboard (pip install tensorboard)") from None
-        board = SummaryWriter(folder)
+        board = SummaryWriter(folder, purge_step=seen)
 
     model = torch.compile(net) if cfg.compile else net
     if run.world > 1:
@@ -1361,7 +1375,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
     weights, averages = list(net.parameters()), list(ema.parameters())
     grid_z = draw(cfg.seed, "grid", range(len(next(iter(grid.values()))) if grid else 64), data.images.shape[1:]).to(run.device)
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
-    bins, clock, since, waited = torch.zeros(3, 10, device=run.device, dtype=torch.float64), time.time(), seen, 0.0
+    bins = torch.zeros(2, 10, device=run.device, dtype=torch.float64)            # sum of losses and number of images, by tenth of t
+    norms, clock, since, waited = torch.zeros((), device=run.device), time.time(), seen, 0.0
     batches = feed(run, cfg, data.images, seen)
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
@@ -1374,6 +1389,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
                 x = torch.where(wide(u[:, 1] < 0.5), x.flip(-1), x)
             t = u[:, 0] if cfg.times == "uniform" else torch.special.ndtri(u[:, 0].clamp(1e-6, 1 - 1e-6)).sigmoid()
             cond = condition(rows, u[:, 2]) if condition else {}
+            if state["model"]["dropout"]:                                        # masks come from the global generator: make them a function of (seed, rank, images seen)
+                torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
             for group in opt.param_groups:
                 group["lr"] = lr
@@ -1388,7 +1405,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
                 bins[1].index_add_(0, slot, torch.ones_like(loss, dtype=torch.float64))
             scaler.unscale_(opt)
             norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
-            bins[2, 0] += norm.double()
+            norms += norm
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
@@ -1402,15 +1419,16 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
 
             # what the loop says: one line, a picture, a checkpoint, each at its own interval
             if crossed(cfg.log_every) or crossed(cfg.save_every):
+                sums = bins.clone()
                 if run.world > 1:
-                    dist.all_reduce(bins[:2])
-                total, count = bins[:2].tolist()
-                if not all(map(math.isfinite, total)):
+                    dist.all_reduce(sums)
+                total, count = sums.tolist()
+                if not all(map(math.isfinite, total)) or not scaler.is_enabled() and not math.isfinite(float(norms)):
                     raise UserError(f"{folder}: the loss became {sum(total)} before {seen:,} images; the last checkpoint is kept. Lower lr, or use precision=fp32 or bf16")
             if crossed(cfg.log_every):
                 seconds = time.time() - clock
                 line = dict(images=seen, loss=sum(total) / sum(count), loss_by_t=[round(a / b, 5) if b else None for a, b in zip(total, count)],
-                            grad_norm=float(bins[2, 0]) * cfg.batch / max(seen - since, 1), lr=lr, seconds=round(seconds, 3),
+                            grad_norm=float(norms) * cfg.batch / max(seen - since, 1), lr=lr, seconds=round(seconds, 3),
                             images_per_second=round((seen - since) / seconds, 1), waiting=round(waited / seconds, 4),
                             memory_mb=round(torch.cuda.max_memory_allocated() / 2 ** 20) if run.device.type == "cuda" else None)
                 if run.rank == 0:
@@ -1422,8 +1440,13 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
                 progress.set_postfix(loss=f"{line['loss']:.4f}")
                 if progress.disable:
                     run.say(f"{seen:>12,} images  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s")
-                bins.zero_()
+                bins.zero_(), norms.zero_()
                 clock, since, waited = time.time(), seen, 0.0
+            if crossed(cfg.save_every):
+                averaged = ema.state_dict()
+                save_checkpoint(run, folder, state | dict(
+                    format=FORMAT, seen=seen, net=net.state_dict(), ema=averaged, weights=weights_hash(averaged),
+                    optimizer=opt.state_dict(), scaler=scaler.state_dict()))
             if crossed(cfg.grid_every):
                 if run.rank == 0:
                     with context():
@@ -1431,12 +1454,9 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
                     columns = state.get("grid_columns", 8)
                     save_grid(Path(folder) / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()
-            if crossed(cfg.save_every):
-                averaged = ema.state_dict()
-                save_checkpoint(run, folder, state | dict(
-                    format=FORMAT, seen=seen, net=net.state_dict(), ema=averaged, weights=weights_hash(averaged),
-                    optimizer=opt.state_dict(), scaler=scaler.state_dict()))
     batches.close()
+    if board:
+        board.close()
     return load_checkpoint(run, str(folder))
 
 

@@ -33,7 +33,7 @@ class TrainGuided(Training):
 
 
 def load_pretrained(net, state):
-    """Copy weights into a network that additionally has conditions. With the null condition it starts as it was.
+    """Copy weights into a network that additionally has conditions. With the null condition it starts as it was (the U-ViT nearly so: one more token takes part).
 
     net: freshly built; state: the averaged weights of an unconditional model of the same architecture. UserError if they do not fit.
     The rows of the labels keep their random values, of unit variance as in a network trained from scratch: from rows near zero, which
@@ -111,7 +111,7 @@ def main():
             np.savez(f, **labels)
 
     # close
-    run.say(f"model in {folder}, sample grids (one row per label) in {folder / 'samples'}")
+    run.say(f"model in {folder}, sample grids{' (one row per label)' if guided else ''} in {folder / 'samples'}")
     run.say(f"next: python sample_ode.py (same YAML) checkpoint=guided/{cfg.name} name={cfg.name}" + (" guidance=1,1.5,2,3" if guided else ""))
 
 

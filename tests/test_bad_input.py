@@ -175,3 +175,29 @@ def test_full_disk_keeps_the_previous_checkpoint(tiny, tmp_path):
 def test_unwritable_run_folder(refuse, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refuse("train_diffusion", tiny, f"run={tmp_path / 'file' / 'r'}")
+
+
+def test_a_failed_first_attempt_does_not_lock_the_run(refuse, tiny, tmp_path):
+    words = [tiny, f"run={tmp_path / 'r'}", "images=32"]
+    assert "did you mean shapes" in refuse("train_diffusion", *words, "data.source=shaps")
+    stage("train_diffusion", *words)
+
+
+def test_classes_of_both_parts_have_the_same_ids(tiny, tmp_path):
+    for part in ("train/cat", "train/dog", "train/emu", "test/cat", "test/emu"):
+        (tmp_path / "images" / part).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(tmp_path / "images" / part / f"{i}.png")
+    stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "data.source=folder", f"data.root={tmp_path / 'images'}", "data.train=0", "data.test=0", "images=32")
+    assert np.load(tmp_path / "r/data/test/classes.npy").tolist() == [0] * 12 + [2] * 12
+
+
+def test_arrays_that_do_not_match(refuse, tiny, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((300, 32, 32, 3), np.uint8), classes=np.zeros(299, np.int64))
+    assert "one row for each image" in refuse("train_diffusion", tiny, f"run={tmp_path / 'r'}", "data.source=arrays", f"data.root={tmp_path / 'x.npz'}", "data.train=0", "data.test=0")
+
+
+def test_requests_without_what_they_need(refuse, tiny, run):
+    assert "evaluate=true" in refuse("sample_ode", tiny, f"run={run}", "name=x", "sweep=nfe", "evaluate=false")
+    assert "auto, bf16" in refuse("sample_ode", tiny, f"run={run}", "name=x", "precision=bf17")
+    assert "K=1" in refuse("probe", tiny, f"run={run}", "K=1")

@@ -34,7 +34,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_bits_are_the_same_on_every_machine():
     parts = draw_shapes(0, np.arange(200))
-    assert [zlib.crc32(np.ascontiguousarray(part).tobytes()) for part in parts] == [3673587119, 511133474, 1689250249, 4064498739]
+    assert [zlib.crc32(np.ascontiguousarray(part).tobytes()) for part in parts] == [1025221440, 511133474, 2510251503, 426336465]
 
 
 def test_seeds_and_indices_differ():
