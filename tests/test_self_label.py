@@ -140,7 +140,7 @@ def test_equal_clusters_of_unequal_groups():
     g = np.random.default_rng(0)
     y = (g.random(2000) < 0.2).astype(int)
     x = torch.from_numpy((np.eye(2, 8)[y] * 3 + 0.5 * g.normal(size=(2000, 8))).astype(np.float32))
-    c, potentials, facts = sinkhorn_cluster(x, 5, eps=0.01, iterations=500)
+    c, potentials, facts = sinkhorn_cluster(x, 5, eps=0.01, iterations=500, rounds=3)
     ids, p = balanced_assign(x, c, potentials, 0.01)
     sizes = np.bincount(ids, minlength=5)
     assert sizes.min() > 0.6 * 400 and sizes.max() < 1.4 * 400 and purity(ids.numpy(), y) > 0.95 and (p > 0).all() and facts["mass_spread"] < 1.05
