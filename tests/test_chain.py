@@ -80,6 +80,16 @@ def test_two_ranks_give_the_same_features_labels_and_samples(chain, tiny, tmp_pa
     assert a == pytest.approx(b, rel=1e-2)
 
 
+def test_two_ranks_share_the_times_of_a_sweep(chain, tiny):
+    """Three times on two ranks: each rank clusters its own, and the table is that of one process."""
+    words = [tiny, f"run={chain}", "t=0.4,0.6,0.8", "activations=mid*-out,up-level0*-out"]
+    stage("probe", *words, "name=alone")
+    stage("probe", *words, "name=shared", ranks=2)
+    a, b = (json.loads((chain / f"probe/{n}.json").read_text()) for n in ("alone", "shared"))
+    assert [(r["activation"], r["t"]) for r in a["table"]] == [(r["activation"], r["t"]) for r in b["table"]]
+    assert all(x["consensus"] == pytest.approx(y["consensus"], abs=0.02) and x["nmi"] == pytest.approx(y["nmi"], abs=0.02) for x, y in zip(a["table"], b["table"]))
+
+
 def test_two_ranks_train_on_the_same_images(chain, tiny, tmp_path):
     run = tmp_path / "two"
     shutil.copytree(chain / "data", run / "data")
