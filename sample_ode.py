@@ -452,7 +452,7 @@ def plot(path, curves, title, x_label, y_label, log_x=False, log_y=False, size=(
         (px, _), (_, py) = place(vx, 10 ** y0 if log_y else y0), place(10 ** x0 if log_x else x0, vy)
         pen.line([(px, top), (px, h - low)], "#e6e6e6"), pen.line([(left, py), (w - right, py)], "#e6e6e6")
         pen.text((px - 10, h - low + 6), f"{vx:.3g}", "black"), pen.text((8, py - 6), f"{vy:.3g}", "black")
-    pen.text((left, 12), title, "black"), pen.text((w // 2 - 40, h - 22), x_label, "black"), pen.text((8, 26), y_label, "black")
+    pen.text((left, 12), title, "black"), pen.text((w // 2 - 40, h - 22), x_label, "black"), pen.text((8, 22), y_label, "black")
     for i, (name, curve) in enumerate(curves.items()):
         points, colour = [place(x, y) for x, y in sorted(curve)], colours[i % len(colours)]
         if len(points) > 1:
