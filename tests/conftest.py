@@ -48,15 +48,18 @@ def stage(name, *words, ranks=1, ok=True):
 
 
 def killed(name, *words, after, ranks=1):
-    """Start a stage and kill its whole process group after so many seconds; returns whether it was still running."""
+    """Start a stage and kill it with all its workers after so many seconds; returns whether it was still running."""
     p = subprocess.Popen(command(name, *words, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     time.sleep(after)
     alive = p.poll() is None
-    try:
-        os.killpg(p.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    folder = next(str(w) for w in words if str(w).startswith("run=")).encode()
+    for entry in Path("/proc").glob("[0-9]*"):            # torchrun gives its workers sessions of their own: find them by the run folder they name
+        try:
+            if folder in (entry / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+        except OSError:                                   # gone already
+            pass
     p.wait()
     return alive
 
