@@ -162,52 +162,70 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, b
         c = plus_plus(subset, K, generator) if start is None else start.to(device, torch.float32).clone()
         if batch:
             c = mini_batches(features, c, metric, batch, iterations * math.ceil(N / batch), generator, device)
-        result = lloyd(features, c, subset, metric, 1 if batch else iterations, chunk, generator)
+        result = lloyd(features, c, metric, 1 if batch else iterations, chunk)
         if best is None or result[1] < best[1]:
             best = *result[:2], dict(iterations=result[2], repaired=result[3], restarts=restarts)
     return best
 
 
-def lloyd(features, c, spare, metric, iterations, chunk, generator):
-    """Alternate assignment and means from centroids c [K, D] until no row moves: (c, inertia of c, iterations used, empty clusters repaired).
+def lloyd(features, c, metric, iterations, chunk):
+    """Alternate assignment and means from centroids c [K, D] until no row moves: (centroids, inertia, iterations used, empty clusters repaired).
 
-    An empty cluster takes over a row that is farthest from its own centroid, a different row for each (`spare` rows if those run out).
+    The inertia is that of the last assignment to the means it led to, |x|^2 - 2 x.c + |c|^2 summed from the sums that the means need anyway.
     """
-    K, repaired, ids = len(c), 0, torch.full((len(features),), -1, dtype=torch.int32, device=c.device)
-    for step in range(iterations + 1):
-        sums, counts, inertia, far = torch.zeros_like(c), torch.zeros(K, device=c.device), torch.zeros(2, dtype=torch.float64, device=c.device), None
+    K, repaired, ids, power = len(c), 0, torch.zeros(len(features), dtype=torch.int64, device=c.device), None
+    room = torch.empty(min(chunk, len(features)), K, device=c.device)            # fresh memory for every chunk would cost a tenth of the time
+    for step in range(1, iterations + 1):
+        sums, counts, totals = torch.zeros_like(c), torch.zeros(K, device=c.device), torch.zeros(2, dtype=torch.float64, device=c.device)
         half = 0.5 * c.square().sum(1)
         for i in range(0, len(features), chunk):
             x = rows_of(features, slice(i, i + chunk), metric, c.device)
-            v, k = torch.addmm(-half, x, c.T).max(1)                             # [n]
-            d = (x.square().sum(1) - 2 * v).clamp(min=0)                         # squared distance to the own centroid
-            inertia[0] += d.sum(dtype=torch.float64)
-            inertia[1] += (ids[i:i + chunk] != k).sum()
-            ids[i:i + chunk] = k.int()
+            score, k = torch.addmm(-half, x, c.T, out=room[:len(x)]), ids[i:i + chunk]           # x.c - |c|^2 / 2 orders centroids as the distance does
+            go = (score.gather(1, k[:, None])[:, 0] < score.amax(1)).nonzero()[:, 0] if step > 1 else slice(None)
+            k[go] = score[go].argmax(1)                                          # the position of a maximum costs far more than its value: only for rows that move
+            totals[0] += len(x) if step == 1 else len(go)
+            if step == 1:
+                totals[1] += x.square().sum(dtype=torch.float64)
             sums.index_add_(0, k, x)
             counts += torch.bincount(k, minlength=K)
-            top = d.topk(min(16, len(d)))                                        # candidates for empty clusters
-            far = (top.values, x[top.indices]) if far is None else (torch.cat([far[0], top.values]), torch.cat([far[1], x[top.indices]]))
-            if len(far[0]) > 256:
-                order = far[0].topk(64).indices
-                far = far[0][order], far[1][order]
-        over_ranks(sums), over_ranks(counts), over_ranks(inertia)
-        if not torch.isfinite(inertia[0]):
+        over_ranks(sums), over_ranks(counts)
+        moved, first = over_ranks(totals).tolist()
+        power = first if power is None else power
+        if not math.isfinite(power):
             raise UserError("features are not finite; extract them again")
-        if step == iterations or inertia[1] == 0:
-            return c, float(inertia[0]), step, repaired
         empty = (counts == 0).nonzero().flatten()
         c = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], c)
-        if len(empty):                                    # the same farthest rows on every rank
-            parts = [far and tuple(v.cpu() for v in far)]
-            if together():
-                parts = [None] * dist.get_world_size()
-                dist.all_gather_object(parts, far and tuple(v.cpu() for v in far))
-            values, rows = (torch.cat([p[j] for p in parts if p]).to(c.device) for j in (0, 1))
-            rows = torch.cat([rows[values.argsort(descending=True)], spare[torch.from_numpy(generator.permutation(len(spare))).to(spare.device)]])
-            c[empty] = rows.unique_consecutive(dim=0)[:len(empty)]
-            repaired += len(empty)
         c = F.normalize(c, dim=1) if metric == "cosine" else c
+        inertia = power - 2 * float((c * sums).sum(dtype=torch.float64)) + float((counts * c.square().sum(1)).sum(dtype=torch.float64))
+        if len(empty) and step < iterations:
+            rows = farthest(features, c, len(empty), metric, chunk)              # fewer if the data has fewer distinct rows
+            c[empty[:len(rows)]], repaired = rows, repaired + len(rows)
+            moved += len(rows)
+        if not moved:
+            break
+    return c, max(inertia, 0.0), step, repaired
+
+
+def farthest(features, c, n, metric, chunk):
+    """Up to n different rows [n', D] that are farthest from their nearest centroid, over all ranks: what empty clusters take over."""
+    found = []
+    for i in range(0, len(features), chunk):
+        x = rows_of(features, slice(i, i + chunk), metric, c.device)
+        d = x.square().sum(1) - 2 * torch.addmm(-0.5 * c.square().sum(1), x, c.T).amax(1)        # [n] squared distance
+        top = d.topk(min(n, len(d)))
+        found.append(torch.cat([top.values[:, None], x[top.indices]], 1))
+        if len(found) > 16:
+            every = torch.cat(found)
+            found = [every[every[:, 0].topk(min(n, len(every))).indices]]
+    found = torch.cat(found).cpu() if found else torch.zeros(0, c.shape[1] + 1)
+    if together():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+        found = torch.cat(parts)
+    found = found[found[:, 0].argsort(descending=True, stable=True)]
+    found = found[found[:, 0] > 1e-6 * found[:1, 0].abs()][:, 1:]
+    keep = np.sort(np.unique(found.numpy(), axis=0, return_index=True)[1])[:n]   # a row twice would leave one cluster empty again
+    return found[torch.from_numpy(keep)].to(c.device)
 
 
 def mini_batches(features, c, metric, batch, steps, generator, device):
@@ -234,51 +252,47 @@ def column_logsumexp(L):
     return top + over_ranks((local - top).exp()).log() if together() else local
 
 
-def sinkhorn(scores, eps=0.05, iterations=3):
+def prices(blocks, eps, iterations):
+    """Price g [K] of every cluster after so many Sinkhorn iterations; Q = softmax(S / eps - g) then has rows of mass 1 and columns of about N / K.
+
+    An iteration divides every column of Q by its sum (over all ranks), then every row by its sum. In logarithms, Q = exp(S / eps - g - f):
+    f is the row's logsumexp, which a softmax supplies, and as sum_i Q_ik = exp(g'_k - g_k) for the next prices g', only g is kept.
+    blocks: a function that yields the scores S anew for each pass, in blocks [n, K] that stay in the processor's cache.
+    """
+    g = column_logsumexp(torch.stack([(S / eps).logsumexp(0) for S in blocks()]))
+    for _ in range(iterations - 1):
+        mass = over_ranks(sum(torch.softmax(torch.add(-g, S, alpha=1 / eps), 1).sum(0) for S in blocks()))
+        g = g + mass.clamp(min=1e-30).log()
+    return g
+
+
+def sinkhorn(scores, eps=0.05, iterations=3, chunk=512):
     """Balanced soft assignments Q [N, K] from scores S [N, K] (cosines), in logarithms and float32, so that small eps stays finite.
 
-    Repeats: divide every column by its sum (over all ranks), then every row by its sum. Rows sum to exactly 1, columns to about N / K.
+    Rows sum to exactly 1, columns to about N / K (exactly before the last rows were normalised).
     """
-    L = scores.float() / eps
-    for _ in range(iterations):
-        L = L - column_logsumexp(L)                       # every cluster receives the same mass
-        L = L - L.logsumexp(1, keepdim=True)              # every row gives mass one
-    return L.exp()
+    scores = scores.float()
+    return torch.softmax(scores / eps - prices(lambda: scores.split(chunk), eps, iterations), 1)
 
 
-def sinkhorn_stream(features, c, eps, iterations, chunk=8192):
-    """The same iteration for rows that do not fit N x K: (column potentials g [K], Q-weighted sums of rows [K, D], columns' mass [K]).
-
-    With row potentials f_i = logsumexp_k(L_ik - g_k), Q = exp(L - g - f) = softmax(L - g): only g is kept between passes. As
-    sum_i Q_ik = exp(g'_k - g_k) for the next g', one softmax per pass serves both normalisations.
-    """
-    g = None
-    for step in range(iterations + 1):
-        sums, mass, logs = torch.zeros_like(c), torch.zeros(len(c), device=c.device), []
-        for i in range(0, len(features), chunk):
-            x = rows_of(features, slice(i, i + chunk), "cosine", c.device)
-            L = (x @ c.T).div_(eps)                       # [n, K]
-            if g is None:
-                logs.append(L.logsumexp(0))
-            else:
-                Q = torch.softmax(L.sub_(g), 1)
-                mass += Q.sum(0)
-                if step == iterations:
-                    sums.addmm_(Q.T, x)
-        if g is None:
-            g = column_logsumexp(torch.stack(logs) if logs else torch.full((1, len(c)), -1e30, device=c.device))
-        else:
-            over_ranks(mass)
-            if step < iterations:
-                g = g + mass.clamp(min=1e-30).log()
-    return g, over_ranks(sums), mass
+def sinkhorn_stream(features, c, eps, iterations, chunk=2048):
+    """The same for rows that do not fit N x K: (prices g [K], Q-weighted sums of rows [K, D], columns' mass [K])."""
+    def rows():                                           # at least one block: a rank may have no rows
+        return (rows_of(features, slice(i, i + chunk), "cosine", c.device) for i in range(0, max(len(features), 1), chunk))
+    g = prices(lambda: (x @ c.T for x in rows()), eps, iterations)
+    sums, mass = torch.zeros_like(c), torch.zeros(len(c), device=c.device)
+    for x in rows():
+        Q = torch.softmax(torch.add(-g, x @ c.T, alpha=1 / eps), 1)
+        mass += Q.sum(0)
+        sums.addmm_(Q.T, x)
+    return g, over_ranks(sums), over_ranks(mass)
 
 
 def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, chunk=8192, device="cpu"):
-    """Clusters of equal size: (prototypes [K, D] of unit length, potentials g [K], facts).
+    """Clusters of equal size: (prototypes [K, D] of unit length, prices g [K], facts).
 
     Starts from spherical k-means and alternates Sinkhorn-Knopp with Q-weighted means. A row, also of other images, belongs to
-    argmax_k (s_k / eps - g_k): g is the price of a crowded cluster.
+    argmax_k (s_k / eps - g_k).
     """
     c, _, _ = kmeans(features, K, metric="cosine", iterations=10, seed=seed, device=device)
     for step in range(1, rounds + 1):
@@ -292,7 +306,7 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
 
 
 def balanced_assign(features, c, g, eps, chunk=8192):
-    """(ids int64 [N], probability float32 [N]) of each row's best cluster under potentials g. CPU tensors."""
+    """(ids int64 [N], probability float32 [N]) of each row's best cluster under prices g. CPU tensors."""
     out = [torch.softmax(rows_of(features, slice(i, i + chunk), "cosine", c.device) @ c.T / eps - g, 1).max(1) for i in range(0, len(features), chunk)]
     return torch.cat([o.indices for o in out]).cpu(), torch.cat([o.values for o in out]).cpu()
 
@@ -513,7 +527,7 @@ def cluster(run, cfg, maps):
     else:
         c, g, facts = sinkhorn_cluster(mine, cfg.K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, seed=cfg.seed, device=run.device)
         out = {split: balanced_assign(x, c, g, cfg.eps) for split, x in maps.items()}
-        extra = dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy())
+        extra = dict(centroids=c.cpu().numpy(), prices=g.cpu().numpy())
     return {split: ids.numpy() for split, (ids, _) in out.items()}, out["train"][1].numpy(), extra, facts
 
 
