@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, denoise, digest, draw, finished, load_data, load_model, save_grid,
+from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, digest, draw, estimates, finished, load_data, load_model, save_grid,
                              seed_of, start, to_uint8, weights_hash, wide, write_json)
 
 
@@ -152,7 +153,7 @@ def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
 class Field:
     """Slope of the probability-flow ODE in the path's variables (y, s), with guidance; counts its network calls.
 
-    Guidance and autoguidance mix x_hat and z_hat linearly, which is the same as mixing velocities: the weights sum to one.
+    Guidance and autoguidance mix outputs of networks; the estimates of x and z are affine in them, so velocities are mixed alike.
     """
 
     def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=None):
@@ -160,12 +161,13 @@ class Field:
         self.null, self.images = getattr(net, "num_labels", 0), 0
 
     def call(self, net, x, t, label):
+        """One network call, counted."""
         self.images += len(x)
-        with self.context() if self.context else torch.no_grad():
-            return denoise(net, self.path, self.predict, x, t, **({} if label is None else dict(label=label)))
+        with self.context() if self.context else nullcontext():
+            return net(x.float(), 1000 * t.float(), **({} if label is None else dict(label=label))).to(x.dtype)
 
-    def estimate(self, x, t, label):
-        """(x_hat, z_hat), guided. x: [B, C, H, W]; t: [B], equal for all rows or not; label: [B] or None."""
+    def output(self, x, t, label):
+        """The network's prediction, guided. x: [B, C, H, W]; t: [B], equal for all rows or not; label: [B] or None."""
         inside = (t >= self.interval[0]) & (t <= self.interval[1])               # [B]
         if self.w == 1 or not inside.any() or self.weak is None and label is None:
             return self.call(self.net, x, t, label)
@@ -174,10 +176,12 @@ class Field:
         elif self.w == 0 and inside.all():
             return self.call(self.net, x, t, torch.full_like(label, self.null))
         else:                                             # conditional and unconditional in one batch
-            both = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)]))
-            good, bad = zip(*(v.chunk(2) for v in both))
-        w = wide(torch.where(inside, self.w, 1.0)).to(x)
-        return tuple(b + w * (g - b) for g, b in zip(good, bad))
+            good, bad = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)])).chunk(2)
+        return torch.lerp(bad, good, wide(torch.where(inside, self.w, 1.0)).to(x))
+
+    def estimate(self, x, t, label):
+        """(x_hat, z_hat), guided."""
+        return estimates(self.path, self.predict, self.output(x, t, label), x, t)
 
     def slope(self, y, s, label):
         """dy/ds for states y [B, C, H, W] at s [B]."""

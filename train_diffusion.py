@@ -901,10 +901,9 @@ def diffuse(path, x, z, t):
     return wide(path.alpha(t)) * x + wide(path.sigma(t)) * z
 
 
-def denoise(net, path, predict, x_t, t, **condition):
-    """One network call: (x_hat, z_hat), float32 or wider, whatever the network predicts. x_t: [B, C, H, W]; t: [B] in [0, 1]."""
-    out = net(x_t.float(), 1000 * t.float(), **condition).to(x_t.dtype)
-    t = wide(t)
+def estimates(path, predict, out, x_t, t):
+    """(x_hat, z_hat) from what the network predicts. Affine in `out`, so guidance may mix outputs first. x_t: [B, C, H, W]; t: [B]."""
+    out, t = out.to(x_t.dtype), wide(t)
     if predict == "v":
         return path.from_v(out, x_t, t)
     a, s = path.alpha(t), path.sigma(t)                   # at an end of the path the other part is not determined: do not divide the network's error by nothing
@@ -1296,7 +1295,8 @@ def preview(net, path, predict, z, steps=25, **condition):
     """Quick pictures while training: x_s = alpha(s) x_hat + sigma(s) z_hat on an even grid (Euler on the straight path, DDIM on VP)."""
     x = z
     for t, s in zip(torch.linspace(0, 1, steps + 1)[:-1], torch.linspace(0, 1, steps + 1)[1:]):
-        x_hat, z_hat = denoise(net, path, predict, x, t.expand(len(x)).to(x), **condition)
+        t = t.expand(len(x)).to(x)
+        x_hat, z_hat = estimates(path, predict, net(x, 1000 * t, **condition), x, t)
         x = path.alpha(s).to(x) * x_hat + path.sigma(s).to(x) * z_hat
     return x
 

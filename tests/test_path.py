@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from extract_features import noise_level
-from train_diffusion import PATHS, denoise, diffuse, loss_per_image, preview, wide
+from train_diffusion import PATHS, diffuse, estimates, loss_per_image, preview, wide
 
 CV, VP = PATHS["cv"], PATHS["vp"]
 BOTH = pytest.mark.parametrize("path", [CV, VP], ids=["cv", "vp"])
@@ -63,7 +63,7 @@ def test_prediction_gives_back_data_and_noise(path, predict):
     def net(x_t, time):
         asked.append((x_t, time))
         return perfect(predict, path, x, z, t)
-    x_hat, z_hat = denoise(net, path, predict, diffuse(path, x, z, t), t)
+    x_hat, z_hat = estimates(path, predict, net(diffuse(path, x, z, t), 1000 * t), diffuse(path, x, z, t), t)
     assert torch.allclose(x_hat, x, atol=1e-10) and torch.allclose(z_hat, z, atol=1e-10)
     assert asked[0][0].dtype == torch.float32 and torch.allclose(asked[0][1].double(), 1000 * t, atol=1e-3)   # networks receive 1000 t
 
