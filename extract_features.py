@@ -294,7 +294,7 @@ def main():
         os.replace(aside, folder)
     run.wait()
     run.say(f"features in {folder}: " + ", ".join(f"{n} t={t:g} {shapes[n, t]}" for n in names for t in times))
-    run.say("next: python self_label.py (same YAML)    # groups the images by these features")
+    run.next("self_label.py", "groups the images by these features")
 
 
 if __name__ == "__main__":

@@ -353,7 +353,7 @@ def main():
     run.wait()
     run.say(f"result in {path}, picture in {path.with_suffix('.png')}")
     if cfg.protocol == "sweep":
-        run.say("next: python extract_features.py (same YAML)    # extracts the label-free choice")
+        run.next("extract_features.py", "extracts the label-free choice")
 
 
 if __name__ == "__main__":

@@ -598,7 +598,7 @@ def main():
     agree = f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""
     run.say(f"{cfg.method}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K{agree}; {time.time() - tick:.1f} s")
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
-    run.say(f"next: python train_guided.py (same YAML) labels={cfg.name}")
+    run.next(f"train_guided.py labels={cfg.name}")
 
 
 if __name__ == "__main__":

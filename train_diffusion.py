@@ -137,11 +137,17 @@ class Run:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    words: tuple = ()                                     # of the command line: what the next stage must be told, too
 
     def say(self, *words):
         """Print from the first process only."""
         if self.rank == 0:
             print(*words, flush=True)
+
+    def next(self, stage, what=""):
+        """Say which command comes next, with this run's YAML, folder and overrides."""
+        script, *keys = stage.split()
+        self.say("next: python", script, *self.words, *keys, *([f"   # {what}"] if what else []))
 
     def agreed(self, value):
         """The first process's value on all of them: files may change between two looks."""
@@ -190,13 +196,18 @@ def convert(key, kind, value):
         raise UserError(f"{key}={value!r}: expected {kind.__name__}" + (" (200k and 50M are fine)" if kind is int else "")) from None
 
 
+def unknown(name, known):
+    """The end of a complaint about a name: what it may have meant."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"unknown; did you mean {near[0]}?" if near else f"unknown; known: {', '.join(known)}"
+
+
 def fill(section, cls, values):
     """A dataclass from a plain dict; an unknown key or a wrong type is a UserError that names it."""
     known = {f.name: f.type for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise UserError(f"{section}.{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"))
+            raise UserError(f"{section}.{key}: {unknown(key, known)}")
     return cls(**{k: convert(f"{section}.{k}", known[k], v) for k, v in values.items()})
 
 
@@ -219,7 +230,7 @@ def start(stage, cls, doc, flags=()):
         raise SystemExit(0 if words else 2)
     given = {w for w in words if w.startswith("--")}
     for w in given - {"--dry-run", *flags}:
-        raise UserError(f"{w}: unknown option; known: --help, --dry-run" + "".join(f", {f}" for f in flags))
+        raise UserError(f"{w}: {unknown(w, ['--help', '--dry-run', *flags])}")
     files = [w for w in words if "=" not in w and w not in given]
     if len(files) != 1:
         raise UserError(f"expected exactly one YAML file, got {files or 'none'}; see --help")
@@ -244,8 +255,7 @@ def start(stage, cls, doc, flags=()):
             sections[section or stage][key] = value
     for name in sections:
         if name not in ("data", "model", *STAGES):
-            near = difflib.get_close_matches(name, ["data", "model", *STAGES], 1)
-            raise UserError(f"{name}: unknown section" + (f"; did you mean {near[0]}?" if near else f"; known: data, model, {', '.join(STAGES)}"))
+            raise UserError(f"section {name}: {unknown(name, ['data', 'model', *STAGES])}")
     own = {name: fill(name, c, sections.get(name, {})) for name, c in {"data": Data, "model": Model, stage: cls}.items()}
     sections |= {name: dataclasses.asdict(c) for name, c in own.items()}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -257,7 +267,8 @@ def start(stage, cls, doc, flags=()):
     dry = "--dry-run" in given
     if world > 1 and not dry:                             # preparing a large data set may keep the other ranks waiting for hours
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
-    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device)
+    shared = [w for w in words if w.split("=")[0] == "run" or w.split(".")[0] in ("data", "model", *STAGES) and "=" in w]
+    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device, (files[0], *shared))
     if dry:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
     else:
@@ -702,8 +713,7 @@ def source_batches(run, split, bad):
     elif data.source in TORCHVISION:
         items, names = open_torchvision(data, split)
     else:
-        near = difflib.get_close_matches(data.source, ["shapes", "folder", "arrays", *TORCHVISION], 1)
-        raise UserError(f"data.source={data.source}: unknown" + (f"; did you mean {near[0]}?" if near else f"; known: shapes, folder, arrays, {', '.join(TORCHVISION)}"))
+        raise UserError(f"data.source={data.source}: {unknown(data.source, ['shapes', 'folder', 'arrays', *TORCHVISION])}")
 
     def batches():
         workers = 0 if len(items) < 2_000 or hasattr(getattr(items, "datasets", [None])[0], "data") else min(16, os.cpu_count() or 1)
@@ -1250,10 +1260,10 @@ def image_order(seed, seen, n):
         epoch, position = epoch + 1, 0
 
 
-def feed(run, cfg, images, seen):
-    """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 3]) on the device.
+def feed(run, cfg, images, seen, uniforms=0, noises=0):
+    """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 3 + uniforms]) on the device.
 
-    The uniforms decide time, flip and condition of each image.
+    The first three uniforms decide time, flip and condition of each image. Noise is [b, C, H, W], or [b, 1 + noises, C, H, W] if more is asked for.
 
     Noise and uniforms belong to the running number of the image, so neither restarts nor the number of processes change them. A thread
     prepares the next batches while the network works. Small sets are kept on the device.
@@ -1268,7 +1278,8 @@ def feed(run, cfg, images, seen):
             order, number = image_order(cfg.seed, seen, len(images)), seen
             while not done.is_set():
                 rows = [next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share]
-                u, z = draw(cfg.seed, "train", range(number + run.rank * share, number + (run.rank + 1) * share), images.shape[1:], 3)
+                mine = range(number + run.rank * share, number + (run.rank + 1) * share)
+                u, z = draw(cfg.seed, "train", mine, (1 + noises, *images.shape[1:]) if noises else images.shape[1:], 3 + uniforms)
                 rows = torch.tensor(rows)
                 x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
                 ready.put([v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)])
@@ -1314,52 +1325,101 @@ def check_training(run, cfg):
         raise UserError("precision=fp16 needs a GPU; use bf16 or fp32")
 
 
-def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
+def resume(run, cfg, folder, state, parts):
+    """Load the checkpoint in `folder` into `parts` (name in the file -> object with load_state_dict); returns the images seen, 0 to start.
+
+    A checkpoint of another recipe is a UserError unless overwrite=true. Log lines and pictures later than the checkpoint are removed:
+    they belong to a run that was killed.
+    """
+    seen, log, pictures = 0, Path(folder) / "metrics.jsonl", Path(folder) / "samples"
+    if (Path(folder) / "checkpoint.pt").exists():
+        old = load_checkpoint(run, str(folder))
+        was = old["config"]
+        other = [f"{section}.{key}={was.get(section, {}).get(key)}, now {value}" for section in ("model", run.stage)
+                 for key, value in state["config"][section].items() if was.get(section, {}).get(key) != value and key not in RESUMABLE]
+        other += [f"other {what}" for key, what in dict(data="images", labels="labels", init="initial weights").items() if old.get(key) != state.get(key)]
+        if other and not cfg.overwrite:
+            raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true to start again")
+        if not other:
+            seen = old["seen"]
+            for name, part in parts.items():
+                part.load_state_dict(old[name])
+    if run.rank == 0 and seen < cfg.images:
+        pictures.mkdir(parents=True, exist_ok=True)
+        lines = log.read_text().splitlines() if seen and log.exists() else []
+        with atomic(log) as f:
+            f.write("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["images"] <= seen).encode())
+        for picture in pictures.glob("*.png"):
+            if int(picture.stem) > seen:
+                picture.unlink()
+    return seen
+
+
+class Meter:
+    """What happened since the last line of metrics.jsonl: loss by tenth of t, gradient norm, time. Sums stay on the device."""
+
+    def __init__(self, device, seen):
+        self.bins = torch.zeros(2, 10, device=device, dtype=torch.float64)       # sum of losses and number of images
+        self.norms, self.updates = torch.zeros((), device=device), 0
+        self.clock, self.since, self.waited = time.time(), seen, 0.0
+
+    def add(self, t, loss):
+        slot = (t * 10).long().clamp(0, 9)
+        self.bins[0].index_add_(0, slot, loss.detach().double())
+        self.bins[1].index_add_(0, slot, torch.ones_like(loss, dtype=torch.float64))
+
+    def sums(self):
+        """(losses by tenth, images by tenth) over all processes."""
+        every = self.bins.clone()
+        if dist.is_initialized():
+            dist.all_reduce(every)
+        return every.tolist()
+
+    def healthy(self, fp16):
+        """Whether all losses so far were finite (and gradients, where no scaler skips those that are not)."""
+        return all(map(math.isfinite, self.sums()[0])) and (fp16 or math.isfinite(float(self.norms)))
+
+    def line(self, seen, lr):
+        total, count = self.sums()
+        seconds, images = time.time() - self.clock, seen - self.since
+        return dict(images=seen, loss=sum(total) / max(sum(count), 1), loss_by_t=[round(a / b, 5) if b else None for a, b in zip(total, count)],
+                    grad_norm=float(self.norms) / max(self.updates, 1), lr=lr, seconds=round(seconds, 3), images_per_second=round(images / seconds, 1),
+                    waiting=round(self.waited / seconds, 4), memory_mb=round(torch.cuda.max_memory_allocated() / 2 ** 20) if torch.cuda.is_available() else None)
+
+
+def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None, columns=8):
     """The training loop of both training stages; returns the finished checkpoint state.
 
     net        raw module on the device, freshly initialised; a checkpoint in `folder` takes precedence (resume)
     data       Split to train on
     state      what the checkpoint carries besides weights: kind, model, size, channels, conditions, num_labels, path, predict, data, config, ...
     condition  (rows [b], uniform [b]) -> dict of conditions for the network, or None
-    grid       dict of conditions for the images of the sample grid (fixed noise, averaged weights), or None
+    grid       dict of conditions for the images of the sample grid (fixed noise, averaged weights; `columns` per row), or None
+    side       a module trained and averaged beside the network, or None. `side.step` gives a loss of its own and the condition, `side.report` joins the log
     """
-    path, share = PATHS[cfg.path], cfg.batch // run.world
+    path, share, folder = PATHS[cfg.path], cfg.batch // run.world, Path(folder)
     micro = cfg.micro or share
     context, kind, why = autocast(run, cfg.precision)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if run.device.type == "cuda" and state["model"]["backbone"] == "unet":       # on CPUs channels-last was measured to be slower
         net.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
-    decay, rest = [p for p in net.parameters() if p.dim() > 1], [p for p in net.parameters() if p.dim() <= 1]
-    opt = torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)], lr=cfg.lr, fused=True)
+    parts, weights, averages = dict(net=net, ema=ema), list(net.parameters()), list(ema.parameters())
+    beside = list(side.parameters()) if side else []
+    if side:
+        side_ema = copy.deepcopy(side).eval().requires_grad_(False)
+        parts |= dict(side=side, side_ema=side_ema)
+    groups = [dict(params=[p for p in weights + beside if p.dim() > 1], weight_decay=cfg.weight_decay), dict(params=[p for p in weights + beside if p.dim() <= 1], weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=kind == torch.float16)
+    parts |= dict(optimizer=opt, scaler=scaler)
 
     # resume: the same command again
-    seen, log = 0, Path(folder) / "metrics.jsonl"
-    if (Path(folder) / "checkpoint.pt").exists():
-        old = load_checkpoint(run, str(folder))
-        other = [f"{section}.{key}={old['config'].get(section, {}).get(key)}, now {value}" for section in ("model", run.stage)
-                 for key, value in state["config"][section].items() if old["config"].get(section, {}).get(key) != value and key not in RESUMABLE]
-        other += [f"other {what}" for key, what in dict(data="images", labels="labels", init="initial weights").items() if old.get(key) != state.get(key)]
-        if other and not cfg.overwrite:
-            raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true to start again")
-        if not other:
-            net.load_state_dict(old["net"]), ema.load_state_dict(old["ema"])
-            opt.load_state_dict(old["optimizer"]), scaler.load_state_dict(old["scaler"])
-            seen = old["seen"]
-            if seen >= cfg.images:
-                run.say(f"{folder}: done already ({seen:,} images seen)")
-                return old
-        del old
-    if run.rank == 0:                                     # lines and pictures later than the checkpoint belong to a run that was killed
-        (Path(folder) / "samples").mkdir(parents=True, exist_ok=True)
-        lines = [line for line in log.read_text().splitlines() if seen and line.endswith("}") and json.loads(line)["images"] <= seen] if log.exists() else []
-        with atomic(log) as f:
-            f.write("".join(line + "\n" for line in lines).encode())
-        for picture in (Path(folder) / "samples").glob("*.png"):
-            if int(picture.stem) > seen:
-                picture.unlink()
+    seen = resume(run, cfg, folder, state, parts)
+    if seen >= cfg.images:
+        run.say(f"{folder}: done already ({seen:,} images seen)")
+        return load_checkpoint(run, str(folder))
     run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training images; "
-            f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; batch {cfg.batch} = {run.world} process(es) x {share // micro} x {micro}; {why}")
+            f"{sum(p.numel() for p in weights) / 1e6:.2f} M parameters; batch {cfg.batch} = {run.world} process(es) x {share // micro} x {micro}; {why}")
     board = None
     if cfg.tensorboard and run.rank == 0:
         try:
@@ -1367,45 +1427,53 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
         except ImportError:
             raise UserError("tensorboard=true needs the package tensorboard (pip install tensorboard)") from None
         board = SummaryWriter(folder, purge_step=seen)
-
     model = torch.compile(net) if cfg.compile else net
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     net.train()
-    weights, averages = list(net.parameters()), list(ema.parameters())
     grid_z = draw(cfg.seed, "grid", range(len(next(iter(grid.values()))) if grid else 64), data.images.shape[1:]).to(run.device)
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
-    bins = torch.zeros(2, 10, device=run.device, dtype=torch.float64)            # sum of losses and number of images, by tenth of t
-    norms, clock, since, waited = torch.zeros((), device=run.device), time.time(), seen, 0.0
-    batches = feed(run, cfg, data.images, seen)
+    meter, batches = Meter(run.device, seen), feed(run, cfg, data.images, seen, side.uniforms if side else 0, side.noises if side else 0)
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
         while seen < cfg.images:
+            # a batch: images, noise, times, conditions
             tick = time.time()
             rows, x, z, u = next(batches)
-            waited += time.time() - tick
+            meter.waited += time.time() - tick
             x = x.float() / 127.5 - 1                                            # [b, 3, H, W] in [-1, 1]
             if cfg.flip:
                 x = torch.where(wide(u[:, 1] < 0.5), x.flip(-1), x)
             t = u[:, 0] if cfg.times == "uniform" else torch.special.ndtri(u[:, 0].clamp(1e-6, 1 - 1e-6)).sigmoid()
-            cond = condition(rows, u[:, 2]) if condition else {}
             if state["model"]["dropout"]:                                        # masks come from the global generator: make them a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
+            if side:                                                             # its backward comes before that of DDP, which then averages the sum
+                loss, cond = side.step(net, ema, side_ema, x, z[:, 1:], u, seen, context)
+                if loss is not None:
+                    scaler.scale(loss).backward()
+                z = z[:, 0]
+            else:
+                cond = condition(rows, u[:, 2]) if condition else {}
+
+            # one update
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
             for group in opt.param_groups:
                 group["lr"] = lr
             for i in range(0, share, micro):
                 part = slice(i, i + micro)
-                last = i + micro >= share
-                with (nullcontext() if last or run.world == 1 else model.no_sync()), context():
+                with (nullcontext() if i + micro >= share or run.world == 1 else model.no_sync()), context():
                     loss = loss_per_image(model, path, cfg.predict, x[part], z[part], t[part], cfg.min_snr, **{k: v[part] for k, v in cond.items()})
                     scaler.scale(loss.mean() * micro / share).backward()
-                slot = (t[part] * 10).long().clamp(0, 9)
-                bins[0].index_add_(0, slot, loss.detach().double())
-                bins[1].index_add_(0, slot, torch.ones_like(loss, dtype=torch.float64))
+                meter.add(t[part], loss)
+            for p in beside if run.world > 1 else ():                            # DDP knows the network only
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
+                    p.grad /= run.world
             scaler.unscale_(opt)
-            norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
-            norms += norm
+            meter.norms += nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
+            meter.updates += 1
+            if beside:
+                nn.utils.clip_grad_norm_(beside, cfg.clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
@@ -1415,44 +1483,32 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None):
                 torch._foreach_lerp_(averages, weights, 1 - beta)
                 for a, b in zip(ema.buffers(), net.buffers()):
                     a.copy_(b)
+                if side:
+                    side.after(side_ema, 1 - beta)
             progress.update(cfg.batch)
 
             # what the loop says: one line, a picture, a checkpoint, each at its own interval
-            if crossed(cfg.log_every) or crossed(cfg.save_every):
-                sums = bins.clone()
-                if run.world > 1:
-                    dist.all_reduce(sums)
-                total, count = sums.tolist()
-                if not all(map(math.isfinite, total)) or not scaler.is_enabled() and not math.isfinite(float(norms)):
-                    raise UserError(f"{folder}: the loss became {sum(total)} before {seen:,} images; the last checkpoint is kept. Lower lr, or use precision=fp32 or bf16")
+            if (crossed(cfg.log_every) or crossed(cfg.save_every)) and not meter.healthy(scaler.is_enabled()):
+                raise UserError(f"{folder}: the loss is not finite after {seen:,} images; the last checkpoint is kept. Lower lr, or use precision=fp32 or bf16")
             if crossed(cfg.log_every):
-                seconds = time.time() - clock
-                line = dict(images=seen, loss=sum(total) / sum(count), loss_by_t=[round(a / b, 5) if b else None for a, b in zip(total, count)],
-                            grad_norm=float(norms) * cfg.batch / max(seen - since, 1), lr=lr, seconds=round(seconds, 3),
-                            images_per_second=round((seen - since) / seconds, 1), waiting=round(waited / seconds, 4),
-                            memory_mb=round(torch.cuda.max_memory_allocated() / 2 ** 20) if run.device.type == "cuda" else None)
+                line = meter.line(seen, lr) | (side.report(ema, side_ema, seen, context) if side else {})
+                meter = Meter(run.device, seen)
                 if run.rank == 0:
-                    with open(log, "a") as f:
+                    with open(folder / "metrics.jsonl", "a") as f:
                         f.write(json.dumps(line) + "\n")
-                    if board:
-                        for key in ("loss", "grad_norm", "lr", "images_per_second"):
-                            board.add_scalar(key, line[key], seen)
+                for key, value in line.items() if board else ():
+                    if isinstance(value, (int, float)):
+                        board.add_scalar(key, value, seen)
                 progress.set_postfix(loss=f"{line['loss']:.4f}")
                 if progress.disable:
-                    run.say(f"{seen:>12,} images  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s")
-                bins.zero_(), norms.zero_()
-                clock, since, waited = time.time(), seen, 0.0
+                    run.say(f"{seen:>12,} images  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s{side.words(line) if side else ''}")
             if crossed(cfg.save_every):
-                averaged = ema.state_dict()
-                save_checkpoint(run, folder, state | dict(
-                    format=FORMAT, seen=seen, net=net.state_dict(), ema=averaged, weights=weights_hash(averaged),
-                    optimizer=opt.state_dict(), scaler=scaler.state_dict()))
+                save_checkpoint(run, folder, state | dict(format=FORMAT, seen=seen, weights=weights_hash(ema.state_dict())) | {k: p.state_dict() for k, p in parts.items()})
             if crossed(cfg.grid_every):
                 if run.rank == 0:
                     with context():
                         pictures = to_uint8(preview(ema, path, cfg.predict, grid_z, **(grid or {}))).cpu().numpy()
-                    columns = state.get("grid_columns", 8)
-                    save_grid(Path(folder) / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
+                    save_grid(folder / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()
     batches.close()
     if board:
@@ -1483,7 +1539,7 @@ def main():
 
     # close
     run.say(f"model in {folder}, sample grids in {folder / 'samples'}")
-    run.say(f"next: python probe.py {[w for w in sys.argv[1:] if '=' not in w and not w.startswith('--')][0]}    # finds the block and time whose features cluster best")
+    run.next("probe.py", "finds the block and time whose features cluster best")
 
 
 if __name__ == "__main__":

@@ -105,14 +105,14 @@ def main():
                  config={k: run.sections[k] for k in ("data", "model", run.stage)})
     if guided and run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    fit(run, cfg, net.to(run.device), folder, data, state | dict(grid_columns=10 if guided else 8), condition, grid)
+    fit(run, cfg, net.to(run.device), folder, data, state, condition, grid, columns=10 if guided else 8)
     if guided and run.rank == 0:
         with atomic(folder / "labels.npz") as f:
             np.savez(f, **labels)
 
     # close
     run.say(f"model in {folder}, sample grids{' (one row per label)' if guided else ''} in {folder / 'samples'}")
-    run.say(f"next: python sample_ode.py (same YAML) checkpoint=guided/{cfg.name} name={cfg.name}" + (" guidance=1,1.5,2,3" if guided else ""))
+    run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}" + (" guidance=1,1.5,2,3" if guided else ""))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def copy(run, tmp_path):
 @pytest.mark.parametrize("words, said", [
     (["imags=5"], "did you mean images"), (["images=many"], "images='many'"), (["images=1.5"], "images=1.5"), (["flip=3"], "flip=3"),
     (["path=straight"], "cv, vp"), (["batch=0"], "batch=0"), (["micro=7"], "micro=7"), (["modl.channels=8"], "did you mean model"),
-    (["data.size=30"], "size"), (["model.stem=5"], "multiple of"), (["data.source=CIFAR11"], "did you mean CIFAR10"), (["--frobnicate"], "unknown option"),
+    (["data.size=30"], "size"), (["model.stem=5"], "multiple of"), (["data.source=CIFAR11"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
     (["model.mult=[1,x]"], "model.mult"), (["precision=fp16"], "needs a GPU")])
 def test_configuration(refuse, tiny, tmp_path, words, said):
     if "fp16" in words[0] and torch.cuda.is_available():
