@@ -1,4 +1,4 @@
-"""Stage 2: a trained model and images in, its hidden activations at chosen places and noise times out.
+"""Extract features: a trained model and images in, its hidden activations at chosen places and noise times out.
 
 Reads   runs/<run>/{diffusion,guided}/<name>/checkpoint.pt and data/{train,test}/images.npy
 Writes  features/<name>/{train,test}-<activation>-t<time>.npy, one row per image in dataset order, and info.json
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, diffuse, draw, finished, load_data, load_model,
-                             read_json, start, write_json)
+from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, create_rows, diffuse, draw, finished, load_data, load_model,
+                             read_json, start, write_json, write_rows)
 
 
 @dataclass
@@ -109,7 +109,7 @@ def catalogue(net):
     return found
 
 
-def select(net, patterns):
+def matching(net, patterns):
     """Names that match any of the names or globs, in forward order; a pattern without a match is an error with the nearest names."""
     names, chosen = list(catalogue(net)), set()
     for pattern in patterns:
@@ -216,7 +216,7 @@ def load_features(run, name, split):
 
 
 def main():
-    """Stage 2 from the command line."""
+    """Extract features, from the command line."""
     run = start("extract_features", ExtractFeatures, __doc__, flags=("--list",))
     cfg = run.cfg
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
@@ -240,7 +240,7 @@ def main():
         choice = probed["label_free"]
         names, times = [choice["activation"]], times or [choice["t"]]
     else:
-        names = select(net, cfg.activations)
+        names = matching(net, cfg.activations)
     if not times or not all(0 <= t <= 1 for t in times):
         raise UserError(f"t={times}: name one or more noise times between 0 and 1")
     if cfg.pool not in ("mean", "none") and not cfg.pool.isdigit() or cfg.pool == "0":
@@ -253,7 +253,10 @@ def main():
                   draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, data={k: d.info["fingerprint"] for k, d in data.items()},
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
     if run.dry_run:
-        run.say(f"{len(names)} activation(s) x {len(times)} time(s) of {sum(map(len, data.values())):,} images: {', '.join(names)}")
+        _, one = next(stream(net, state, np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8), np.arange(1), names, times,
+                             device=run.device, context=context, pool=cfg.pool))
+        size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())
+        run.say(f"{len(names)} activation(s) x {len(times)} time(s) of {sum(map(len, data.values())):,} images: {', '.join(names)}; {size / 1e6:,.0f} MB in {folder}")
         return
     if run.agreed(finished(run, folder / "info.json", recipe)):
         return
@@ -273,20 +276,18 @@ def main():
         for key, value in one.items():
             shape = (len(part), *value.shape[1:])
             shapes[key] = list(value.shape[1:])
+            files[key] = aside / file_of(split, *key)
             if run.rank == 0:
-                np.lib.format.open_memmap(aside / file_of(split, *key), "w+", cfg.dtype, shape).flush()
-            run.wait()
-            files[key] = np.lib.format.open_memmap(aside / file_of(split, *key), "r+")
+                create_rows(files[key], cfg.dtype, shape)
+        run.wait()
         with bar(run, len(part), f"features of {split} images") as progress:
             for part_rows, out in stream(net, state, part.images, rows, names, times, device=run.device, context=context, pool=cfg.pool,
                                          draws=cfg.draws, seed=cfg.seed, purpose=f"features {split}", batch=cfg.batch):
                 for key, value in out.items():
                     if not torch.isfinite(value).all():
                         raise UserError(f"{key[0]} at t={key[1]}: non-finite features; is {state['file']} a healthy model?")
-                    files[key][part_rows] = value.cpu().numpy()
+                    write_rows(files[key], part_rows[0], value.cpu().numpy())
                 progress.update(len(part_rows) * run.world)
-        for f in files.values():
-            f.flush()
     run.wait()
     if run.rank == 0:
         write_json(aside / "info.json", recipe | dict(shapes=[shapes[n, t] for n in names for t in times]))

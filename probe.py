@@ -1,4 +1,4 @@
-"""Stage 6: how discriminative a model's features are; and, between stages 1 and 2, which block and time to use.
+"""Probe: how discriminative a model's features are; and, after train_diffusion.py, which block and time the next stages use.
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt and data/{train,test}
 Writes  probe/<name>.json and probe/<name>.png
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import catalogue, noise_level, select, stream, tapped, _Enough
+from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, kmeans, nmi
 from train_diffusion import (Model, UserError, atomic, autocast, bar, build_model, cli, fill, finished, load_data, load_model, read_json, seed_of, start,
                              write_json)
@@ -174,7 +174,7 @@ def gather(run, values):
 def sweep(run, cfg, net, state, context):
     """Score every (activation, t); returns the result dict and draws the heat-map."""
     data = load_data(run, "train")
-    names = block_outputs(net) if cfg.activations == ["blocks"] else select(net, cfg.activations)
+    names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
     classes = np.asarray(data.classes)
     order = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(data))
     fit_rows, val_rows = np.sort(order[:cfg.fit]), np.sort(order[cfg.fit:cfg.fit + cfg.validation])
@@ -277,7 +277,7 @@ def one_activation(run, cfg, net):
     if cfg.activations == ["blocks"]:
         choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")["label_free"]
         return choice["activation"], choice["t"]
-    names = select(net, cfg.activations)
+    names = matching(net, cfg.activations)
     if len(names) != 1 or len(cfg.t) != 1:
         raise UserError(f"protocol=linear reads one activation at one time; got {len(names)} and t={cfg.t}")
     return names[0], cfg.t[0]
@@ -331,7 +331,7 @@ def linear(run, cfg, net, state, context):
 
 
 def main():
-    """Stage 6 from the command line."""
+    """Probe, from the command line."""
     run = start("probe", Probe, __doc__)
     cfg = run.cfg
     cfg.name = cfg.name or cfg.protocol

@@ -1,4 +1,4 @@
-"""Stage 5: a model in, images along the ODE out, and how good they are.
+"""Sample: a model in, images along the ODE out, and how good they are.
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt; for evaluation also data/{train,test}
 Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; with sweep= also nfe.png or guidance.png
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, digest, draw, estimates, finished, load_data, load_model, save_grid,
-                             seed_of, start, to_uint8, weights_hash, wide, write_json)
+from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, finished, load_data, load_model, save_grid,
+                             seed_of, start, to_uint8, weights_hash, wide, write_json, write_rows)
 
 
 @dataclass
@@ -346,7 +346,7 @@ def open_evaluator(run, name):
 
 @torch.no_grad()
 def features_of(run, evaluator, images, what, shard=True):
-    """Evaluator features of uint8 images, float32 [N, D] on every rank. shard: each rank computes its share of common images."""
+    """Evaluator features of uint8 images, float32 [N, D], on the first process (None elsewhere). shard: each rank computes its share of common images."""
     rows = np.arange(len(images) * run.rank // run.world, len(images) * (run.rank + 1) // run.world) if shard else np.arange(len(images))
     out = []
     with bar(run, len(images), what) as progress:
@@ -358,9 +358,9 @@ def features_of(run, evaluator, images, what, shard=True):
         raise UserError(f"{what}: the evaluator returned non-finite features")
     if run.world == 1:
         return out
-    every = [None] * run.world
-    dist.all_gather_object(every, out)
-    return torch.cat([e for e in every if len(e)])
+    every = [None] * run.world if run.rank == 0 else None
+    dist.gather_object(out, every)
+    return torch.cat([e for e in every if len(e)]) if run.rank == 0 else None
 
 
 def frechet(a, b):
@@ -398,7 +398,7 @@ def nearest(x, train):
 
 
 class Evaluation:
-    """Real images seen by one evaluator; scores sets of samples against them."""
+    """Real images seen by one evaluator; scores sets of samples against them. The first process holds the features and compares, all get the numbers."""
 
     def __init__(self, run, cfg):
         self.run, self.cfg = run, cfg
@@ -408,27 +408,30 @@ class Evaluation:
             data = load_data(run, split)
             cache = run.dir / "samples" / ".reference" / f"{digest(cfg.evaluator, self.text, data.info['fingerprint'])}.npy"
             if not run.agreed(cache.exists()):
-                sets[split] = features_of(run, self.net, data.images, f"evaluator on {split} images")
+                features = features_of(run, self.net, data.images, f"evaluator on {split} images")
                 if run.rank == 0:
                     with atomic(cache) as f:
-                        np.save(f, sets[split].numpy())
-                run.wait()
+                        np.save(f, features.numpy())
+            if run.rank:
+                continue
             order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))     # scores that look at some rows only: not those of one class
             sets[split] = torch.from_numpy(np.load(cache, allow_pickle=False)[order])
-        self.train, self.test, self.real = sets["train"], sets["test"], sets[cfg.reference]
-        self.to_train = nearest(self.test[:2000], self.train)
+        self.real, self.unreported = (sets.get(s) for s in (("test", "train") if cfg.reference == "test" else ("train", "test")))
+        if run.rank == 0:
+            self.train, self.to_train = sets["train"], nearest(sets["test"][:2000], sets["train"])
 
-    def distance(self, images, real=None):
-        """Frechet distance alone (every rank passes its own samples), to the reference or to other real features."""
-        return frechet(features_of(self.run, self.net, images, "evaluator on samples", shard=False), self.real if real is None else real)
-
-    def other(self):
-        """Real images that the report does not use: what w is chosen against."""
-        return self.train if self.cfg.reference == "test" else self.test
+    def distance(self, images, unreported=False):
+        """Frechet distance alone (every rank passes its own samples), to the reference or to the real images that the report does not use."""
+        fake = features_of(self.run, self.net, images, "evaluator on samples", shard=False)
+        return self.run.agreed(frechet(fake, self.unreported if unreported else self.real) if self.run.rank == 0 else None)
 
     def scores(self, images):
         """All scores of a set of samples, with what they were measured with."""
         fake = features_of(self.run, self.net, images, "evaluator on samples", shard=False)
+        return self.run.agreed(self.compare(fake) if self.run.rank == 0 else None)
+
+    def compare(self, fake):
+        """Scores of evaluator features [n, D]."""
         close = nearest(fake[:2000], self.train)
         return {self.kind: frechet(fake, self.real), "kernel": kernel_distance(fake, self.real), **manifold(fake, self.real, self.cfg.neighbours),
                 "memorisation": float(close.median() / self.to_train.median()),
@@ -533,7 +536,7 @@ def encode(run, cfg, models, state, context, folder):
 
 
 def main():
-    """Stage 5 from the command line."""
+    """Sample, from the command line."""
     run = start("sample_ode", SampleOde, __doc__, flags=("--table",))
     cfg = run.cfg
     if "--table" in run.flags:
@@ -554,7 +557,7 @@ def main():
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")} | dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
     if run.dry_run:
-        run.say(f"{cfg.n:,} samples from {state['file']} into {folder}")
+        run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * state['channels'] * state['size'] ** 2 / 1e6:,.0f} MB")
         return
     if run.agreed(finished(run, folder / "metrics.json", recipe)):
         return
@@ -579,9 +582,9 @@ def main():
             curve = []
             for w in cfg.guidance:
                 _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, seed=cfg.seed + 1, context=context, what=f"w = {w:g}")
-                curve.append((w, judge.distance(images, judge.other())))
+                curve.append((w, judge.distance(images, unreported=True)))
                 run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {cfg.seed + 1}")
-            w = run.agreed(min(curve, key=lambda p: p[1])[0])
+            w = min(curve, key=lambda p: p[1])[0]
             metrics["selection"] = dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
             if run.rank == 0:
                 plot(aside / "guidance.png", {cfg.checkpoint: curve}, f"{judge.kind} against w, {cfg.select:,} samples", "w", judge.kind)
@@ -608,12 +611,10 @@ def main():
             if kind == "images" or state["num_labels"]:
                 shape = (cfg.n, *images.shape[1:]) if kind == "images" else (cfg.n,)
                 if run.rank == 0:
-                    np.lib.format.open_memmap(aside / f"{kind}.npy", "w+", "u1" if kind == "images" else "i8", shape).flush()
+                    create_rows(aside / f"{kind}.npy", "u1" if kind == "images" else "i8", shape)
                 run.wait()
-                out = np.lib.format.open_memmap(aside / f"{kind}.npy", "r+")
                 if len(rows):
-                    out[rows] = values
-                out.flush()
+                    write_rows(aside / f"{kind}.npy", rows[0], values)
                 run.wait()
         if judge:
             metrics["scores"] = judge.scores(images)

@@ -1,6 +1,6 @@
-"""Stage 3: activations in, self-labels out: each image gets the id of its cluster.
+"""Label: activations in, self-labels out: each image gets the id of its cluster.
 
-Reads   features/<features>/ (stage 2); for control labels only data/
+Reads   features/<features>/ (extract_features.py); for control labels only data/
 Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroids), .json (recipe and scores), .png (contact sheet)
 
     python self_label.py configs/shapes.yaml method=kmeans                       # CPU, seconds
@@ -532,7 +532,7 @@ def cluster(run, cfg, maps):
 
 
 def main():
-    """Stage 3 from the command line."""
+    """Label, from the command line."""
     run = start("self_label", SelfLabel, __doc__)
     cfg = run.cfg
     cfg.name = run.sections[run.stage]["name"] = cfg.name or cfg.method

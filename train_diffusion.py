@@ -1,4 +1,4 @@
-"""Stage 1: images without labels in, an unconditional diffusion (flow) model out.
+"""Train without labels: images in, an unconditional diffusion (flow) model out.
 
 Reads   images: procedural `shapes`, a torchvision set, a folder, or uint8 arrays (`data.source`)
 Writes  runs/<run>/config.yaml, data/{train,test}/ (uint8 arrays) and diffusion/<name>/ (checkpoint.pt, metrics.jsonl, samples/)
@@ -352,6 +352,22 @@ def write_json(path, value):
     """`value` as indented JSON, atomically."""
     with atomic(path) as f:
         f.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def create_rows(path, dtype, shape):
+    """A .npy file of zeros whose rows `write_rows` fills, perhaps from several machines."""
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=tuple(shape)))
+        f.truncate(f.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+
+
+def write_rows(path, first, rows):
+    """Put rows into a .npy file at row `first`. Plain writes: with memory maps, machines that share a page on a network file system lose rows."""
+    with open(path, "r+b") as f:
+        np.lib.format.read_magic(f)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+        f.seek(first * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
+        f.write(np.ascontiguousarray(rows, dtype).tobytes())
 
 
 def read_json(path, hint):
@@ -1517,7 +1533,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
 
 
 def main():
-    """Stage 1 from the command line."""
+    """Train without labels, from the command line."""
     run = start("train_diffusion", TrainDiffusion, __doc__)
     cfg = run.cfg
     check_training(run, cfg)

@@ -1,7 +1,7 @@
-"""Stage 4: images and self-labels in, a model with classifier-free guidance out.
+"""Train with guidance: images and self-labels in, a model with classifier-free guidance out.
 
-Reads   data/train, labels/<labels>.npz (stage 3) and, with init=diffusion/base, the weights of stage 1
-Writes  guided/<name>/: as stage 1, plus labels.npz (what the model was conditioned on)
+Reads   data/train, labels/<labels>.npz (self_label.py) and, with init=diffusion/base, the weights of train_diffusion.py
+Writes  guided/<name>/: as train_diffusion.py, plus labels.npz (what the model was conditioned on)
 Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels in the file; nobody types a class count.
 
     python train_guided.py configs/shapes.yaml labels=kmeans                     # CPU, about a minute
@@ -9,7 +9,7 @@ Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels in
     torchrun --nproc_per_node=8 train_guided.py configs/cifar10.yaml labels=kmeans
     python train_guided.py configs/shapes.yaml labels=none name=unconditional    # the same training without labels: the base line
 
-The loss is that of stage 1 with a condition: each image's label, replaced by the null label with probability `drop`, sample by
+The loss is that of train_diffusion.py with a condition: each image's label, replaced by the null label with probability `drop`, sample by
 sample (arXiv 2207.12598). One network thereby learns v(x_t, t, label) and v(x_t, t, null); sample_ode.py mixes the two.
 """
 import dataclasses
@@ -63,7 +63,7 @@ def label_condition(labels, K, drop, device):
 
 
 def main():
-    """Stage 4 from the command line."""
+    """Train with guidance, from the command line."""
     run = start("train_guided", TrainGuided, __doc__)
     cfg = run.cfg
     check_training(run, cfg)
@@ -81,7 +81,7 @@ def main():
         marginal = torch.from_numpy(np.bincount(labels["train"], minlength=K) / len(labels["train"]))   # float64 [K]
         condition = label_condition(labels["train"], K, cfg.drop, run.device)
 
-    # network: from scratch, or from the stage-1 weights
+    # network: from scratch, or from unconditional weights
     net, init = build_model(run.model, run.data.size, num_labels=K, seed=cfg.seed), None
     if cfg.init:
         source = load_checkpoint(run, cfg.init)
@@ -93,7 +93,8 @@ def main():
             if source[key] != getattr(cfg, key):
                 raise UserError(f"{key}={getattr(cfg, key)}: the initial weights of {source['file']} were trained with {key}={source[key]}; set train_guided.{key} or init=")
     if run.dry_run:
-        run.say(f"parameters {sum(p.numel() for p in net.parameters()):,}; K = {K}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images, into {folder}")
+        run.say(f"parameters {sum(p.numel() for p in net.parameters()):,}; K = {K}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; "
+                f"each checkpoint {16 * sum(p.numel() for p in net.parameters()) / 1e6:.0f} MB in {folder}")
         return
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels

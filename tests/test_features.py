@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from extract_features import catalogue, pooled, select, stream, tapped
+from extract_features import catalogue, matching, pooled, stream, tapped
 from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UserError, build_model, diffuse, draw
 
 MODELS = {"unet": Model(channels=32, mult=[1, 2], blocks=2, attention=[8], head_channels=16), "stem": Model(channels=16, mult=[1, 2, 2], blocks=1, attention=[4], head_channels=16, stem=2),
@@ -67,18 +67,18 @@ def test_names_count_levels_from_the_far_end():
     assert shapes["mid-vit-block0-ffn-inner"] == (128, 8, 8) and shapes["unet-out"] == (3, 16, 16)
 
 
-def test_select():
+def test_matching():
     net = network("unet")
     names = list(catalogue(net))
-    assert select(net, ["*"]) == names
-    assert select(net, ["unet-out", "mid-repeat0-res-out"]) == ["mid-repeat0-res-out", "unet-out"]                   # forward order
-    some = select(net, ["up-level?-*-res-out", "mid*-out"])
+    assert matching(net, ["*"]) == names
+    assert matching(net, ["unet-out", "mid-repeat0-res-out"]) == ["mid-repeat0-res-out", "unet-out"]                   # forward order
+    some = matching(net, ["up-level?-*-res-out", "mid*-out"])
     assert some == [n for n in names if n.startswith("up-") and n.endswith("-res-out") or n.startswith("mid") and n.endswith("-out")] and len(some) > 6
     with pytest.raises(UserError, match="nearest: .*mid-repeat0-res-out"):
-        select(net, ["mid-repeat-res-out"])
+        matching(net, ["mid-repeat-res-out"])
     for wrong in (["mid-vit-block0-out"], ["*", "nothing-*"], [""], []):
         with pytest.raises(UserError, match="activations="):
-            select(net, wrong)
+            matching(net, wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The two backbones against facts of the published ones (guided-diffusion, U-ViT), their conditions, and weights handed from stage 1 to stage 4."""
+"""The two backbones against facts of the published ones (guided-diffusion, U-ViT), their conditions, and weights handed from unconditional to guided training."""
 import hashlib
 import math
 
