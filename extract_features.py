@@ -157,6 +157,16 @@ def pooled(x, pool):
     return x.float().mean((2, 3)) if pool == "mean" else F.adaptive_avg_pool2d(x.float(), int(pool)).flatten(1)
 
 
+def feature(net, name, x_t, t, pool="mean"):
+    """One activation of noised images x_t [B, C, H, W] at times t [B], with gradients where they are enabled; condition: null."""
+    with tapped(net, [name]) as got:
+        try:
+            net(x_t, 1000 * t)
+        except _Enough:
+            pass
+    return pooled(got[name], pool)
+
+
 @torch.no_grad()
 def stream(net, state, images, rows, names, times, *, device, context, pool="mean", draws=1, seed=0, purpose="features train", batch=256):
     """Yield (rows of this batch, {(name, t): float32 tensor}) over `rows` of uint8 images [N, 3, H, W]; condition: null.
@@ -235,10 +245,11 @@ def main():
     times = cfg.t
     if cfg.activations == ["auto"]:
         probed = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")
-        if probed["checkpoint"] == cfg.checkpoint and probed["hash"] != state["weights"]:
-            raise UserError(f"probe/{cfg.choice}.json was made with weights {probed['hash']}, {state['file']} holds {state['weights']}; run probe.py again with overwrite=true")
+        if probed.get("protocol") != "sweep" or probed["hash"] != state["weights"]:
+            raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} (weights {state['weights']}) but of {probed.get('checkpoint')} ({probed.get('hash')}); "
+                            "run probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
         choice = probed["label_free"]
-        names, times = [choice["activation"]], times or [choice["t"]]
+        names, times = matching(net, [choice["activation"]]), times or [choice["t"]]
     else:
         names = matching(net, cfg.activations)
     if not times or not all(0 <= t <= 1 for t in times):
@@ -295,7 +306,7 @@ def main():
         os.replace(aside, folder)
     run.wait()
     run.say(f"features in {folder}: " + ", ".join(f"{n} t={t:g} {shapes[n, t]}" for n in names for t in times))
-    run.next("self_label.py", "groups the images by these features")
+    run.next("self_label.py" + ("" if cfg.name == "base" else f" features={cfg.name}"), "groups the images by these features")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ Time    t = 0 is noise, t = 1 is data.
     python probe.py configs/cifar10.yaml protocol=linear name=linear             # one GPU: linear probe and kNN of one activation, with controls
     torchrun --nproc_per_node=8 probe.py configs/cifar10.yaml                    # eight GPUs share the times of the sweep
 
-sweep   scores every block x time by NMI of k-means, kNN and a linear probe on a validation part of the training images (nothing is stored), and by
-        criteria that need no labels. `label_free` is what self_label.py uses; `oracle`, the choice made with labels, is only reported beside it.
+sweep   scores every block x time by NMI of k-means (on the images it clusters), kNN and a linear probe (on a validation part of the training images), and by
+        criteria that need no labels; no features are stored. `label_free` is what extract_features.py reads; `oracle`, the choice made with labels, is only
+        reported beside it.
 linear  trains on the training images outside the validation part, selects on that part, reports the test images once; with raw pixels, the same network with
         random weights and a supervised network of the same size beside it.
 """
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -20,13 +22,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
 from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
-from self_label import alone, assign, kmeans, nmi
+from self_label import alone, assign, gather, kmeans, nmi
 from train_diffusion import (Model, UserError, atomic, autocast, bar, build_model, cli, fill, finished, load_data, load_model, read_json, seed_of, start,
                              write_json)
 
@@ -39,14 +40,14 @@ class Probe:
     checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
-    t: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])      # noise times. linear: default the label-free choice
+    t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9 for sweep, the label-free choice for linear
     choice: str = "sweep"                                 # linear: which sweep to take the default activation and time from
     fit: int = 2_000                                      # sweep: training images to fit on
     validation: int = 1_000                               # training images held out for selection
     K: int = 30                                           # sweep: clusters of k-means
     neighbours: int = 20                                  # k of kNN (cosine)
     draws: int = 3                                        # linear: noise draws, each probed alone: mean and spread
-    controls: list[str] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear: what to compare with
+    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear: what to compare with
     supervised_images: int = 100_000                      # linear: images that the supervised control is trained on
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     batch: int = 500                                      # images per forward pass and process
@@ -107,7 +108,7 @@ def knn(fit, y, x, truth, k, classes):
 def label_free_scores(a, b, K, seed):
     """Scores that see no label, from two noise draws a, b [N, D] of the same images: (dict of numbers, cluster ids int64 [N] under draw a).
 
-    stability   NMI between k-means of draw a and k-means of draw b: clusters that are about the image survive other noise
+    stability   NMI between k-means of draw a and k-means of draw b, started from a's centroids: clusters that are about the image survive other noise
     silhouette  mean simplified silhouette (distance to own centroid against the next one), cosine
     """
     c, _, _ = kmeans(a, K, metric="cosine", seed=seed)
@@ -162,15 +163,6 @@ def block_outputs(net):
     return [n for n in catalogue(net) if n.endswith("-out") and "self" not in n and "ffn" not in n and n != "unet-out"]
 
 
-def gather(run, values):
-    """Concatenate every rank's list, in order of rank."""
-    if run.world == 1:
-        return values
-    every = [None] * run.world
-    dist.all_gather_object(every, values)
-    return [v for part in every for v in part]
-
-
 def sweep(run, cfg, net, state, context):
     """Score every (activation, t); returns the result dict and draws the heat-map."""
     data = load_data(run, "train")
@@ -209,7 +201,7 @@ def sweep(run, cfg, net, state, context):
                                      knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
                 progress.update(1)
             table += [r | dict(consensus=float(c)) for r, c in zip(rows, consensus(clusters))]
-    table = sorted(gather(run, table), key=lambda r: (names.index(r["activation"]), r["t"]))
+    table = sorted(itertools.chain(*gather(run, table)), key=lambda r: (names.index(r["activation"]), r["t"]))
     pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
     # the noisiest time at which the blocks still agree about as well as anywhere, and there the block that agrees most
     # (one or two activations have nothing to agree with: then the most stable under new noise)
@@ -275,8 +267,10 @@ def train_supervised(run, cfg, state, data, name, classes):
 def one_activation(run, cfg, net):
     """The (activation, time) that protocol=linear reads: the label-free choice of a sweep, or what was named."""
     if cfg.activations == ["blocks"]:
-        choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")["label_free"]
-        return choice["activation"], choice["t"]
+        choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")
+        if "label_free" not in choice:
+            raise UserError(f"choice={cfg.choice}: probe/{cfg.choice}.json is no sweep")
+        return choice["label_free"]["activation"], cfg.t[0] if cfg.t else choice["label_free"]["t"]
     names = matching(net, cfg.activations)
     if len(names) != 1 or len(cfg.t) != 1:
         raise UserError(f"protocol=linear reads one activation at one time; got {len(names)} and t={cfg.t}")
@@ -337,7 +331,9 @@ def main():
     cfg.name = cfg.name or cfg.protocol
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context, _, why = autocast(run, cfg.precision)
-    if not cfg.t or not all(0 <= t <= 1 for t in cfg.t) or min(cfg.draws, cfg.batch, cfg.neighbours) < 1 or cfg.K < 2:
+    if cfg.protocol == "sweep" and not cfg.t:
+        cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    if not all(0 <= t <= 1 for t in cfg.t) or min(cfg.draws, cfg.batch, cfg.neighbours) < 1 or cfg.K < 2:
         raise UserError(f"t={cfg.t}, draws={cfg.draws}, batch={cfg.batch}, neighbours={cfg.neighbours}, K={cfg.K}: times lie between 0 and 1, K is at least 2, the others at least 1")
     path, recipe = run.dir / "probe" / f"{cfg.name}.json", {k: v for k, v in run.sections[run.stage].items() if k not in ("name", "overwrite", "batch")} | dict(hash=state["weights"])
     if cfg.protocol == "linear":
@@ -353,7 +349,7 @@ def main():
     run.wait()
     run.say(f"result in {path}, picture in {path.with_suffix('.png')}")
     if cfg.protocol == "sweep":
-        run.next("extract_features.py", "extracts the label-free choice")
+        run.next("extract_features.py" + ("" if cfg.checkpoint == "diffusion/base" else f" checkpoint={cfg.checkpoint}") + ("" if cfg.name == "sweep" else f" choice={cfg.name}"), "extracts the label-free choice")
 
 
 if __name__ == "__main__":

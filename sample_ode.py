@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from train_diffusion import (PATHS, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, finished, load_data, load_model, save_grid,
+from train_guided import conditioned, label_images, load_labeller
+from train_diffusion import (PATHS, Data, Folder, Squared, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, finished, load_data, load_model, save_grid,
                              seed_of, start, to_uint8, weights_hash, wide, write_json, write_rows)
 
 
@@ -47,6 +48,7 @@ class SampleOde:
     interval: list[float] = field(default_factory=lambda: [0.0, 1.0])    # guide only while t is inside; outside w = 1
     autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label
     labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or label ids to cycle through
+    like: str = ""                                        # models with online labels: a folder of images (or "test") whose labels to use, cycling through them
     direction: Literal["generate", "encode"] = "generate"  # encode: test images back to noise and forth again
     evaluate: bool = True                                 # compare with real images
     evaluator: str = "judge"                              # judge (small CNN on the run's classes), inception (FID proper), or a TorchScript file
@@ -231,14 +233,14 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None
     """n samples, the share of this process: (indices, uint8 [b, C, H, W], labels or None, report). Sample i is a function of (seed, i)."""
     seed = cfg.seed if seed is None else seed
     mine = np.arange(n * run.rank // run.world, n * (run.rank + 1) // run.world)
-    field_ = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
+    velocity = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
     images, labels, evaluations, tick = [], [], 0, time.time()
     with bar(run, n, what) as progress:
         for i in range(0, len(mine), cfg.batch):
             part = mine[i:i + cfg.batch]
             z = draw(seed, "sample noise", part, (state["channels"], state["size"], state["size"])).to(run.device)
             label = sample_labels(cfg, state, part, seed)
-            x, calls = integrate(field_, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
+            x, calls = integrate(velocity, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state.get('file', 'the model')}: samples are not finite; is it a healthy model? (precision=fp32 may help)")
             images.append(to_uint8(x).cpu().numpy())
@@ -249,7 +251,7 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None
     shape = (0, state["channels"], state["size"], state["size"])
     images = np.concatenate(images) if images else np.zeros(shape, np.uint8)
     labels = torch.cat(labels).numpy() if state["num_labels"] and len(mine) else None
-    counts = torch.tensor([evaluations, field_.images], dtype=torch.float64)
+    counts = torch.tensor([evaluations, velocity.images], dtype=torch.float64)
     if run.world > 1:
         dist.all_reduce(counts)
     return mine, images, labels, dict(nfe=float(counts[0]) / n, network_calls=float(counts[1]) / n, seconds_per_image=seconds / max(len(mine), 1))
@@ -485,8 +487,8 @@ def table(run):
             kind, K = "fid" if "fid" in m["scores"] else "frechet", m["num_labels"]
             plain = m.get("scores_w1", m["scores"] if m["w"] == 1 else {})
             rows.setdefault(path.parent.name, []).append({
-                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind), "best w": m["w"] if K else None,
-                "distance best w": m["scores"][kind], "kind": kind, "precision": m["scores"]["precision"], "recall": m["scores"]["recall"], "coverage": m["scores"]["coverage"],
+                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind), "chosen w": m["w"] if K else None,
+                "distance": m["scores"][kind], "kind": kind, "w": "chosen on other samples and other real images" if "selection" in m else "given" if K else "-", "precision": m["scores"]["precision"], "recall": m["scores"]["recall"], "coverage": m["scores"]["coverage"],
                 "memorisation": m["scores"]["memorisation"], "network calls": m["network_calls"], "training images": m["total_seen"], "evaluator": m["scores"]["evaluator"],
                 "reference": m["scores"]["reference"], "samples": m["scores"]["samples"], "solver": f"{m['solver']} {m['steps']}", "weights": m["weights"], "seed": m["seed"]})
     if not rows:
@@ -500,32 +502,57 @@ def table(run):
         spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
         return f"{mean:,.0f}{spread}" if all(float(v).is_integer() for v in values) and not spread else f"{mean:.{digits}f}{spread}"
 
-    head = [k for k in next(iter(rows.values()))[0] if k not in ("run", "kind", "evaluator", "reference", "samples", "solver", "weights", "seed")]
-    order = sorted(rows, key=lambda n: -np.mean([r["distance best w"] for r in rows[n]]))
-    cells = [["samples", *head], *([name, *(cell([r[h] for r in rows[name]]) for h in head)] for name in order)]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(head) + 1)]
-    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    said = {k: sorted({str(r[k]) for v in rows.values() for r in v}) for k in ("kind", "evaluator", "reference", "samples", "solver", "weights")}
-    text = "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(v)}" for k, v in said.items()) + f"; runs: {len(folders)}; w chosen on other samples and other real images than those reported\n"
+    head = [k for k in next(iter(rows.values()))[0] if k not in ("run", "kind", "w", "evaluator", "reference", "samples", "solver", "weights", "seed")]
+    text = ""
+    for evaluator in sorted({r["evaluator"].split()[0] for v in rows.values() for r in v}):      # distances of different evaluators do not compare
+        some = {name: kept for name, v in rows.items() if (kept := [r for r in v if r["evaluator"].split()[0] == evaluator])}
+        order = sorted(some, key=lambda n: -np.mean([r["distance"] for r in some[n]]))
+        cells = [["samples", *head], *([name, *(cell([r[h] for r in some[name]]) for h in head)] for name in order)]
+        widths = [max(len(r[i]) for r in cells) for i in range(len(head) + 1)]
+        lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in cells]
+        lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+        said = {k: sorted({str(r[k]) for v in some.values() for r in v}) for k in ("kind", "evaluator", "reference", "samples", "solver", "weights", "w")}
+        text += "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(v)}" for k, v in said.items()) + f"; runs: {len(folders)}\n\n"
     with atomic(run.dir / "samples" / "table.md") as f:
         f.write(text.encode())
     write_json(run.dir / "samples" / "table.json", rows)
     run.say(text)
 
 
+def read_like(run, cfg, net, state, context):
+    """The images that `like` names, uint8 [n, 3, H, W]; the labels that the model's own labeller finds in them become cfg.labels."""
+    side = load_labeller(run, net, state)
+    if cfg.like == "test":
+        images = np.asarray(load_data(run, "test").images[:cfg.n])
+    else:
+        items = Squared(Folder(Data(source="folder", root=cfg.like, size=state["size"], test_fraction=0), "train"), state["size"])
+        read = [items[i] for i in range(min(len(items), cfg.n))]
+        if bad := [complaint for _, _, complaint in read if complaint]:
+            raise UserError(f"like: unreadable image {bad[0]}")
+        images = np.stack([x for x, _, _ in read])
+    ids, _, _ = label_images(net, side, images, np.arange(len(images)), context, "like")
+    if state.get("condition") == "patch":                 # their maps take the place of those from training
+        maps = ids.reshape(len(ids), math.isqrt(ids.shape[1]), -1).to(state["maps"].dtype)
+        state |= dict(maps=torch.cat([maps, torch.full_like(maps[:1], state["map_labels"])]), num_labels=len(maps))
+        ids = torch.arange(len(maps))[:, None]
+    if not state["num_labels"]:
+        raise UserError(f"like={cfg.like}: {state['file']} was trained with condition=none")
+    cfg.labels = [str(int(k)) for k in ids[:, 0]]
+    return images
+
+
 def encode(run, cfg, models, state, context, folder):
     """Test images to noise and back: writes noise.npy and a picture, returns the round trip's error."""
     data = load_data(run, "test")
-    n, field_ = min(cfg.n, len(data)), Field(models[0], PATHS[state["path"]], state["predict"], 0.0, cfg.interval, None, context)
+    n, velocity = min(cfg.n, len(data)), Field(models[0], PATHS[state["path"]], state["predict"], 0.0, cfg.interval, None, context)
     x = torch.from_numpy(np.ascontiguousarray(data.images[:n])).float() / 127.5 - 1
     label = torch.full((n,), state["num_labels"]) if state["num_labels"] else None     # the null label
     noise, back = [], []
     with bar(run, n, "encoding") as progress:
         for i in range(0, n, cfg.batch):
             part = None if label is None else label[i:i + cfg.batch].to(run.device)
-            z, _ = integrate(field_, x[i:i + cfg.batch].to(run.device), part, cfg.solver, cfg.steps, cfg.tol, reverse=True)
-            noise.append(z.cpu()), back.append(integrate(field_, z, part, cfg.solver, cfg.steps, cfg.tol)[0].cpu())
+            z, _ = integrate(velocity, x[i:i + cfg.batch].to(run.device), part, cfg.solver, cfg.steps, cfg.tol, reverse=True)
+            noise.append(z.cpu()), back.append(integrate(velocity, z, part, cfg.solver, cfg.steps, cfg.tol)[0].cpu())
             progress.update(len(z))
     noise, back = torch.cat(noise), torch.cat(back)
     np.save(folder / "noise.npy", noise.numpy())
@@ -541,18 +568,21 @@ def main():
     cfg = run.cfg
     if "--table" in run.flags:
         return table(run)
-    if cfg.n < 2 or cfg.steps < 1 or cfg.batch < 1 or cfg.tol <= 0 or len(cfg.interval) != 2 or not cfg.guidance:
-        raise UserError(f"n={cfg.n}, steps={cfg.steps}, batch={cfg.batch}, tol={cfg.tol}, interval={cfg.interval}, guidance={cfg.guidance}: n must be at least 2, the others positive, interval two times")
+    if cfg.n < 2 or cfg.steps < 1 or cfg.batch < 1 or cfg.tol <= 0 or len(cfg.interval) != 2 or cfg.interval[0] > cfg.interval[1] or not cfg.guidance:
+        raise UserError(f"n={cfg.n}, steps={cfg.steps}, batch={cfg.batch}, tol={cfg.tol}, interval={cfg.interval}, guidance={cfg.guidance}: n must be at least 2, the others positive, interval two times in order")
     if not cfg.evaluate and (cfg.sweep or len(cfg.guidance) > 1) or cfg.select < 2:
         raise UserError(f"sweep={cfg.sweep}, guidance={cfg.guidance}, select={cfg.select}: sweeps and a choice of w need evaluate=true and at least two samples")
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     weak, other = load_model(run, cfg.autoguide, cfg.weights) if cfg.autoguide else (None, None)
     if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
         raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
-    models = net, weak
+    if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "condition")):
+        raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
     context, _, why = autocast(run, cfg.precision)
     if not state["num_labels"] and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing to guide with
+    given = read_like(run, cfg, net, state, context) if cfg.like else None
+    models = conditioned(net, state), conditioned(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")} | dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
@@ -622,7 +652,11 @@ def main():
                 metrics["scores_w1"] = judge.scores(generate(run, cfg, models, state, cfg.n, w=1.0, context=context, what="w = 1")[1])
         if run.rank == 0:
             images = np.load(aside / "images.npy", mmap_mode="r")
-            if state["num_labels"]:
+            if given is not None:
+                shown = range(min(20, len(given)))
+                save_grid(aside / "grid.png", np.stack([v for i in shown for v in (given[i], *images[i::len(given)][:9], *[np.full_like(given[0], 255)] * (9 - len(images[i::len(given)][:9])))]),
+                          10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
+            elif state["num_labels"]:
                 labels = np.load(aside / "labels.npy")
                 keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]
                 order = [i for k in keep for i in np.flatnonzero(labels == k)[:10]] or list(range(min(100, cfg.n)))
@@ -639,7 +673,7 @@ def main():
     if "scores" in metrics:
         s = metrics["scores"]
         run.say(f"{judge.kind} {s[judge.kind]:.3f}  kernel {s['kernel']:.5f}  precision {s['precision']:.3f}  recall {s['recall']:.3f}  coverage {s['coverage']:.3f}  "
-                f"memorisation {s['memorisation']:.2f} (1 = as far from the training images as test images are)  w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  "
+                f"memorisation {s['memorisation']:.2f} (1 = typically as far from the training images as test images are), copies {s['copies']:.1%}  w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  "
                 f"network calls {metrics['network_calls']:.1f}  {metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
     run.say(f"samples in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 

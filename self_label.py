@@ -88,6 +88,15 @@ def over_ranks(x, op="SUM"):
     return x
 
 
+def gather(run, value):
+    """Every rank's value, in order of rank."""
+    if run.world == 1:
+        return [value]
+    every = [None] * run.world
+    dist.all_gather_object(every, value)
+    return every
+
+
 def offsets(n):
     """(first global row of this rank's slice, rows of all slices together)."""
     if not together():
@@ -160,6 +169,8 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, b
         if not torch.isfinite(subset).all():
             raise UserError("features are not finite; extract them again")
         c = plus_plus(subset, K, generator) if start is None else start.to(device, torch.float32).clone()
+        if together():
+            dist.broadcast(c, 0)                          # equal arithmetic on every rank is likely, but not promised on GPUs
         if batch:
             c = mini_batches(features, c, metric, batch, iterations * math.ceil(N / batch), generator, device)
         result = lloyd(features, c, metric, 1 if batch else iterations, chunk)
@@ -456,6 +467,28 @@ def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns
     save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
 
 
+def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed):
+    """labels/<name>.npz, .json and .png from {split: int64 [N]}, by the first process; returns the scores (a monitor, never used for training or selection).
+
+    data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz, about into the .json.
+    """
+    path, sizes = run.dir / "labels" / f"{name}.npz", np.bincount(labels["train"], minlength=K)
+    classes = {split: np.asarray(d.classes) for split, d in data.items()}
+    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()), smallest=int(sizes.min()), largest=int(sizes.max()),
+                  **score_labels(labels["train"], classes["train"]), **{f"test_{k}": v for k, v in score_labels(labels["test"], classes["test"]).items()})
+    if run.rank == 0:
+        with atomic(path) as f:
+            np.savez(f, train=labels["train"].astype(np.int64), test=labels["test"].astype(np.int64), num_labels=K, **arrays)
+        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, f"{name}: K = {K}; each row a label: most typical, then random members", seed)
+        write_json(path.with_suffix(".json"), dict(kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe, scores=scores,
+                                                   sizes=sizes.tolist() if K <= 1000 else None, **about))
+    run.wait()
+    agree = f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""
+    run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K{agree}")
+    run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
+    return scores
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From feature files to labels
 
@@ -581,23 +614,8 @@ def main():
     if cfg.method not in ("kmeans", "sinkhorn"):
         typical = generator.random(len(labels["train"]))
 
-    # scores: a monitor, never used for training or selection
-    sizes = np.bincount(labels["train"], minlength=K)
-    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()), smallest=int(sizes.min()), largest=int(sizes.max()),
-                  **score_labels(labels["train"], classes["train"]), **{f"test_{k}": v for k, v in score_labels(labels["test"], classes["test"]).items()})
-    if run.rank == 0:
-        with atomic(path) as f:
-            np.savez(f, train=labels["train"].astype(np.int64), test=labels["test"].astype(np.int64), num_labels=K, **extra)
-        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical,
-                      f"{cfg.name}: K = {K}; each row a label: most typical, then random members", cfg.seed)
-        write_json(path.with_suffix(".json"), dict(kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe, scores=scores,
-                                                   seconds=round(time.time() - tick, 2), sizes=sizes.tolist() if K <= 1000 else None, **about))
-    run.wait()
-
-    # close
-    agree = f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""
-    run.say(f"{cfg.method}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K{agree}; {time.time() - tick:.1f} s")
-    run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
+    # write
+    save_labels(run, cfg.name, data, labels, K, typical, recipe, extra, about | dict(seconds=round(time.time() - tick, 2)), cfg.seed)
     run.next(f"train_guided.py labels={cfg.name}")
 
 

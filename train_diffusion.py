@@ -258,6 +258,11 @@ def start(stage, cls, doc, flags=()):
             raise UserError(f"section {name}: {unknown(name, ['data', 'model', *STAGES])}")
     own = {name: fill(name, c, sections.get(name, {})) for name, c in {"data": Data, "model": Model, stage: cls}.items()}
     sections |= {name: dataclasses.asdict(c) for name, c in own.items()}
+    name = own[stage].name                                # names a folder that finished work replaces: it must be one, inside the run
+    if not re.fullmatch(r"\w[\w.+-]*", name) and (name or cls().name):
+        raise UserError(f"{stage}.name={name}: must be a name of letters, digits, and . _ + -")
+    if own["data"].train < 0 or own["data"].test < 0 or not 0 < own["data"].test_fraction < 1:
+        raise UserError(f"data.train={own['data'].train}, data.test={own['data'].test}: must not be negative (0 = all); data.test_fraction={own['data'].test_fraction}: between 0 and 1")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -1031,6 +1036,7 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(num_labels + 1, width)                 # rows N(0, 1), as published; the last is the null label
         if vector_dim:
             self.vector_emb = nn.Linear(vector_dim, width, bias=False)           # without bias, so that the zero vector is null
+            nn.init.normal_(self.vector_emb.weight)                              # a unit vector then weighs as much as a label row
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d((in_channels + layout_channels) * stem ** 2, c, 3, padding=1)])])
         self.output_blocks, skips = nn.ModuleList(), [c]
         for level, m in enumerate(mult):
@@ -1160,6 +1166,8 @@ class UViT(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
+        if vector_dim:
+            nn.init.normal_(self.vector_emb.weight)
 
     def forward(self, x, time, label=None, vector=None, layout=None):
         tokens = self.patch_embed(x)                                             # [B, L, D]
@@ -1197,6 +1205,9 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
             raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")
         if model.channels % 8 or any(c * model.channels > model.head_channels and c * model.channels % model.head_channels for c in model.mult):
             raise UserError(f"model: channels={model.channels} must be a multiple of 8, and of head_channels={model.head_channels} at every level")
+        sizes = [size // model.stem // 2 ** level for level in range(len(model.mult))]
+        if stray := [a for a in model.attention if a not in sizes]:
+            raise UserError(f"model: attention={','.join(map(str, stray))}: no level has maps of that size; here they have {', '.join(map(str, sizes))}")
         return UNet(size, in_channels, in_channels, model.channels, model.mult, model.blocks, model.attention, model.head_channels,
                     model.dropout, model.stem, **condition)
 
@@ -1268,11 +1279,11 @@ def autocast(run, precision):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def image_order(seed, seen, n):
-    """Endless dataset rows from image number `seen` on: a new permutation for every epoch, a function of (seed, epoch)."""
+def image_order(seed, purpose, seen, n):
+    """Endless dataset rows from image number `seen` on: a new permutation for every epoch, a function of (seed, purpose, epoch)."""
     epoch, position = divmod(seen, n)
     while True:
-        yield from np.random.default_rng(seed_of(seed, "order", epoch)).permutation(n)[position:].tolist()
+        yield from np.random.default_rng(seed_of(seed, f"{purpose} order", epoch)).permutation(n)[position:].tolist()
         epoch, position = epoch + 1, 0
 
 
@@ -1281,7 +1292,7 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
 
     The first three uniforms decide time, flip and condition of each image. Noise is [b, C, H, W], or [b, 1 + noises, C, H, W] if more is asked for.
 
-    Noise and uniforms belong to the running number of the image, so neither restarts nor the number of processes change them. A thread
+    Noise and uniforms belong to the stage and the running number of the image, so neither restarts nor the number of processes change them. A thread
     prepares the next batches while the network works. Small sets are kept on the device.
     """
     share = cfg.batch // run.world
@@ -1291,11 +1302,11 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
 
     def work():
         try:
-            order, number = image_order(cfg.seed, seen, len(images)), seen
+            order, number = image_order(cfg.seed, run.stage, seen, len(images)), seen
             while not done.is_set():
                 rows = [next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share]
                 mine = range(number + run.rank * share, number + (run.rank + 1) * share)
-                u, z = draw(cfg.seed, "train", mine, (1 + noises, *images.shape[1:]) if noises else images.shape[1:], 3 + uniforms)
+                u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *images.shape[1:]) if noises else images.shape[1:], 3 + uniforms)
                 rows = torch.tensor(rows)
                 x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
                 ready.put([v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)])
@@ -1366,7 +1377,7 @@ def resume(run, cfg, folder, state, parts):
         with atomic(log) as f:
             f.write("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["images"] <= seen).encode())
         for picture in pictures.glob("*.png"):
-            if int(picture.stem) > seen:
+            if picture.stem.isdigit() and int(picture.stem) > seen:
                 picture.unlink()
     return seen
 
@@ -1447,7 +1458,6 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     net.train()
-    grid_z = draw(cfg.seed, "grid", range(len(next(iter(grid.values()))) if grid else 64), data.images.shape[1:]).to(run.device)
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
     meter, batches = Meter(run.device, seen), feed(run, cfg, data.images, seen, side.uniforms if side else 0, side.noises if side else 0)
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
@@ -1465,8 +1475,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             if side:                                                             # its backward comes before that of DDP, which then averages the sum
                 loss, cond = side.step(net, ema, side_ema, x, z[:, 1:], u, seen, context)
-                if loss is not None:
-                    scaler.scale(loss).backward()
+                scaler.scale(loss).backward()
                 z = z[:, 0]
             else:
                 cond = condition(rows, u[:, 2]) if condition else {}
@@ -1522,8 +1531,10 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                 save_checkpoint(run, folder, state | dict(format=FORMAT, seen=seen, weights=weights_hash(ema.state_dict())) | {k: p.state_dict() for k, p in parts.items()})
             if crossed(cfg.grid_every):
                 if run.rank == 0:
+                    shown = side.grid(ema, side_ema, context) if side else grid or {}
+                    z = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), data.images.shape[1:]).to(run.device)
                     with context():
-                        pictures = to_uint8(preview(ema, path, cfg.predict, grid_z, **(grid or {}))).cpu().numpy()
+                        pictures = to_uint8(preview(ema, path, cfg.predict, z, **shown)).cpu().numpy()
                     save_grid(folder / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()
     batches.close()
@@ -1555,7 +1566,7 @@ def main():
 
     # close
     run.say(f"model in {folder}, sample grids in {folder / 'samples'}")
-    run.next("probe.py", "finds the block and time whose features cluster best")
+    run.next("probe.py" + ("" if cfg.name == "base" else f" checkpoint=diffusion/{cfg.name}"), "finds the block and time whose features cluster best")
 
 
 if __name__ == "__main__":

@@ -1,53 +1,87 @@
-"""Train with guidance: images and self-labels in, a model with classifier-free guidance out.
+"""Train with guidance: images and self-labels in, a model with classifier-free guidance out. Labels come from a file, or are found on the way.
 
 Reads   data/train, labels/<labels>.npz (self_label.py) and, with init=diffusion/base, the weights of train_diffusion.py
-Writes  guided/<name>/: as train_diffusion.py, plus labels.npz (what the model was conditioned on)
-Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels in the file; nobody types a class count.
+Writes  guided/<name>/: checkpoint, log and sample grids as train_diffusion.py, plus labels.npz (what the model was conditioned on);
+        labels=online also labels/<name>.npz with scores and contact sheet
+Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels; nobody types a class count of the data.
 
     python train_guided.py configs/shapes.yaml labels=kmeans                     # CPU, about a minute
     python train_guided.py configs/cifar10.yaml labels=kmeans init=              # one GPU, from scratch
-    torchrun --nproc_per_node=8 train_guided.py configs/cifar10.yaml labels=kmeans
+    torchrun --nproc_per_node=8 train_guided.py configs/cifar10.yaml labels=online
     python train_guided.py configs/shapes.yaml labels=none name=unconditional    # the same training without labels: the base line
 
 The loss is that of train_diffusion.py with a condition: each image's label, replaced by the null label with probability `drop`, sample by
 sample (arXiv 2207.12598). One network thereby learns v(x_t, t, label) and v(x_t, t, null); sample_ode.py mixes the two.
+
+labels=online (arXiv 2312.08825): a head on the network's own features scores every image against K prototypes, Sinkhorn-Knopp turns the
+scores of the averaged network into balanced targets, and from `switch` on the label found for an image is its condition.
 """
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 
-from self_label import load_labels
-from train_diffusion import (Model, Training, UserError, atomic, build_model, check_training, cli, digest, fill, fit, load_checkpoint, load_data, start)
+from extract_features import feature, matching, stream
+from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
+from train_diffusion import (PATHS, Model, Training, UserError, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
+                             load_checkpoint, load_data, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
 class TrainGuided(Training):
     """Section `train_guided`."""
-    name: str = ""                                        # results go to guided/<name>; empty = the name of the label file
-    labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control
+    name: str = ""                                        # results go to guided/<name>; empty = the name of the labels
+    labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control; online = find them
     drop: float = 0.1                                     # probability of the null label, decided per image
     init: str = "diffusion/base"                          # start from these averaged weights; empty = from scratch
+    # labels=online: what is found, and how it conditions
+    K: int = 50                                           # online: prototypes
+    condition: Literal["label", "prototype", "patch", "none"] = "label"    # online: label id, prototype vector, map of patch labels; none = Sinkhorn loss without guidance
+    switch: float = 0.25                                  # online: share of the training after which conditions begin
+    assign: Literal["argmax", "sinkhorn"] = "argmax"      # online: nearest prototype, or balanced with the batch and the queue
+    sk_activation: str = "mid*-out"                       # online: the feature's name; of several that match the last one
+    sk_t: float = 0.85                                    # online: time at which the averaged network looks at an image
+    sk_window: list[float] = field(default_factory=lambda: [0.8, 0.9])     # online: times at which the trained network must predict the target
+    sk_weight: float = 1.0                                # online: weight of the Sinkhorn loss
+    sk_grad: Literal["head", "backbone"] = "head"         # online: how far its gradient reaches
+    sk_ramp: int = 20_000                                 # online: images over which the weight rises
+    sk_freeze: int = 5_000                                # online: images before prototypes move
+    sk_share: float = 0.25                                # online: share of each batch that takes part in the Sinkhorn loss
+    sk_queue: int = 1_024                                 # online: earlier features that help to balance; 0 = the batch alone
+    sk_eps: float = 0.05                                  # online: entropic regularisation of the targets
+    sk_iterations: int = 3                                # online: Sinkhorn iterations
+    sk_temperature: float = 0.1                           # online: of the prediction
+    sk_dim: int = 64                                      # online: width of head output and prototypes
+    sk_hidden: int = 256                                  # online: hidden width of the head
+    sk_augment: float = 0.0                               # online: > 0: crop, flip and colour of the predicting view, up to this strength (1 = strong)
+    sk_patches: int = 16                                  # online, condition=patch: patches per image in the Sinkhorn loss
 
 
 def load_pretrained(net, state):
     """Copy weights into a network that additionally has conditions. With the null condition it starts as it was (the U-ViT nearly so: one more token takes part).
 
     net: freshly built; state: the averaged weights of an unconditional model of the same architecture. UserError if they do not fit.
-    The rows of the labels keep their random values, of unit variance as in a network trained from scratch: from rows near zero, which
-    Adam moves by no more than lr per update, short fine-tuning learns hardly any label.
+    What conditions added and the checkpoint lacks keeps its random values; label rows have unit variance, as in a network trained from scratch: from rows near zero,
+    which Adam moves by no more than lr per update, short fine-tuning learns hardly any label. Null vectors and layouts are zeros, so they add nothing.
     """
-    own = net.state_dict()
+    own, state = net.state_dict(), dict(state)
     if "pos_embed" in own and "pos_embed" in state and own["pos_embed"].shape[1] == state["pos_embed"].shape[1] + 1:
-        state = state | {"pos_embed": torch.cat([torch.zeros_like(state["pos_embed"][:, :1]), state["pos_embed"]], 1)}    # U-ViT's condition token comes first
-    added = {k for k in own if k.split(".")[0] in ("label_emb", "vector_emb", "layout_embed")}
+        state["pos_embed"] = torch.cat([torch.zeros_like(state["pos_embed"][:, :1]), state["pos_embed"]], 1)    # U-ViT's condition token comes first
+    first = "input_blocks.0.0.weight"                     # U-Net: a layout brings more input channels, behind those of the image
+    if first in own and first in state and own[first].shape[1] > state[first].shape[1]:
+        state[first] = torch.cat([state[first], own[first][:, state[first].shape[1]:]], 1)
+    added = {k for k in own if k.split(".")[0] in ("label_emb", "vector_emb", "layout_embed") and k not in state}
     missing, extra = set(own) - set(state) - added, set(state) - set(own)
     bad = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or extra or bad:
         raise UserError(f"init: the checkpoint is of another architecture (first difference: {sorted(missing | extra | set(bad))[0]})")
-    net.load_state_dict({k: (v if k == "label_emb.weight" else torch.zeros_like(v)) if k in added else state[k] for k, v in own.items()})
+    net.load_state_dict({k: v if k in added else state[k] for k, v in own.items()})
     if "label_emb.weight" in added:
         with torch.no_grad():
             net.label_emb.weight[-1] = 0                  # the null label
@@ -62,6 +96,299 @@ def label_condition(labels, K, drop, device):
     return condition
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Online labels: head and prototypes beside the network
+
+def augment(x, u, strength, flip):
+    """A second view of images x [B, C, H, W]: random crop, perhaps a flip, gain per channel, brightness, contrast; u: uniforms [B, 8]."""
+    side, s = 1 - 0.6 * strength * u[:, 0], strength
+    mirror = torch.where(u[:, 1] < 0.5, -1.0, 1.0) if flip else torch.ones_like(side)
+    zero = torch.zeros_like(side)
+    theta = torch.stack([side * mirror, zero, (2 * u[:, 2] - 1) * (1 - side), zero, side, (2 * u[:, 3] - 1) * (1 - side)], 1).reshape(-1, 2, 3)
+    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * wide(1 + s * (u[:, 4] - 0.5)) * (1 + 0.5 * s * (u[:, 5:8, None, None] - 0.5))[:, :x.shape[1]]
+    return (x + wide(0.5 * s * (u[:, 4] + u[:, 0] - 1))).clamp(-1, 1)
+
+
+class Labeller(nn.Module):
+    """Finds K labels in a network's features while both train (arXiv 2312.08825), by Sinkhorn-Knopp over the batches of all processes.
+
+    Teacher: the averaged network and the averaged labeller, an image at time sk_t, the null condition. Its scores h_i . c_k, balanced by
+    Sinkhorn-Knopp, are the targets q. Student: the trained network on other noise, at a time in sk_window, with the null condition.
+
+        loss = - mean_i sum_k q_ik log softmax_k(h_i . c_k / temperature)
+
+    Features are standardised by running statistics (activations share a large common direction, beside which images hardly differ), and
+    pass an MLP without batch statistics of its own; outputs h and prototypes c have unit length.
+    """
+    uniforms, noises, WATCHED = 9, 2, 2048                # numbers per image that `step` needs, and images whose labels the log follows
+
+    def __init__(self, cfg, net, name, size, world=1, rank=0):
+        super().__init__()
+        self.cfg, self.name, self.world, self.rank, self.path = cfg, name, world, rank, PATHS[cfg.path]
+        self.pool = "none" if cfg.condition == "patch" else "mean"
+        p = next(net.parameters())
+        with torch.no_grad():                             # the feature's width, by looking
+            width = feature(net, name, torch.zeros(1, 3, size, size, device=p.device), torch.ones(1, device=p.device), "none").shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(cfg.seed, "labeller"))
+            self.head = nn.Sequential(nn.Linear(width, cfg.sk_hidden), nn.SiLU(), nn.Linear(cfg.sk_hidden, cfg.sk_dim))
+            self.prototypes = nn.Parameter(F.normalize(torch.randn(cfg.K, cfg.sk_dim), dim=1))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("var", torch.ones(width))
+        self.register_buffer("looks", torch.zeros(()))    # batches that the statistics have seen
+        self.register_buffer("queue", torch.zeros(cfg.sk_queue, cfg.sk_dim))
+        self.register_buffer("queued", torch.zeros((), dtype=torch.long))        # features that were ever put into the queue
+        self.register_buffer("watched", torch.full((self.WATCHED,), -1))         # labels of the watched images at the last log line
+        self.to(p.device)
+        self.sums, self.images, self.classes = torch.zeros(3, dtype=torch.float64, device=p.device), None, None
+
+    def watch(self, data):
+        """Follow the labels of these training images, and use their classes as a monitor."""
+        rows = np.unique(np.linspace(0, len(data) - 1, min(self.WATCHED, len(data))).astype(int))
+        self.images, classes = np.asarray(data.images[rows]), np.asarray(data.classes[rows])
+        self.classes = classes if (classes >= 0).all() else None
+
+    def embed(self, f):
+        """Features [B, D] or maps [B, D, h, w] -> unit vectors float32 [B, d] or, one row per patch, [B h w, d]."""
+        f = f.float() if f.dim() == 2 else f.float().permute(0, 2, 3, 1).flatten(0, 2)
+        return F.normalize(self.head((f - self.mean) / (self.var + 1e-6).sqrt()), dim=1)
+
+    def scores(self, h):
+        """Cosines with the prototypes, [B, K]."""
+        return h @ F.normalize(self.prototypes, dim=1).T
+
+    @torch.no_grad()
+    def learn_statistics(self, f):
+        """Running mean and variance of the teacher's features, over all processes."""
+        f = f.float() if f.dim() == 2 else f.float().permute(0, 2, 3, 1).flatten(0, 2)
+        sums = over_ranks(torch.stack([f.sum(0), f.square().sum(0), torch.full_like(f[0], len(f))]).double())
+        mean, square = sums[0] / sums[2], sums[1] / sums[2]
+        self.looks += 1
+        share = max(0.1, 1 / float(self.looks))           # quick: what lags behind features that move would push all images into one cluster
+        self.mean.lerp_(mean.float(), share)
+        self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
+
+    @torch.no_grad()
+    def targets(self, scores, past):
+        """Balanced targets q [B, K] of this rank's rows. scores: the teacher's, [B, K]; past: those of the queue [Q, K], equal on all ranks."""
+        share = past[self.rank::self.world]               # every rank contributes a part of the queue once
+        return sinkhorn(torch.cat([scores, share]), self.cfg.sk_eps, self.cfg.sk_iterations)[:len(scores)]
+
+    @torch.no_grad()
+    def labels(self, scores, past):
+        """Labels int64 [B] from the teacher's scores."""
+        if self.cfg.assign == "argmax":
+            return scores.argmax(1)
+        every = torch.cat([scores, past[self.rank::self.world]])
+        return (scores / self.cfg.sk_eps - prices(lambda: every.split(512), self.cfg.sk_eps, self.cfg.sk_iterations)).argmax(1)
+
+    def remember(self, h):
+        """Put the features of all processes into the queue, in order of image number."""
+        if not len(self.queue):
+            return
+        if self.world > 1:
+            every = [torch.empty_like(h) for _ in range(self.world)]
+            dist.all_gather(every, h.contiguous())
+            h = torch.cat(every)
+        h = h[-len(self.queue):]
+        place = (int(self.queued) + torch.arange(len(h), device=h.device)) % len(self.queue)
+        self.queue[place] = h
+        self.queued += len(h)
+
+    def step(self, net, ema, teacher, x, z, u, seen, context):
+        """(weighted Sinkhorn loss to be differentiated; condition of the batch). x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
+
+        Which images take part depends on their running number alone, so any number of processes sees the same global batch.
+        """
+        cfg, b = self.cfg, len(x)
+        guided = cfg.condition != "none" and seen >= cfg.switch * cfg.images
+        part = torch.arange(0, b, max(1, round(1 / cfg.sk_share)), device=x.device)          # the same images for any number of processes
+        with torch.no_grad(), context():                  # the teacher: no condition, so labels never explain themselves
+            look = slice(None) if guided else part
+            f = feature(ema, self.name, diffuse(self.path, x[look], z[look, 0], torch.full_like(u[look, 0], cfg.sk_t)), torch.full_like(u[look, 0], cfg.sk_t), self.pool)
+        self.learn_statistics(f[part] if guided else f)
+        with torch.no_grad():
+            teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
+            h = teacher.embed(f)
+            past = teacher.scores(self.queue[:min(int(self.queued), len(self.queue))])
+            scores = teacher.scores(h)
+        # which rows of h take part: of each chosen image its one feature, or some of its patches
+        patches = len(h) // len(f)
+        keep = (torch.linspace(0, patches - 1, min(cfg.sk_patches, patches), device=x.device).long() + 7 * (seen // cfg.batch)) % patches
+        rows = (torch.arange(len(h), device=x.device).reshape(-1, patches)[part if guided else slice(None)][:, keep]).flatten()
+
+        # the student: other noise, perhaps another view, less time
+        q = self.targets(scores[rows], past)              # [n, K]
+        t = cfg.sk_window[0] + (cfg.sk_window[1] - cfg.sk_window[0]) * u[part, 3]
+        view = augment(x[part], u[part, 4:12], cfg.sk_augment, cfg.flip) if cfg.sk_augment else x[part]
+        with torch.set_grad_enabled(cfg.sk_grad == "backbone"), context():
+            f = feature(net, self.name, diffuse(self.path, view, z[part, 1], t), t, self.pool)
+        student = self.embed(f).reshape(len(part), patches, -1)[:, keep].flatten(0, 1)
+        prototypes = F.normalize(self.prototypes.detach() if seen < cfg.sk_freeze else self.prototypes, dim=1)
+        logp = F.log_softmax(student @ prototypes.T / cfg.sk_temperature, 1)
+        sk = -(q * logp).sum(1).mean()                    # every process has equally many rows
+        self.sums += torch.stack([sk.detach(), -(q * q.clamp(min=1e-12).log()).sum(1).mean(), torch.ones_like(sk)]).double()
+        condition = self.condition(self.labels(scores, past).reshape(b, -1), x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
+        self.remember(h[rows])
+        return cfg.sk_weight * min(1.0, (seen + 1) / max(cfg.sk_ramp, 1)) * sk, condition
+
+    def condition(self, ids, size, drop, teacher):
+        """Condition from labels int64 [B, patches]; `drop` bool [B] chooses the null condition image by image."""
+        if self.cfg.condition == "label":
+            return dict(label=torch.where(drop, self.cfg.K, ids[:, 0]))
+        if self.cfg.condition == "prototype":
+            return dict(vector=F.normalize(teacher.prototypes, dim=1)[ids[:, 0]] * ~drop[:, None])
+        side = math.isqrt(ids.shape[1])
+        return dict(layout=layout_of(torch.where(drop[:, None], self.cfg.K, ids).reshape(-1, side, side), self.cfg.K, size))
+
+    def after(self, ema, weight):
+        """After an update: unit prototypes, averaged labeller (parameters; buffers are copied)."""
+        with torch.no_grad():
+            self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
+            torch._foreach_lerp_(list(ema.parameters()), list(self.parameters()), weight)
+            ema.prototypes.copy_(F.normalize(ema.prototypes, dim=1))
+            for a, b in zip(ema.buffers(), self.buffers()):
+                a.copy_(b)
+
+    def report(self, ema, teacher, seen, context):
+        """What tells a healthy labeller from a collapsed one, over a fixed set of training images; NMI with the classes only as a monitor."""
+        sums = over_ranks(self.sums.clone())
+        self.sums.zero_()
+        with alone():
+            ids, _, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
+        K, flat = self.cfg.K, ids.flatten()
+        counts = torch.bincount(flat, minlength=K)
+        before = self.watched[:len(ids)]
+        now = ids[:, ids.shape[1] // 2]                   # of a map: the label in the middle
+        line = dict(sk_loss=float(sums[0] / sums[2].clamp(min=1)), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2].clamp(min=1)),
+                    used=float((counts > 0).float().mean()), label_entropy=size_entropy(counts.numpy()),
+                    churn=float((before.cpu() != now).float().mean()) if (before >= 0).all() else None)
+        self.watched[:len(ids)] = now.to(self.watched.device)
+        if self.classes is not None and ids.shape[1] == 1:
+            line["nmi"] = nmi(now.numpy(), self.classes)
+        line["collapsed"] = math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)      # effective number of labels
+        return line
+
+    def grid(self, ema, teacher, context):
+        """Condition of the sample grid: ten images per label, or per map of a watched image."""
+        if self.cfg.condition == "none":
+            return {}
+        size, no = self.images.shape[2:], torch.zeros(120, dtype=torch.bool, device=self.mean.device)
+        if self.cfg.condition == "patch":
+            with alone():
+                ids = label_images(ema, teacher, self.images, np.arange(min(12, len(self.images))), context, "watched")[0].repeat_interleave(10, 0)
+        else:
+            ids = torch.from_numpy(np.unique(np.linspace(0, self.cfg.K - 1, min(12, self.cfg.K)).round().astype(int)).repeat(10))[:, None]
+        return self.condition(ids.to(no.device), size, no[:len(ids)], teacher)
+
+    def words(self, line):
+        """The same for the screen."""
+        text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}" + (f"  churn {line['churn']:.0%}" if line["churn"] is not None else "")
+        return text + (f"  NMI {line['nmi']:.3f}" if "nmi" in line else "") + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, "
+                                                                             "a smaller sk_weight or K, or another sk_t" if line["collapsed"] else "")
+
+
+def layout_of(ids, K, size):
+    """Maps of labels int64 [B, h, w] (K = null) -> one-hot float [B, K, H, W]; the null label is all zeros."""
+    onehot = F.one_hot(ids.long(), K + 1)[..., :K].permute(0, 3, 1, 2).float()
+    return F.interpolate(onehot, size=tuple(size), mode="nearest")
+
+
+class Conditioned(nn.Module):
+    """A network conditioned on prototypes or maps, driven by ids 0 ... num_labels - 1 (num_labels = null) as others are by labels."""
+
+    def __init__(self, net, state):
+        super().__init__()
+        self.net, self.num_labels, self.kinds, self.size = net, state["num_labels"], state.get("map_labels"), state["size"]
+        c = state["side_ema"]["prototypes"]
+        self.table = state["maps"] if self.kinds else torch.cat([F.normalize(c, dim=1), torch.zeros_like(c[:1])])       # the last row is null
+        self.table = self.table.to(next(net.parameters()).device)
+
+    def forward(self, x, time, label=None):
+        if label is None:
+            return self.net(x, time)
+        return self.net(x, time, layout=layout_of(self.table[label], self.kinds, (self.size, self.size))) if self.kinds else self.net(x, time, vector=self.table[label])
+
+
+def conditioned(net, state):
+    """`net` such that an id 0 ... num_labels is its condition, whatever kind of condition its checkpoint `state` was trained with."""
+    return Conditioned(net, state) if state.get("condition", "label") in ("prototype", "patch") else net
+
+
+@torch.no_grad()
+def label_images(net, labeller, images, rows, context, purpose):
+    """(labels int64 [n, patches], their scores float32 [n, patches], prices [K]) of the images at `rows`, by an averaged network and labeller; CPU."""
+    cfg, scores, g = labeller.cfg, [], torch.zeros(labeller.cfg.K)
+    for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=labeller.mean.device, context=context,
+                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}"):
+        scores.append(labeller.scores(labeller.embed(got[labeller.name, cfg.sk_t])).reshape(len(part), -1, cfg.K).cpu())
+    scores = torch.cat(scores) if scores else torch.zeros(0, 1, cfg.K)           # [n, patches, K]
+    if cfg.assign == "sinkhorn":                          # balanced over all these images, on all ranks
+        g = prices(lambda: scores.flatten(0, 1).split(512), cfg.sk_eps, 50)
+    ids = (scores / cfg.sk_eps - g).argmax(2)
+    return ids, scores.gather(2, ids[..., None])[..., 0], g
+
+
+def load_labeller(run, net, state):
+    """The averaged labeller of an online checkpoint, for its averaged network `net`."""
+    if "side_ema" not in state:
+        raise UserError(f"{state['file']}: was not trained with labels=online, so it cannot tell the labels of new images")
+    cfg = fill("train_guided", TrainGuided, state["config"]["train_guided"])
+    side = Labeller(cfg, net, state["sk_activation"], state["size"])
+    side.load_state_dict(state["side_ema"])
+    return side.eval().requires_grad_(False)
+
+
+def check_online(run, cfg):
+    """Combinations of online keys that cannot work."""
+    share, every = cfg.batch // run.world, round(1 / cfg.sk_share) if 0 < cfg.sk_share <= 1 else 0
+    if not every or share % every:
+        raise UserError(f"sk_share={cfg.sk_share}: must be 1 / n with n a divisor of the {share} images per process and update")
+    if len(cfg.sk_window) != 2 or not 0 <= cfg.sk_window[0] <= cfg.sk_window[1] <= 1 or not 0 <= cfg.sk_t <= 1:
+        raise UserError(f"sk_window={cfg.sk_window}, sk_t={cfg.sk_t}: times lie between 0 and 1, a window has two in order")
+    if cfg.K < 2 or min(cfg.sk_eps, cfg.sk_temperature) <= 0 or min(cfg.sk_iterations, cfg.sk_dim, cfg.sk_hidden, cfg.sk_patches) < 1:
+        raise UserError(f"K={cfg.K}, sk_eps={cfg.sk_eps}, sk_temperature={cfg.sk_temperature}, sk_iterations={cfg.sk_iterations}, sk_dim={cfg.sk_dim}: must be positive, K at least 2")
+    if min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_augment) < 0 or not 0 <= cfg.switch <= 1:
+        raise UserError(f"sk_queue={cfg.sk_queue}, sk_weight={cfg.sk_weight}, sk_augment={cfg.sk_augment}, switch={cfg.switch}: must not be negative, switch at most 1")
+    if cfg.condition == "patch" and cfg.sk_augment:
+        raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
+
+
+def finish_online(run, cfg, net, side, state, folder, data):
+    """Label every image with the finished averaged network; labels, scores and pictures into the run, marginal (or maps) into the checkpoint."""
+    net.load_state_dict(state["ema"]), side.load_state_dict(state["side_ema"])
+    net.eval(), side.eval()
+    context, splits = autocast(run, cfg.precision)[0], dict(train=data, test=load_data(run, "test"))
+    labels, typical = {}, None
+    for split, d in splits.items():
+        rows = np.arange(len(d) * run.rank // run.world, len(d) * (run.rank + 1) // run.world)
+        ids, score, _ = label_images(net, side, d.images, rows, context, split)
+        side_ = math.isqrt(ids.shape[1])
+        ids, score = (np.concatenate(gather(run, v.numpy())) for v in (ids, score))
+        labels[split] = ids[:, 0] if ids.shape[1] == 1 else ids.reshape(-1, side_, side_).astype(np.int16)
+        typical = score.mean(1) if split == "train" else typical
+    patch, about = cfg.condition == "patch", dict(online=dict(checkpoint=f"guided/{cfg.name}", hash=state["weights"]))
+    if patch:                                             # a bank of maps stands for their distribution; the last one is null
+        bank = labels["train"][np.random.default_rng(seed_of(cfg.seed, "bank")).permutation(len(data))[:2000]]
+        maps = torch.from_numpy(np.concatenate([bank, np.full_like(bank[:1], cfg.K)]))
+        state |= dict(maps=maps, map_labels=cfg.K, num_labels=len(bank), marginal=torch.full((len(bank),), 1 / len(bank), dtype=torch.float64))
+        if run.rank == 0:
+            colours = np.random.default_rng(3).integers(40, 256, (cfg.K, 3)).astype(np.uint8)
+            zoom = data.images.shape[2] // side_
+            shown = [v for i in range(40) for v in (data.images[i], colours[labels["train"][i].repeat(zoom, 0).repeat(zoom, 1)].transpose(2, 0, 1))]
+            save_grid(folder / "segments.png", np.stack(shown), 10, head=f"{cfg.name}: images and the labels of their patches")
+    else:
+        save_labels(run, cfg.name, splits, labels, cfg.K, typical, dict(online=state["weights"]), {}, about, cfg.seed)
+        marginal = torch.from_numpy(np.bincount(labels["train"], minlength=cfg.K) / len(data))
+        state |= dict(marginal=marginal, label_scores=score_labels(labels["train"], np.asarray(data.classes)))
+    if run.rank == 0:
+        with atomic(folder / "labels.npz") as f:
+            np.savez(f, num_labels=cfg.K, **labels)
+    save_checkpoint(run, folder, {k: v for k, v in state.items() if k != "file"})
+
+
 def main():
     """Train with guidance, from the command line."""
     run = start("train_guided", TrainGuided, __doc__)
@@ -69,51 +396,66 @@ def main():
     check_training(run, cfg)
     if not 0 <= cfg.drop <= 1:
         raise UserError(f"drop={cfg.drop}: must be between 0 and 1")
-    guided = cfg.labels != "none"
-    cfg.name = run.sections[run.stage]["name"] = cfg.name or (cfg.labels if guided else "unconditional")
+    online, guided = cfg.labels == "online", cfg.labels not in ("none", "online")
+    cfg.name = run.sections[run.stage]["name"] = cfg.name or ("unconditional" if cfg.labels == "none" else cfg.labels)
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
-    # labels: one id per training image, checked against the data
+    # labels: one id per training image, checked against the data; or none yet
     labels, K, marginal, info, condition = None, 0, None, {}, None
     if guided:
         labels, info = load_labels(run, cfg.labels)
         K = info["num_labels"]
         marginal = torch.from_numpy(np.bincount(labels["train"], minlength=K) / len(labels["train"]))   # float64 [K]
         condition = label_condition(labels["train"], K, cfg.drop, run.device)
+    if online:
+        check_online(run, cfg)
+        K = cfg.K if cfg.condition in ("label", "prototype") else 0
+    conditions = dict(num_labels=K) if guided else {} if not online else \
+        dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
 
     # network: from scratch, or from unconditional weights
-    net, init = build_model(run.model, run.data.size, num_labels=K, seed=cfg.seed), None
+    net, init = build_model(run.model, run.data.size, seed=cfg.seed, **conditions), None
     if cfg.init:
         source = load_checkpoint(run, cfg.init)
         if fill("model", Model, source["model"]) != run.model:
             raise UserError(f"init={cfg.init}: its model section differs from the configured one ({source['file']})")
+        if source["num_labels"] and source.get("labels") != (digest(labels["train"]) if guided else None):
+            raise UserError(f"init={cfg.init}: was trained with other labels ({source.get('label_file')}) than labels={cfg.labels}; start from an unconditional model")
         load_pretrained(net, source["ema"])
         init = dict(checkpoint=cfg.init, weights=source["weights"], seen=source["seen"])
         for key in ("path", "predict"):
             if source[key] != getattr(cfg, key):
                 raise UserError(f"{key}={getattr(cfg, key)}: the initial weights of {source['file']} were trained with {key}={source[key]}; set train_guided.{key} or init=")
     if run.dry_run:
-        run.say(f"parameters {sum(p.numel() for p in net.parameters()):,}; K = {K}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; "
+        run.say(f"parameters {sum(p.numel() for p in net.parameters()):,}; K = {K or cfg.K}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; "
                 f"each checkpoint {16 * sum(p.numel() for p in net.parameters()) / 1e6:.0f} MB in {folder}")
         return
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
+    net, side = net.to(run.device), None
     shown = np.unique(np.linspace(0, K - 1, min(K, 12)).round().astype(int)) if guided else []
     grid = dict(label=torch.tensor(np.repeat(shown, 10)).to(run.device)) if guided else None
-    state = dict(kind="guided", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions=dict(num_labels=K) if guided else {},
+    state = dict(kind="guided", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions=conditions,
                  num_labels=K, path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init,
                  labels=digest(labels["train"]) if guided else None, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=marginal,
                  config={k: run.sections[k] for k in ("data", "model", run.stage)})
-    if guided and run.rank == 0:
+    if online:
+        name = matching(net, [cfg.sk_activation])[-1]
+        side = Labeller(cfg, net, name, run.data.size, run.world, run.rank)
+        side.watch(data)
+        state |= dict(condition=cfg.condition, sk_activation=name)
+    if run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    fit(run, cfg, net.to(run.device), folder, data, state, condition, grid, columns=10 if guided else 8)
+    state = fit(run, cfg, net, folder, data, state, condition, grid, side, columns=10 if guided or K else 8)
     if guided and run.rank == 0:
         with atomic(folder / "labels.npz") as f:
             np.savez(f, **labels)
+    if online and not (folder / "labels.npz").exists():
+        finish_online(run, cfg, net, side, state, folder, data)
 
     # close
-    run.say(f"model in {folder}, sample grids{' (one row per label)' if guided else ''} in {folder / 'samples'}")
-    run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}" + (" guidance=1,1.5,2,3" if guided else ""))
+    run.say(f"model in {folder}, sample grids{' (one row per label)' if guided or K else ''} in {folder / 'samples'}")
+    run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}" + (" guidance=1,1.5,2,3" if conditions else ""))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ def state(run):
 
 
 def test_every_epoch_is_a_permutation_and_can_be_entered_anywhere():
-    whole = list(islice(td.image_order(3, 0, 50), 175))
+    whole = list(islice(td.image_order(3, "test", 0, 50), 175))
     assert all(sorted(whole[i:i + 50]) == list(range(50)) for i in (0, 50, 100)) and whole[:50] != whole[50:100]
     for seen in (1, 49, 50, 120):
-        assert list(islice(td.image_order(3, seen, 50), 30)) == whole[seen:seen + 30]
+        assert list(islice(td.image_order(3, "test", seen, 50), 30)) == whole[seen:seen + 30]
 
 
 def test_ranks_share_the_batch_of_one_process(tmp_path):
