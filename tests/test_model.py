@@ -163,7 +163,7 @@ def test_every_parameter_learns(model):
 # Initial weights of the guided model
 
 @EVERY
-@pytest.mark.parametrize("more", [dict(num_labels=5), dict(vector_dim=7), dict(num_labels=5, vector_dim=7)], ids="+".join)
+@pytest.mark.parametrize("more", [dict(num_labels=5), dict(vector_dim=7), dict(num_labels=5, vector_dim=7), dict(layout_channels=3)], ids="+".join)
 def test_guided_model_starts_from_the_unconditional_one(model, more):
     """Under the null condition, exactly for the U-Net; the U-ViT's condition token joins the attention, so there nearly."""
     from train_guided import load_pretrained
@@ -181,7 +181,11 @@ def test_guided_model_starts_from_the_unconditional_one(model, more):
             apart = [net(x, t, torch.full((4,), k)) for k in range(5)]           # rows of order 1: optimisers hardly move rows near zero
             assert min((a - b).norm() for i, a in enumerate([start, *apart]) for b in apart[i:]) > 1e-4 * start.norm()
         if "vector_dim" in more:
-            assert torch.equal(net(x, t, vector=conditions()["vector"]), start)
+            assert torch.equal(net(x, t, vector=torch.zeros(4, 7)), start)       # null
+            assert (net(x, t, vector=conditions()["vector"]) - start).norm() > 1e-4 * start.norm()
+        if "layout_channels" in more:
+            assert torch.equal(net(x, t, layout=torch.zeros(4, 3, 16, 16)), start)
+            assert (net(x, t, layout=torch.ones(4, 3, 16, 16)) - start).norm() > 1e-4 * start.norm()
 
 
 def test_unfitting_initial_weights_are_user_errors():
