@@ -44,7 +44,7 @@ class TrainGuided(Training):
     K: int = 50                                           # online: prototypes
     condition: Literal["label", "prototype", "patch", "none"] = "label"    # online: label id, prototype vector, map of patch labels; none = Sinkhorn loss without guidance
     switch: float = 0.25                                  # online: share of the training after which conditions begin
-    assign: Literal["argmax", "sinkhorn"] = "argmax"      # online: nearest prototype, or balanced with the batch and the queue
+    assign: Literal["sinkhorn", "argmax"] = "sinkhorn"    # online: balanced with batch and queue, or nearest prototype
     sk_activation: str = "mid*-out"                       # online: the feature's name; of several that match the last one
     sk_t: float = 0.85                                    # online: time at which the averaged network looks at an image
     sk_window: list[float] = field(default_factory=lambda: [0.8, 0.9])     # online: times at which the trained network must predict the target
@@ -166,7 +166,7 @@ class Labeller(nn.Module):
         sums = over_ranks(torch.stack([f.sum(0), f.square().sum(0), torch.full_like(f[0], len(f))]).double())
         mean, square = sums[0] / sums[2], sums[1] / sums[2]
         self.looks += 1
-        share = max(0.1, 1 / float(self.looks))           # quick: what lags behind features that move would push all images into one cluster
+        share = max(float(sums[2, 0]) / max(self.cfg.sk_queue, 4 * float(sums[2, 0])), 1 / float(self.looks))      # over about as many as the queue holds
         self.mean.lerp_(mean.float(), share)
         self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
 
@@ -382,10 +382,11 @@ def finish_online(run, cfg, net, side, state, folder, data):
     else:
         save_labels(run, cfg.name, splits, labels, cfg.K, typical, dict(online=state["weights"]), {}, about, cfg.seed)
         marginal = torch.from_numpy(np.bincount(labels["train"], minlength=cfg.K) / len(data))
-        state |= dict(marginal=marginal, label_scores=score_labels(labels["train"], np.asarray(data.classes)))
+        state |= dict(marginal=marginal, label_scores={k: float(v) for k, v in score_labels(labels["train"], np.asarray(data.classes)).items()})
     if run.rank == 0:
         with atomic(folder / "labels.npz") as f:
             np.savez(f, num_labels=cfg.K, **labels)
+    state["label_digest"] = digest(labels["train"])
     save_checkpoint(run, folder, {k: v for k, v in state.items() if k != "file"})
 
 
@@ -450,7 +451,7 @@ def main():
     if guided and run.rank == 0:
         with atomic(folder / "labels.npz") as f:
             np.savez(f, **labels)
-    if online and not (folder / "labels.npz").exists():
+    if online and "label_digest" not in state:            # not labelled by these very weights yet
         finish_online(run, cfg, net, side, state, folder, data)
 
     # close
