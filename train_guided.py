@@ -43,7 +43,7 @@ class TrainGuided(Training):
     # labels=online: what is found, and how it conditions
     K: int = 50                                           # online: prototypes
     condition: Literal["label", "prototype", "patch", "none"] = "label"    # online: label id, prototype vector, map of patch labels; none = Sinkhorn loss without guidance
-    switch: float = 0.25                                  # online: share of the training after which conditions begin
+    switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
     assign: Literal["sinkhorn", "argmax"] = "sinkhorn"    # online: balanced with batch and queue, or nearest prototype
     sk_activation: str = "mid*-out"                       # online: the feature's name; of several that match the last one
     sk_t: float = 0.85                                    # online: time at which the averaged network looks at an image
@@ -203,7 +203,7 @@ class Labeller(nn.Module):
         Which images take part depends on their running number alone, so any number of processes sees the same global batch.
         """
         cfg, b = self.cfg, len(x)
-        guided = cfg.condition != "none" and seen >= cfg.switch * cfg.images
+        guided = cfg.condition != "none" and seen >= cfg.switch
         part = torch.arange(0, b, max(1, round(1 / cfg.sk_share)), device=x.device)          # the same images for any number of processes
         with torch.no_grad(), context():                  # the teacher: no condition, so labels never explain themselves
             look = slice(None) if guided else part
@@ -350,8 +350,8 @@ def check_online(run, cfg):
         raise UserError(f"sk_window={cfg.sk_window}, sk_t={cfg.sk_t}: times lie between 0 and 1, a window has two in order")
     if cfg.K < 2 or min(cfg.sk_eps, cfg.sk_temperature) <= 0 or min(cfg.sk_iterations, cfg.sk_dim, cfg.sk_hidden, cfg.sk_patches) < 1:
         raise UserError(f"K={cfg.K}, sk_eps={cfg.sk_eps}, sk_temperature={cfg.sk_temperature}, sk_iterations={cfg.sk_iterations}, sk_dim={cfg.sk_dim}: must be positive, K at least 2")
-    if min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_augment) < 0 or not 0 <= cfg.switch <= 1:
-        raise UserError(f"sk_queue={cfg.sk_queue}, sk_weight={cfg.sk_weight}, sk_augment={cfg.sk_augment}, switch={cfg.switch}: must not be negative, switch at most 1")
+    if min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_augment) < 0 or cfg.switch < 0:
+        raise UserError(f"sk_queue={cfg.sk_queue}, sk_weight={cfg.sk_weight}, sk_augment={cfg.sk_augment}, switch={cfg.switch}: must not be negative")
     if cfg.condition == "patch" and cfg.sk_augment:
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
 

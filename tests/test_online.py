@@ -1,0 +1,240 @@
+"""Online labels: targets, gradients, teacher, queue, collapse; a toy of two clusters is found and guides; resume and two ranks."""
+import dataclasses
+import json
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import stage
+
+from extract_features import matching
+from train_diffusion import Model, UserError, build_model, draw_shapes
+from train_guided import Labeller, TrainGuided, augment, check_online, layout_of
+
+UNET = Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4)
+UVIT = Model("uvit", channels=32, depth=2, heads=4, patch=8)
+BOTH = pytest.mark.parametrize("model", [UNET, UVIT], ids=["unet", "uvit"])
+IMAGES = torch.from_numpy(draw_shapes(0, np.arange(64))[0]).float() / 127.5 - 1
+
+
+def online(model=UNET, **keys):
+    """(cfg, network, averaged network, labeller, averaged labeller) before any training; the network is perturbed so that it is not zero anywhere."""
+    cfg = TrainGuided(**dict(labels="online", K=10, batch=32, sk_dim=16, sk_hidden=32, sk_queue=64, sk_freeze=0, sk_ramp=0, switch=0) | keys)
+    conditions = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
+    nets = [build_model(model, 32, **conditions) for _ in range(2)]
+    for net in nets:
+        g = torch.Generator().manual_seed(3)
+        for p in net.parameters():
+            p.data += 0.05 * torch.randn(p.shape, generator=g)
+    sides = [Labeller(cfg, nets[0], matching(nets[0], [cfg.sk_activation])[-1], 32) for _ in range(2)]
+    return cfg, nets[0], nets[1].eval().requires_grad_(False), sides[0], sides[1].eval().requires_grad_(False)
+
+
+def numbers(n, seed=0):
+    """Noise [n, 2, 3, 32, 32] and uniforms [n, 12]."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, 3, 32, 32, generator=g), torch.rand(n, 12, generator=g)
+
+
+def step(parts, n=32, seen=0, **more):
+    cfg, net, ema, side, teacher = parts
+    z, u = numbers(n, seen)
+    u = more.get("u", u)
+    return side.step(net, ema, teacher, IMAGES[:n], z, u, seen, nullcontext)
+
+
+def test_targets_are_balanced_and_carry_no_gradient():
+    _, _, _, side, teacher = online(sk_iterations=50)
+    g = torch.Generator().manual_seed(0)
+    h = torch.nn.functional.normalize(torch.randn(60, 16, generator=g), dim=1).requires_grad_()
+    q = side.targets(side.scores(h), side.scores(torch.nn.functional.normalize(torch.randn(40, 16, generator=g), dim=1)))
+    assert not q.requires_grad and q.shape == (60, 10) and torch.allclose(q.sum(1), torch.ones(60), atol=1e-5)
+    q = side.targets(side.scores(h), side.scores(torch.zeros(0, 16)))
+    assert torch.allclose(q.sum(0), torch.full((10,), 6.0), rtol=0.05)           # without a queue the batch itself is balanced
+
+
+@BOTH
+@pytest.mark.parametrize("reach", ["head", "backbone"])
+@pytest.mark.parametrize("condition", ["label", "prototype", "patch", "none"])
+def test_where_the_gradient_reaches(model, reach, condition):
+    parts = online(model, sk_grad=reach, condition=condition)
+    loss, cond = step(parts)
+    loss.backward()
+    _, net, ema, side, teacher = parts
+    touched = [k for k, p in net.named_parameters() if p.grad is not None and p.grad.any()]
+    assert bool(touched) == (reach == "backbone") and all("out_blocks" not in k and "output_blocks" not in k for k in touched)   # nothing behind the feature
+    assert side.prototypes.grad.any() and side.head[0].weight.grad.any()
+    assert all(p.grad is None for p in [*ema.parameters(), *teacher.parameters()])
+    assert {k: v.shape for k, v in cond.items()} == dict(label={"label": (32,)}, prototype={"vector": (32, 16)}, patch={"layout": (32, 10, 32, 32)}, none={})[condition]
+
+
+@BOTH
+def test_loss_starts_near_ln_K_and_small_eps_stays_finite(model):
+    loss, _ = step(online(model, K=30, sk_temperature=1.0))
+    assert abs(float(loss.detach()) - math.log(30)) < 0.5
+    for eps in (0.005, 0.0005):
+        loss, _ = step(online(model, sk_eps=eps, sk_iterations=20))
+        assert torch.isfinite(loss)
+
+
+def test_labels_do_not_depend_on_the_condition():
+    """The teacher looks without a condition: neither what is dropped nor the label embedding changes what it finds."""
+    parts = online(drop=0.0)
+    before = step(parts)[1]["label"]
+    for net in parts[1:3]:
+        torch.nn.init.normal_(net.label_emb.weight[:-1].data, std=9)
+    assert torch.equal(step(online(drop=0.0))[1]["label"], before)
+    other = online(drop=0.0)
+    other[2].label_emb.weight.data[:-1] = 9
+    assert torch.equal(step(other)[1]["label"], before)
+    z, u = numbers(32)
+    dropped = step(online(drop=0.5), u=u)[1]["label"]
+    assert torch.equal(dropped, torch.where(u[:, 2] < 0.5, 10, before)) and (dropped == 10).any()
+
+
+def test_before_the_switch_nothing_is_conditioned():
+    assert step(online(switch=100))[1] == {} and "label" in step(online(switch=100), seen=128)[1]
+
+
+@pytest.mark.parametrize("queue", [0, 4, 64])
+def test_queue_and_batch_smaller_than_K(queue):
+    parts = online(K=50, sk_queue=queue)
+    for i in range(3):
+        loss, _ = step(parts, seen=32 * i)
+        assert torch.isfinite(loss)
+    side = parts[3]
+    assert side.queued == {0: 0, 4: 12, 64: 24}[queue] and len(side.queue) == queue
+    if queue == 64:
+        assert torch.allclose(side.queue[:24].norm(dim=1), torch.ones(24), atol=1e-5) and not side.queue[24:].any()
+
+
+def test_weight_ramps_and_prototypes_freeze():
+    full, _ = step(online(), seen=64)
+    half, _ = step(online(sk_ramp=130), seen=64)
+    assert torch.allclose(half, 0.5 * full, rtol=1e-4)
+    parts = online(sk_freeze=100)
+    step(parts)[0].backward()
+    assert parts[3].prototypes.grad is None and parts[3].head[0].weight.grad.any()
+
+
+def watched(parts, classes=None):
+    side = parts[3]
+    side.images, side.classes = (IMAGES.numpy() * 127.5 + 127.5).round().astype(np.uint8), classes
+    return side.report(parts[2], parts[4], 0, nullcontext)
+
+
+def test_report_tells_health_from_collapse():
+    parts = online(assign="argmax")
+    for i in range(2):
+        step(parts, seen=32 * i)
+    line = watched(parts, np.arange(64) % 10)
+    assert not line["collapsed"] and line["used"] > 0.2 and line["churn"] is None and 0 <= line["nmi"] <= 1 and line["ln_K"] == math.log(10)
+    assert watched(parts)["churn"] is None or watched(parts)["churn"] == 0       # nothing changed since
+    for p in parts[4].head.parameters():
+        p.zero_()
+    parts[4].head[-1].bias.fill_(1.0)                     # every image has the same embedding
+    line = watched(parts)
+    assert line["collapsed"] and "WARNING" in parts[3].words(line) and line["used"] < 0.11
+
+
+def test_second_view():
+    x, u = IMAGES[:8], numbers(8)[1][:, 4:12]
+    assert torch.allclose(augment(x, u, 0.0, False), x, atol=1e-5)               # strength 0 is the identity
+    view = augment(x, u, 0.8, True)
+    assert view.shape == x.shape and view.abs().max() <= 1 and (view - x).flatten(1).norm(dim=1).min() > 1
+    assert torch.allclose(augment(x[3:4], u[3:4], 0.8, True), view[3:4], atol=1e-5)      # each image has its own
+
+
+def test_layouts_are_one_hot_with_a_null():
+    ids = torch.tensor([[[0, 2], [3, 1]]])
+    out = layout_of(ids, 3, (4, 4))
+    assert out.shape == (1, 3, 4, 4) and torch.equal(out.sum(1)[0], torch.tensor([[1., 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]))
+    assert out[0, 2, 0, 3] == 1 and out[0, 1, 3, 3] == 1
+
+
+@pytest.mark.parametrize("keys", [dict(sk_share=0.3), dict(sk_share=0), dict(sk_window=[0.9, 0.8]), dict(sk_t=1.5), dict(K=1), dict(sk_eps=0.0), dict(sk_queue=-1),
+                                  dict(condition="patch", sk_augment=0.5)], ids=str)
+def test_impossible_requests(keys):
+    class OneProcess:
+        world = 1
+    with pytest.raises(UserError, match="|".join(keys)):
+        check_online(OneProcess, dataclasses.replace(TrainGuided(batch=32), **keys))
+
+
+TOY = """
+data: {source: arrays, size: 16}
+model: {channels: 16, mult: [1, 2], blocks: 1, attention: [], head_channels: 16, stem: 2}
+train_diffusion: {images: 32, batch: 32, precision: fp32}
+train_guided: {init: "", images: 6400, batch: 32, lr: 2.0e-3, warmup: 64, ema: 512, log_every: 1600, save_every: 3200, grid_every: 6400, precision: fp32, labels: online, K: 2,
+               switch: 1600, sk_dim: 8, sk_hidden: 32, sk_queue: 64, sk_freeze: 0, sk_ramp: 320, sk_t: 0.8, sk_window: [0.7, 0.9], flip: false}
+sample_ode: {n: 40, steps: 8, evaluate: false, precision: fp32, labels: [0, 1]}
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Two clusters: reddish and bluish images with a random bright square; trained with labels found online."""
+    folder = tmp_path_factory.mktemp("toy")
+    g = np.random.default_rng(0)
+    kind = g.integers(2, size=400)
+    images = np.full((400, 16, 16, 3), 60, np.uint8) + g.integers(0, 40, (400, 1, 1, 3), dtype=np.uint8)
+    images[np.arange(400), :, :, 2 * kind] += 120
+    for i, (a, b) in enumerate(g.integers(0, 12, (400, 2))):
+        images[i, a:a + 4, b:b + 4] = 240
+    np.savez(folder / "toy.npz", images=images, classes=kind)
+    (folder / "toy.yaml").write_text(TOY)
+    words = [folder / "toy.yaml", f"run={folder}/run", f"data.root={folder}/toy.npz"]
+    stage("train_diffusion", *words)
+    stage("train_guided", *words)
+    return folder, words
+
+
+def test_two_clusters_are_found_and_guide(toy):
+    folder, words = toy
+    info = json.loads((folder / "run/labels/online.json").read_text())
+    assert info["scores"]["nmi"] > 0.9, info["scores"]
+    lines = [json.loads(line) for line in (folder / "run/guided/online/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["sk_loss"] < 0.5 * lines[-1]["ln_K"] and lines[-1]["used"] == 1 and not lines[-1]["collapsed"] and lines[-1]["churn"] < 0.1
+    labels, classes = np.load(folder / "run/labels/online.npz")["train"], np.load(folder / "run/data/train/classes.npy")
+    stage("sample_ode", *words, "checkpoint=guided/online", "name=both", "guidance=1.5")
+    x = np.load(folder / "run/samples/both/images.npy").astype(float)            # labels 0, 1, 0, 1, ...
+    red = (x[:, 0] - x[:, 2]).mean((1, 2)) > 0
+    of_label = [np.bincount(classes[labels == k], minlength=2).argmax() == 0 for k in (0, 1)]            # is the label's cluster the reddish one?
+    assert of_label[0] != of_label[1] and np.mean([red[i] == of_label[i % 2] for i in range(40)]) > 0.9
+
+
+def test_like_these_images(toy):
+    folder, words = toy
+    stage("sample_ode", *words, "checkpoint=guided/online", "name=like", "like=test", "n=20")
+    given, x = np.load(folder / "run/data/test/classes.npy")[:20], np.load(folder / "run/samples/like/images.npy").astype(float)
+    red = (x[:, 0] - x[:, 2]).mean((1, 2)) > 0
+    assert np.mean(red == (given == 0)) > 0.85
+
+
+@pytest.mark.parametrize("condition", ["prototype", "patch", "none"])
+def test_every_condition_trains_and_samples(toy, condition):
+    folder, words = toy
+    stage("train_guided", *words, f"name={condition}", f"condition={condition}", "images=640", "switch=320", "log_every=320")
+    out = stage("sample_ode", *words, f"checkpoint=guided/{condition}", f"name={condition}", "n=6", "labels=marginal", "guidance=2").stdout
+    assert "samples in" in out and np.load(folder / f"run/samples/{condition}/images.npy").shape == (6, 3, 16, 16)
+    assert (folder / f"run/guided/{condition}/labels.npz").exists() and "done already" in stage("train_guided", *words, f"name={condition}", f"condition={condition}", "images=640",
+                                                                                              "switch=320", "log_every=320").stdout
+
+
+def test_resume_and_two_ranks(toy):
+    """Interrupted between two checkpoints: the same bits. Two processes: the same global batch, so the same labels up to rounding."""
+    folder, words = toy
+    keys = ["images=320", "switch=160", "save_every=160", "log_every=160"]
+    stage("train_guided", *words, *keys, "name=once")
+    stage("train_guided", *words, *keys, "images=160", "name=twice")
+    assert "resuming at 160" in stage("train_guided", *words, *keys, "name=twice").stdout
+    stage("train_guided", *words, *keys, "name=ranks", ranks=2)
+    once, twice, ranks = (torch.load(folder / f"run/guided/{n}/checkpoint.pt", weights_only=True) for n in ("once", "twice", "ranks"))
+    for part in ("net", "ema", "side", "side_ema"):
+        assert all(torch.equal(once[part][k], twice[part][k]) for k in once[part]), part
+        close = [torch.allclose(once[part][k].float(), ranks[part][k].float(), rtol=1e-2, atol=1e-3) for k in once[part] if k != "watched"]
+        assert np.mean(close) > 0.99, part
+    a, b = (np.load(folder / f"run/guided/{n}/labels.npz")["train"] for n in ("once", "ranks"))
+    assert (a == b).mean() > 0.97
