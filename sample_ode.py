@@ -55,6 +55,7 @@ class SampleOde:
     reference: Literal["train", "test"] = "test"          # real images to compare with
     neighbours: int = 5                                   # k of precision, recall, density, coverage
     sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
+    against: list[str] = field(default_factory=list)      # nfe sweep: further checkpoints to draw into the same figures, such as one of the other path
     sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead
     sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])   # of the nfe sweep
     batch: int = 250                                      # images per network call and process
@@ -209,6 +210,23 @@ def integrate(field, x, label, solver, steps, tol, reverse=False):
         y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock, solver)
         calls = torch.full((len(x),), steps * len(TABLEAUS[solver][0]))
     return y * wide(path.scale(grid[-1:])).to(x), calls.cpu()
+
+
+@torch.no_grad()
+def straightness(velocity, x, label, steps=32):
+    """How far sampling paths from noise x [B, C, H, W] are from straight lines: (times [steps], deviation [steps], mean).
+
+    The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2, averaged over images; 0 everywhere means that one Euler step is exact.
+    """
+    path, t = velocity.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    clock, y, points = path.clock(t), x / wide(path.scale(t[:1])).to(x), [x]
+    for i in range(steps):
+        y = solve_fixed(lambda y, s: velocity.slope(y, s, label), y, clock[i:i + 2], "midpoint")
+        points.append(y * wide(path.scale(t[i + 1:i + 2])).to(x))
+    points = torch.stack(points).flatten(2).double()                             # [steps + 1, B, D]
+    chord = points[-1] - points[0]
+    deviation = (((points[1:] - points[:-1]) * steps - chord).square().sum(2) / chord.square().sum(1)).mean(1)
+    return ((t[1:] + t[:-1]) / 2).tolist(), deviation.tolist(), float(deviation.mean())
 
 
 def sample_labels(cfg, state, indices, seed):
@@ -562,6 +580,46 @@ def encode(run, cfg, models, state, context, folder):
     return dict(noise_mean=float(noise.mean()), noise_std=float(noise.std()), round_trip_psnr=float(10 * torch.log10(4 / error)), images=n)
 
 
+def choose_w(run, cfg, models, state, context, judge, folder):
+    """(best of the candidate w, what was measured): on samples of another seed, against the real images that the report does not use; draws guidance.png."""
+    curve = []
+    for w in cfg.guidance:
+        _, images, _, _ = generate(run, cfg, models, state, cfg.select, w=w, seed=cfg.seed + 1, context=context, what=f"w = {w:g}")
+        curve.append((w, judge.distance(images, unreported=True)))
+        run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {cfg.seed + 1}")
+    if run.rank == 0:
+        plot(folder / "guidance.png", {cfg.checkpoint: curve}, f"{judge.kind} against w, {cfg.select:,} samples", "w", judge.kind)
+    return min(curve, key=lambda p: p[1])[0], dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
+
+
+def nfe_sweep(run, cfg, every, w, context, judge, folder):
+    """Distance against network evaluations for each solver, and the straightness of the paths; draws nfe.png and straightness.png.
+
+    every: {checkpoint: ((network, weaker network or None), state)}; w is used for models with labels.
+    """
+    curves, bends, means = {}, {}, {}
+    for checkpoint, (models, state) in every.items():
+        w_here, prefix = w if state["num_labels"] or models[1] else 1.0, f"{checkpoint} " if len(every) > 1 else ""
+        for solver in cfg.sweep_solvers:
+            settings = [(s, cfg.tol) for s in cfg.sweep_steps] if solver != "dopri5" else [(1, tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
+            for steps, tol in settings:
+                if solver != "dopri5" and steps * len(TABLEAUS.get(solver, [[0]])[0]) > 64:
+                    continue
+                _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w_here, solver=solver, steps=steps, tol=tol, seed=cfg.seed + 1, context=context, what=f"{solver} {steps}")
+                curves.setdefault(prefix + solver, []).append((report["nfe"], judge.distance(images)))
+                run.say(f"  {prefix}{solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {curves[prefix + solver][-1][1]:.3f}")
+        rows = np.arange(min(64, cfg.select))
+        z, label = draw(cfg.seed + 1, "sample noise", rows, (state["channels"], state["size"], state["size"])).to(run.device), sample_labels(cfg, state, rows, cfg.seed + 1)
+        velocity = Field(models[0], PATHS[state["path"]], state["predict"], w_here, cfg.interval, models[1], context)
+        times, deviation, means[checkpoint] = straightness(velocity, z, None if label is None else label.to(run.device))
+        bends[f"{checkpoint} ({state['path']})"] = list(zip(times, deviation))
+        run.say(f"  {checkpoint}: paths deviate from straight lines by {means[checkpoint]:.3f} (0 = straight), mean over t and {len(rows)} images")
+    if run.rank == 0:
+        plot(folder / "nfe.png", curves, f"{judge.kind} against network evaluations ({', '.join(every)}; {cfg.select:,} samples)", "evaluations (NFE)", judge.kind, log_x=True, log_y=True)
+        plot(folder / "straightness.png", bends, "deviation of the path's velocity from the straight line, by time", "t", "deviation")
+    return dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves, straightness=means, deviation=bends)
+
+
 def main():
     """Sample, from the command line."""
     run = start("sample_ode", SampleOde, __doc__, flags=("--table",))
@@ -606,33 +664,13 @@ def main():
             metrics |= encode(run, cfg, models, state, context, aside)
             run.say(f"noise of {metrics['images']} test images: mean {metrics['noise_mean']:.3f}, std {metrics['noise_std']:.3f}; round trip {metrics['round_trip_psnr']:.1f} dB")
     else:
-        # choose w on samples of another seed than the one reported
         w = cfg.guidance[0]
         if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
-            curve = []
-            for w in cfg.guidance:
-                _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, seed=cfg.seed + 1, context=context, what=f"w = {w:g}")
-                curve.append((w, judge.distance(images, unreported=True)))
-                run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {cfg.seed + 1}")
-            w = min(curve, key=lambda p: p[1])[0]
-            metrics["selection"] = dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
-            if run.rank == 0:
-                plot(aside / "guidance.png", {cfg.checkpoint: curve}, f"{judge.kind} against w, {cfg.select:,} samples", "w", judge.kind)
-
-        # distance against network evaluations
+            w, metrics["selection"] = choose_w(run, cfg, models, state, context, judge, aside)
         if cfg.sweep == "nfe":
-            curves = {}
-            for solver in cfg.sweep_solvers:
-                settings = [(s, cfg.tol) for s in cfg.sweep_steps] if solver != "dopri5" else [(1, tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
-                for steps, tol in settings:
-                    if solver != "dopri5" and steps * len(TABLEAUS.get(solver, [[0]])[0]) > 64:
-                        continue
-                    _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w, solver=solver, steps=steps, tol=tol, seed=cfg.seed + 1, context=context, what=f"{solver} {steps}")
-                    curves.setdefault(solver, []).append((report["nfe"], judge.distance(images)))
-                    run.say(f"  {solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {curves[solver][-1][1]:.3f}")
-            metrics["nfe_sweep"] = dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves)
-            if run.rank == 0:
-                plot(aside / "nfe.png", curves, f"{judge.kind} against network evaluations ({cfg.checkpoint}, {cfg.select:,} samples)", "evaluations (NFE)", judge.kind, log_x=True, log_y=True)
+            others = {name: load_model(run, name, cfg.weights) for name in cfg.against}
+            every = {cfg.checkpoint: (models, state)} | {name: ((conditioned(*pair), None), pair[1]) for name, pair in others.items()}
+            metrics["nfe_sweep"] = nfe_sweep(run, cfg, every, w, context, judge, aside)
 
         # the samples that are reported
         rows, images, labels, report = generate(run, cfg, models, state, cfg.n, w=w, context=context)

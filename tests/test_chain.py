@@ -119,8 +119,11 @@ def test_linear_protocol_with_controls(chain, tiny):
 
 
 def test_table_and_sweeps(chain, tiny):
-    stage("sample_ode", tiny, f"run={chain}", "checkpoint=guided/kmeans", "name=nfe", "sweep=nfe", "sweep_steps=1,2", "sweep_solvers=euler,heun,dopri5")
-    assert (chain / "samples/nfe/nfe.png").exists() and (chain / "samples/kmeans/guidance.png").exists()
+    stage("sample_ode", tiny, f"run={chain}", "checkpoint=guided/kmeans", "name=nfe", "sweep=nfe", "sweep_steps=1,2", "sweep_solvers=euler,heun,dopri5",
+          "against=guided/unconditional")
+    curves = json.loads((chain / "samples/nfe/metrics.json").read_text())["nfe_sweep"]
+    assert {"guided/kmeans euler", "guided/unconditional dopri5"} <= set(curves["curves"]) and set(curves["straightness"]) == {"guided/kmeans", "guided/unconditional"}
+    assert (chain / "samples/nfe/nfe.png").exists() and (chain / "samples/nfe/straightness.png").exists() and (chain / "samples/kmeans/guidance.png").exists()
     text = stage("sample_ode", tiny, f"run={chain}", "--table").stdout
     assert "kmeans" in text and "unconditional" in text and (chain / "samples/table.md").exists()
 

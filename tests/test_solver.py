@@ -8,7 +8,7 @@ import scipy.integrate
 import torch
 import torchdiffeq
 
-from sample_ode import DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, generate, integrate, sample_labels, solve_dopri5, solve_fixed
+from sample_ode import DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, generate, integrate, sample_labels, solve_dopri5, solve_fixed, straightness
 from train_diffusion import PATHS, UserError, draw, seed_of, wide
 
 FIXED = list(TABLEAUS)
@@ -244,6 +244,24 @@ def test_constant_velocity_needs_one_step(solver):
     net = lambda x, time: v[:len(x)]                      # one v for all times
     assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1), z + v, atol=2e-6)
     assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6 if solver != "ddim" else 2e-3)
+
+
+def test_straightness_of_a_constant_field_and_of_gaussian_data():
+    v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
+    times, deviation, mean = straightness(Field(lambda x, time: v[:len(x)], PATHS["cv"], "v"), z, None, 8)
+    assert max(deviation) < 1e-8 and len(times) == 8 and mean < 1e-8
+    bends = {}
+    for kind, predict in (("cv", "v"), ("vp", "eps")):
+        flow = Flow(kind, predict)
+        times, deviation, bends[kind] = straightness(Field(flow, flow.path, predict), z.double(), None, 200)
+        t = torch.linspace(0, 1, 201, dtype=torch.float64)                       # the exact path keeps quantiles at every t
+        a, s = (f(t)[:, None, None, None, None] for f in (flow.path.alpha, flow.path.sigma))
+        width = ((a * flow.std) ** 2 + s ** 2).sqrt()
+        x = (a * flow.mu + width / width[0] * (z - a[0] * flow.mu)).flatten(2)
+        chord = x[-1] - x[0]
+        exact = ((((x[1:] - x[:-1]) * 200 - chord).square().sum(2)) / chord.square().sum(1)).mean(1)
+        assert torch.allclose(torch.tensor(deviation, dtype=torch.float64)[5:], exact[5:], rtol=0.05, atol=0.02), kind
+    assert bends["vp"] > bends["cv"] > 0
 
 
 @EVERY_PATH
