@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, create_rows, diffuse, draw, finished, load_data, load_model,
-                             read_json, start, write_json, write_rows)
+from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, create_rows, diffuse, draw, finished,
+                             load_data, load_model, read_json, require, start, write_json, write_rows)
 
 
 @dataclass
@@ -64,7 +64,8 @@ def parts(net):
                         yield f"{stage}-level{level}-{stage}sampler-out", m
                         moved = True
                     else:
-                        yield f"{stage}-repeat{(repeat + 1) // 2}" if stage == "mid" else f"{stage}-level{level}-repeat{repeat}", m    # mid: ResBlock, attention, ResBlock
+                        place = f"repeat{(repeat + 1) // 2}" if stage == "mid" else f"level{level}-repeat{repeat}"       # mid: ResBlock, attention, ResBlock
+                        yield f"{stage}-{place}", m
                 level, repeat = (level + 1, 0) if moved else (level, repeat + 1)
     else:
         yield "vit-after-embed", net.patch_embed
@@ -246,8 +247,8 @@ def main():
     if cfg.activations == ["auto"]:
         probed = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")
         if probed.get("protocol") != "sweep" or probed["hash"] != state["weights"]:
-            raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} (weights {state['weights']}) but of {probed.get('checkpoint')} ({probed.get('hash')}); "
-                            "run probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
+            raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} ({state['weights']}) but of {probed.get('checkpoint')} ({probed.get('hash')}); run "
+                            " probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
         choice = probed["label_free"]
         names, times = matching(net, [choice["activation"]]), times or [choice["t"]]
     else:
@@ -256,8 +257,7 @@ def main():
         raise UserError(f"t={times}: name one or more noise times between 0 and 1")
     if cfg.pool not in ("mean", "none") and not cfg.pool.isdigit() or cfg.pool == "0":
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
-    if cfg.draws < 1 or cfg.batch < 1:
-        raise UserError(f"draws={cfg.draws}, batch={cfg.batch}: must be at least 1")
+    require(min(cfg.draws, cfg.batch) >= 1, cfg, "draws batch", "must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"
     data = {split: load_data(run, split) for split in cfg.splits}
     recipe = dict(checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"] if cfg.weights == "ema" else f"raw beside {state['weights']}", pool=cfg.pool,
@@ -267,7 +267,7 @@ def main():
         _, one = next(stream(net, state, np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8), np.arange(1), names, times,
                              device=run.device, context=context, pool=cfg.pool))
         size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())
-        run.say(f"{len(names)} activation(s) x {len(times)} time(s) of {sum(map(len, data.values())):,} images: {', '.join(names)}; {size / 1e6:,.0f} MB in {folder}")
+        run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)}; {size / 1e6:,.0f} MB in {folder}")
         return
     if run.agreed(finished(run, folder / "info.json", recipe)):
         return

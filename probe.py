@@ -28,7 +28,7 @@ from torch import nn
 
 from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, gather, kmeans, nmi
-from train_diffusion import (Model, UserError, atomic, autocast, bar, build_model, cli, fill, finished, load_data, load_model, read_json, seed_of, start,
+from train_diffusion import (Model, UserError, atomic, autocast, bar, build_model, cli, fill, finished, load_data, load_model, read_json, require, seed_of, start,
                              write_json)
 
 
@@ -180,7 +180,8 @@ def sweep(run, cfg, net, state, context):
 
     def read(rows, t, draw_number):                       # {name: [N, D]} for all names from one pass
         parts = {n: [] for n in names}
-        for _, out in stream(net, state, data.images, rows, names, [t], device=run.device, context=context, seed=cfg.seed, purpose=f"probe {draw_number}", batch=cfg.batch):
+        for _, out in stream(net, state, data.images, rows, names, [t], device=run.device, context=context, seed=cfg.seed, purpose=f"probe {draw_number}",
+                             batch=cfg.batch):
             for n in names:
                 parts[n].append(out[n, t].cpu())
         return {n: torch.cat(p) for n, p in parts.items()}
@@ -208,8 +209,9 @@ def sweep(run, cfg, net, state, context):
     best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in cfg.t}
     noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
     chosen = max((r for r in table if r["t"] == noisiest), key=lambda r: r["consensus"]) if len(names) > 2 else max(table, key=lambda r: r["stability"])
-    result = dict(protocol="sweep", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], K=K, fit=len(fit_rows), validation=len(val_rows), seed=cfg.seed,
-                  criterion="consensus of blocks, noisiest time within 3 %" if len(names) > 2 else "stability", label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "consensus", "stability")})
+    result = dict(protocol="sweep", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], K=K, fit=len(fit_rows), validation=len(val_rows),
+                  seed=cfg.seed, criterion="consensus of blocks, noisiest time within 3 %" if len(names) > 2 else "stability",
+                  label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "consensus", "stability")})
     if known:
         result |= dict(label_free_scores={k: chosen[k] for k in ("nmi", "knn", "linear")}, oracle={k: pick(k) for k in ("nmi", "knn", "linear")},
                        tracks_nmi={k: rank_correlation([r[k] for r in table], [r["nmi"] for r in table]) for k in ("consensus", "stability", "silhouette")})
@@ -222,8 +224,8 @@ def sweep(run, cfg, net, state, context):
         heat_map(run.dir / "probe" / f"{cfg.name}.png", grid, names, [f"t={t:g}" for t in sorted(set(cfg.t))],
                  f"{shown} of k-means (K={K}) by block and time; F = label-free choice" + (", O = best with labels" if known else ""), marks)
     run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} (consensus {chosen['consensus']:.3f})" + (
-        f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} at t={result['oracle']['nmi']['t']:g} "
-        f"(NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of consensus with NMI {result['tracks_nmi']['consensus']:.2f}" if known else ""))
+        f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} "
+        f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of consensus with NMI {result['tracks_nmi']['consensus']:.2f}" if known else ""))
     return result
 
 
@@ -302,7 +304,8 @@ def linear(run, cfg, net, state, context):
     rows, tick = {}, time.time()
     sources = {"features": (net, t)}
     if "random" in cfg.controls:
-        sources["random weights"] = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed + 1).to(run.device).eval().requires_grad_(False), t
+        fresh = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed + 1)
+        sources["random weights"] = fresh.to(run.device).eval().requires_grad_(False), t
         g = torch.Generator().manual_seed(seed_of(cfg.seed, "random weights"))
         for p in sources["random weights"][0].parameters():                      # zero-initialised branches would make it blind
             if not p.any() and p.dim() > 1:
@@ -319,9 +322,10 @@ def linear(run, cfg, net, state, context):
         rows["raw pixels"] = score(flat(train), flat(test))
         run.say(f"{'raw pixels':24} linear {rows['raw pixels']['linear']:.4f}             kNN {rows['raw pixels']['knn']:.4f}")
     if run.rank == 0:
-        heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"], f"test accuracy, {name} at t={t:g}")
-    return dict(protocol="linear", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, activation=name, t=t, parameters_trained="(D + 1) x classes",
-                train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"],
+                 f"test accuracy, {name} at t={t:g}")
+    return dict(protocol="linear", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, activation=name, t=t,
+                parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
 
 
 def main():
@@ -333,9 +337,10 @@ def main():
     context, _, why = autocast(run, cfg.precision)
     if cfg.protocol == "sweep" and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    if not all(0 <= t <= 1 for t in cfg.t) or min(cfg.draws, cfg.batch, cfg.neighbours) < 1 or cfg.K < 2:
-        raise UserError(f"t={cfg.t}, draws={cfg.draws}, batch={cfg.batch}, neighbours={cfg.neighbours}, K={cfg.K}: times lie between 0 and 1, K is at least 2, the others at least 1")
-    path, recipe = run.dir / "probe" / f"{cfg.name}.json", {k: v for k, v in run.sections[run.stage].items() if k not in ("name", "overwrite", "batch")} | dict(hash=state["weights"])
+    require(all(0 <= t <= 1 for t in cfg.t) and min(cfg.draws, cfg.batch, cfg.neighbours) >= 1 and cfg.K >= 2,
+            cfg, "t draws batch neighbours K", "times lie between 0 and 1, K is at least 2, the others at least 1")
+    path = run.dir / "probe" / f"{cfg.name}.json"
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("name", "overwrite", "batch")} | dict(hash=state["weights"])
     if cfg.protocol == "linear":
         recipe["reads"] = list(one_activation(run, cfg, net))
     if run.dry_run:
@@ -349,7 +354,8 @@ def main():
     run.wait()
     run.say(f"result in {path}, picture in {path.with_suffix('.png')}")
     if cfg.protocol == "sweep":
-        run.next("extract_features.py" + ("" if cfg.checkpoint == "diffusion/base" else f" checkpoint={cfg.checkpoint}") + ("" if cfg.name == "sweep" else f" choice={cfg.name}"), "extracts the label-free choice")
+        named = ("" if cfg.checkpoint == "diffusion/base" else f" checkpoint={cfg.checkpoint}") + ("" if cfg.name == "sweep" else f" choice={cfg.name}")
+        run.next(f"extract_features.py{named}", "extracts the label-free choice")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from train_guided import conditioned, label_images, load_labeller
-from train_diffusion import (PATHS, Data, Folder, Squared, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, finished, load_data, load_model, save_grid,
-                             seed_of, start, to_uint8, weights_hash, wide, write_json, write_rows)
+from train_diffusion import (PATHS, Data, Folder, Squared, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, finished,
+                             load_data, load_model, require, save_grid, seed_of, start, to_uint8, weights_hash, wide, write_json, write_rows)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class SampleOde:
     sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
     against: list[str] = field(default_factory=list)      # nfe sweep: further checkpoints to draw into the same figures, such as one of the other path
     sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead
-    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])   # of the nfe sweep
+    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])    # likewise
     batch: int = 250                                      # images per network call and process
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network; the ODE state is float32 always
     seed: int = 0                                         # sample i is a function of (seed, i)
@@ -132,7 +132,8 @@ def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
             raise UserError("solver=dopri5: the network returned a non-finite velocity")
         stuck = ((step < 1e-9 * abs(s1 - s0)) & (step < left[rows])).nonzero().flatten()         # only the last step may be tiny
         if len(stuck):
-            raise UserError(f"solver=dopri5: the step shrank to {float(step[stuck[0]]):.1e} at {float(s[rows[stuck[0]]]):.6f}; raise tol, or use a fixed-step solver")
+            raise UserError(f"solver=dopri5: the step shrank to {float(step[stuck[0]]):.1e} at {float(s[rows[stuck[0]]]):.6f}; "
+                            "raise tol, or use a fixed-step solver")
         yr, hs, ks = y[rows], column(sign * step, y).to(y), [k1[rows]]
         for node, row in zip(c[1:], a[1:]):
             stage = yr + hs * mix(ks, row)
@@ -284,7 +285,8 @@ class Judge(nn.Module):
     def __init__(self, classes):
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
-        self.body = nn.Sequential(conv(3, 32, 2), conv(32, 64, 1), conv(64, 64, 2), conv(64, 128, 1), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 64), nn.SiLU())
+        self.body = nn.Sequential(conv(3, 32, 2), conv(32, 64, 1), conv(64, 64, 2), conv(64, 128, 1), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                                  nn.Linear(2048, 64), nn.SiLU())
         self.head = nn.Linear(64, classes)
 
     def forward(self, x):                                 # uint8 [B, 3, H, W] -> features [B, 64]
@@ -309,7 +311,8 @@ def train_judge(run, epochs=2, batch=128):
                 order = np.random.default_rng(seed_of(0, "judge order", done)).permutation(known)
                 for i in range(0, len(order) - batch + 1, batch):
                     rows = np.sort(order[i:i + batch])
-                    loss = F.cross_entropy(net.head(net(torch.tensor(data.images[rows]).to(run.device))), torch.from_numpy(np.asarray(data.classes[rows])).to(run.device))
+                    x, y = torch.tensor(data.images[rows]).to(run.device), torch.tensor(data.classes[rows]).to(run.device)
+                    loss = F.cross_entropy(net.head(net(x)), y)
                     opt.zero_grad()
                     loss.backward()
                     opt.step()
@@ -322,7 +325,8 @@ def train_judge(run, epochs=2, batch=128):
                     break
         net.eval()
         with torch.no_grad():
-            right = [(net.head(net(torch.tensor(test.images[i:i + 500]).to(run.device))).argmax(1).cpu().numpy() == test.classes[i:i + 500]) for i in range(0, len(test), 500)]
+            guess = lambda i: net.head(net(torch.tensor(test.images[i:i + 500]).to(run.device))).argmax(1).cpu().numpy()
+            right = [guess(i) == test.classes[i:i + 500] for i in range(0, len(test), 500)]
         with atomic(path) as f:
             torch.save(dict(net=net.state_dict(), data=data.info["fingerprint"], test_accuracy=float(np.concatenate(right).mean())), f)
     run.wait()
@@ -502,13 +506,16 @@ def table(run):
             m = json.loads(path.read_text())
             if "scores" not in m or m["recipe"]["sweep"]:        # a sweep is a picture, not a row
                 continue
-            kind, K = "fid" if "fid" in m["scores"] else "frechet", m["num_labels"]
-            plain = m.get("scores_w1", m["scores"] if m["w"] == 1 else {})
+            s, K = m["scores"], m["num_labels"]
+            kind = "fid" if "fid" in s else "frechet"
+            plain = m.get("scores_w1", s if m["w"] == 1 else {})
+            chosen = "chosen on other samples and other real images" if "selection" in m else "given" if K else "-"
             rows.setdefault(path.parent.name, []).append({
-                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind), "chosen w": m["w"] if K else None,
-                "distance": m["scores"][kind], "kind": kind, "w": "chosen on other samples and other real images" if "selection" in m else "given" if K else "-", "precision": m["scores"]["precision"], "recall": m["scores"]["recall"], "coverage": m["scores"]["coverage"],
-                "memorisation": m["scores"]["memorisation"], "network calls": m["network_calls"], "training images": m["total_seen"], "evaluator": m["scores"]["evaluator"],
-                "reference": m["scores"]["reference"], "samples": m["scores"]["samples"], "solver": f"{m['solver']} {m['steps']}", "weights": m["weights"], "seed": m["seed"]})
+                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind),
+                "chosen w": m["w"] if K else None, "distance": s[kind], "kind": kind, "w": chosen, "precision": s["precision"], "recall": s["recall"],
+                "coverage": s["coverage"], "memorisation": s["memorisation"], "network calls": m["network_calls"], "training images": m["total_seen"],
+                "evaluator": s["evaluator"], "reference": s["reference"], "samples": s["samples"], "solver": f"{m['solver']} {m['steps']}",
+                "weights": m["weights"], "seed": m["seed"]})
     if not rows:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
 
@@ -605,17 +612,20 @@ def nfe_sweep(run, cfg, every, w, context, judge, folder):
             for steps, tol in settings:
                 if solver != "dopri5" and steps * len(TABLEAUS.get(solver, [[0]])[0]) > 64:
                     continue
-                _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w_here, solver=solver, steps=steps, tol=tol, seed=cfg.seed + 1, context=context, what=f"{solver} {steps}")
+                _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w_here, solver=solver, steps=steps, tol=tol, seed=cfg.seed + 1,
+                                                context=context, what=f"{solver} {steps}")
                 curves.setdefault(prefix + solver, []).append((report["nfe"], judge.distance(images)))
                 run.say(f"  {prefix}{solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {curves[prefix + solver][-1][1]:.3f}")
         rows = np.arange(min(64, cfg.select))
-        z, label = draw(cfg.seed + 1, "sample noise", rows, (state["channels"], state["size"], state["size"])).to(run.device), sample_labels(cfg, state, rows, cfg.seed + 1)
+        z = draw(cfg.seed + 1, "sample noise", rows, (state["channels"], state["size"], state["size"])).to(run.device)
+        label = sample_labels(cfg, state, rows, cfg.seed + 1)
         velocity = Field(models[0], PATHS[state["path"]], state["predict"], w_here, cfg.interval, models[1], context)
         times, deviation, means[checkpoint] = straightness(velocity, z, None if label is None else label.to(run.device))
         bends[f"{checkpoint} ({state['path']})"] = list(zip(times, deviation))
         run.say(f"  {checkpoint}: paths deviate from straight lines by {means[checkpoint]:.3f} (0 = straight), mean over t and {len(rows)} images")
     if run.rank == 0:
-        plot(folder / "nfe.png", curves, f"{judge.kind} against network evaluations ({', '.join(every)}; {cfg.select:,} samples)", "evaluations (NFE)", judge.kind, log_x=True, log_y=True)
+        plot(folder / "nfe.png", curves, f"{judge.kind} against network evaluations ({', '.join(every)}; {cfg.select:,} samples)", "evaluations (NFE)",
+             judge.kind, log_x=True, log_y=True)
         plot(folder / "straightness.png", bends, "deviation of the path's velocity from the straight line, by time", "t", "deviation")
     return dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves, straightness=means, deviation=bends)
 
@@ -626,10 +636,10 @@ def main():
     cfg = run.cfg
     if "--table" in run.flags:
         return table(run)
-    if cfg.n < 2 or cfg.steps < 1 or cfg.batch < 1 or cfg.tol <= 0 or len(cfg.interval) != 2 or cfg.interval[0] > cfg.interval[1] or not cfg.guidance:
-        raise UserError(f"n={cfg.n}, steps={cfg.steps}, batch={cfg.batch}, tol={cfg.tol}, interval={cfg.interval}, guidance={cfg.guidance}: n must be at least 2, the others positive, interval two times in order")
-    if not cfg.evaluate and (cfg.sweep or len(cfg.guidance) > 1) or cfg.select < 2:
-        raise UserError(f"sweep={cfg.sweep}, guidance={cfg.guidance}, select={cfg.select}: sweeps and a choice of w need evaluate=true and at least two samples")
+    require(cfg.n >= 2 and min(cfg.steps, cfg.batch) >= 1 and cfg.tol > 0 and cfg.guidance, cfg, "n steps batch tol guidance", "n must be at least 2, the others positive")
+    require(len(cfg.interval) == 2 and cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
+    require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
+            "sweeps and a choice of w need evaluate=true and at least two samples")
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     weak, other = load_model(run, cfg.autoguide, cfg.weights) if cfg.autoguide else (None, None)
     if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
@@ -643,7 +653,8 @@ def main():
     models = conditioned(net, state), conditioned(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")} | dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")}
+    recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
     if run.dry_run:
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * state['channels'] * state['size'] ** 2 / 1e6:,.0f} MB")
         return
@@ -662,7 +673,8 @@ def main():
     if cfg.direction == "encode":
         if run.rank == 0:
             metrics |= encode(run, cfg, models, state, context, aside)
-            run.say(f"noise of {metrics['images']} test images: mean {metrics['noise_mean']:.3f}, std {metrics['noise_std']:.3f}; round trip {metrics['round_trip_psnr']:.1f} dB")
+            run.say(f"noise of {metrics['images']} test images: mean {metrics['noise_mean']:.3f}, std {metrics['noise_std']:.3f}; "
+                    f"round trip {metrics['round_trip_psnr']:.1f} dB")
     else:
         w = cfg.guidance[0]
         if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
@@ -691,9 +703,9 @@ def main():
         if run.rank == 0:
             images = np.load(aside / "images.npy", mmap_mode="r")
             if given is not None:
-                shown = range(min(20, len(given)))
-                save_grid(aside / "grid.png", np.stack([v for i in shown for v in (given[i], *images[i::len(given)][:9], *[np.full_like(given[0], 255)] * (9 - len(images[i::len(given)][:9])))]),
-                          10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
+                blank = [np.full_like(given[0], 255)] * 9
+                rows = [[given[i], *images[i::len(given)][:9], *blank][:10] for i in range(min(20, len(given)))]
+                save_grid(aside / "grid.png", np.concatenate(rows), 10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
             elif state["num_labels"]:
                 labels = np.load(aside / "labels.npy")
                 keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]
@@ -710,8 +722,8 @@ def main():
     run.wait()
     if "scores" in metrics:
         s = metrics["scores"]
-        run.say(f"{judge.kind} {s[judge.kind]:.3f}  kernel {s['kernel']:.5f}  precision {s['precision']:.3f}  recall {s['recall']:.3f}  coverage {s['coverage']:.3f}  "
-                f"memorisation {s['memorisation']:.2f} (1 = typically as far from the training images as test images are), copies {s['copies']:.1%}  w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  "
+        run.say(f"{judge.kind} {s[judge.kind]:.3f}  " + "  ".join(f"{k} {s[k]:.3f}" for k in ("kernel", "precision", "recall", "coverage", "memorisation")) +
+                f" (1 = typically as far from the training images as test images are)  copies {s['copies']:.1%}  w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  "
                 f"network calls {metrics['network_calls']:.1f}  {metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
     run.say(f"samples in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from extract_features import load_features
-from train_diffusion import UserError, atomic, cli, digest, finished, load_data, read_json, save_grid, seed_of, start, write_json
+from train_diffusion import UserError, atomic, cli, digest, finished, load_data, read_json, require, save_grid, seed_of, start, write_json
 
 
 @dataclass
@@ -438,7 +438,8 @@ def load_labels(run, name):
         if len(labels[split]) != len(data):
             raise UserError(f"{path} has {len(labels[split])} {split} labels, {run.dir}/data/{split} has {len(data)} images; make the labels again")
         if info.get("data", {}).get(split) != data.info["fingerprint"]:
-            raise UserError(f"{path} belongs to {split} images {info.get('data', {}).get(split)}, {run.dir}/data/{split} holds {data.info['fingerprint']}; make the labels again")
+            raise UserError(f"{path} belongs to {split} images {info.get('data', {}).get(split)}, {run.dir}/data/{split} holds {data.info['fingerprint']}; "
+                            "make the labels again")
     if train.dtype.kind not in "iu" or not 0 <= train.min() <= train.max() < K:
         raise UserError(f"{path}: labels must be whole numbers in 0 ... {K - 1} (num_labels={K}); found {train.dtype}, {train.min()} ... {train.max()}")
     return labels | {"train": train.astype(np.int64)}, info | {"num_labels": K}
@@ -479,12 +480,13 @@ def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed
     if run.rank == 0:
         with atomic(path) as f:
             np.savez(f, train=labels["train"].astype(np.int64), test=labels["test"].astype(np.int64), num_labels=K, **arrays)
-        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, f"{name}: K = {K}; each row a label: most typical, then random members", seed)
-        write_json(path.with_suffix(".json"), dict(kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe, scores=scores,
-                                                   sizes=sizes.tolist() if K <= 1000 else None, **about))
+        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical,
+                      f"{name}: K = {K}; each row a label: most typical, then random members", seed)
+        write_json(path.with_suffix(".json"), dict(kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
+                                                   scores=scores, sizes=sizes.tolist() if K <= 1000 else None, **about))
     run.wait()
-    agree = f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""
-    run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K{agree}")
+    run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K" + (
+        f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""))
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
     return scores
 
@@ -572,8 +574,8 @@ def main():
     folder = run.dir / "labels"
     path, data = folder / f"{cfg.name}.npz", {split: load_data(run, split) for split in ("train", "test")}
     recipe = {k: v for k, v in run.sections[run.stage].items() if k != "overwrite"} | dict(data={k: d.info["fingerprint"] for k, d in data.items()})
-    if min(cfg.restarts, cfg.rounds, cfg.sk_iterations, cfg.groups, cfg.iterations) < 1 or cfg.eps <= 0 or cfg.pca < 0:
-        raise UserError(f"restarts={cfg.restarts}, rounds={cfg.rounds}, sk_iterations={cfg.sk_iterations}, iterations={cfg.iterations}, groups={cfg.groups}, eps={cfg.eps}, pca={cfg.pca}: must be positive")
+    require(min(cfg.restarts, cfg.rounds, cfg.sk_iterations, cfg.groups, cfg.iterations) >= 1 and cfg.eps > 0 and cfg.pca >= 0,
+            cfg, "restarts rounds sk_iterations iterations groups eps pca", "must be positive")
     if cfg.method in ("kmeans", "sinkhorn"):
         features = load_features(run, cfg.features, "train")[1]
         recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays")})

@@ -202,6 +202,12 @@ def unknown(name, known):
     return f"unknown; did you mean {near[0]}?" if near else f"unknown; known: {', '.join(known)}"
 
 
+def require(ok, cfg, keys, what):
+    """A UserError that shows these keys of a section, and says what they must be, unless ok."""
+    if not ok:
+        raise UserError(", ".join(f"{k}={getattr(cfg, k)}" for k in keys.split()) + f": {what}")
+
+
 def fill(section, cls, values):
     """A dataclass from a plain dict; an unknown key or a wrong type is a UserError that names it."""
     known = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -261,8 +267,8 @@ def start(stage, cls, doc, flags=()):
     name = own[stage].name                                # names a folder that finished work replaces: it must be one, inside the run
     if not re.fullmatch(r"\w[\w.+-]*", name) and (name or cls().name):
         raise UserError(f"{stage}.name={name}: must be a name of letters, digits, and . _ + -")
-    if own["data"].train < 0 or own["data"].test < 0 or not 0 < own["data"].test_fraction < 1:
-        raise UserError(f"data.train={own['data'].train}, data.test={own['data'].test}: must not be negative (0 = all); data.test_fraction={own['data'].test_fraction}: between 0 and 1")
+    data = own["data"]
+    require(min(data.train, data.test) >= 0 and 0 < data.test_fraction < 1, data, "train test test_fraction", "counts must not be negative (0 = all), the share lies between 0 and 1")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -465,7 +471,8 @@ def save_grid(path, images, columns, rows=None, zoom=0, head=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any source becomes arrays in the run folder, once
 
-SHAPES_CLASSES = ["red disc", "red star", "yellow ring", "yellow square", "green triangle", "green disc", "blue star", "blue ring", "violet square", "violet triangle"]
+SHAPES_CLASSES = ["red disc", "red star", "yellow ring", "yellow square", "green triangle", "green disc", "blue star", "blue ring",
+                  "violet square", "violet triangle"]
 SHAPES = ["disc", "square", "triangle", "ring", "star"]
 HUES = np.array([0.0, 0.14, 0.33, 0.58, 0.80])            # of the five colour families: two classes each
 
@@ -1199,7 +1206,8 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
         torch.manual_seed(seed_of(seed, "weights"))
         if model.backbone == "uvit":
             if size % model.patch or model.channels % model.heads or model.depth % 2 or model.channels % 2:
-                raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}; channels and depth={model.depth} even")
+                raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}; "
+                                f"channels and depth={model.depth} even")
             return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv, **condition)
         if size % (step := model.stem * 2 ** (len(model.mult) - 1)):
             raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")
@@ -1248,9 +1256,11 @@ def load_checkpoint(run, name):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:                                # a truncated or foreign file fails in many ways
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]}); it may be truncated or of another program") from None
+        why = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        raise UserError(f"{path}: not a readable checkpoint ({why}); it may be truncated or of another program") from None
     if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
-        raise UserError(f"{path}: a torch file, but not a checkpoint of this project (keys: {', '.join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__})")
+        what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what})")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
     return state | {"file": str(path)}
@@ -1339,6 +1349,12 @@ def preview(net, path, predict, z, steps=25, **condition):
     return x
 
 
+def announce(run, cfg, net, folder):
+    """What a training would do: for --dry-run."""
+    parameters = sum(p.numel() for p in net.parameters())
+    run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
+
+
 def check_training(run, cfg):
     """Combinations of training keys that cannot work."""
     if cfg.batch < 1 or cfg.batch % run.world:
@@ -1346,8 +1362,7 @@ def check_training(run, cfg):
     if cfg.micro < 0 or cfg.micro and (cfg.batch // run.world) % cfg.micro:
         raise UserError(f"micro={cfg.micro} must divide the {cfg.batch // run.world} images per process and update")
     for key in ("images", "log_every", "save_every", "grid_every", "ema"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+        require(getattr(cfg, key) >= 1, cfg, key, "must be at least 1")
     if cfg.precision == "fp16" and run.device.type != "cuda":
         raise UserError("precision=fp16 needs a GPU; use bf16 or fp32")
 
@@ -1435,8 +1450,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     if side:
         side_ema = copy.deepcopy(side).eval().requires_grad_(False)
         parts |= dict(side=side, side_ema=side_ema)
-    groups = [dict(params=[p for p in weights + beside if p.dim() > 1], weight_decay=cfg.weight_decay), dict(params=[p for p in weights + beside if p.dim() <= 1], weight_decay=0.0)]
-    opt = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+    decay, rest = [p for p in weights + beside if p.dim() > 1], [p for p in weights + beside if p.dim() <= 1]
+    opt = torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)], lr=cfg.lr, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=kind == torch.float16)
     parts |= dict(optimizer=opt, scaler=scaler)
 
@@ -1471,7 +1486,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             if cfg.flip:
                 x = torch.where(wide(u[:, 1] < 0.5), x.flip(-1), x)
             t = u[:, 0] if cfg.times == "uniform" else torch.special.ndtri(u[:, 0].clamp(1e-6, 1 - 1e-6)).sigmoid()
-            if state["model"]["dropout"]:                                        # masks come from the global generator: make them a function of (seed, rank, images seen)
+            if state["model"]["dropout"]:                                        # masks come from the global generator: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             if side:                                                             # its backward comes before that of DDP, which then averages the sum
                 loss, cond = side.step(net, ema, side_ema, x, z[:, 1:], u, seen, context)
@@ -1528,7 +1543,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                 if progress.disable:
                     run.say(f"{seen:>12,} images  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s{side.words(line) if side else ''}")
             if crossed(cfg.save_every):
-                save_checkpoint(run, folder, state | dict(format=FORMAT, seen=seen, weights=weights_hash(ema.state_dict())) | {k: p.state_dict() for k, p in parts.items()})
+                dicts = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(run, folder, state | dict(format=FORMAT, seen=seen, weights=weights_hash(dicts["ema"])) | dicts)
             if crossed(cfg.grid_every):
                 if run.rank == 0:
                     shown = side.grid(ema, side_ema, context) if side else grid or {}
@@ -1551,9 +1567,7 @@ def main():
     net = build_model(run.model, run.data.size, seed=cfg.seed)
     folder = run.dir / "diffusion" / cfg.name
     if run.dry_run:
-        parameters = sum(p.numel() for p in net.parameters())
-        run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; each checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
-        return
+        return announce(run, cfg, net, folder)
 
     # data: any source becomes arrays, row i is image i from here on
     prepare_data(run)

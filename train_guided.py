@@ -29,8 +29,8 @@ from torch import nn
 
 from extract_features import feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
-from train_diffusion import (PATHS, Model, Training, UserError, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
-                             load_checkpoint, load_data, save_checkpoint, save_grid, seed_of, start, wide)
+from train_diffusion import (PATHS, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
+                             load_checkpoint, load_data, require, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class TrainGuided(Training):
     init: str = "diffusion/base"                          # start from these averaged weights; empty = from scratch
     # labels=online: what is found, and how it conditions
     K: int = 50                                           # online: prototypes
-    condition: Literal["label", "prototype", "patch", "none"] = "label"    # online: label id, prototype vector, map of patch labels; none = Sinkhorn loss without guidance
+    condition: Literal["label", "prototype", "patch", "none"] = "label"    # online: id, prototype vector, map of patch labels; none = Sinkhorn loss alone
     switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
     assign: Literal["sinkhorn", "argmax"] = "sinkhorn"    # online: balanced with batch and queue, or nearest prototype
     sk_activation: str = "mid*-out"                       # online: the feature's name; of several that match the last one
@@ -207,7 +207,8 @@ class Labeller(nn.Module):
         part = torch.arange(0, b, max(1, round(1 / cfg.sk_share)), device=x.device)          # the same images for any number of processes
         with torch.no_grad(), context():                  # the teacher: no condition, so labels never explain themselves
             look = slice(None) if guided else part
-            f = feature(ema, self.name, diffuse(self.path, x[look], z[look, 0], torch.full_like(u[look, 0], cfg.sk_t)), torch.full_like(u[look, 0], cfg.sk_t), self.pool)
+            t = torch.full_like(u[look, 0], cfg.sk_t)
+            f = feature(ema, self.name, diffuse(self.path, x[look], z[look, 0], t), t, self.pool)
         self.learn_statistics(f[part] if guided else f)
         with torch.no_grad():
             teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
@@ -285,9 +286,10 @@ class Labeller(nn.Module):
 
     def words(self, line):
         """The same for the screen."""
-        text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}" + (f"  churn {line['churn']:.0%}" if line["churn"] is not None else "")
-        return text + (f"  NMI {line['nmi']:.3f}" if "nmi" in line else "") + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, "
-                                                                             "a smaller sk_weight or K, or another sk_t" if line["collapsed"] else "")
+        text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}"
+        text += "".join(f"  {name} {line[key]:.2f}" for key, name in (("churn", "churn"), ("nmi", "NMI")) if line.get(key) is not None)
+        return text + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, a smaller sk_weight or K, "
+                       "or another sk_t" if line["collapsed"] else "")
 
 
 def layout_of(ids, K, size):
@@ -309,7 +311,8 @@ class Conditioned(nn.Module):
     def forward(self, x, time, label=None):
         if label is None:
             return self.net(x, time)
-        return self.net(x, time, layout=layout_of(self.table[label], self.kinds, (self.size, self.size))) if self.kinds else self.net(x, time, vector=self.table[label])
+        row = self.table[label]
+        return self.net(x, time, layout=layout_of(row, self.kinds, (self.size, self.size))) if self.kinds else self.net(x, time, vector=row)
 
 
 def conditioned(net, state):
@@ -346,12 +349,12 @@ def check_online(run, cfg):
     share, every = cfg.batch // run.world, round(1 / cfg.sk_share) if 0 < cfg.sk_share <= 1 else 0
     if not every or share % every:
         raise UserError(f"sk_share={cfg.sk_share}: must be 1 / n with n a divisor of the {share} images per process and update")
-    if len(cfg.sk_window) != 2 or not 0 <= cfg.sk_window[0] <= cfg.sk_window[1] <= 1 or not 0 <= cfg.sk_t <= 1:
-        raise UserError(f"sk_window={cfg.sk_window}, sk_t={cfg.sk_t}: times lie between 0 and 1, a window has two in order")
-    if cfg.K < 2 or min(cfg.sk_eps, cfg.sk_temperature) <= 0 or min(cfg.sk_iterations, cfg.sk_dim, cfg.sk_hidden, cfg.sk_patches) < 1:
-        raise UserError(f"K={cfg.K}, sk_eps={cfg.sk_eps}, sk_temperature={cfg.sk_temperature}, sk_iterations={cfg.sk_iterations}, sk_dim={cfg.sk_dim}: must be positive, K at least 2")
-    if min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_augment) < 0 or cfg.switch < 0:
-        raise UserError(f"sk_queue={cfg.sk_queue}, sk_weight={cfg.sk_weight}, sk_augment={cfg.sk_augment}, switch={cfg.switch}: must not be negative")
+    w = cfg.sk_window
+    require(len(w) == 2 and 0 <= w[0] <= w[1] <= 1 and 0 <= cfg.sk_t <= 1, cfg, "sk_window sk_t", "times lie between 0 and 1, a window has two in order")
+    require(cfg.K >= 2 and min(cfg.sk_eps, cfg.sk_temperature) > 0 and min(cfg.sk_iterations, cfg.sk_dim, cfg.sk_hidden, cfg.sk_patches) >= 1,
+            cfg, "K sk_eps sk_temperature sk_iterations sk_dim sk_hidden sk_patches", "must be positive, K at least 2")
+    require(min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_augment, cfg.switch) >= 0,
+            cfg, "sk_queue sk_weight sk_ramp sk_freeze sk_augment switch", "must not be negative")
     if cfg.condition == "patch" and cfg.sk_augment:
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
 
@@ -421,16 +424,16 @@ def main():
         if fill("model", Model, source["model"]) != run.model:
             raise UserError(f"init={cfg.init}: its model section differs from the configured one ({source['file']})")
         if source["num_labels"] and source.get("labels") != (digest(labels["train"]) if guided else None):
-            raise UserError(f"init={cfg.init}: was trained with other labels ({source.get('label_file')}) than labels={cfg.labels}; start from an unconditional model")
+            raise UserError(f"init={cfg.init}: was trained with other labels ({source.get('label_file')}) than labels={cfg.labels}; "
+                            "start from an unconditional model")
         load_pretrained(net, source["ema"])
         init = dict(checkpoint=cfg.init, weights=source["weights"], seen=source["seen"])
         for key in ("path", "predict"):
             if source[key] != getattr(cfg, key):
-                raise UserError(f"{key}={getattr(cfg, key)}: the initial weights of {source['file']} were trained with {key}={source[key]}; set train_guided.{key} or init=")
+                raise UserError(f"{key}={getattr(cfg, key)}: the initial weights of {source['file']} were trained with {key}={source[key]}; "
+                                f"set train_guided.{key} or init=")
     if run.dry_run:
-        run.say(f"parameters {sum(p.numel() for p in net.parameters()):,}; K = {K or cfg.K}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; "
-                f"each checkpoint {16 * sum(p.numel() for p in net.parameters()) / 1e6:.0f} MB in {folder}")
-        return
+        return announce(run, cfg, net, folder)
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
     net, side = net.to(run.device), None
