@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from train_guided import conditioned, label_images, load_labeller
-from train_diffusion import (PATHS, Data, Folder, Squared, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, finished,
+from self_label import load_labels
+from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
+from train_diffusion import (PATHS, Data, Folder, Squared, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, fill, finished,
                              load_data, load_model, require, save_grid, seed_of, start, to_uint8, weights_hash, wide, write_json, write_rows)
 
 
@@ -48,6 +49,9 @@ class SampleOde:
     interval: list[float] = field(default_factory=lambda: [0.0, 1.0])    # guide only while t is inside; outside w = 1
     autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label
     labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or label ids to cycle through
+    boxes: list[list[float]] = field(default_factory=list)    # models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in pixels
+    mask: str = ""                                        # models with mask conditions: a PNG whose pixel values are the ids
+    layouts: Literal["train", "test"] = "train"           # models with box or mask conditions: layouts of the bank in the checkpoint, or of the test images
     like: str = ""                                        # models with online labels: a folder of images (or "test") whose labels to use, cycling through them
     direction: Literal["generate", "encode"] = "generate"  # encode: test images back to noise and forth again
     evaluate: bool = True                                 # compare with real images
@@ -566,6 +570,36 @@ def read_like(run, cfg, net, state, context):
     return images
 
 
+def read_layouts(run, cfg, state):
+    """Put the layouts that `boxes`, `mask` or `layouts` ask for in place of the bank in `state`."""
+    size, kind = state["size"], state.get("condition", "label")
+    if cfg.boxes and kind != "box" or cfg.mask and kind != "mask" or cfg.layouts != "train" and kind not in ("box", "mask"):
+        raise UserError(f"{state['file']} was trained with condition={kind}: boxes= needs box, mask= needs mask, layouts= either")
+    K, labels = int(state["bank_labels"][-1]), None
+    if cfg.boxes:
+        for b in cfg.boxes:
+            if len(b) not in (4, 5) or not (0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size) or len(b) == 5 and not 0 <= b[4] <= K:
+                raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, and perhaps a label in 0 ... {K} ({K} is null)")
+        maps, labels = draw_boxes(np.array([[b[:4] for b in cfg.boxes]]), size), [int(cfg.boxes[0][4]) if len(cfg.boxes[0]) == 5 else K]
+    elif cfg.mask:
+        try:
+            picture = Image.open(cfg.mask)
+            ids = np.asarray(picture if picture.mode in ("L", "P") else picture.convert("L"))
+        except OSError as e:
+            raise UserError(f"mask={cfg.mask}: cannot be read ({e})") from None
+        if ids.shape != (size, size) or ids.max() > state["map_labels"]:
+            raise UserError(f"mask={cfg.mask}: is {ids.shape[1]}x{ids.shape[0]} with values up to {ids.max()}; expected {size}x{size}, ids 0 ... {state['map_labels']} (nothing there)")
+        maps, labels = ids[None].astype(np.uint8), [K]
+    else:
+        then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
+        arrays, _ = load_labels(run, then.labels)
+        maps, _ = layout_maps(run, then, arrays, "test")
+        labels = arrays["test"]
+    null = np.full_like(maps[:1], state["map_labels"])
+    state |= dict(maps=torch.from_numpy(np.concatenate([maps, null])), bank_labels=torch.tensor([*map(int, labels), K]), num_labels=len(maps),
+                  marginal=torch.full((len(maps),), 1 / len(maps), dtype=torch.float64))
+
+
 def encode(run, cfg, models, state, context, folder):
     """Test images to noise and back: writes noise.npy and a picture, returns the round trip's error."""
     data = load_data(run, "test")
@@ -585,6 +619,19 @@ def encode(run, cfg, models, state, context, folder):
     save_grid(folder / "grid.png", to_uint8(shown).numpy(), 10, ["image", "noise", "back"])
     error = (back - x).square().mean()
     return dict(noise_mean=float(noise.mean()), noise_std=float(noise.std()), round_trip_psnr=float(10 * torch.log10(4 / error)), images=n)
+
+
+def layout_sheet(path, run, cfg, models, state, w, context, rows=10, columns=9):
+    """A picture: each row one layout of the bank, drawn on the left; each column one noise."""
+    shape, n = (state["channels"], state["size"], state["size"]), min(rows, state["num_labels"])
+    z = draw(cfg.seed, "sample noise", range(columns), shape).repeat(n, 1, 1, 1).to(run.device)
+    label = torch.arange(n).repeat_interleave(columns).to(run.device)
+    x, _ = integrate(Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context), z, label, cfg.solver, cfg.steps, cfg.tol)
+    images, kinds, zoom = to_uint8(x).cpu().numpy(), state["map_labels"], state["size"] // state["maps"].shape[1]
+    colours = np.concatenate([np.random.default_rng(3).integers(60, 256, (kinds, 3)), np.zeros((1, 3), int)]).astype(np.uint8)   # black where nothing is asked for
+    maps = colours[state["maps"][:n].long().numpy().repeat(zoom, 1).repeat(zoom, 2)].transpose(0, 3, 1, 2)                         # [n, 3, H, W]
+    cells = [v for i in range(n) for v in (maps[i], *images[i * columns:(i + 1) * columns])]
+    save_grid(path, np.stack(cells), columns + 1, head=f"{cfg.name}: w = {w:g}; rows: one layout, columns: one noise")
 
 
 def choose_w(run, cfg, models, state, context, judge, folder):
@@ -650,6 +697,8 @@ def main():
     if not state["num_labels"] and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing to guide with
     given = read_like(run, cfg, net, state, context) if cfg.like else None
+    if cfg.boxes or cfg.mask or cfg.layouts != "train":
+        read_layouts(run, cfg, state)
     models = conditioned(net, state), conditioned(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
@@ -706,6 +755,8 @@ def main():
                 blank = [np.full_like(given[0], 255)] * 9
                 rows = [[given[i], *images[i::len(given)][:9], *blank][:10] for i in range(min(20, len(given)))]
                 save_grid(aside / "grid.png", np.concatenate(rows), 10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
+            elif state.get("map_labels"):
+                layout_sheet(aside / "grid.png", run, cfg, models, state, w, context)
             elif state["num_labels"]:
                 labels = np.load(aside / "labels.npy")
                 keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]

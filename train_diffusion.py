@@ -255,10 +255,12 @@ def start(stage, cls, doc, flags=()):
             folder = Path(value)
             continue
         section, _, key = key.rpartition(".")
+        kinds = {f.name: f.type for f in dataclasses.fields({"data": Data, "model": Model, stage: cls}.get(section or stage, Run))}
         try:
-            sections.setdefault(section or stage, {})[key] = yaml.safe_load(value)
+            value = value if kinds.get(key) is str else yaml.safe_load(value)    # name=no is a name, not false
         except yaml.YAMLError:
-            sections[section or stage][key] = value
+            pass
+        sections.setdefault(section or stage, {})[key] = value
     for name in sections:
         if name not in ("data", "model", *STAGES):
             raise UserError(f"section {name}: {unknown(name, ['data', 'model', *STAGES])}")
@@ -1435,7 +1437,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     net        raw module on the device, freshly initialised; a checkpoint in `folder` takes precedence (resume)
     data       Split to train on
     state      what the checkpoint carries besides weights: kind, model, size, channels, conditions, num_labels, path, predict, data, config, ...
-    condition  (rows [b], uniform [b]) -> dict of conditions for the network, or None
+    condition  (rows [b], uniforms [b, 3] of time, flip and condition) -> dict of conditions for the network, or None
     grid       dict of conditions for the images of the sample grid (fixed noise, averaged weights; `columns` per row), or None
     side       a module trained and averaged beside the network, or None. `side.step` gives a loss of its own and the condition, `side.report` joins the log
     """
@@ -1493,7 +1495,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                 scaler.scale(loss).backward()
                 z = z[:, 0]
             else:
-                cond = condition(rows, u[:, 2]) if condition else {}
+                cond = condition(rows, u) if condition else {}
 
             # one update
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))

@@ -40,9 +40,10 @@ class TrainGuided(Training):
     labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control; online = find them
     drop: float = 0.1                                     # probability of the null label, decided per image
     init: str = "diffusion/base"                          # start from these averaged weights; empty = from scratch
-    # labels=online: what is found, and how it conditions
+    # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
-    condition: Literal["label", "prototype", "patch", "none"] = "label"    # online: id, prototype vector, map of patch labels; none = Sinkhorn loss alone
+    condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"   # label id; with the file's boxes or masks beside it; online also:
+                                                          # prototype vector, map of patch labels, none = Sinkhorn loss without guidance
     switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
     assign: Literal["sinkhorn", "argmax"] = "sinkhorn"    # online: balanced with batch and queue, or nearest prototype
     sk_activation: str = "mid*-out"                       # online: the feature's name; of several that match the last one
@@ -88,12 +89,51 @@ def load_pretrained(net, state):
 
 
 def label_condition(labels, K, drop, device):
-    """(rows [b], uniform [b]) -> dict(label [b]): the images' labels, each replaced by the null label K with probability `drop`."""
+    """(rows [b], uniforms [b, 3]) -> dict(label [b]): the images' labels, each replaced by the null label K with probability `drop`."""
     table = torch.from_numpy(np.ascontiguousarray(labels)).to(device)            # int64 [N]
 
     def condition(rows, u):
-        return dict(label=torch.where(u < drop, K, table[rows]))
+        return dict(label=torch.where(u[:, 2] < drop, K, table[rows]))
     return condition
+
+
+def layout_condition(labels, maps, K, kinds, cfg, device):
+    """As `label_condition`, with each image's map beside its label: dict(label [b], layout [b, kinds, H, W]), mirrored with the image, dropped together.
+
+    maps: uint8 [N, H, W], ids 0 ... kinds - 1, kinds = nothing there.
+    """
+    table = torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+
+    def condition(rows, u):
+        ids, drop = torch.from_numpy(maps[rows.cpu().numpy()]).to(device).long(), u[:, 2] < cfg.drop
+        if cfg.flip:
+            ids = torch.where((u[:, 1] < 0.5)[:, None, None], ids.flip(-1), ids)
+        ids = torch.where(drop[:, None, None], kinds, ids)
+        return dict(label=torch.where(drop, K, table[rows]), layout=layout_of(ids, kinds, ids.shape[1:]))
+    return condition
+
+
+def draw_boxes(boxes, size):
+    """Boxes float [N, objects, 4] (x0 y0 x1 y1 in pixels, negative = none) -> maps uint8 [N, size, size]: 0 inside a box, 1 outside."""
+    at = np.arange(size) + 0.5                            # pixel centres
+    x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes, np.float32), -1, 0)[..., None]                                # [N, objects, 1] each
+    inside = ((at >= y0) & (at < y1))[..., :, None] & ((at >= x0) & (at < x1))[..., None, :]                     # [N, objects, H, W]
+    return 1 - inside.any(1).astype(np.uint8)
+
+
+def layout_maps(run, cfg, labels, split):
+    """(maps uint8 [N, H, W], number of ids) of the label file's boxes or masks; of labels=classes, which has none, the ground truth's."""
+    data, kind = load_data(run, split), {"box": "boxes", "mask": "masks"}[cfg.condition]
+    there = labels.get(f"{kind}_{split}", getattr(data, kind) if cfg.labels == "classes" else None)
+    if there is None or len(there) != len(data):
+        raise UserError(f"condition={cfg.condition}: labels/{cfg.labels}.npz has no {kind} of the {len(data)} {split} images; make them with self_label.py")
+    size = data.images.shape[2]
+    if cfg.condition == "box":
+        return np.concatenate([draw_boxes(b.reshape(len(b), -1, 4), size) for b in np.array_split(np.asarray(there), math.ceil(len(there) / 4096))]), 1
+    there = np.asarray(there).astype(np.uint8)
+    if size % there.shape[1]:
+        raise UserError(f"labels/{cfg.labels}.npz: masks of {there.shape[1]} positions a side do not divide images of {size}")
+    return there.repeat(size // there.shape[1], 1).repeat(size // there.shape[2], 2), max(int(there.max()) + 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,25 +339,41 @@ def layout_of(ids, K, size):
 
 
 class Conditioned(nn.Module):
-    """A network conditioned on prototypes or maps, driven by ids 0 ... num_labels - 1 (num_labels = null) as others are by labels."""
+    """A network conditioned on prototypes or maps, driven by ids 0 ... num_labels - 1 (num_labels = null) as others are by labels.
+
+    Maps come from the bank in the checkpoint; where images have a label besides, the bank has one for each of its maps.
+    """
 
     def __init__(self, net, state):
         super().__init__()
-        self.net, self.num_labels, self.kinds, self.size = net, state["num_labels"], state.get("map_labels"), state["size"]
-        c = state["side_ema"]["prototypes"]
-        self.table = state["maps"] if self.kinds else torch.cat([F.normalize(c, dim=1), torch.zeros_like(c[:1])])       # the last row is null
-        self.table = self.table.to(next(net.parameters()).device)
+        self.net, self.num_labels, self.kinds, self.labels = net, state["num_labels"], state.get("map_labels"), state.get("bank_labels")
+        self.size, device = state["size"], next(net.parameters()).device
+        if self.kinds:
+            self.table, self.labels = state["maps"].to(device), None if self.labels is None else self.labels.to(device)
+        else:
+            c = F.normalize(state["side_ema"]["prototypes"], dim=1)
+            self.table = torch.cat([c, torch.zeros_like(c[:1])]).to(device)      # the last row is null
 
     def forward(self, x, time, label=None):
         if label is None:
             return self.net(x, time)
         row = self.table[label]
-        return self.net(x, time, layout=layout_of(row, self.kinds, (self.size, self.size))) if self.kinds else self.net(x, time, vector=row)
+        if not self.kinds:
+            return self.net(x, time, vector=row)
+        return self.net(x, time, layout=layout_of(row, self.kinds, (self.size, self.size)), **({} if self.labels is None else dict(label=self.labels[label])))
 
 
 def conditioned(net, state):
     """`net` such that an id 0 ... num_labels is its condition, whatever kind of condition its checkpoint `state` was trained with."""
-    return Conditioned(net, state) if state.get("condition", "label") in ("prototype", "patch") else net
+    return Conditioned(net, state) if state.get("condition", "label") in ("prototype", "patch", "box", "mask") else net
+
+
+def bank_of(maps, kinds, seed, labels=None, K=0, size=2000):
+    """What a checkpoint needs to sample maps without the images: a bank of training maps [N, h, w], the last one null, and their labels if there are any."""
+    rows = np.random.default_rng(seed_of(seed, "bank")).permutation(len(maps))[:size]
+    null, n = np.full_like(maps[:1], kinds), len(rows)
+    state = dict(maps=torch.from_numpy(np.concatenate([maps[rows], null])), map_labels=kinds, num_labels=n, marginal=torch.full((n,), 1 / n, dtype=torch.float64))
+    return state if labels is None else state | dict(bank_labels=torch.from_numpy(np.append(labels[rows], K)))
 
 
 @torch.no_grad()
@@ -374,9 +430,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
         typical = score.mean(1) if split == "train" else typical
     patch, about = cfg.condition == "patch", dict(online=dict(checkpoint=f"guided/{cfg.name}", hash=state["weights"]))
     if patch:                                             # a bank of maps stands for their distribution; the last one is null
-        bank = labels["train"][np.random.default_rng(seed_of(cfg.seed, "bank")).permutation(len(data))[:2000]]
-        maps = torch.from_numpy(np.concatenate([bank, np.full_like(bank[:1], cfg.K)]))
-        state |= dict(maps=maps, map_labels=cfg.K, num_labels=len(bank), marginal=torch.full((len(bank),), 1 / len(bank), dtype=torch.float64))
+        state |= bank_of(labels["train"], cfg.K, cfg.seed)
         if run.rank == 0:
             colours = np.random.default_rng(3).integers(40, 256, (cfg.K, 3)).astype(np.uint8)
             zoom = data.images.shape[2] // side_
@@ -404,18 +458,27 @@ def main():
     cfg.name = run.sections[run.stage]["name"] = cfg.name or ("unconditional" if cfg.labels == "none" else cfg.labels)
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
-    # labels: one id per training image, checked against the data; or none yet
-    labels, K, marginal, info, condition = None, 0, None, {}, None
+    # labels: one id per training image, perhaps a map, checked against the data; or none yet
+    labels, K, info, condition, conditions, sampling, grid = None, 0, {}, None, {}, {}, None
     if guided:
+        require(cfg.condition in ("label", "box", "mask"), cfg, "condition labels", "prototypes and patches exist with labels=online only; here label, box or mask")
         labels, info = load_labels(run, cfg.labels)
-        K = info["num_labels"]
+        K, conditions = info["num_labels"], dict(num_labels=info["num_labels"])
         marginal = torch.from_numpy(np.bincount(labels["train"], minlength=K) / len(labels["train"]))   # float64 [K]
-        condition = label_condition(labels["train"], K, cfg.drop, run.device)
+        condition, sampling = label_condition(labels["train"], K, cfg.drop, run.device), dict(num_labels=K, marginal=marginal)
+        grid = dict(label=torch.tensor(np.unique(np.linspace(0, K - 1, min(K, 12)).round().astype(int)).repeat(10)).to(run.device))
+        if cfg.condition != "label":
+            maps, kinds = layout_maps(run, cfg, labels, "train")
+            condition, conditions = layout_condition(labels["train"], maps, K, kinds, cfg, run.device), conditions | dict(layout_channels=kinds)
+            sampling = bank_of(maps, kinds, cfg.seed, labels["train"], K)
+            shown = torch.arange(12).repeat_interleave(10)
+            grid = dict(label=sampling["bank_labels"][shown].to(run.device), layout=layout_of(sampling["maps"][shown], kinds, maps.shape[1:]).to(run.device))
     if online:
+        require(cfg.condition not in ("box", "mask"), cfg, "condition labels", "boxes and masks come from a label file")
         check_online(run, cfg)
         K = cfg.K if cfg.condition in ("label", "prototype") else 0
-    conditions = dict(num_labels=K) if guided else {} if not online else \
-        dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
+        sampling = dict(num_labels=K)
+        conditions = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
 
     # network: from scratch, or from unconditional weights
     net, init = build_model(run.model, run.data.size, seed=cfg.seed, **conditions), None
@@ -437,17 +500,15 @@ def main():
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
     net, side = net.to(run.device), None
-    shown = np.unique(np.linspace(0, K - 1, min(K, 12)).round().astype(int)) if guided else []
-    grid = dict(label=torch.tensor(np.repeat(shown, 10)).to(run.device)) if guided else None
-    state = dict(kind="guided", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions=conditions,
-                 num_labels=K, path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init,
-                 labels=digest(labels["train"]) if guided else None, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=marginal,
-                 config={k: run.sections[k] for k in ("data", "model", run.stage)})
+    state = dict(kind="guided", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions=conditions, num_labels=0,
+                 path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init, condition=cfg.condition,
+                 labels=digest(labels["train"]) if guided else None, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=None,
+                 config={k: run.sections[k] for k in ("data", "model", run.stage)}) | sampling
     if online:
         name = matching(net, [cfg.sk_activation])[-1]
         side = Labeller(cfg, net, name, run.data.size, run.world, run.rank)
         side.watch(data)
-        state |= dict(condition=cfg.condition, sk_activation=name)
+        state["sk_activation"] = name
     if run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     state = fit(run, cfg, net, folder, data, state, condition, grid, side, columns=10 if guided or K else 8)

@@ -51,11 +51,12 @@ def test_ranks_share_the_batch_of_one_process(tmp_path):
 def test_labels_are_dropped_image_by_image():
     labels = np.arange(1000) % 7
     condition = label_condition(labels, 7, 0.25, torch.device("cpu"))
-    rows, u = torch.arange(1000), torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    out = condition(rows, u)["label"]
+    rows, every = torch.arange(1000), torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
+    u = every[:, 2]
+    out = condition(rows, every)["label"]
     assert torch.equal(out == 7, u < 0.25) and 0.2 < (out == 7).float().mean() < 0.3       # a share of the images, not whole batches
     assert torch.equal(out[u >= 0.25], torch.from_numpy(labels)[u >= 0.25])
-    assert (label_condition(labels, 7, 0.0, torch.device("cpu"))(rows, u)["label"] < 7).all()
+    assert (label_condition(labels, 7, 0.0, torch.device("cpu"))(rows, every)["label"] < 7).all()
 
 
 def test_average_has_the_half_life_that_it_names(tmp_path):
