@@ -177,9 +177,7 @@ class Labeller(nn.Module):
             self.prototypes = nn.Parameter(F.normalize(torch.randn(cfg.K, cfg.sk_dim), dim=1))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
-        self.register_buffer("looks", torch.zeros(()))    # batches that the statistics have seen
-        self.register_buffer("queue", torch.zeros(cfg.sk_queue, cfg.sk_dim))
-        self.register_buffer("queued", torch.zeros((), dtype=torch.long))        # features that were ever put into the queue
+        self.register_buffer("queue", torch.zeros(cfg.sk_queue, cfg.sk_dim))     # embeddings of earlier images, the same on every process
         self.register_buffer("watched", torch.full((self.WATCHED,), -1))         # labels of the watched images at the last log line
         self.to(p.device)
         self.sums, self.images, self.classes = torch.zeros(3, dtype=torch.float64, device=p.device), None, None
@@ -191,8 +189,7 @@ class Labeller(nn.Module):
         self.classes = classes if (classes >= 0).all() else None
 
     def embed(self, f):
-        """Features [B, D] or maps [B, D, h, w] -> unit vectors float32 [B, d] or, one row per patch, [B h w, d]."""
-        f = f.float() if f.dim() == 2 else f.float().permute(0, 2, 3, 1).flatten(0, 2)
+        """Feature rows [n, D] -> unit vectors float32 [n, d]."""
         return F.normalize(self.head((f - self.mean) / (self.var + 1e-6).sqrt()), dim=1)
 
     def scores(self, h):
@@ -200,13 +197,11 @@ class Labeller(nn.Module):
         return h @ F.normalize(self.prototypes, dim=1).T
 
     @torch.no_grad()
-    def learn_statistics(self, f):
-        """Running mean and variance of the teacher's features, over all processes."""
-        f = f.float() if f.dim() == 2 else f.float().permute(0, 2, 3, 1).flatten(0, 2)
-        sums = over_ranks(torch.stack([f.sum(0), f.square().sum(0), torch.full_like(f[0], len(f))]).double())
-        mean, square = sums[0] / sums[2], sums[1] / sums[2]
-        self.looks += 1
-        share = max(float(sums[2, 0]) / max(self.cfg.sk_queue, 4 * float(sums[2, 0])), 1 / float(self.looks))      # over about as many as the queue holds
+    def learn_statistics(self, f, updates):
+        """Running mean and variance of the teacher's feature rows [n, D] over all processes, over about as many as the queue holds."""
+        n = len(f) * self.world
+        mean, square = over_ranks(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
+        share = max(n / max(self.cfg.sk_queue, 4 * n), 1 / (updates + 1))
         self.mean.lerp_(mean.float(), share)
         self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
 
@@ -224,8 +219,8 @@ class Labeller(nn.Module):
         every = torch.cat([scores, past[self.rank::self.world]])
         return (scores / self.cfg.sk_eps - prices(lambda: every.split(512), self.cfg.sk_eps, self.cfg.sk_iterations)).argmax(1)
 
-    def remember(self, h):
-        """Put the features of all processes into the queue, in order of image number."""
+    def remember(self, h, updates):
+        """Put the embeddings [n, d] of all processes into the queue, in order of image number."""
         if not len(self.queue):
             return
         if self.world > 1:
@@ -233,32 +228,29 @@ class Labeller(nn.Module):
             dist.all_gather(every, h.contiguous())
             h = torch.cat(every)
         h = h[-len(self.queue):]
-        place = (int(self.queued) + torch.arange(len(h), device=h.device)) % len(self.queue)
-        self.queue[place] = h
-        self.queued += len(h)
+        self.queue[(updates * len(h) + torch.arange(len(h), device=h.device)) % len(self.queue)] = h
 
     def step(self, net, ema, teacher, x, z, u, seen, context):
         """(weighted Sinkhorn loss to be differentiated; condition of the batch). x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
 
         Which images take part depends on their running number alone, so any number of processes sees the same global batch.
         """
-        cfg, b = self.cfg, len(x)
+        cfg, b, updates = self.cfg, len(x), seen // self.cfg.batch
         guided = cfg.condition != "none" and seen >= cfg.switch
         part = torch.arange(0, b, max(1, round(1 / cfg.sk_share)), device=x.device)          # the same images for any number of processes
         with torch.no_grad(), context():                  # the teacher: no condition, so labels never explain themselves
             look = slice(None) if guided else part
             t = torch.full_like(u[look, 0], cfg.sk_t)
             f = feature(ema, self.name, diffuse(self.path, x[look], z[look, 0], t), t, self.pool)
-        self.learn_statistics(f[part] if guided else f)
+        patches = f[0, 0].numel()                         # 1, or the positions of a map
+        keep = (torch.linspace(0, patches - 1, min(cfg.sk_patches, patches), device=x.device).long() + 7 * updates) % patches    # those that take part
+        f = rows_of_map(f)
+        rows = torch.arange(len(f), device=x.device).reshape(-1, patches)[part if guided else slice(None)][:, keep].flatten()
+        self.learn_statistics(f[rows], updates)
         with torch.no_grad():
             teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
-            h = teacher.embed(f)
-            past = teacher.scores(self.queue[:min(int(self.queued), len(self.queue))])
-            scores = teacher.scores(h)
-        # which rows of h take part: of each chosen image its one feature, or some of its patches
-        patches = len(h) // len(f)
-        keep = (torch.linspace(0, patches - 1, min(cfg.sk_patches, patches), device=x.device).long() + 7 * (seen // cfg.batch)) % patches
-        rows = (torch.arange(len(h), device=x.device).reshape(-1, patches)[part if guided else slice(None)][:, keep]).flatten()
+            h = teacher.embed(f)                          # [b or n, d], or one row per patch
+            scores, past = teacher.scores(h), teacher.scores(self.queue[:updates * len(rows) * self.world])
 
         # the student: other noise, perhaps another view, less time
         q = self.targets(scores[rows], past)              # [n, K]
@@ -266,13 +258,13 @@ class Labeller(nn.Module):
         view = augment(x[part], u[part, 4:12], cfg.sk_augment, cfg.flip) if cfg.sk_augment else x[part]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), context():
             f = feature(net, self.name, diffuse(self.path, view, z[part, 1], t), t, self.pool)
-        student = self.embed(f).reshape(len(part), patches, -1)[:, keep].flatten(0, 1)
+        student = self.embed(rows_of_map(f)).reshape(len(part), patches, -1)[:, keep].flatten(0, 1)
         prototypes = F.normalize(self.prototypes.detach() if seen < cfg.sk_freeze else self.prototypes, dim=1)
         logp = F.log_softmax(student @ prototypes.T / cfg.sk_temperature, 1)
         sk = -(q * logp).sum(1).mean()                    # every process has equally many rows
         self.sums += torch.stack([sk.detach(), -(q * q.clamp(min=1e-12).log()).sum(1).mean(), torch.ones_like(sk)]).double()
         condition = self.condition(self.labels(scores, past).reshape(b, -1), x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
-        self.remember(h[rows])
+        self.remember(h[rows], updates)
         return cfg.sk_weight * min(1.0, (seen + 1) / max(cfg.sk_ramp, 1)) * sk, condition
 
     def condition(self, ids, size, drop, teacher):
@@ -298,7 +290,7 @@ class Labeller(nn.Module):
         sums = over_ranks(self.sums.clone())
         self.sums.zero_()
         with alone():
-            ids, _, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
+            ids, _, alike = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
         K, flat = self.cfg.K, ids.flatten()
         counts = torch.bincount(flat, minlength=K)
         before = self.watched[:len(ids)]
@@ -309,7 +301,8 @@ class Labeller(nn.Module):
         self.watched[:len(ids)] = now.to(self.watched.device)
         if self.classes is not None and ids.shape[1] == 1:
             line["nmi"] = nmi(now.numpy(), self.classes)
-        line["collapsed"] = math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)      # effective number of labels
+        line["mean_cosine"] = alike                       # balanced assignment hides a head that maps all images to one place; this does not
+        line["collapsed"] = math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K) or alike > 0.95      # effective number of labels
         return line
 
     def grid(self, ema, teacher, context):
@@ -330,6 +323,11 @@ class Labeller(nn.Module):
         text += "".join(f"  {name} {line[key]:.2f}" for key, name in (("churn", "churn"), ("nmi", "NMI")) if line.get(key) is not None)
         return text + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, a smaller sk_weight or K, "
                        "or another sk_t" if line["collapsed"] else "")
+
+
+def rows_of_map(f):
+    """Features [B, D] or maps [B, D, h, w] -> float32 rows [B, D] or [B h w, D]."""
+    return f.float() if f.dim() == 2 else f.float().permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def layout_of(ids, K, size):
@@ -378,16 +376,21 @@ def bank_of(maps, kinds, seed, labels=None, K=0, size=2000):
 
 @torch.no_grad()
 def label_images(net, labeller, images, rows, context, purpose):
-    """(labels int64 [n, patches], their scores float32 [n, patches], prices [K]) of the images at `rows`, by an averaged network and labeller; CPU."""
-    cfg, scores, g = labeller.cfg, [], torch.zeros(labeller.cfg.K)
+    """(labels int64 [n, patches], their scores float32 [n, patches], mean cosine between embeddings) of the images at `rows`; CPU.
+
+    By an averaged network and labeller: at sk_t, without a condition.
+    """
+    cfg, scores, g, total = labeller.cfg, [], torch.zeros(labeller.cfg.K), 0
     for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=labeller.mean.device, context=context,
                             pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}"):
-        scores.append(labeller.scores(labeller.embed(got[labeller.name, cfg.sk_t])).reshape(len(part), -1, cfg.K).cpu())
+        h = labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t]))
+        scores.append(labeller.scores(h).reshape(len(part), -1, cfg.K).cpu())
+        total = total + h.sum(0).cpu()
     scores = torch.cat(scores) if scores else torch.zeros(0, 1, cfg.K)           # [n, patches, K]
     if cfg.assign == "sinkhorn":                          # balanced over all these images, on all ranks
         g = prices(lambda: scores.flatten(0, 1).split(512), cfg.sk_eps, 50)
     ids = (scores / cfg.sk_eps - g).argmax(2)
-    return ids, scores.gather(2, ids[..., None])[..., 0], g
+    return ids, scores.gather(2, ids[..., None])[..., 0], float((total / max(ids.numel(), 1)).square().sum()) if len(ids) else 0.0
 
 
 def load_labeller(run, net, state):
