@@ -42,6 +42,9 @@ class TrainGuided(Training):
     init: str = "diffusion/base"                          # start from these averaged weights; empty = from scratch
     # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
+    condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"      # the file's label; + its box or mask; online: label, prototype, patch map, none
+    # labels=online: what is found, and how
+    K: int = 50                                           # online: prototypes
     condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"   # label id; with the file's boxes or masks beside it; online also:
                                                           # prototype vector, map of patch labels, none = Sinkhorn loss without guidance
     switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
