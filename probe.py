@@ -319,12 +319,18 @@ def one_activation(run, cfg, net):
     return names[0], cfg.t[0]
 
 
+def known_classes(run, protocol):
+    """Training and test part of the data with their classes as tensors; a missing class is a UserError."""
+    parts = [load_data(run, split) for split in ("train", "test")]
+    y = [torch.from_numpy(np.array(p.classes)) for p in parts]
+    if any((c < 0).any() for c in y):
+        raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
+    return *parts, *y
+
+
 def linear(run, cfg, net, state, context):
     """Linear probe and kNN of one activation: select on the validation part, report the test part once; controls beside it."""
-    train, test = load_data(run, "train"), load_data(run, "test")
-    y, y_test = torch.from_numpy(np.asarray(train.classes)), torch.from_numpy(np.asarray(test.classes))
-    if (y < 0).any() or (y_test < 0).any():
-        raise UserError("protocol=linear needs the class of every image, and this data lacks some")
+    train, test, y, y_test = known_classes(run, "linear")
     name, t = one_activation(run, cfg, net)
     classes, order = int(y.max()) + 1, np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train))
     val, fit = np.sort(order[:min(cfg.validation, len(order) // 5)]), np.sort(order[min(cfg.validation, len(order) // 5):])
@@ -588,15 +594,6 @@ def check_head(cfg):
             "width depth heads side grid images hidden", "must be at least 1, and width a multiple of heads")
     require(cfg.lr and cfg.l2 and cfg.seeds and min(cfg.lr) > 0 and min(cfg.l2) >= 0, cfg, "lr l2 seeds", "name at least one of each; lr is positive, l2 not negative")
     require(cfg.head_batch >= 2 and cfg.crop >= 0, cfg, "head_batch crop", "head_batch is at least 2, crop at least 0")
-
-
-def known_classes(run, protocol):
-    """Training and test part of the data with their classes as tensors; a missing class is a UserError."""
-    parts = [load_data(run, split) for split in ("train", "test")]
-    y = [torch.from_numpy(np.asarray(p.classes)) for p in parts]
-    if any((c < 0).any() for c in y):
-        raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
-    return *parts, *y
 
 
 def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times):

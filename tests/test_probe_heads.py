@@ -179,7 +179,7 @@ def test_properties_of_known_fields():
     shuffled = ar.flatten(2)[..., torch.randperm(64 * 64, generator=torch.Generator().manual_seed(0))].reshape(ar.shape)
     ramp = torch.stack([f(0.1 * torch.arange(16.0)).expand(16, 16) for f in (torch.sin, torch.cos)] * 2)
     ramp[2:] = ramp[2:].transpose(1, 2).clone()
-    assert abs(locality(white)) < 0.02 and abs(locality(shuffled)) < 0.02 < locality(ar[..., :16, :16]) and locality(ramp[None]) > 0.9
+    assert abs(locality(white)) < 0.02 and abs(locality(shuffled)) < 0.02 < locality(ar[..., :16, :16]) and locality(ramp[None]) > 0.8
     assert locality(torch.zeros(2, 3, 4, 4)) == 0 and math.isfinite(granularity(torch.zeros(2, 3, 4, 4), 4))
 
 
