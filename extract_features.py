@@ -320,7 +320,8 @@ def main():
             out |= one
         sheet += [F.interpolate(pca_rgb(out[name, t].cpu()), size).numpy() for name in names for t in times]
         if run.rank == 0:
-            save_grid(file, np.concatenate(sheet), n * len(times), rows=["image", *names], head="first three principal components; columns: t = " + ", ".join(map(str, times)))
+            head = "first three principal components; columns: t = " + ", ".join(map(str, times))
+            save_grid(file, np.concatenate(sheet), n * len(times), rows=["image", *names], head=head)
         return run.say(f"maps of {len(names)} activation(s) x {len(times)} time(s) x {n} image(s) in {file}")
     if cfg.pool not in ("mean", "none") and not cfg.pool.isdigit() or cfg.pool == "0":
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")

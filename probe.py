@@ -56,9 +56,9 @@ class Probe:
     validation: int = 1_000                               # training images held out for selection
     K: int = 30                                           # sweep: clusters of k-means
     neighbours: int = 20                                  # k of kNN (cosine)
-    draws: int = 3                                        # linear: noise draws, each probed alone: mean and spread
-    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear: what to compare with
-    supervised_images: int = 100_000                      # linear: images that the supervised control is trained on
+    draws: int = 3                                        # noise draws; linear: each probed alone, head: each tested: mean and spread
+    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear, head
+    supervised_images: int = 100_000                      # linear, head: images that the supervised control is trained on
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     batch: int = 500                                      # images per forward pass and process
     seed: int = 0                                         # of noise, k-means, controls
@@ -325,7 +325,7 @@ def known_classes(run, protocol):
     y = [torch.from_numpy(np.array(p.classes)) for p in parts]
     if any((c < 0).any() for c in y):
         raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
-    return *parts, *y
+    return *parts, *y                                     # two Splits, two int64 [N]
 
 
 def linear(run, cfg, net, state, context):
@@ -413,7 +413,8 @@ class DifFormer(nn.Module):
     def forward(self, maps, *_):
         seen = []
         for blocks in maps:                               # times do not attend to each other
-            x = torch.cat([self.cls.expand(len(blocks[0]), -1, -1), *[f(m).flatten(2).transpose(1, 2) for f, m in zip(self.tokens, blocks)]], 1)     # [B, 1 + L, width]
+            tokens = [f(m).flatten(2).transpose(1, 2) for f, m in zip(self.tokens, blocks)]                  # [B, h * w, width] of each block
+            x = torch.cat([self.cls.expand(len(blocks[0]), -1, -1), *tokens], 1)                             # [B, 1 + L, width]
             for b in self.blocks:
                 x = b(x)
             seen.append(x[:, 0])
@@ -592,14 +593,16 @@ def check_head(cfg):
             "a share above 0 and up to 1, or a number of images per class, not both")
     require(min(cfg.width, cfg.depth, cfg.heads, cfg.side, cfg.grid, cfg.images, *cfg.hidden) >= 1 and cfg.width % cfg.heads == 0, cfg,
             "width depth heads side grid images hidden", "must be at least 1, and width a multiple of heads")
-    require(cfg.lr and cfg.l2 and cfg.seeds and min(cfg.lr) > 0 and min(cfg.l2) >= 0, cfg, "lr l2 seeds", "name at least one of each; lr is positive, l2 not negative")
+    require(cfg.lr and cfg.l2 and cfg.seeds and min(cfg.lr) > 0 and min(cfg.l2) >= 0, cfg, "lr l2 seeds", "at least one of each; lr is positive, l2 not negative")
+    require(cfg.head != "diffeed" or cfg.precision != "fp16", cfg, "head precision", "gradients go through the network here: use bf16 or fp32")
     require(cfg.head_batch >= 2 and cfg.crop >= 0, cfg, "head_batch crop", "head_batch is at least 2, crop at least 0")
 
 
 def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times):
     """{(name, t): validation accuracy of a ridge classifier on the pooled activation}."""
-    read = lambda rows: [out for _, out in stream(net, state, images, rows, names, times, device=run.device, context=context, seed=cfg.seed, purpose="ranking", batch=cfg.batch)]
-    a, b, score = read(fit), read(val), {}
+    a, b = ([out for _, out in stream(net, state, images, rows, names, times, device=run.device, context=context, seed=cfg.seed, purpose="ranking", batch=cfg.batch)]
+            for rows in (fit, val))
+    score = {}
     for key in itertools.product(names, times):
         fa, fb = standardise(*(torch.cat([out[key] for out in part]).cpu() for part in (a, b)))
         score[key] = accuracy(ridge(fa, y[fit], int(y.max()) + 1, 1e-3), fb, y[val])
@@ -607,7 +610,7 @@ def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, tim
 
 
 def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
-    """The head that was asked for, and its controls: {what: Reading}, for the seed cfg.seed."""
+    """The head that was asked for, and its controls: {what: Reading}, for the seed cfg.seed. A ridge classifier finds the best single place, on rows `val`."""
     path, size, classes, fused = PATHS[state["path"]], state["size"], int(y.max()) + 1, cfg.head in ("difformer", "diffeed")
     count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, size, classes, 0, run.device).parameters())
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
@@ -654,8 +657,8 @@ def head(run, cfg, net, state, context):
                 f"{row['parameters']:,} trained parameters, {row['passes']} pass(es) per image")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["accuracy"]] for r in rows.values()], list(rows), ["test"], f"test accuracy, {cfg.head} head")
-    return dict(protocol="head", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, seeds=cfg.seeds, fresh_noise=True, train_images=len(fit),
-                validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
+    return dict(protocol="head", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, seeds=cfg.seeds, fresh_noise=True,
+                train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,7 +696,8 @@ def measure(net, state, images, rows, names, times, device="cpu", context=nullco
     """{(name, t): dict of the three properties and the map's size}, over `rows` of the images, a few at a time."""
     out = {}
     for part in np.array_split(rows, math.ceil(len(rows) / 16)):
-        a, b = (next(stream(net, state, images, part, names, times, device=device, context=context, pool="none", seed=seed, purpose=f"select {d}"))[1] for d in (0, 1))
+        a, b = (next(stream(net, state, images, part, names, times, device=device, context=context, pool="none", seed=seed, purpose=f"select {d}"))[1]
+                for d in (0, 1))
         for key in a:
             x, z, total = a[key].cpu(), b[key].cpu(), out.setdefault(key, dict(size=a[key].shape[3], sensitivity=0.0, granularity=0.0, locality=0.0))
             for k, v in dict(sensitivity=noise_sensitivity(x, z), granularity=granularity(x, state["size"]), locality=locality(x)).items():
@@ -725,7 +729,7 @@ def select(run, cfg, net, state, context):
     blocks, order = [n for n in block_outputs(net) if n in names], np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train))
     fit, val = np.sort(order[:cfg.fit]), np.sort(order[cfg.fit:cfg.fit + cfg.validation])
     require(blocks, cfg, "activations", "name some block outputs, too: they are what the others are compared with")
-    require(cfg.measured >= 2 and len(val) >= 10, cfg, "measured fit validation", f"at least 2 images to measure and 10 to validate; the run has {len(train)} training images")
+    require(cfg.measured >= 2 and len(val) >= 10, cfg, "measured fit validation", f"at least 2 images to measure, 10 to validate, of {len(train)} training images")
     props = measure(net, state, train.images, fit[:cfg.measured], names, cfg.t, run.device, context, cfg.seed)
     table = []
     for t in cfg.t:
@@ -737,8 +741,9 @@ def select(run, cfg, net, state, context):
     require(rest, cfg, "noisy fine local", "no activation passes; loosen them")
     best = {r["size"]: r for r in reversed(rest) if r["t"] == rest[0]["t"]}     # of each size the best comes last
     chosen = dict(activations=[n for n in names if n in {r["activation"] for r in best.values()}], t=[rest[0]["t"]])
-    run.say(f"{len(rest)} of {len(table)} (activation, t) pass: " + ", ".join(f"{sum(r['dropped'] == w for r in table)} {w}" for w in ("noisy", "fine", "local")) + " ones dropped; chosen: " +
-            ", ".join(f"{r['activation']} ({r['size']} x {r['size']}, {r['linear']:.3f})" for r in best.values()) + f" at t={rest[0]['t']:g}")
+    gone = ", ".join(f"{sum(r['dropped'] == w for r in table)} {w}" for w in ("noisy", "fine", "local"))
+    found = ", ".join(f"{r['activation']} ({r['size']} x {r['size']}, {r['linear']:.3f})" for r in best.values())
+    run.say(f"{len(rest)} of {len(table)} (activation, t) pass; dropped: {gone}; chosen: {found} at t={rest[0]['t']:g}")
     if run.rank == 0:
         sections = run.sections | dict(extract_features=run.sections.get("extract_features", {}) | chosen | dict(name="select"), probe=chosen)
         with atomic(run.dir / "probe" / f"{cfg.name}.yaml") as f:
@@ -747,7 +752,8 @@ def select(run, cfg, net, state, context):
         cell = {(r["activation"], r["t"]): r["linear"] for r in table}
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[cell[n, t] for t in times] for n in shown], shown, [f"t={t:g}" for t in times],
                  "validation accuracy of a linear probe; activations that pass", [(shown.index(r["activation"]), times.index(r["t"]), "*") for r in best.values()])
-    return dict(protocol="select", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, measured=min(cfg.measured, len(fit)), chosen=chosen, table=table)
+    return dict(protocol="select", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, measured=min(cfg.measured, len(fit)),
+                chosen=chosen, table=table)
 
 
 def main():

@@ -15,11 +15,12 @@ from test_features import inputs, network
 import extract_features
 import probe
 from extract_features import catalogue
-from probe import DifFeed, DifFormer, Probe, Reading, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, look, measure, mirrors, noise_sensitivity, verdicts
+from probe import (DifFeed, DifFormer, Probe, Reading, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, look, measure, mirrors,
+                   noise_sensitivity, verdicts)
 from train_diffusion import PATHS, UNet, UserError, time_embedding
 
 CV, HEADS = PATHS["cv"], ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
-SMALL = Probe(width=32, depth=1, heads=4, side=4, hidden=[64], images=3_000, head_batch=50, lr=[1e-5, 1e-2], l2=[0.0], batch=64)
+SMALL = Probe(width=32, depth=1, heads=4, side=4, hidden=[64], images=2_000, head_batch=50, lr=[1e-5, 1e-2], l2=[0.0], batch=64)
 NAMES = ["mid-repeat1-res-out", "up-level0-repeat1-res-out", "up-level1-repeat0-res-out"]
 size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
 
@@ -166,8 +167,8 @@ def noise(*shape, seed=0):
 def test_properties_of_known_fields():
     """Additive noise; white, blocky and first-order autoregressive fields, whose autocorrelation falls to 1/e where the formula says; positions shuffled."""
     for s in (0.0, 0.5, 2.0):
-        image = noise(200, 8, 8, 8)
-        assert noise_sensitivity(image + s * noise(200, 8, 8, 8, seed=1), image + s * noise(200, 8, 8, 8, seed=2)) == pytest.approx(math.sqrt(s ** 2 / (1 + s ** 2)), abs=0.02)
+        a, b = (noise(200, 8, 8, 8) + s * noise(200, 8, 8, 8, seed=seed) for seed in (1, 2))
+        assert noise_sensitivity(a, b) == pytest.approx(math.sqrt(s ** 2 / (1 + s ** 2)), abs=0.02)
     white, fall = noise(32, 8, 16, 16), 1 - 1 / math.e
     assert granularity(white, 16) == pytest.approx(fall, rel=0.02) and granularity(white, 64) == pytest.approx(4 * fall, rel=0.02)
     assert granularity(white.repeat_interleave(4, 2).repeat_interleave(4, 3), 64) == pytest.approx(4 * fall, rel=0.05)
@@ -192,7 +193,8 @@ def test_measuring_a_network():
 
 def test_rules():
     row = lambda sensitivity, granularity=4.0, locality=0.4, size=8: dict(sensitivity=sensitivity, granularity=granularity, locality=locality, size=size)
-    table = {"a-inc": row(0.9), "a-q": row(0.3, locality=0.8), "a-out": row(0.2), "b-q": row(0.3, locality=0.8), "b-out": row(0.8), "c-x": row(0.2, granularity=1.0), "c-out": row(0.4)}
+    table = {"a-inc": row(0.9), "a-q": row(0.3, locality=0.8), "a-out": row(0.2), "b-q": row(0.3, locality=0.8), "b-out": row(0.8),
+             "c-x": row(0.2, granularity=1.0), "c-out": row(0.4)}
     out = verdicts(table, ["a-out", "b-out", "c-out"], noisy=1.0, fine=0.5, local=1.25)
     assert out == {"a-inc": "noisy", "a-q": "local", "a-out": "", "b-q": "", "b-out": "noisy", "c-x": "fine", "c-out": ""}
 
@@ -212,15 +214,17 @@ def called(monkeypatch, module, *words):
     module.main()
 
 
-@pytest.mark.parametrize("kind, more", [("mlp", {"random weights", "raw pixels", "supervised, same size"}), ("difformer", {"best single (block, t)", "equal passes, averaged", "equal parameters"}),
-                                        ("diffeed", {"best single (block, t)", "equal passes, averaged", "equal parameters", "random weights"})])
+FUSION = {"best single (block, t)", "equal passes, averaged", "equal parameters"}
+
+
+@pytest.mark.parametrize("kind, more", [("mlp", {"random weights", "raw pixels", "supervised, same size"}), ("difformer", FUSION), ("diffeed", FUSION | {"random weights"})])
 def test_protocol_head(monkeypatch, tiny, run, kind, more):
     controls = {"mlp": "pixels,random,supervised", "difformer": "", "diffeed": "random"}[kind]
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=head", f"head={kind}", f"name={kind}", "activations=mid-repeat?-res-out", "t=0.5,0.8", "images=100", "per_class=3",
-           "width=16", "heads=4", "depth=1", "lr=1e-3", "l2=0", "seeds=0,1", "draws=2", f"controls={controls}", "flip=true", "crop=2")
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=head", f"head={kind}", f"name={kind}", "activations=mid-repeat?-res-out", "t=0.5,0.8", "images=100",
+           "per_class=3", "width=16", "heads=4", "depth=1", "lr=1e-3", "l2=0", "seeds=0,1", "draws=2", f"controls={controls}", "flip=true", "crop=2")
     result = json.loads((run / f"probe/{kind}.json").read_text())
     rows = result["rows"]
-    assert set(rows) == {kind} | more and result["train_images"] == 30 and result["validation_images"] == 30 and (run / f"probe/{kind}.png").exists()
+    assert set(rows) == {kind} | more and result["train_images"] == result["validation_images"] == 30 and (run / f"probe/{kind}.png").exists()
     assert all(r["parameters"] > 0 and len(r["results"]) == 2 and 0 <= r["accuracy"] <= 1 and {"std", "noise_std"} <= set(r) for r in rows.values())
     if kind != "mlp":
         assert rows["equal passes, averaged"]["passes"] == rows[kind]["passes"] == 2 and rows["best single (block, t)"]["passes"] == 1
@@ -250,9 +254,10 @@ def test_list_and_pca(monkeypatch, capsys, tiny, run):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["labels_share=0"], "labels_share=0"), (["labels_share=0.1", "per_class=2"], "not both"), (["width=30"], "multiple of heads"), (["lr="], "lr=[]"), (["seeds="], "seeds=[]"),
-    (["head_batch=1"], "head_batch=1"), (["head=resnet"], "cnn, attention"), (["head=difformer"], "more than one"), (["t="], "t=[]"), (["per_class=400"], "per_class=400: class"),
-    (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"), (["protocol=select", "activations=mid*self-q"], "block outputs"), (["protocol=select", "noisy=0"], "loosen")])
+    (["labels_share=0"], "labels_share=0"), (["labels_share=0.1", "per_class=2"], "not both"), (["width=30"], "multiple of heads"), (["lr="], "lr=[]"),
+    (["seeds="], "seeds=[]"), (["head_batch=1"], "head_batch=1"), (["head=resnet"], "cnn, attention"), (["head=difformer"], "more than one"), (["t="], "t=[]"),
+    (["per_class=400"], "per_class=400: class"), (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"), (["head=diffeed", "precision=fp16"], "bf16"),
+    (["protocol=select", "activations=mid*self-q"], "block outputs"), (["protocol=select", "noisy=0"], "loosen")])
 def test_bad_input(refuse, tiny, run, words, said):
     assert said in refuse("probe", tiny, f"run={run}", "protocol=head", "activations=mid-repeat1-res-out", "t=0.5", "name=bad", *words)
 
