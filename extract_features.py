@@ -7,7 +7,8 @@ Time    t = 0 is noise, t = 1 is data: the network sees x_t = alpha(t) x + sigma
     python extract_features.py configs/shapes.yaml                               # CPU, seconds
     python extract_features.py configs/cifar10.yaml activations='mid*-out,up-level0*-out' t=0.6,0.9      # one GPU, several at once
     torchrun --nproc_per_node=8 extract_features.py configs/cifar10.yaml         # eight GPUs, the same file
-    python extract_features.py configs/shapes.yaml --list                        # every activation with its shape
+    python extract_features.py configs/shapes.yaml --list                        # every activation: kind, stage, channels, size, cost share
+    python extract_features.py configs/shapes.yaml --pca activations='*-res-out' t=0.3,0.6,0.9           # a look at them: one sheet of PCA maps as RGB
 
 Activations are named stage-level-repeat-kind: `up-level0-repeat1-res-out` is the output of the second residual block of the
 up-path's lowest resolution. They are read by plain forward hooks; the forward stops after the deepest one that is asked for.
@@ -16,6 +17,7 @@ import difflib
 import fnmatch
 import math
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +26,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, create_rows, diffuse, draw, finished,
-                             load_data, load_model, read_json, require, start, write_json, write_rows)
+                             load_data, load_model, read_json, require, save_grid, start, to_uint8, write_json, write_rows)
 
 
 @dataclass
@@ -44,6 +47,7 @@ class ExtractFeatures:
     dtype: Literal["float32", "float16"] = "float32"      # on disk
     batch: int = 256                                      # images per forward pass and process
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
+    shown: list[int] = field(default_factory=lambda: [0, 1, 2, 3])        # --pca: which test images
     seed: int = 0                                         # of the noise
     overwrite: bool = False                               # replace features that another recipe left under this name
 
@@ -76,38 +80,86 @@ def parts(net):
 
 
 def catalogue(net):
-    """Ordered dict: name -> (module to hook, function from its output to a map [B, C, H, W])."""
-    found, extras = {}, getattr(net, "extras", 0)
+    """Ordered dict: name -> (module to hook, function from its output and inputs to a map [B, C, H, W]).
 
-    def square(x):                                        # [B, C, L] -> [B, C, H, W]
+    Increments are what a branch adds (res-increment, self-out, ffn-out); self-residual is the sum after attention. A skip is what arrives from the mirrored
+    place of the way down: in the U-Net the raw channels, in the U-ViT the merged tokens. self-map has a channel for every head and key, at each query.
+    """
+    found, extras, width = {}, getattr(net, "extras", 0), 0
+
+    def square(x, _=()):                                  # [B, C, L] -> [B, C, H, W]
         return x.reshape(*x.shape[:2], math.isqrt(x.shape[2]), -1)
 
-    def tokens(x):                                        # [B, extras + L, D] -> [B, D, H, W]
+    def tokens(x, _=()):                                  # [B, extras + L, D] -> [B, D, H, W]
         return square(x[:, extras:].transpose(1, 2))
 
+    def score_map(q, k):                                  # [B, heads, extras + L, d] each -> [B, heads * (extras + L), H, W]
+        a = (q[:, :, extras:].float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
+        return square(a.transpose(2, 3).flatten(1, 2))
+
+    plain = lambda x, _: x
     for prefix, m in parts(net):
         if isinstance(m, ResBlock) and not m.resample:
-            found[f"{prefix}-res-increment"] = m.out_layers[-1], lambda x: x
-            found[f"{prefix}-res-out"] = m, lambda x: x
+            if prefix.startswith("up"):
+                found[f"{prefix}-skip"] = m.in_layers[0], lambda x, inputs, c=width: inputs[0][:, c:]
+            found[f"{prefix}-res-increment"] = m.out_layers[-1], plain
+            found[f"{prefix}-res-out"] = m, plain
+            width = m.in_layers[2].out_channels
         elif isinstance(m, AttentionBlock):
-            for i, letter in enumerate("qkv"):            # qkv is [B, heads * 3 * d, L]
-                found[f"{prefix}-vit-block0-self-{letter}"] = m.qkv, lambda x, i=i, h=m.heads: square(x.reshape(len(x), h, 3, -1, x.shape[2])[:, :, i].flatten(1, 2))
+            split = lambda x, h=m.heads: x.reshape(len(x), h, 3, -1, x.shape[2])                                # qkv is [B, heads * 3 * d, L]
+            for i, letter in enumerate("qkv"):
+                found[f"{prefix}-vit-block0-self-{letter}"] = m.qkv, lambda x, _, i=i, split=split: square(split(x)[:, :, i].flatten(1, 2))
+            found[f"{prefix}-vit-block0-self-map"] = m.qkv, lambda x, _, split=split: score_map(*split(x)[:, :, :2].transpose(3, 4).unbind(2))
             found[f"{prefix}-vit-block0-self-out"] = m.proj_out, square
-            found[f"{prefix}-vit-out"] = m, lambda x: x
+            found[f"{prefix}-vit-out"] = m, plain
         elif isinstance(m, Block):
             if m.skip_linear is not None:
                 found[f"{prefix}-skip"] = m.skip_linear, tokens
             for i, letter in enumerate("qkv"):            # qkv is [B, L, 3 * D]
-                found[f"{prefix}-self-{letter}"] = m.attn.qkv, lambda x, i=i: tokens(x.chunk(3, -1)[i])
+                found[f"{prefix}-self-{letter}"] = m.attn.qkv, lambda x, _, i=i: tokens(x.chunk(3, -1)[i])
+            found[f"{prefix}-self-map"] = m.attn.qkv, lambda x, _, h=m.attn.heads: score_map(*x.unflatten(2, (3, h, -1)).permute(2, 0, 3, 1, 4)[:2])
             found[f"{prefix}-self-out"] = m.attn.proj, tokens
+            found[f"{prefix}-self-residual"] = m.norm2, lambda x, inputs: tokens(inputs[0])
             found[f"{prefix}-ffn-inner"] = m.mlp.fc1, tokens
             found[f"{prefix}-ffn-out"] = m.mlp.fc2, tokens
             found[f"{prefix}-out"] = m, tokens
         elif prefix == "vit-after-embed":
-            found[prefix] = m, lambda x: square(x.transpose(1, 2))
+            found["unet-in"] = m, lambda x, inputs: inputs[0]
+            found[prefix] = m, lambda x, _: square(x.transpose(1, 2))
         else:                                             # resamplers, first convolution, prediction
-            found[prefix] = m, lambda x: x
+            if prefix == "unet-after-conv-in":
+                found["unet-in"] = m, lambda x, inputs: inputs[0]
+            found[prefix] = m, plain
     return found
+
+
+def describe(name):
+    """(kind, stage) of an activation's name: up-level0-repeat1-res-out -> res-out, up; the ends of the network have stage end."""
+    stage = re.match(r"down|mid|up(?!\w)", name)
+    return re.sub(r"^(unet|vit|(down|mid|up)(-level\d+)?(-repeat\d+)?(-vit-block\d+)?)-", "", name), stage[0] if stage else "end"
+
+
+@torch.no_grad()
+def cost_shares(net, x, t):
+    """Share of the operations of one forward pass (matrix products, convolutions, attention) that are done when each activation is there."""
+    done, counter = {}, FlopCounterMode(display=False)
+    hooks = [m.register_forward_hook(lambda *_, n=n: done.__setitem__(n, counter.get_total_flops())) for n, (m, _) in catalogue(net).items()]
+    with counter:
+        net(x, 1000 * t)
+    for h in hooks:
+        h.remove()
+    return {n: v / counter.get_total_flops() for n, v in done.items()}
+
+
+def pca_rgb(x):
+    """Maps [N, C, H, W] -> uint8 [N, 3, H, W]: the three principal components over all positions of all N, each from its least to its greatest value."""
+    flat = x.permute(0, 2, 3, 1).flatten(0, 2).double()                          # [NHW, C]
+    flat = flat - flat.mean(0)
+    v = torch.linalg.eigh(flat.T @ flat)[1].flip(1)[:, :3]                       # [C, 3], greatest first
+    v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()                  # a component's sign is arbitrary: let its greatest loading be positive
+    y = F.pad(flat @ v, (0, 3 - v.shape[1]))
+    y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp(min=1e-9)
+    return to_uint8(y.reshape(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2) * 2 - 1)
 
 
 def matching(net, patterns):
@@ -136,7 +188,7 @@ def tapped(net, names):
 
     def hook(name, pick):
         def take(module, args, output):
-            got[name] = pick(output)
+            got[name] = pick(output, args)
             if name == deepest:
                 raise _Enough
         return take
@@ -228,18 +280,22 @@ def load_features(run, name, split):
 
 def main():
     """Extract features, from the command line."""
-    run = start("extract_features", ExtractFeatures, __doc__, flags=("--list",))
+    run = start("extract_features", ExtractFeatures, __doc__, flags=("--list", "--pca"))
     cfg = run.cfg
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context, _, why = autocast(run, cfg.precision)
 
     # --list
+    blank = np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8)
     if "--list" in run.flags:
         every = list(catalogue(net))
-        _, out = next(stream(net, state, np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8), np.arange(1), every, [0.5],
-                             device=run.device, context=context, pool="none"))
+        _, out = next(stream(net, state, blank, np.arange(1), every, [0.5], device=run.device, context=context, pool="none"))
+        share = cost_shares(net, torch.zeros(blank.shape, device=run.device), torch.full((1,), 0.5, device=run.device))
+        run.say(f"{'name':44} {'kind':18} {'stage':5} {'channels':>8}  {'size':9} cost")
         for name in every:
-            run.say(f"{name:44} {' x '.join(map(str, out[name, 0.5].shape[1:]))}")
+            kind, where = describe(name)
+            c, h, w = out[name, 0.5].shape[1:]
+            run.say(f"{name:44} {kind:18} {where:5} {c:8}  {f'{h} x {w}':9} {share[name]:4.0%}")
         return
 
     # what to read, and where
@@ -255,6 +311,18 @@ def main():
         names = matching(net, cfg.activations)
     if not times or not all(0 <= t <= 1 for t in times):
         raise UserError(f"t={times}: name one or more noise times between 0 and 1")
+    if "--pca" in run.flags and not run.dry_run:
+        test, file, n = load_data(run, "test"), run.dir / "features" / f"{cfg.name}-pca.png", len(cfg.shown)
+        require(n and all(0 <= i < len(test) for i in cfg.shown), cfg, "shown", f"name test images, 0 to {len(test) - 1}")
+        out, sheet, size = {}, [np.tile(test.images[cfg.shown], (len(times), 1, 1, 1))], test.images.shape[2:]
+        for _, one in stream(net, state, test.images, np.array(cfg.shown), names, times, device=run.device, context=context, pool="none", draws=cfg.draws,
+                             seed=cfg.seed, purpose="features test", batch=n):
+            out |= one
+        sheet += [F.interpolate(pca_rgb(out[name, t].cpu()), size).numpy() for name in names for t in times]
+        if run.rank == 0:
+            head = "first three principal components; columns: t = " + ", ".join(map(str, times))
+            save_grid(file, np.concatenate(sheet), n * len(times), rows=["image", *names], head=head)
+        return run.say(f"maps of {len(names)} activation(s) x {len(times)} time(s) x {n} image(s) in {file}")
     if cfg.pool not in ("mean", "none") and not cfg.pool.isdigit() or cfg.pool == "0":
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
     require(min(cfg.draws, cfg.batch) >= 1, cfg, "draws batch", "must be at least 1")
@@ -264,8 +332,7 @@ def main():
                   draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, data={k: d.info["fingerprint"] for k, d in data.items()},
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
     if run.dry_run:
-        _, one = next(stream(net, state, np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8), np.arange(1), names, times,
-                             device=run.device, context=context, pool=cfg.pool))
+        _, one = next(stream(net, state, blank, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())
         run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)}; {size / 1e6:,.0f} MB in {folder}")
         return

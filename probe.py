@@ -1,11 +1,13 @@
 """Probe: how discriminative a model's features are; and, after train_diffusion.py, which block and time the next stages use.
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt and data/{train,test}
-Writes  probe/<name>.json and probe/<name>.png
+Writes  probe/<name>.json and probe/<name>.png; protocol=select also probe/<name>.yaml
 Time    t = 0 is noise, t = 1 is data.
 
     python probe.py configs/shapes.yaml                                          # protocol=sweep: block x time, CPU, under a minute
     python probe.py configs/cifar10.yaml protocol=linear name=linear             # one GPU: linear probe and kNN of one activation, with controls
+    python probe.py configs/cifar10.yaml protocol=head head=difformer activations=mid-repeat1-res-out,up-level?-repeat1-res-out t=0.7,0.8,0.95 labels_share=0.1
+    python probe.py configs/cifar10.yaml protocol=select activations='*' t=0.6,0.8,0.95             # which kinds of activation are worth reading
     torchrun --nproc_per_node=8 probe.py configs/cifar10.yaml                    # eight GPUs share the times of the sweep
 
 sweep   scores every block x time by NMI of k-means (on the images it clusters), kNN and a linear probe (on a validation part of the training images), and by
@@ -13,46 +15,74 @@ sweep   scores every block x time by NMI of k-means (on the images it clusters),
         reported beside it.
 linear  trains on the training images outside the validation part, selects on that part, reports the test images once; with raw pixels, the same network with
         random weights and a supervised network of the same size beside it.
+head    trains a head on the fly: fresh noise for every image seen, flips and crops if asked for; linear, MLP, CNN, attention (arXiv 2307.08702), DifFormer and
+        DifFeed (2311.17921). Learning rate and l2 are selected on the validation part, the test images are reported once; several seeds; controls beside it.
+select  measures noise sensitivity, granularity and locality of activations, filters them by the rules of 2410.03558, ranks the rest with a linear probe.
 """
 import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
 from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, gather, kmeans, nmi
-from train_diffusion import (Model, UserError, atomic, autocast, bar, build_model, cli, fill, finished, load_data, load_model, read_json, require, seed_of, start,
-                             write_json)
+from train_diffusion import (PATHS, Block, Model, UNet, UserError, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished, load_data, load_model,
+                             read_json, require, seed_of, start, write_json)
+
+HEAD_KEYS = {"head", "labels_share", "per_class", "width", "depth", "heads", "side", "grid", "hidden", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
+SELECT_KEYS = {"measured", "noisy", "fine", "local"}
 
 
 @dataclass
 class Probe:
     """Section `probe`."""
     name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
-    protocol: Literal["sweep", "linear"] = "sweep"        # sweep = block x time; linear = linear probe and kNN of one activation with controls
+    protocol: Literal["sweep", "linear", "head", "select"] = "sweep"      # sweep = block x time; linear = linear probe and kNN of one activation; see above
     checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
-    t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9 for sweep, the label-free choice for linear
+    t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9 for sweep and select, else the label-free choice for linear
     choice: str = "sweep"                                 # linear: which sweep to take the default activation and time from
     fit: int = 2_000                                      # sweep: training images to fit on
     validation: int = 1_000                               # training images held out for selection
     K: int = 30                                           # sweep: clusters of k-means
     neighbours: int = 20                                  # k of kNN (cosine)
-    draws: int = 3                                        # linear: noise draws, each probed alone: mean and spread
-    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear: what to compare with
-    supervised_images: int = 100_000                      # linear: images that the supervised control is trained on
+    draws: int = 3                                        # noise draws; linear: each probed alone, head: each tested: mean and spread
+    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear, head
+    supervised_images: int = 100_000                      # linear, head: images that the supervised control is trained on
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     batch: int = 500                                      # images per forward pass and process
     seed: int = 0                                         # of noise, k-means, controls
     overwrite: bool = False                               # replace a result of another recipe under this name
+    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed"] = "attention"        # head: what is trained on the activations
+    labels_share: float = 1.0                             # head: share of the labels of each class, of training and of validation images
+    per_class: int = 0                                    # head: or so many of each class, of both
+    width: int = 256                                      # head: channels of cnn, attention, difformer, diffeed (papers: 1024)
+    depth: int = 2                                        # head: transformer blocks of attention, difformer, diffeed
+    heads: int = 8                                        # head: attention heads of these
+    side: int = 16                                        # head: larger maps are averaged to so many positions per side before they become tokens
+    grid: int = 2                                         # head: linear and mlp see averages over a grid of g x g
+    hidden: list[int] = field(default_factory=lambda: [512])        # head: hidden sizes of mlp
+    images: int = 100_000                                 # head: images that every head sees
+    head_batch: int = 128                                 # head: images per update
+    lr: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])   # head: AdamW, one cycle; selected on the validation part
+    l2: list[float] = field(default_factory=lambda: [0.0, 0.05])          # head: weight decay; selected with lr
+    flip: bool = False                                    # head: mirror images at random
+    crop: int = 0                                         # head: shift images by up to so many pixels
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])     # head: of labelled subset, weights, order, noise
+    measured: int = 64                                    # select: images whose maps are measured
+    noisy: float = 1.0                                    # select: keep up to so many times the median noise sensitivity of the block outputs at that time
+    fine: float = 0.5                                     # select: keep from so many times the median granularity of the block outputs of that map size
+    local: float = 1.25                                   # select: keep up to so many times the median locality of the block outputs of that map size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,6 +296,16 @@ def train_supervised(run, cfg, state, data, name, classes):
     return net.eval().requires_grad_(False)
 
 
+def random_network(run, cfg, state):
+    """The same network with random weights."""
+    net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed + 1).to(run.device).eval().requires_grad_(False)
+    g = torch.Generator().manual_seed(seed_of(cfg.seed, "random weights"))
+    for p in net.parameters():                            # zero-initialised branches would make it blind
+        if not p.any() and p.dim() > 1:
+            p.copy_(nn.init.kaiming_uniform_(torch.empty(p.shape), a=math.sqrt(5), generator=g))
+    return net
+
+
 def one_activation(run, cfg, net):
     """The (activation, time) that protocol=linear reads: the label-free choice of a sweep, or what was named."""
     if cfg.activations == ["blocks"]:
@@ -279,12 +319,18 @@ def one_activation(run, cfg, net):
     return names[0], cfg.t[0]
 
 
+def known_classes(run, protocol):
+    """Training and test part of the data with their classes as tensors; a missing class is a UserError."""
+    parts = [load_data(run, split) for split in ("train", "test")]
+    y = [torch.from_numpy(np.array(p.classes)) for p in parts]
+    if any((c < 0).any() for c in y):
+        raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
+    return *parts, *y                                     # two Splits, two int64 [N]
+
+
 def linear(run, cfg, net, state, context):
     """Linear probe and kNN of one activation: select on the validation part, report the test part once; controls beside it."""
-    train, test = load_data(run, "train"), load_data(run, "test")
-    y, y_test = torch.from_numpy(np.asarray(train.classes)), torch.from_numpy(np.asarray(test.classes))
-    if (y < 0).any() or (y_test < 0).any():
-        raise UserError("protocol=linear needs the class of every image, and this data lacks some")
+    train, test, y, y_test = known_classes(run, "linear")
     name, t = one_activation(run, cfg, net)
     classes, order = int(y.max()) + 1, np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train))
     val, fit = np.sort(order[:min(cfg.validation, len(order) // 5)]), np.sort(order[min(cfg.validation, len(order) // 5):])
@@ -304,12 +350,7 @@ def linear(run, cfg, net, state, context):
     rows, tick = {}, time.time()
     sources = {"features": (net, t)}
     if "random" in cfg.controls:
-        fresh = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed + 1)
-        sources["random weights"] = fresh.to(run.device).eval().requires_grad_(False), t
-        g = torch.Generator().manual_seed(seed_of(cfg.seed, "random weights"))
-        for p in sources["random weights"][0].parameters():                      # zero-initialised branches would make it blind
-            if not p.any() and p.dim() > 1:
-                p.copy_(nn.init.kaiming_uniform_(torch.empty(p.shape), a=math.sqrt(5), generator=g))
+        sources["random weights"] = random_network(run, cfg, state), t
     if "supervised" in cfg.controls:
         sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.images, y=y, rows=fit), name, classes), 1.0
     for what, (model, level) in sources.items():
@@ -328,6 +369,393 @@ def linear(run, cfg, net, state, context):
                 parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads. All are called as head(maps, x_t, t) with maps [T][n] of [B, C, H, W] -> logits [B, classes]
+
+class Single(nn.Sequential):
+    """Layers that read one map, the first."""
+
+    def forward(self, maps, *_):
+        return super().forward(maps[0][0])
+
+
+def pooled_head(channels, classes, grid, hidden=()):
+    """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2), normalised per feature."""
+    sizes = [channels * grid ** 2, *hidden, classes]
+    layers = [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.BatchNorm1d(sizes[0], affine=False)]
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return Single(*layers[:-1])
+
+
+def cnn_head(channels, classes, width):
+    """Twice 3x3 convolution, norm, ReLU; average; linear. (The paper's exact shape is not published.)"""
+    layer = lambda a: [nn.Conv2d(a, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return Single(*layer(channels), *layer(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+class DifFormer(nn.Module):
+    """DifFormer (arXiv 2311.17921): maps of several blocks become tokens of one transformer, once per time; its CLS vectors of all times are concatenated.
+
+    With one block and one time this is the attention head of 2307.08702. Papers: width 1024, depth 2, heads 8, side 16; no positions.
+    shapes: (C, H, W) of each block; hidden: width of the feed-forward parts, 0 = 4 x width.
+    """
+
+    def __init__(self, shapes, times, classes, width, depth, heads, side=16, hidden=0):
+        super().__init__()
+        token = lambda c, h, w: nn.Sequential(nn.AdaptiveAvgPool2d((h, w)), nn.LayerNorm([c, h, w]), nn.Conv2d(c, width, 1))
+        self.tokens = nn.ModuleList(token(c, min(h, side), min(w, side)) for c, h, w in shapes)              # shared by all times
+        self.cls, self.blocks = nn.Parameter(torch.zeros(1, 1, width)), nn.ModuleList(Block(width, heads) for _ in range(depth))
+        for b in self.blocks if hidden else ():
+            b.mlp.fc1, b.mlp.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.out = nn.Linear(times * width, classes)
+
+    def forward(self, maps, *_):
+        seen = []
+        for blocks in maps:                               # times do not attend to each other
+            tokens = [f(m).flatten(2).transpose(1, 2) for f, m in zip(self.tokens, blocks)]                  # [B, h * w, width] of each block
+            x = torch.cat([self.cls.expand(len(blocks[0]), -1, -1), *tokens], 1)                             # [B, 1 + L, width]
+            for b in self.blocks:
+                x = b(x)
+            seen.append(x[:, 0])
+        return self.out(torch.cat(seen, 1))
+
+
+def mirrors(net):
+    """DifFeed's pairs (name of a decoder output, module of the mirrored encoder output it is added to), one per level: the first residual block there.
+
+    In ADM's numbering 38 - b <- b (method of arXiv 2311.17921). Channels and size of the two are equal in every U-Net that build_model makes.
+    """
+    if not isinstance(net, UNet):
+        raise UserError("head=diffeed: needs a U-Net, whose decoder mirrors its encoder")
+    names, down = {id(m): n for n, (m, _) in catalogue(net).items()}, net.input_blocks
+    first = [i for i in range(1, len(down)) if i == 1 or down[i - 1][0].resample]
+    return [(names[id(net.output_blocks[len(down) - 1 - i][-1])], down[i][-1]) for i in first]
+
+
+class DifFeed(nn.Module):
+    """DifFeed (arXiv 2311.17921): a second pass of the same x_t, to which decoder maps of the first are added in the encoder; attention head on `name`.
+
+    The network stays frozen, but gradients go through it to the feedback layers. shapes: (C, H, W) of the decoder maps; shape: of `name`.
+    """
+
+    def __init__(self, net, name, shapes, shape, classes, width, depth, heads, side=16, context=nullcontext):
+        super().__init__()
+        self.frozen = net, name, [m for _, m in mirrors(net)], context           # in a tuple: no part of what is trained
+        self.back = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()) for c, _, _ in shapes)
+        self.head = DifFormer([shape], 1, classes, width, depth, heads, side)
+
+    def forward(self, maps, x_t, t):                      # maps [1][levels]: decoder outputs of the first pass
+        net, name, targets, context = self.frozen
+        hooks = [m.register_forward_hook(lambda _, args, out, g=f(x): out + g.to(out.dtype)) for m, f, x in zip(targets, self.back, maps[0])]
+        try:                                              # the skip connections carry the sums, too
+            with context():
+                second = look(net, [name], x_t, t)
+        finally:
+            for h in hooks:
+                h.remove()
+        return self.head([second])
+
+
+def look(net, names, x_t, t):
+    """Maps [B, C, H, W] of one pass over x_t [B, 3, H, W] at times t [B], with gradients where they are enabled."""
+    with tapped(net, names) as got:
+        try:
+            net(x_t, 1000 * t)
+        except _Enough:
+            pass
+    return [got[n].float() for n in names]
+
+
+@dataclass
+class Reading:
+    """A kind of head and what it reads: names x times of a frozen network, maps averaged over noise draws; raw pixels if there is no network."""
+    kind: str
+    net: nn.Module | None
+    names: list
+    times: list
+    draws: int = 1
+    hidden: int = 0                                       # of the transformer's feed-forward parts; 0 = 4 x width
+
+    @property
+    def passes(self):                                     # of the network, per image
+        return (self.net is not None) * len(self.times) * self.draws * (1 + (self.kind == "diffeed"))
+
+    @torch.no_grad()
+    def views(self, path, x, z, context):
+        """Images x [B, 3, H, W], noises z, one [B, 3, H, W] per draw -> what heads are called with: maps [T][n] of [B, C, h, w], the last x_t, its t [B]."""
+        if self.net is None:
+            return [[x]], x, None
+        maps, taps = [], [n for n, _ in mirrors(self.net)] if self.kind == "diffeed" else self.names
+        for level in self.times:
+            t = torch.full((len(x),), level, device=x.device)
+            with context():
+                parts = [look(self.net, taps, x_t := diffuse(path, x, e, t), t) for e in z]
+            maps.append([sum(p) / len(p) for p in zip(*parts)])
+        return maps, x_t, t
+
+
+def build_head(cfg, r, path, size, classes, seed, device="cpu", context=nullcontext):
+    """A fresh head for reading `r` of size x size images."""
+    x = torch.zeros(1, 3, size, size, device=device)
+    shapes, common = [m.shape[1:] for m in r.views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
+    with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator
+        torch.manual_seed(seed_of(seed, "head"))
+        if r.kind in ("linear", "mlp"):
+            h = pooled_head(shapes[0][0], classes, cfg.grid if r.net else size, cfg.hidden if r.kind == "mlp" else ())
+        elif r.kind == "cnn":
+            h = cnn_head(shapes[0][0], classes, cfg.width)
+        elif r.kind == "diffeed":
+            with torch.no_grad():
+                shape = look(r.net, r.names, x, torch.zeros(1, device=device))[0].shape[1:]
+            h = DifFeed(r.net, r.names[0], shapes, shape, *common, context)
+        else:
+            h = DifFormer(shapes, len(r.times), *common, r.hidden)
+    return h.to(device)
+
+
+def augmented(x, flip, crop, g):
+    """Images [B, C, H, W], mirrored at random, shifted by up to `crop` pixels over mirrored edges."""
+    if flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=g).to(x.device) < 0.5, x.flip(-1), x)
+    if crop:
+        h, w, at = *x.shape[2:], torch.randint(2 * crop + 1, (len(x), 2), generator=g).tolist()
+        x = torch.stack([p[:, i:i + h, j:j + w] for p, (i, j) in zip(F.pad(x, [crop] * 4, mode="reflect"), at)])
+    return x
+
+
+def scaled(images, rows, device):
+    """Rows of uint8 images as float [B, C, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images[rows])).to(device).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def evaluate(heads, r, path, images, y, rows, batch, seed, purpose, device="cpu", context=nullcontext):
+    """[(accuracy, -loss)] of each head over `rows`, in eval mode; noise belongs to the image."""
+    score = torch.zeros(len(heads), 2)
+    for i in range(0, len(rows), batch):
+        part = rows[i:i + batch]
+        z = [draw(seed, f"{purpose} {d}", part, images.shape[1:]).to(device) for d in range(r.draws)]
+        seen, target = r.views(path, scaled(images, part, device), z, context), y[part].to(device)
+        for j, h in enumerate(heads):
+            out = h.eval()(*seen)
+            score[j] += torch.stack([(out.argmax(1) == target).sum(), -F.cross_entropy(out, target, reduction="sum")]).cpu()
+    return [tuple(s) for s in (score / len(rows)).nan_to_num(nan=-math.inf).tolist()]
+
+
+def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=nullcontext, tick=lambda: None):
+    """A head for every (lr, l2), trained side by side on the same frozen passes with fresh noise: (the best on rows `val`, its lr and l2, its accuracy there).
+
+    AdamW with one cycle. (2307.08702 and 2311.17921: SGD without momentum, lr 1e-2 or 5e-2, times 0.1 every 7 of 28 epochs.)
+    """
+    trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
+    steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, images.shape[2], int(y.max()) + 1, seed, device, context) for _ in trials]
+    opts = [torch.optim.AdamW(h.parameters(), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
+    plans = [torch.optim.lr_scheduler.OneCycleLR(o, lr, steps + 1) for o, (lr, _) in zip(opts, trials)]
+    for step in range(steps):
+        rows = np.sort(np.random.default_rng(seed_of(seed, "head rows", step)).choice(fit, batch, replace=False))
+        g = torch.Generator().manual_seed(seed_of(seed, "head noise", step))
+        x = augmented(scaled(images, rows, device), cfg.flip, cfg.crop, g)
+        seen = r.views(path, x, torch.randn(r.draws, *x.shape, generator=g).to(device), context)
+        for h, o, p in zip(heads, opts, plans):
+            F.cross_entropy(h.train()(*seen), y[rows].to(device)).backward()
+            o.step()
+            o.zero_grad()
+            p.step()
+        tick()
+    scores = evaluate(heads, r, path, images, y, val, cfg.batch, seed, "head validation", device, context)
+    best = max(range(len(trials)), key=lambda i: scores[i])
+    return heads[best], trials[best], scores[best][0]
+
+
+def labelled(y, rows, share, per_class, seed):
+    """The rows whose labels may be used: a share of each class, at least one, or so many of each; of one seed, smaller sets lie inside larger ones."""
+    rows, keep = np.random.default_rng(seed_of(seed, "labelled rows")).permutation(rows), []
+    for k in np.unique(y[rows]):
+        of = rows[y[rows] == k]
+        if len(of) < per_class:
+            raise UserError(f"per_class={per_class}: class {k} has only {len(of)} images to take from")
+        keep.append(of[:per_class or max(1, round(share * len(of)))])
+    return np.sort(np.concatenate(keep))
+
+
+def places(run, cfg, net):
+    """(names, times) that protocol=head reads."""
+    if cfg.activations == ["blocks"]:
+        name, t = one_activation(run, cfg, net)
+        return [name], cfg.t or [t]
+    return matching(net, cfg.activations), cfg.t
+
+
+def check_head(cfg):
+    """UserErrors for impossible settings of protocol=head."""
+    require(0 < cfg.labels_share <= 1 and cfg.per_class >= 0 and (cfg.labels_share == 1 or not cfg.per_class), cfg, "labels_share per_class",
+            "a share above 0 and up to 1, or a number of images per class, not both")
+    require(min(cfg.width, cfg.depth, cfg.heads, cfg.side, cfg.grid, cfg.images, *cfg.hidden) >= 1 and cfg.width % cfg.heads == 0, cfg,
+            "width depth heads side grid images hidden", "must be at least 1, and width a multiple of heads")
+    require(cfg.lr and cfg.l2 and cfg.seeds and min(cfg.lr) > 0 and min(cfg.l2) >= 0, cfg, "lr l2 seeds", "at least one of each; lr is positive, l2 not negative")
+    require(cfg.head != "diffeed" or cfg.precision != "fp16", cfg, "head precision", "gradients go through the network here: use bf16 or fp32")
+    require(cfg.head_batch >= 2 and cfg.crop >= 0, cfg, "head_batch crop", "head_batch is at least 2, crop at least 0")
+
+
+def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times):
+    """{(name, t): validation accuracy of a ridge classifier on the pooled activation}."""
+    a, b = ([out for _, out in stream(net, state, images, rows, names, times, device=run.device, context=context, seed=cfg.seed, purpose="ranking", batch=cfg.batch)]
+            for rows in (fit, val))
+    score = {}
+    for key in itertools.product(names, times):
+        fa, fb = standardise(*(torch.cat([out[key] for out in part]).cpu() for part in (a, b)))
+        score[key] = accuracy(ridge(fa, y[fit], int(y.max()) + 1, 1e-3), fb, y[val])
+    return score
+
+
+def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
+    """The head that was asked for, and its controls: {what: Reading}, for the seed cfg.seed. A ridge classifier finds the best single place, on rows `val`."""
+    path, size, classes, fused = PATHS[state["path"]], state["size"], int(y.max()) + 1, cfg.head in ("difformer", "diffeed")
+    count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, size, classes, 0, run.device).parameters())
+    score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
+    name, t = max(score, key=score.get)
+    where, plain = (names, times) if cfg.head == "difformer" else ([name], [t]), "attention" if fused else cfg.head
+    out = {cfg.head: Reading(cfg.head, net, *where)}
+    if fused:
+        one, spare = Reading(plain, net, [name], [t]), cfg.depth * (2 * cfg.width + 1)       # spare: parameters of one more hidden unit in every block
+        out["best single (block, t)"] = one
+        out["equal passes, averaged"] = Reading(plain, net, [name], [t], draws=out[cfg.head].passes)
+        out["equal parameters"] = Reading(plain, net, [name], [t], hidden=4 * cfg.width + round((count(out[cfg.head]) - count(one)) / spare))
+    if "random" in cfg.controls:
+        out["random weights"] = Reading(cfg.head, random_network(run, cfg, state), *where)
+    if "supervised" in cfg.controls:
+        out["supervised, same size"] = Reading(plain, train_supervised(run, cfg, state, dict(images=images, y=y, rows=fit), name, classes), [name], [1.0])
+    if "pixels" in cfg.controls:
+        out["raw pixels"] = Reading(plain, None, ["pixels"], [1.0])
+    return out
+
+
+def head(run, cfg, net, state, context):
+    """Train heads on the fly: select on the validation part, report the test part once per seed; controls beside it."""
+    train, test, y, y_test = known_classes(run, "head")
+    names, times = places(run, cfg, net)
+    require(times, cfg, "t", "name one or more noise times")
+    require(cfg.head != "difformer" or len(names) * len(times) > 1, cfg, "head activations t", "needs more than one activation or time")
+    require(cfg.head != "diffeed" or all(n.startswith(("mid", "up")) for n in names) and mirrors(net), cfg, "head activations", "reads the middle or the way up")
+    path, order, rows, tick = PATHS[state["path"]], np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
+    held, where = min(cfg.validation, len(order) // 5), dict(device=run.device, context=context)
+    for seed in cfg.seeds:
+        fit, val = (labelled(y.numpy(), part, cfg.labels_share, cfg.per_class, seed) for part in (order[held:], order[:held]))
+        own = replace(cfg, seed=seed)
+        for what, r in readings(run, own, net, state, context, names, times, train.images, y, fit, val).items():
+            with bar(run, max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
+                best, (lr, l2), score = fit_head(own, r, path, train.images, y, fit, val, seed, tick=lambda: progress.update(1), **where)
+            draws = cfg.draws if r.net and r.times != [1.0] else 1               # without noise all draws are equal
+            tested = [evaluate([best], r, path, test.images, y_test, np.arange(len(test)), cfg.batch, seed, f"head test {d}", **where)[0][0] for d in range(draws)]
+            row = rows.setdefault(what, dict(head=r.kind, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()), results=[]))
+            row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
+    for what, row in rows.items():
+        means = [np.mean(s["test"]) for s in row["results"]]
+        row |= dict(accuracy=float(np.mean(means)), std=float(np.std(means)), noise_std=float(np.mean([np.std(s["test"]) for s in row["results"]])))
+        run.say(f"{what:24} {row['accuracy']:.4f} +- {row['std']:.4f} over {len(means)} seed(s), +- {row['noise_std']:.4f} over noise; "
+                f"{row['parameters']:,} trained parameters, {row['passes']} pass(es) per image")
+    if run.rank == 0:
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["accuracy"]] for r in rows.values()], list(rows), ["test"], f"test accuracy, {cfg.head} head")
+    return dict(protocol="head", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, seeds=cfg.seeds, fresh_noise=True,
+                train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Properties of activations (arXiv 2410.03558 sees them in pictures and defines no number; these are ours) and the selection by them
+
+def noise_sensitivity(a, b):
+    """Distance between two noise draws of one image over distance between images; maps a, b [N, C, H, W]: 0 = deterministic, 1 = nothing but noise."""
+    return float((a - b).flatten(1).norm(dim=1).mean() / (a - b.roll(1, 0)).flatten(1).norm(dim=1).mean().clamp(min=1e-9))
+
+
+def granularity(a, size):
+    """Length at which the spatial autocorrelation of maps [N, C, H, W], averaged over channels, falls to 1/e, in pixels of the size x size image."""
+    a = a - a.mean((0, 2, 3), keepdim=True)
+    a, before = a / a.square().mean((0, 2, 3), keepdim=True).sqrt().clamp(min=1e-9), 1.0
+    for d in range(1, a.shape[3]):
+        r = float((a[..., d:] * a[..., :-d]).mean() + (a[..., d:, :] * a[..., :-d, :]).mean()) / 2
+        if r < 1 / math.e:
+            return (d - 1 + (before - 1 / math.e) / (before - r)) * size / a.shape[3]
+        before = r
+    return float(size)                                    # it does not fall within the map
+
+
+def locality(a):
+    """How much the resemblance of two positions is a matter of their distance: minus the correlation of cosine similarity with distance, over all pairs of
+    positions of maps [N, C, H, W] (at most 16 x 16 of them)."""
+    a = a[..., ::math.ceil(a.shape[2] / 16), ::math.ceil(a.shape[3] / 16)]
+    f = F.normalize(a - a.mean((0, 2, 3), keepdim=True), dim=1).flatten(2)       # [N, C, L]
+    place = torch.cartesian_prod(torch.arange(a.shape[2]), torch.arange(a.shape[3])).float()
+    i, j = torch.triu_indices(len(place), len(place), 1)
+    similarity, distance = (f.transpose(1, 2) @ f)[:, i, j], (place[i] - place[j]).norm(dim=1).expand(len(a), -1)
+    return -float(torch.corrcoef(torch.stack([similarity.flatten(), distance.flatten()]))[0, 1].nan_to_num())
+
+
+def measure(net, state, images, rows, names, times, device="cpu", context=nullcontext, seed=0):
+    """{(name, t): dict of the three properties and the map's size}, over `rows` of the images, a few at a time."""
+    out = {}
+    for part in np.array_split(rows, math.ceil(len(rows) / 16)):
+        a, b = (next(stream(net, state, images, part, names, times, device=device, context=context, pool="none", seed=seed, purpose=f"select {d}"))[1]
+                for d in (0, 1))
+        for key in a:
+            x, z, total = a[key].cpu(), b[key].cpu(), out.setdefault(key, dict(size=a[key].shape[3], sensitivity=0.0, granularity=0.0, locality=0.0))
+            for k, v in dict(sensitivity=noise_sensitivity(x, z), granularity=granularity(x, state["size"]), locality=locality(x)).items():
+                total[k] += v * len(part) / len(rows)
+    return out
+
+
+def verdicts(table, blocks, noisy, fine, local):
+    """The filtering rules of 2410.03558 (section 4) in numbers, at one time. table: {name: properties} in forward order -> {name: why it is dropped, or ""}.
+
+    The paper keeps the clean half of the way up, without increments and without self-attention, and of the noisy half only self-attention's q and k. Here:
+    noisy activations go, wherever they are (increments among them); maps much finer than the block outputs of their size go (over-refined ends of a level);
+    activations more local than those go, unless the output of their own block is noisy.
+    """
+    names, out = list(table), {}
+    limit = noisy * np.median([table[b]["sensitivity"] for b in blocks])
+    for i, n in enumerate(names):
+        peers, own = [b for b in blocks if table[b]["size"] == table[n]["size"]] or blocks, next((b for b in names[i:] if b in blocks), n)
+        median = lambda key: np.median([table[b][key] for b in peers])
+        out[n] = ("noisy" if table[n]["sensitivity"] > limit else "fine" if table[n]["granularity"] < fine * median("granularity") else
+                  "local" if table[n]["locality"] > local * max(median("locality"), 0) and table[own]["sensitivity"] <= limit and n not in blocks else "")
+    return out
+
+
+def select(run, cfg, net, state, context):
+    """Measure activations, filter them, rank the rest by a linear probe on the validation part; write the best of every map size, at one time, as YAML."""
+    train, _, y, _ = known_classes(run, "select")
+    names = matching(net, ["*"] if cfg.activations == ["blocks"] else cfg.activations)
+    blocks, order = [n for n in block_outputs(net) if n in names], np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train))
+    fit, val = np.sort(order[:cfg.fit]), np.sort(order[cfg.fit:cfg.fit + cfg.validation])
+    require(blocks, cfg, "activations", "name some block outputs, too: they are what the others are compared with")
+    require(cfg.measured >= 2 and len(val) >= 10, cfg, "measured fit validation", f"at least 2 images to measure, 10 to validate, of {len(train)} training images")
+    props = measure(net, state, train.images, fit[:cfg.measured], names, cfg.t, run.device, context, cfg.seed)
+    table = []
+    for t in cfg.t:
+        why = verdicts({n: props[n, t] for n in names}, blocks, cfg.noisy, cfg.fine, cfg.local)
+        left = [n for n in names if not why[n]]
+        score = ridge_ranking(run, cfg, net, state, context, train.images, y, fit, val, left, [t]) if left else {}
+        table += [dict(activation=n, **noise_level(state["path"], t), **props[n, t], dropped=why[n], linear=score.get((n, t))) for n in names]
+    rest = sorted((r for r in table if not r["dropped"]), key=lambda r: -r["linear"])
+    require(rest, cfg, "noisy fine local", "no activation passes; loosen them")
+    best = {r["size"]: r for r in reversed(rest) if r["t"] == rest[0]["t"]}     # of each size the best comes last
+    chosen = dict(activations=[n for n in names if n in {r["activation"] for r in best.values()}], t=[rest[0]["t"]])
+    gone = ", ".join(f"{sum(r['dropped'] == w for r in table)} {w}" for w in ("noisy", "fine", "local"))
+    found = ", ".join(f"{r['activation']} ({r['size']} x {r['size']}, {r['linear']:.3f})" for r in best.values())
+    run.say(f"{len(rest)} of {len(table)} (activation, t) pass; dropped: {gone}; chosen: {found} at t={rest[0]['t']:g}")
+    if run.rank == 0:
+        sections = run.sections | dict(extract_features=run.sections.get("extract_features", {}) | chosen | dict(name="select"), probe=chosen)
+        with atomic(run.dir / "probe" / f"{cfg.name}.yaml") as f:
+            f.write(yaml.safe_dump(sections, sort_keys=False).encode())
+        shown, times = [n for n in names if any(r["activation"] == n for r in rest)], sorted(set(cfg.t))
+        cell = {(r["activation"], r["t"]): r["linear"] for r in table}
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", [[cell[n, t] for t in times] for n in shown], shown, [f"t={t:g}" for t in times],
+                 "validation accuracy of a linear probe; activations that pass", [(shown.index(r["activation"]), times.index(r["t"]), "*") for r in best.values()])
+    return dict(protocol="select", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, measured=min(cfg.measured, len(fit)),
+                chosen=chosen, table=table)
+
+
 def main():
     """Probe, from the command line."""
     run = start("probe", Probe, __doc__)
@@ -335,24 +763,29 @@ def main():
     cfg.name = cfg.name or cfg.protocol
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context, _, why = autocast(run, cfg.precision)
-    if cfg.protocol == "sweep" and not cfg.t:
+    if cfg.protocol in ("sweep", "select") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     require(all(0 <= t <= 1 for t in cfg.t) and min(cfg.draws, cfg.batch, cfg.neighbours) >= 1 and cfg.K >= 2,
             cfg, "t draws batch neighbours K", "times lie between 0 and 1, K is at least 2, the others at least 1")
-    path = run.dir / "probe" / f"{cfg.name}.json"
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("name", "overwrite", "batch")} | dict(hash=state["weights"])
+    path, other = run.dir / "probe" / f"{cfg.name}.json", (HEAD_KEYS if cfg.protocol != "head" else set()) | (SELECT_KEYS if cfg.protocol != "select" else set())
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch"} | other} | dict(hash=state["weights"])
     if cfg.protocol == "linear":
         recipe["reads"] = list(one_activation(run, cfg, net))
+    if cfg.protocol == "head":
+        check_head(cfg)
+        recipe["reads"] = list(places(run, cfg, net))
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         return
     if run.agreed(finished(run, path, recipe)):
         return
-    result = (sweep if cfg.protocol == "sweep" else linear)(run, cfg, net, state, context)
+    result = dict(sweep=sweep, linear=linear, head=head, select=select)[cfg.protocol](run, cfg, net, state, context)
     if run.rank == 0:
         write_json(path, result | dict(recipe=recipe))
     run.wait()
     run.say(f"result in {path}, picture in {path.with_suffix('.png')}")
+    if cfg.protocol == "select":
+        run.say(f"next: python extract_features.py {path.with_suffix('.yaml')} run={run.dir}")
     if cfg.protocol == "sweep":
         named = ("" if cfg.checkpoint == "diffusion/base" else f" checkpoint={cfg.checkpoint}") + ("" if cfg.name == "sweep" else f" choice={cfg.name}")
         run.next(f"extract_features.py{named}", "extracts the label-free choice")

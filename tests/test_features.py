@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from extract_features import catalogue, matching, pooled, stream, tapped
+from extract_features import catalogue, cost_shares, describe, matching, pca_rgb, pooled, stream, tapped
 from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UserError, build_model, diffuse, draw
 
 MODELS = {"unet": Model(channels=32, mult=[1, 2], blocks=2, attention=[8], head_channels=16), "stem": Model(channels=16, mult=[1, 2, 2], blocks=1, attention=[4], head_channels=16, stem=2),
@@ -49,8 +49,9 @@ def test_every_part_has_its_own_name(kind):
     resamplers = sum(m.resample is not None for m in res)
     attention, blocks = (sum(isinstance(m, c) for m in net.modules()) for c in (AttentionBlock, Block))
     skips = sum(isinstance(m, Block) and m.skip_linear is not None for m in net.modules())
-    assert len(catalogue(net)) == 2 * (len(res) - resamplers) + resamplers + 5 * attention + 7 * blocks + skips + 2     # + first layer and output
-    assert len({id(m) for m, _ in catalogue(net).values()}) == len(catalogue(net)) - 2 * (attention + blocks)          # q, k and v share a module
+    skips += len(getattr(net, "output_blocks", ()))
+    assert len(catalogue(net)) == 2 * (len(res) - resamplers) + resamplers + 6 * attention + 9 * blocks + skips + 3     # + input, first layer and output
+    assert len({id(m) for m, _ in catalogue(net).values()}) == len(catalogue(net)) - 3 * (attention + blocks) - 1      # q, k, v and map share a module
 
 
 def test_names_count_levels_from_the_far_end():
@@ -63,7 +64,7 @@ def test_names_count_levels_from_the_far_end():
     assert shapes["up-level0-upsampler-out"] == (64, 16, 16) and shapes["up-level1-repeat2-res-out"] == (32, 16, 16)
     assert "up-level2-repeat0-res-out" not in shapes and "up-level0-repeat3-res-out" not in shapes
     shapes = {n: tuple(v.shape[1:]) for (n, _), v in run(network("uvit"), pool="none", rows=np.arange(2)).items()}
-    assert {v for n, v in shapes.items() if n != "unet-out" and not n.endswith("ffn-inner")} == {(32, 8, 8)}
+    assert {v for n, v in shapes.items() if not n.startswith("unet") and not n.endswith(("ffn-inner", "map"))} == {(32, 8, 8)}
     assert shapes["mid-vit-block0-ffn-inner"] == (128, 8, 8) and shapes["unet-out"] == (3, 16, 16)
 
 
@@ -128,7 +129,7 @@ def test_hooks_go_even_if_the_forward_fails():
 def maps(net, x, t):
     """Every activation as a map, from one ordinary forward pass."""
     out = {}
-    hooks = [m.register_forward_hook(lambda m, a, o, n=n, pick=pick: out.__setitem__(n, pick(o))) for n, (m, pick) in catalogue(net).items()]
+    hooks = [m.register_forward_hook(lambda m, a, o, n=n, pick=pick: out.__setitem__(n, pick(o, a))) for n, (m, pick) in catalogue(net).items()]
     net(x, t)
     for h in hooks:
         h.remove()
@@ -145,6 +146,9 @@ def test_parts_of_the_unet_fit_together():
     q, k, v = (a[f"{name}-vit-block0-self-{c}"].flatten(2).unflatten(1, (4, 16)) for c in "qkv")     # [B, heads, d, L]
     h = v @ (q.transpose(2, 3) @ k / 4).softmax(-1).transpose(2, 3)
     block = net.input_blocks[5][1]
+    assert torch.allclose(a[f"{name}-vit-block0-self-map"].flatten(2).unflatten(1, (4, 64)), (q.transpose(2, 3) @ k / 4).softmax(-1).transpose(2, 3), atol=1e-5)
+    assert torch.equal(a["unet-in"], x) and torch.equal(a["up-level1-repeat2-skip"], a["unet-after-conv-in"])
+    assert torch.equal(a["up-level0-repeat1-skip"], a["down-level1-repeat0-vit-out"])
     assert torch.allclose(a[f"{name}-vit-block0-self-out"].flatten(2), block.proj_out(h.flatten(1, 2)), atol=1e-4)
     assert torch.allclose(a[f"{name}-vit-out"], a[f"{name}-res-out"] + a[f"{name}-vit-block0-self-out"], atol=1e-5)
     w = block.qkv.weight.reshape(4, 3, 16, 64)            # which rows of the weights are keys, directly
@@ -176,9 +180,31 @@ def test_parts_of_the_uvit_fit_together(conditions):
         q, k, v = (u.unflatten(2, (4, 8)).transpose(1, 2) for u in (q, k, v))
         attended = block.attn.proj(((q @ k.transpose(2, 3) / 8 ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
         assert torch.allclose(a[f"{name}-self-out"], square(attended), atol=1e-4)
+        scores = (q @ k.transpose(2, 3) / 8 ** 0.5).softmax(-1)[:, :, net.extras:]                    # [B, heads, L, extras + L]
+        assert torch.allclose(a[f"{name}-self-map"].flatten(2), scores.transpose(2, 3).flatten(1, 2), atol=1e-5)
+        assert torch.allclose(a[f"{name}-self-residual"], square(tokens + attended), atol=1e-4)
         inner = block.mlp.fc1(block.norm2(tokens + attended))
         assert torch.allclose(a[f"{name}-ffn-inner"], square(inner), atol=1e-4) and torch.allclose(a[f"{name}-ffn-out"], square(block.mlp.fc2(F.gelu(inner))), atol=1e-4)
         assert torch.allclose(a[f"{name}-out"], square(out), atol=1e-5)
+
+
+@EVERY
+def test_cost_share_rises_to_one(kind):
+    net, (x, t) = network(kind), inputs()
+    share = cost_shares(net, x, t / 1000)
+    assert list(share) == list(catalogue(net)) and sorted(share.values()) == list(share.values()) and 0.95 < share["unet-out"] <= 1 and share["unet-in"] < 0.2
+    assert describe("up-level0-repeat1-vit-block0-self-map") == ("self-map", "up") and describe("unet-in") == ("in", "end") and describe("down-vit-block1-out") == ("out", "down")
+
+
+def test_pca_finds_the_directions_that_vary_most():
+    """Colours are the coordinates along them, from least to greatest."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.rand(2, 3, 8, 8, generator=g) * torch.tensor([9.0, 3.0, 1.0])[:, None, None]
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=g))[0][:, :3]
+    rgb = pca_rgb(torch.einsum("dc,ncyx->ndyx", basis, z)).float()
+    for c in range(3):
+        assert abs(np.corrcoef(rgb[:, c].flatten(), z[:, c].flatten())[0, 1]) > 0.95 and rgb[:, c].min() == 0 and rgb[:, c].max() == 255
+    assert pca_rgb(z[:, :2]).shape == (2, 3, 8, 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,267 @@
+"""Heads trained on the fly: sizes, gradients, feedback, protocols; properties of activations and the selection by them."""
+import json
+import math
+import sys
+from contextlib import nullcontext
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import stage
+from test_features import inputs, network
+
+import extract_features
+import probe
+from extract_features import catalogue
+from probe import (DifFeed, DifFormer, Probe, Reading, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, look, measure, mirrors,
+                   noise_sensitivity, verdicts)
+from train_diffusion import PATHS, UNet, UserError, time_embedding
+
+CV, HEADS = PATHS["cv"], ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
+SMALL = Probe(width=32, depth=1, heads=4, side=4, hidden=[64], images=2_000, head_batch=50, lr=[1e-5, 1e-2], l2=[0.0], batch=64)
+NAMES = ["mid-repeat1-res-out", "up-level0-repeat1-res-out", "up-level1-repeat0-res-out"]
+size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+
+
+def reading(net, kind, **options):
+    return Reading(kind, net, NAMES if kind == "difformer" else NAMES[1:2], [0.7, 0.95] if kind == "difformer" else [0.9], **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+def test_sizes_at_the_shapes_of_the_papers():
+    """Trained parameters as the released code implies: attention 27.8 M, DifFormer 31.8 M, feedback 2.76 M; pairs b -> 38 - b of the 37 blocks."""
+    b19, b24, b30 = (1024, 8, 8), (1024, 16, 16), (512, 64, 64)
+    with torch.device("meta"):
+        attention, fused = DifFormer([b24], 1, 1000, 1024, 2, 8), DifFormer([b19, b24, b30], 3, 1000, 1024, 2, 8)
+        net = UNet(256, 3, 6, 256, [1, 1, 2, 2, 4, 4], 2, [32, 16, 8], 64)
+    assert round(size(attention) / 1e6, 1) == 27.8 and round(size(fused) / 1e6, 1) == 31.8
+    assert len(net.input_blocks) == len(net.output_blocks) == 18
+    pairs, names = mirrors(net), {n: m for n, (m, _) in catalogue(net).items()}
+    assert [next(i for i, b in enumerate(net.input_blocks) if b[-1] is m) + 1 for _, m in pairs] == [2, 5, 8, 11, 14, 17]
+    assert [next(i for i, b in enumerate(net.output_blocks) if b[-1] is names[n]) + 20 for n, _ in pairs] == [36, 33, 30, 27, 24, 21]
+    with torch.device("meta"):
+        feedback = DifFeed(net, "", [(c, 1, 1) for c in (256, 256, 512, 512, 1024, 1024)], b24, 1000, 1024, 2, 8)
+    assert round(size(feedback.back) / 1e6, 2) == 2.76 and size(feedback) == size(attention) + size(feedback.back)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_shapes_and_reach_of_gradients(kind):
+    """Every parameter that is trained gets a gradient, the network none, in DifFeed although gradients go through it."""
+    net, (x, _) = network("unet"), inputs()
+    r = reading(net, kind)
+    head = build_head(SMALL, r, CV, 16, 5, seed=0)
+    out = head(*r.views(CV, x, [torch.randn(x.shape)], nullcontext))
+    assert out.shape == (3, 5) and r.passes == {"difformer": 2, "diffeed": 2}.get(kind, 1)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters()) and all(p.grad is None for p in net.parameters())
+    assert not {id(p) for p in head.parameters()} & {id(p) for p in net.parameters()} and not any(m._forward_hooks for m in net.modules())
+
+
+def test_attention_head_by_hand():
+    """CLS and tokens of one map through pre-norm blocks: DifFormer of one block and one time."""
+    head, x, cfg = DifFormer([(8, 6, 6)], 1, 5, 16, 2, 4, side=3), torch.randn(2, 8, 6, 6), torch.nn.functional
+    norm, conv = head.tokens[0][1:]
+    y = cfg.layer_norm(x.unflatten(2, (3, 2)).unflatten(4, (3, 2)).mean((3, 5)), (8, 3, 3), norm.weight, norm.bias)
+    y = torch.cat([torch.zeros(2, 1, 16), torch.einsum("bchw,dc->bhwd", y, conv.weight[:, :, 0, 0]).flatten(1, 2) + conv.bias], 1)
+    for b in head.blocks:
+        q, k, v = (u.unflatten(2, (4, 4)).transpose(1, 2) for u in b.attn.qkv(b.norm1(y)).chunk(3, -1))
+        y = y + b.attn.proj(((q @ k.transpose(2, 3) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        y = y + b.mlp.fc2(cfg.gelu(b.mlp.fc1(b.norm2(y))))
+    assert torch.allclose(head([[x]]), head.out(y[:, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["unet", "stem"])
+def test_feedback(kind):
+    """Zeroed feedback is the plain pass bit for bit; otherwise the sums go on through the encoder and the skips, as in a pass written by hand."""
+    net, (x, t) = network(kind), inputs()
+    name, (sources, targets) = "up-level0-repeat1-res-out", zip(*mirrors(net))
+    kept = look(net, sources, x, t / 1000)
+    head = DifFeed(net, name, [k.shape[1:] for k in kept], look(net, [name], x, t / 1000)[0].shape[1:], 5, 32, 1, 4).eval()
+    for g in head.back:
+        torch.nn.init.zeros_(g[1].weight)
+    assert torch.equal(head([kept], x, t / 1000), head.head([look(net, [name], x, t / 1000)]))
+    for g in head.back:
+        torch.nn.init.ones_(g[1].weight)
+    added, skips, h = {id(m): g(k) for m, g, k in zip(targets, head.back, kept)}, [], torch.nn.functional.pixel_unshuffle(x, net.stem)
+    emb = net.time_embed(time_embedding(t, net.channels))
+    through = lambda m, h: m(h, emb) if hasattr(m, "emb_layers") else m(h)
+    for block in net.input_blocks:
+        for m in block:
+            h = through(m, h) + added.get(id(m), 0)
+        skips.append(h)
+    for m in net.middle_block:
+        h = through(m, h)
+    for i in (0, 1):
+        h = torch.cat([h, skips.pop()], 1)
+        for m in net.output_blocks[i][:1] if i else net.output_blocks[i]:
+            h = through(m, h)
+    assert torch.allclose(head([kept], x, t / 1000), head.head([[h]]), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training them
+
+def toy(n, seed=0):
+    """Images uint8 [n, 3, 16, 16] of four classes: colour and direction of stripes, at random phases."""
+    g = np.random.default_rng(seed)
+    y, phase, wave = g.integers(0, 4, n), g.integers(0, 4, (n, 1, 1)), np.arange(16)
+    stripes = ((wave[None, :, None] + 0 * wave + phase) // 2 % 2 * 255)
+    images = np.full((n, 3, 16, 16), 60)
+    images[np.arange(n), y % 2] = np.where((y < 2)[:, None, None], stripes, stripes.transpose(0, 2, 1))
+    return (images * 0.7 + g.integers(0, 40, images.shape)).astype(np.uint8), torch.from_numpy(y)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_toy_set_is_learnt(kind):
+    """The better learning rate is selected on validation rows, and the head is right on images it has not seen."""
+    net, (images, y) = network("stem"), toy(400)
+    r = Reading(kind, net, NAMES[:2] if kind == "difformer" else NAMES[:1], [0.8, 1.0] if kind == "difformer" else [0.95])
+    head, (lr, _), score = fit_head(SMALL, r, CV, images, y, np.arange(300), np.arange(300, 350), seed=0)
+    accuracy, = evaluate([head], r, CV, images, y, np.arange(350, 400), 64, 0, "test")
+    assert lr == 1e-2 and score > 0.85 and accuracy[0] > 0.85
+
+
+def test_scores_depend_on_seed_and_image_alone():
+    net, (images, y) = network("stem"), toy(40)
+    r, cfg = reading(net, "attention", draws=2), Probe(width=32, depth=1, heads=4, images=40, head_batch=20, lr=[1e-3], l2=[0.0])
+    r.names, rows = NAMES[:1], np.arange(40)
+    heads = [fit_head(cfg, r, CV, images, y, rows, rows, seed)[0] for seed in (0, 0, 1)]
+    a, b, c = (torch.cat([p.flatten() for p in h.parameters()]) for h in heads)
+    assert torch.equal(a, b) and not torch.allclose(a, c)
+    loss = [evaluate(heads[:1], r, CV, images, y, rows, batch, 0, purpose)[0][1] for batch, purpose in ((40, "p"), (7, "p"), (40, "q"))]
+    assert loss[0] == pytest.approx(loss[1], abs=1e-4) and abs(loss[0] - loss[2]) > 1e-5
+
+
+def test_augmentation():
+    x, g = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).float(), torch.Generator().manual_seed(0)
+    assert torch.equal(augmented(x, False, 0, g), x)
+    seen = [augmented(x, True, 0, g) for _ in range(20)]
+    assert {tuple(bool((a == b).all()) for a, b in zip(v, x)) for v in seen} == {(True, True), (True, False), (False, True), (False, False)}
+    assert all(torch.equal(a, b) or torch.equal(a, b.flip(-1)) for v in seen for a, b in zip(v, x))
+    shifted = [augmented(x, False, 2, g)[0, 0, 4, 4] - x[0, 0, 4, 4] for _ in range(300)]
+    assert {float(s) for s in shifted} == {8.0 * i + j for i in range(-2, 3) for j in range(-2, 3)}
+
+
+def test_labelled_subsets():
+    y, rows = np.repeat([0, 1, 2], [100, 50, 10]), np.arange(10, 160)
+    assert np.array_equal(labelled(y, rows, 1.0, 0, 0), rows)
+    sets = [labelled(y, rows, share, 0, 0) for share in (0.01, 0.1, 0.5)]
+    assert [np.bincount(y[s]).tolist() for s in sets] == [[1, 1, 1], [9, 5, 1], [45, 25, 5]] and all(set(a) <= set(b) <= set(rows) for a, b in pairwise(sets))
+    few = [labelled(y, rows, 1.0, 4, seed) for seed in (0, 1)]
+    assert np.bincount(y[few[0]]).tolist() == [4, 4, 4] and set(few[0]) != set(few[1])
+    with pytest.raises(UserError, match="per_class=11: class 2"):
+        labelled(y, rows, 1.0, 11, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Properties
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_properties_of_known_fields():
+    """Additive noise; white, blocky and first-order autoregressive fields, whose autocorrelation falls to 1/e where the formula says; positions shuffled."""
+    for s in (0.0, 0.5, 2.0):
+        a, b = (noise(200, 8, 8, 8) + s * noise(200, 8, 8, 8, seed=seed) for seed in (1, 2))
+        assert noise_sensitivity(a, b) == pytest.approx(math.sqrt(s ** 2 / (1 + s ** 2)), abs=0.02)
+    white, fall = noise(32, 8, 16, 16), 1 - 1 / math.e
+    assert granularity(white, 16) == pytest.approx(fall, rel=0.02) and granularity(white, 64) == pytest.approx(4 * fall, rel=0.02)
+    assert granularity(white.repeat_interleave(4, 2).repeat_interleave(4, 3), 64) == pytest.approx(4 * fall, rel=0.05)
+    ar = noise(64, 8, 64, 64)
+    for axis in (2, 3):
+        for i in range(1, 64):
+            ar.select(axis, i).mul_(math.sqrt(1 - 0.8 ** 2)).add_(ar.select(axis, i - 1), alpha=0.8)
+    assert granularity(ar, 64) == pytest.approx(-1 / math.log(0.8), rel=0.05)
+    shuffled = ar.flatten(2)[..., torch.randperm(64 * 64, generator=torch.Generator().manual_seed(0))].reshape(ar.shape)
+    ramp = torch.stack([f(0.1 * torch.arange(16.0)).expand(16, 16) for f in (torch.sin, torch.cos)] * 2)
+    ramp[2:] = ramp[2:].transpose(1, 2).clone()
+    assert abs(locality(white)) < 0.02 and abs(locality(shuffled)) < 0.02 < locality(ar[..., :16, :16]) and locality(ramp[None]) > 0.8
+    assert locality(torch.zeros(2, 3, 4, 4)) == 0 and math.isfinite(granularity(torch.zeros(2, 3, 4, 4), 4))
+
+
+def test_measuring_a_network():
+    net, names = network("stem"), ["unet-in", "mid-repeat1-vit-block0-self-q", "mid-repeat1-res-out"]
+    got = measure(net, dict(path="cv", size=16), toy(20)[0], np.arange(20), names, [0.05, 1.0])
+    assert got["unet-in", 0.05]["sensitivity"] > 0.9 and all(got[n, 1.0]["sensitivity"] < 0.05 for n in names)       # c < 1 leaves a little noise at t = 1
+    assert got["mid-repeat1-res-out", 1.0]["size"] == 2 and got["unet-in", 1.0]["size"] == 8
+
+
+def test_rules():
+    row = lambda sensitivity, granularity=4.0, locality=0.4, size=8: dict(sensitivity=sensitivity, granularity=granularity, locality=locality, size=size)
+    table = {"a-inc": row(0.9), "a-q": row(0.3, locality=0.8), "a-out": row(0.2), "b-q": row(0.3, locality=0.8), "b-out": row(0.8),
+             "c-x": row(0.2, granularity=1.0), "c-out": row(0.4)}
+    out = verdicts(table, ["a-out", "b-out", "c-out"], noisy=1.0, fine=0.5, local=1.25)
+    assert out == {"a-inc": "noisy", "a-q": "local", "a-out": "", "b-q": "", "b-out": "noisy", "c-x": "fine", "c-out": ""}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The protocols, from the command line
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads") / "run"
+    stage("train_diffusion", tiny, f"run={folder}", "images=64")
+    return folder
+
+
+def called(monkeypatch, module, *words):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+    module.main()
+
+
+FUSION = {"best single (block, t)", "equal passes, averaged", "equal parameters"}
+
+
+@pytest.mark.parametrize("kind, more", [("mlp", {"random weights", "raw pixels", "supervised, same size"}), ("difformer", FUSION), ("diffeed", FUSION | {"random weights"})])
+def test_protocol_head(monkeypatch, tiny, run, kind, more):
+    controls = {"mlp": "pixels,random,supervised", "difformer": "", "diffeed": "random"}[kind]
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=head", f"head={kind}", f"name={kind}", "activations=mid-repeat?-res-out", "t=0.5,0.8", "images=100",
+           "per_class=3", "width=16", "heads=4", "depth=1", "lr=1e-3", "l2=0", "seeds=0,1", "draws=2", f"controls={controls}", "flip=true", "crop=2")
+    result = json.loads((run / f"probe/{kind}.json").read_text())
+    rows = result["rows"]
+    assert set(rows) == {kind} | more and result["train_images"] == result["validation_images"] == 30 and (run / f"probe/{kind}.png").exists()
+    assert all(r["parameters"] > 0 and len(r["results"]) == 2 and 0 <= r["accuracy"] <= 1 and {"std", "noise_std"} <= set(r) for r in rows.values())
+    if kind != "mlp":
+        assert rows["equal passes, averaged"]["passes"] == rows[kind]["passes"] == 2 and rows["best single (block, t)"]["passes"] == 1
+        assert abs(rows["equal parameters"]["parameters"] - rows[kind]["parameters"]) <= 17 and rows["best single (block, t)"]["parameters"] < rows[kind]["parameters"]
+    else:
+        assert rows["raw pixels"]["passes"] == 0
+
+
+def test_protocol_select_writes_yaml_that_others_read(monkeypatch, tiny, run):
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=select", "measured=20", "t=0.5,0.9")
+    result, chosen = (f((run / f"probe/select.{e}").read_text()) for f, e in ((json.loads, "json"), (yaml.safe_load, "yaml")))
+    kept = [r for r in result["table"] if not r["dropped"]]
+    assert 0 < len(kept) < len(result["table"]) and len(chosen["extract_features"]["t"]) == 1 and (run / "probe/select.png").exists()
+    best = max(kept, key=lambda r: r["linear"])
+    assert best["activation"] in chosen["extract_features"]["activations"] and chosen["extract_features"]["t"] == [best["t"]]
+    called(monkeypatch, extract_features, run / "probe/select.yaml", f"run={run}")
+    info = json.loads((run / "features/select/info.json").read_text())
+    assert [a["activation"] for a in info["arrays"]] == chosen["extract_features"]["activations"]
+
+
+def test_list_and_pca(monkeypatch, capsys, tiny, run):
+    called(monkeypatch, extract_features, tiny, f"run={run}", "--list")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["unet-out", "out", "end", "3", "32", "x", "32", "100%"] and any("self-map" in line for line in lines)
+    called(monkeypatch, extract_features, tiny, f"run={run}", "--pca", "activations=mid*out", "t=0.5,0.9", "shown=3,1")
+    assert (run / "features/base-pca.png").stat().st_size > 1000 and not (run / "features/base").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["labels_share=0"], "labels_share=0"), (["labels_share=0.1", "per_class=2"], "not both"), (["width=30"], "multiple of heads"), (["lr="], "lr=[]"),
+    (["seeds="], "seeds=[]"), (["head_batch=1"], "head_batch=1"), (["head=resnet"], "cnn, attention"), (["head=difformer"], "more than one"), (["t="], "t=[]"),
+    (["per_class=400"], "per_class=400: class"), (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"), (["head=diffeed", "precision=fp16"], "bf16"),
+    (["protocol=select", "activations=mid*self-q"], "block outputs"), (["protocol=select", "noisy=0"], "loosen")])
+def test_bad_input(refuse, tiny, run, words, said):
+    assert said in refuse("probe", tiny, f"run={run}", "protocol=head", "activations=mid-repeat1-res-out", "t=0.5", "name=bad", *words)
+
+
+def test_feedback_needs_a_unet():
+    with pytest.raises(UserError, match="U-Net"):
+        mirrors(network("uvit"))
