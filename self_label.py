@@ -1,17 +1,23 @@
-"""Label: activations in, self-labels out: each image gets the id of its cluster.
+"""Label: activations in, self-labels out: each image gets the id of its cluster, on demand also boxes and masks.
 
 Reads   features/<features>/ (extract_features.py); for control labels only data/
 Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroids), .json (recipe and scores), .png (contact sheet)
+        lost, ncut: also boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels, right and bottom exclusive; -1 = none), confidence_<split> [N, objects],
+        ids_<split> int64 [N, objects] (cluster of each box, -1 = none); lost, ncut, masks: masks_<split> uint8 [N, H, W] (object 1 ..., or segment id)
 
     python self_label.py configs/shapes.yaml method=kmeans                       # CPU, seconds
     python self_label.py configs/cifar10.yaml method=sinkhorn K=100              # one GPU
     torchrun --nproc_per_node=8 self_label.py configs/cifar10.yaml               # eight GPUs, the same labels
     python self_label.py configs/shapes.yaml method=random reference=kmeans      # control: the same marginal, nothing about the image
+    python self_label.py configs/shapes.yaml method=ncut features=dense objects=2         # boxes; extract features=dense with pool=none or a grid
 
 kmeans      clusters of any size. sinkhorn: clusters of equal size, by optimal transport (arXiv 1911.05371, 2006.09882).
+lost, ncut  boxes of objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.11539), and clusters of the boxed regions.
+masks       clusters of all patches of all images, smoothed: every pixel gets one of `segments` ids; image ids cluster mean features.
 controls    classes (ground truth), random (permuted reference labels), subgroups (each class split at random into `groups` parts).
 """
 import math
+import shutil
 import time
 import zipfile
 from contextlib import contextmanager
@@ -24,14 +30,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from extract_features import load_features
-from train_diffusion import UserError, atomic, cli, digest, finished, load_data, read_json, require, save_grid, seed_of, start, write_json
+from train_diffusion import (UserError, atomic, cli, create_rows, digest, finished, load_data, read_json, require, save_grid, seed_of, start, write_json,
+                             write_rows)
 
 
 @dataclass
 class SelfLabel:
     """Section `self_label`."""
     name: str = ""                                        # results go to labels/<name>.npz; empty = the method
-    method: Literal["kmeans", "sinkhorn", "classes", "random", "subgroups"] = "kmeans"  # the last three are controls
+    method: Literal["kmeans", "sinkhorn", "lost", "ncut", "masks", "classes", "random", "subgroups"] = "kmeans"  # the last three are controls
     features: str = "base"                                # which features/<features> to cluster
     K: int = 100                                          # clusters
     metric: Literal["cosine", "euclidean"] = "cosine"     # kmeans: spherical or plain
@@ -45,6 +52,13 @@ class SelfLabel:
     eps: float = 0.05                                     # sinkhorn: entropic regularisation; larger = softer
     sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
     rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
+    objects: int = 1                                      # lost, ncut: at most so many boxes per image
+    contrast: float = 0.1                                 # lost, ncut: share of an image's feature variance that objects after the first must explain
+    tau: float = 0.2                                      # ncut: patches of at least this cosine are joined
+    refine: bool = True                                   # lost, ncut: outline in pixels from upsampled features, not in patches
+    segments: int = 21                                    # masks: clusters of patches, background included
+    smooth: float = 0.3                                   # masks: weight of a patch's 3 x 3 neighbourhood; 0 = none
+    by: Literal["kmeans", "sinkhorn"] = "kmeans"          # lost, ncut, masks: how regions and patches are clustered
     reference: str = "kmeans"                             # random: whose marginal to keep
     groups: int = 5                                       # subgroups: parts per class
     seed: int = 0                                         # of starts, permutations, splits
@@ -421,6 +435,215 @@ def size_entropy(sizes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Boxes: the object of an image from its patch features, all images of a batch at once. `left` bool [n, P]: patches that no object took yet.
+
+def lost(similarity, left):
+    """LOST: (object patches bool [n, P], seed int64 [n]) from cosines [n, P, P]. Objects are smaller than the background: fewer patches resemble theirs."""
+    n, P = left.shape
+    alike = (similarity >= 0) & left[:, :, None] & left[:, None]
+    degree = alike.sum(2, dtype=torch.int32).masked_fill(~left, P + 1)
+    seed = degree.argmin(1)
+    low = degree <= degree.kthvalue(max(1, P // 7), 1, keepdim=True).values      # the paper's 100 patches, scaled with the grid; all of equal degree count
+    similar = (low & alike[torch.arange(n, device=left.device), seed]).float()   # low degree and like the seed
+    return (torch.bmm(similar[:, None], similarity)[:, 0] >= 0) & left, seed
+
+
+def second_eigenvector(A, steps=24, tol=5e-5, rounds=30):
+    """(second largest eigenvalue [n], its unit eigenvector z [n, P]) of D^-1/2 A D^-1/2 for symmetric A >= 0 [n, P, P], D = diag(row sums).
+
+    y = D^-1/2 z is then the relaxed normalised cut, (D - A) y = (1 - eigenvalue) D y (Shi and Malik 2000). The largest eigenvector, D^1/2 1, is known
+    and kept out. Lanczos with full orthogonalisation; where the residual exceeds tol it goes on from a third of its vectors, the best (thick restart,
+    Wu and Simon 2000). Nodes with empty rows stay 0.
+    """
+    n, P = A.shape[:2]
+    degree = A.sum(2)
+    root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
+    A, first = A * root[:, :, None] * root[:, None], F.normalize(degree.sqrt(), dim=1)
+    steps, todo, value = min(steps, P - 1), torch.arange(n, device=A.device), A.new_zeros(n)
+    keep, begin, diagonal = -(-steps // 3), 0, torch.arange(steps)
+    z = torch.from_numpy(np.random.default_rng(0).normal(size=P)).to(first) * (degree > 0)       # equal for all: no batch changes an image's result
+
+    def clean(w, V):                                      # w without its parts along V [n, j, P], of unit length; twice is enough (Kahan)
+        for _ in range(2):
+            w = w - torch.bmm(torch.bmm(w[:, None], V.transpose(1, 2)), V)[:, 0]
+            length = w.norm(dim=1, keepdim=True)
+            w = w / length.clamp(min=1e-30)
+        return w * (length > 0.1)                         # else only rounding was left: V spans the graph
+
+    T, V = A.new_zeros(n, steps, steps), torch.cat([first[:, None], A.new_zeros(n, steps + 1, P)], 1)
+    V[:, 1] = clean(z, V[:, :1])
+    for _ in range(rounds):
+        for j in range(begin, steps):
+            w = torch.bmm(A, V[:, j + 1, :, None])[:, :, 0]
+            T[:, j, j] = (w * V[:, j + 1]).sum(1)
+            V[:, j + 2] = clean(w, V[:, :j + 2])
+            edge = (w * V[:, j + 2]).sum(1)
+            if j + 1 < steps:
+                T[:, j, j + 1] = T[:, j + 1, j] = edge
+        e, u = torch.linalg.eigh(T)
+        e, u = e[:, -keep:], u[:, :, -keep:].transpose(1, 2)
+        best, residual = torch.bmm(u, V[:, 1:-1]), edge[:, None] * u[:, :, -1]   # |A z - value z| of each vector
+        value[todo], z[todo] = e[:, -1], best[:, -1]
+        go = residual[:, -1].abs() > tol
+        if not go.any():
+            break
+        A, V, todo = (A, V, todo) if go.all() else (A[go], V[go], todo[go])
+        T = A.new_zeros(len(todo), steps, steps)
+        T[:, diagonal[:keep], diagonal[:keep]], T[:, keep, :keep], T[:, :keep, keep] = e[go], residual[go], residual[go]
+        V[:, 1:keep + 1], V[:, keep + 1], begin = best[go], V[:, -1].clone(), keep
+    return value, z
+
+
+def ncut(similarity, left, grid, tau=0.2):
+    """Normalised cut of the graph that joins patches of cosine >= tau (TokenCut): (object patches bool [n, P], seed int64 [n])."""
+    pair = left[:, :, None] & left[:, None]
+    A = torch.where(similarity >= tau, 1.0, 0.1 / left.shape[1]) * pair          # a little everywhere tells parts that nothing joins apart (the paper's: 1e-5)
+    y = second_eigenvector(A)[1] * A.sum(2).clamp(min=1e-30).rsqrt()
+    y = (y - (y * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)) * left
+    extreme = lambda v: (v >= 0.99 * v.amax(1, keepdim=True)).float().argmax(1)  # patches that equal but for rounding must not depend on it: the first
+    y = y * y.gather(1, extreme(y.abs())[:, None]).sign()                        # the object is the side of the extreme
+    corners = [0, grid[1] - 1, -grid[1], -1]
+    y = torch.where((y[:, corners] > 0).sum(1, keepdim=True) >= 3, -y, y)        # but no object lies in three corners
+    return y > 0, extreme(y)
+
+
+def component(mask, seed, grid):
+    """The 4-connected component of bool masks [n, P] on the grid that holds the patch seed [n] (empty where the mask lacks it)."""
+    free = mask.float().unflatten(1, (1, *grid))
+    reach = F.one_hot(seed, mask.shape[1]).float().view_as(free) * free
+    while True:
+        grown = torch.maximum(F.max_pool2d(reach, (3, 1), 1, (1, 0)), F.max_pool2d(reach, (1, 3), 1, (0, 1))) * free
+        if torch.equal(grown, reach):
+            return reach.flatten(1) > 0
+        reach = grown
+
+
+def bounds(masks):
+    """Smallest boxes float32 [n, 4] around bool masks [n, H, W]: x0 y0 x1 y1, right and bottom exclusive; -1 where there is nothing."""
+    cols, rows, (H, W) = masks.any(1).float(), masks.any(2).float(), masks.shape[1:]
+    box = torch.stack([cols.argmax(1), rows.argmax(1), W - cols.flip(1).argmax(1), H - rows.flip(1).argmax(1)], 1).float()
+    return torch.where(masks.flatten(1).any(1)[:, None], box, -1.0)
+
+
+def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.1, refine=True):
+    """Objects of images from patch features x float32 [n, P, D] on the grid (h, w), size = (H, W) pixels. A dict of
+
+    boxes [n, objects, 4] in pixels, confidence [n, objects] (share of the image's feature variance between object and rest), masks uint8 [n, H, W]
+    (0, or 1 + object; the first keeps its pixels), regions [n, objects, D] (mean feature in the box). An image without contrast has none: boxes -1,
+    the region is the image. Further objects are sought among the patches that are left, and must explain the share `contrast`.
+    """
+    n, P, D = x.shape
+    mean = lambda of: (of.to(x)[:, None] @ x)[:, 0] / of.sum(1, keepdim=True).clamp(min=1)       # of bool [n, P] -> [n, D]
+    spread = (x - mean(torch.ones_like(x[:, :, 0], dtype=torch.bool))[:, None]).square().sum((1, 2))
+    left, found = torch.ones(n, P, dtype=torch.bool, device=x.device), spread > 1e-6 * x.square().sum((1, 2))
+    out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects), regions=x.new_empty(n, objects, D),
+               masks=x.new_zeros(n, *size, dtype=torch.uint8))
+    zoom = lambda v, mode: F.interpolate(v.to(x).unflatten(1, (1, *grid)), size, mode=mode)[:, 0]
+    for j in range(objects):
+        f = F.normalize(x - mean(left)[:, None], dim=2) * left[:, :, None]       # centred per image: else all patches resemble each other
+        similarity = torch.bmm(f, f.transpose(1, 2))
+        m, seed = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
+        m = component(m, seed, grid)
+        a, b, inside, rest = m.sum(1), (left & ~m).sum(1), mean(m), mean(left & ~m)
+        share = a * b / (a + b).clamp(min=1) * (inside - rest).square().sum(1) / spread.clamp(min=1e-30)
+        found = found & (a > 0) & (b > 0) & (share >= (contrast if j else 0))
+        m = m & found[:, None]
+        pixels = zoom(m, "nearest") > 0
+        if refine:                                        # nearer to the object's mean than to the rest's: linear in x, so upsampling this upsamples x
+            nearer = ((x - (inside + rest)[:, None] / 2) * (inside - rest)[:, None]).sum(2)
+            reach = F.max_pool2d(m.to(x).unflatten(1, (1, *grid)), 3, 1, 1).flatten(1)           # up to one patch beyond, but not into other objects
+            fine = (zoom(nearer, "bilinear") > 0) & (zoom((reach > 0) & (m | (nearer <= 0)), "nearest") > 0)
+            pixels = torch.where(fine.flatten(1).any(1)[:, None, None], fine, pixels)
+        out["boxes"][:, j], out["confidence"][:, j] = bounds(pixels), share * found
+        out["masks"][pixels & (out["masks"] == 0)] = j + 1
+        g = m.unflatten(1, grid)
+        out["regions"][:, j] = mean((g.any(1)[:, None] & g.any(2)[:, :, None]).flatten(1) | ~found[:, None])
+        left = left & ~m
+    return out
+
+
+def segment(x, grid, size, c, g=None, metric="cosine", eps=0.05, smooth=0.3):
+    """Segment ids uint8 [n, H, W] of patch features [n, P, d]: each pixel's best of the centroids c [K, d] (under prices g), by upsampled, smoothed scores."""
+    x = rows_of(x.reshape(-1, x.shape[-1]), slice(None), metric, c.device)
+    score = x @ c.T - (0.5 * c.square().sum(1) if g is None else eps * g)        # its argmax is that of `assign` and `balanced_assign`
+    score = score.T.reshape(len(c), -1, *grid).transpose(0, 1)                   # [n, K, h, w]
+    score = (1 - smooth) * score + smooth * F.avg_pool2d(score, 3, 1, 1, count_include_pad=False)
+    return (score if tuple(grid) == tuple(size) else F.interpolate(score, size, mode="bilinear")).argmax(1).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of boxes and masks against the ground truth: monitors only. Boxes with -1 do not exist.
+
+def iou(a, b):
+    """Intersection over union of boxes [..., 4], arrays that broadcast."""
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    both = sides.clip(0).prod(-1)
+    return both / np.maximum((a[..., 2:] - a[..., :2]).clip(0).prod(-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(-1) - both, 1e-9)
+
+
+def corloc(boxes, truth, threshold=0.5):
+    """Share of the images with an object whose first box [N, objects, 4] overlaps a true one [N, M, 4]."""
+    known = (truth[..., 2] > truth[..., 0]).any(1)
+    return float((iou(boxes[:, :1], truth).max(1) >= threshold)[known].mean()) if known.any() else 0.0
+
+
+def average_precision(boxes, confidence, truth, threshold=0.5):
+    """Area under the precision-recall curve (made monotone, as in VOC 2010) of boxes [N, objects, 4] by confidence [N, objects]; truth [N, M, 4].
+
+    In order of confidence, a box is right if the true box of its image that it overlaps most, of those still free, has at least this IoU.
+    """
+    N, order = np.arange(len(boxes)), np.argsort(-confidence, 1, kind="stable")
+    right, free = np.zeros(confidence.shape, bool), truth[..., 2] > truth[..., 0]
+    total = free.sum()
+    for j in order.T:                                     # the most confident box of every image, then the second, ...
+        overlap = np.where(free, iou(boxes[N, j][:, None], truth), -1)
+        best = overlap.argmax(1)
+        right[N, j] = overlap[N, best] >= threshold
+        free[N[right[N, j]], best[right[N, j]]] = False
+    there = boxes[..., 2] > boxes[..., 0]
+    ranked = right[there][np.argsort(-confidence[there], kind="stable")]
+    precision = np.maximum.accumulate((ranked.cumsum() / np.arange(1, len(ranked) + 1))[::-1])[::-1]
+    return float(precision[ranked].sum() / max(total, 1))
+
+
+def confusion(masks, truth, chunk=256):
+    """Pixels by segment and class [K, C] of uint8 masks [N, H, W] and their truth (255 = void), which are read in chunks."""
+    t = np.zeros(256 * 256, np.int64)
+    for i in range(0, len(masks), chunk):
+        t += np.bincount(256 * masks[i:i + chunk].astype(np.int64).ravel() + truth[i:i + chunk].ravel(), minlength=len(t))
+    t = t.reshape(256, 256)[:, :255]
+    return t[:t.any(1).nonzero()[0].max(initial=0) + 1, :t.any(0).nonzero()[0].max(initial=0) + 1]
+
+
+def segmentation_scores(t):
+    """Mean IoU over the classes of a table [K, C], segments and classes matched one to one for the largest sum of IoUs, and accuracy of pixels so."""
+    union = t.sum(1, keepdims=True) + t.sum(0) - t
+    overlap = t / np.maximum(union, 1)
+    flip = len(t) > t.shape[1]
+    match = hungarian(-(overlap.T if flip else overlap))
+    rows, cols = (match, np.arange(len(match))) if flip else (np.arange(len(match)), match)
+    return dict(miou=float(overlap[rows, cols].sum() / max((t.sum(0) > 0).sum(), 1)), pixel_accuracy=float(t[rows, cols].sum() / max(t.sum(), 1)))
+
+
+def score_layouts(found, data):
+    """Scores of dict(boxes, confidence, masks) of a split where data/ has the truth."""
+    scores = {}
+    if data.boxes is not None and "boxes" in found:
+        truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
+        known = (truth[..., 2] > truth[..., 0]).any(1)
+        scores = dict(iou=float(iou(found["boxes"][known, :1], truth[known]).max(1).mean()) if known.any() else 0.0, corloc=corloc(found["boxes"], truth),
+                      ap50=average_precision(found["boxes"], found["confidence"], truth))
+    if data.masks is not None and data.masks.shape == found["masks"].shape:
+        t = confusion(found["masks"], data.masks)
+        if "boxes" in found:                              # object or not, whichever
+            t = np.stack([np.stack([v[:, 0].sum(), v[:, 1:].sum()]) for v in (t[:1], t[1:])])
+            scores |= dict(foreground_iou=float(t[1, 1] / max(t.sum() - t[0, 0], 1)), pixel_accuracy=float(t.trace() / max(t.sum(), 1)))
+        else:
+            scores |= segmentation_scores(t)
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Label files
 
 def load_labels(run, name):
@@ -454,8 +677,8 @@ def score_labels(labels, classes):
     return dict(nmi=nmi(a, b), ami=ami(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b), purity=purity(a, b))
 
 
-def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8):
-    """One row per label (at most `rows`, evenly chosen): its most typical members, then random ones."""
+def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8, paint=None):
+    """One row per label (at most `rows`, evenly chosen): its most typical members, then random ones; paint(image, i) draws onto image i."""
     ids, tiles, captions = np.unique(labels), [], []
     for k in ids[np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int))]:
         members = np.flatnonzero(labels == k)
@@ -463,25 +686,27 @@ def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns
         some = np.random.default_rng(seed_of(seed, "sheet", int(k))).choice(members, min(columns, len(members)), replace=False)
         blank = np.full(images.shape[1:], 255, np.uint8)
         for part in (best, some):
-            tiles += [images[i] for i in part] + [blank] * (columns - len(part))
+            tiles += [paint(images[i], i) if paint else images[i] for i in part] + [blank] * (columns - len(part))
         captions.append(f"{k}: {len(members)}")
     save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
 
 
-def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed):
+def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed, more=None, paint=None):
     """labels/<name>.npz, .json and .png from {split: int64 [N]}, by the first process; returns the scores (a monitor, never used for training or selection).
 
-    data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz, about into the .json.
+    data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz, about into the .json,
+    more to the scores; paint(image, i) draws onto the contact sheet.
     """
     path, sizes = run.dir / "labels" / f"{name}.npz", np.bincount(labels["train"], minlength=K)
     classes = {split: np.asarray(d.classes) for split, d in data.items()}
     scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()), smallest=int(sizes.min()), largest=int(sizes.max()),
-                  **score_labels(labels["train"], classes["train"]), **{f"test_{k}": v for k, v in score_labels(labels["test"], classes["test"]).items()})
+                  **score_labels(labels["train"], classes["train"]), **{f"test_{k}": v for k, v in score_labels(labels["test"], classes["test"]).items()},
+                  **(more or {}))
     if run.rank == 0:
         with atomic(path) as f:
             np.savez(f, train=labels["train"].astype(np.int64), test=labels["test"].astype(np.int64), num_labels=K, **arrays)
         contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical,
-                      f"{name}: K = {K}; each row a label: most typical, then random members", seed)
+                      f"{name}: K = {K}; each row a label: most typical, then random members", seed, paint=paint)
         write_json(path.with_suffix(".json"), dict(kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
                                                    scores=scores, sizes=sizes.tolist() if K <= 1000 else None, **about))
     run.wait()
@@ -494,41 +719,59 @@ def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed
 # ---------------------------------------------------------------------------------------------------------------------
 # From feature files to labels
 
-def prepare(run, cfg, files):
-    """The features to cluster, float32 [N, d] memory maps for train and test: joined, centred, perhaps projected. Returns (maps, info).
+def reader(run, cfg, split, dense=False):
+    """(read, (h, w), info): read(i, j) is float32 [n, h * w, D], the activations of images i ... j - 1 side by side, each scaled to unit mean norm.
 
-    Several activations are joined, each scaled to unit mean norm. Centring comes first because activations share a large common
-    direction, beside which the differences between images hardly turn the vectors. The maps are files beside the labels, so that
-    features larger than memory can be clustered; every rank opens the same files.
+    h = w = 1, or with dense=True the grid of the largest map, to which the others are resized.
     """
-    arrays, info = {}, None
-    for split in ("train", "test"):
-        arrays[split], info = load_features(run, cfg.features, split)
-        for a, entry in zip(arrays[split], info["arrays"]):
-            if a.ndim != 2:
-                raise UserError(f"features/{cfg.features}: {entry['activation']} holds maps {list(a.shape[1:])}; extract with pool=mean or a number")
+    folder = f"features/{cfg.features}"
+
+    def spread(a, entry):                                 # [N, C, h, w]
+        if dense and a.ndim == 2 and info["pool"].isdigit():
+            return a.reshape(len(a), -1, int(info["pool"]), int(info["pool"]))
+        if a.ndim != (4 if dense else 2):
+            raise UserError(f"{folder}: {entry['activation']} " + ("was averaged over space; extract with pool=none or a number" if dense else
+                                                                   f"holds maps {list(a.shape[1:])}; extract with pool=mean or a number"))
+        return a if dense else a[:, :, None, None]
+
+    arrays, info = load_features(run, cfg.features, split)
+    arrays, train = ([spread(a, e) for a, e in zip(x, info["arrays"])] for x in (arrays, load_features(run, cfg.features, "train")[0]))
+    grid = max(a.shape[2:] for a in arrays)
+    if dense and min(grid) < 2:
+        raise UserError(f"{folder}: boxes and masks need at least 2 x 2 positions; extract with pool=none or a larger number")
+    few = 1000 if dense else 20_000
+    scales = [1 / max(float(np.linalg.norm(a[:few].astype(np.float32), axis=1).mean()), 1e-9) if len(train) > 1 else 1.0 for a in train]
+
+    def read(i, j):
+        parts = [torch.from_numpy(a[i:j].astype(np.float32)) for a in arrays]
+        if bad := (~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in parts]).all(0)).nonzero().flatten().tolist():
+            raise UserError(f"{folder}: row {i + bad[0]} of {split} is not finite; extract again")
+        parts = [x if x.shape[2:] == grid else F.interpolate(x, grid, mode="bilinear") for x in parts]
+        return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
+    return read, grid, info
+
+
+def prepare(run, cfg, folder, what, read, sizes):
+    """The features to cluster as float32 memory maps [N * P, d], {split: map}: centred, perhaps projected.
+
+    read: {split: function (i, j) -> float32 [n, P, D]} for images i ... j - 1, of sizes[split] images; P rows (patches, objects) per image.
+    Centring comes first because activations share a large common direction, beside which the differences between images hardly turn the
+    vectors. The maps are files in `folder`, so that features larger than memory can be clustered; every rank opens the same files.
+    """
+    files = {split: folder / f"{what}-{split}.npy" for split in read}
     if run.rank == 0:
-        files["train"].parent.mkdir(parents=True, exist_ok=True)
-        train = arrays["train"]
-        scales = [1 / max(float(np.linalg.norm(a[:20_000].astype(np.float32), axis=1).mean()), 1e-9) if len(train) > 1 else 1.0 for a in train]
-
-        def joined(split, i):                             # rows i ... of all activations side by side, float32 [n, D]
-            parts = [torch.from_numpy(a[i:i + 8192].astype(np.float32)) for a in arrays[split]]
-            if bad := (~torch.isfinite(torch.cat(parts, 1)).all(1)).nonzero().flatten().tolist():
-                raise UserError(f"features/{cfg.features}: row {i + bad[0]} of {split} is not finite; extract again")
-            return torch.cat([x * s for x, s in zip(parts, scales)], 1)
-
-        mean, projection = fit_projection((joined("train", i) for i in range(0, len(train[0]), 8192)), cfg.pca, cfg.whiten)
+        P = read["train"](0, 1).shape[1]
+        step = max(1, 8192 // P)                          # images at a time
+        mean, projection = fit_projection((read["train"](i, i + step).flatten(0, 1) for i in range(0, sizes["train"], step)), cfg.pca, cfg.whiten)
         mean = mean if cfg.center else torch.zeros_like(mean)
-        for split in arrays:
-            n = len(arrays[split][0])
-            out = np.lib.format.open_memmap(files[split], "w+", "f4", (n, projection.shape[1] if projection is not None else len(mean)))
-            for i in range(0, n, 8192):
-                x = joined(split, i) - mean
-                out[i:i + 8192] = (x @ projection if projection is not None else x).numpy()
+        for split, n in sizes.items():
+            out = np.lib.format.open_memmap(files[split], "w+", "f4", (n * P, projection.shape[1] if projection is not None else len(mean)))
+            for i in range(0, n, step):
+                x = read[split](i, i + step).flatten(0, 1) - mean
+                out[i * P:i * P + len(x)] = (x @ projection if projection is not None else x).numpy()
             out.flush()
     run.wait()
-    return {split: np.load(f, mmap_mode="r") for split, f in files.items()}, info
+    return {split: np.load(f, mmap_mode="r") for split, f in files.items()}
 
 
 def fit_projection(chunks, components, white):
@@ -547,23 +790,90 @@ def fit_projection(chunks, components, white):
     return mean.float(), (u / e[keep].sqrt() if white else u).float()
 
 
-def cluster(run, cfg, maps):
-    """Cluster the prepared features: ({split: ids}, typicality of training images, arrays and facts to store). Every rank takes its slice of rows."""
-    n = len(maps["train"])
-    mine = maps["train"][n * run.rank // run.world:n * (run.rank + 1) // run.world]
-    zero = [int(i) for i in np.flatnonzero(~np.any(maps["train"][:100_000], axis=1))[:1]] if cfg.metric == "cosine" or cfg.method == "sinkhorn" else []
+def fit_clusters(run, cfg, x, method, K):
+    """Centroids [K, d] (sinkhorn: and prices [K]) of the rows of a map [N, d], of which every rank takes its slice: (arrays, facts)."""
+    n = len(x)
+    mine = x[n * run.rank // run.world:n * (run.rank + 1) // run.world]
+    zero = [int(i) for i in np.flatnonzero(~np.any(x[:100_000], axis=1))[:1]] if cfg.metric == "cosine" or method == "sinkhorn" else []
     if zero:
         raise UserError(f"features/{cfg.features}: row {zero[0]} is all zeros, which has no direction; use metric=euclidean or another activation")
-    if cfg.method == "kmeans":
-        c, inertia, facts = kmeans(mine, cfg.K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, seed=cfg.seed,
-                                   batch=max(cfg.batch, 4 * cfg.K) if n > cfg.full else 0, device=run.device)
-        out = {split: assign(x, c, cfg.metric) for split, x in maps.items()}
-        extra, facts = dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
+    if method == "kmeans":
+        c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, seed=cfg.seed,
+                                   batch=max(cfg.batch, 4 * K) if n > cfg.full else 0, device=run.device)
+        return dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
+    c, g, facts = sinkhorn_cluster(mine, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, seed=cfg.seed, device=run.device)
+    return dict(centroids=c.cpu().numpy(), prices=g.cpu().numpy()), facts
+
+
+def cluster(run, cfg, maps, method):
+    """Cluster the prepared features: ({split: ids}, typicality of training images, arrays and facts to store)."""
+    arrays, facts = fit_clusters(run, cfg, maps["train"], method, cfg.K)
+    c, *g = (torch.from_numpy(a).to(run.device) for a in arrays.values())
+    out = {split: balanced_assign(x, c, *g, cfg.eps) if g else assign(x, c, cfg.metric) for split, x in maps.items()}
+    return {split: ids.numpy() for split, (ids, _) in out.items()}, out["train"][1].numpy(), arrays, facts
+
+
+def painter(found, all_ids):
+    """paint(image uint8 [3, H, W], i): masks as colours (id 0 only with all_ids), boxes as frames."""
+    palette = (127.5 + 127.5 * np.cos(2 * np.pi * (0.618 * np.arange(256)[:, None] + np.arange(3) / 3))).astype(np.uint8)       # [256, 3], neighbours differ
+
+    def paint(image, i):
+        mask = found["masks"][i]
+        image = np.where((mask > 0) | all_ids, image // 2 + palette[mask].transpose(2, 0, 1) // 2, image)
+        for k, (x0, y0, x1, y1) in enumerate(found["boxes"][i].astype(int) if "boxes" in found else ()):
+            if x1 > x0:
+                image[:, [y0, y1 - 1], x0:x1] = image[:, y0:y1, [x0, x1 - 1]] = palette[k + 1][:, None, None]
+        return image
+    return paint
+
+
+def layouts(run, cfg, data, folder):
+    """Boxes or masks, and image-level labels: ({split: ids}, typicality, arrays, about, scores, paint). Every rank fills its rows of files in `folder`."""
+    boxed, sizes = cfg.method != "masks", {split: len(d) for split, d in data.items()}
+    dense = {split: reader(run, cfg, split, dense=True) for split in data}
+    (one, grid, _), found, facts = dense["train"], {}, {}
+    read, (P, D) = {split: r[0] for split, r in dense.items()}, one(0, 1).shape[1:]
+    if not boxed:
+        patches = prepare(run, cfg, folder, "patches", read, sizes)
+        arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
+        best = {("c" if k == "centroids" else "g"): torch.from_numpy(a).to(run.device) for k, a in arrays.items()}
+    for split, d in data.items():
+        n, size = len(d), d.images.shape[2:]
+        shapes = dict(masks=("u1", (n, *size)), regions=("f4", (n, cfg.objects if boxed else 1, D)))
+        shapes |= dict(boxes=("f4", (n, cfg.objects, 4)), confidence=("f4", (n, cfg.objects))) if boxed else {}
+        files = {k: folder / f"{k}-{split}.npy" for k in shapes}
+        if run.rank == 0:
+            for k, (dtype, shape) in shapes.items():
+                create_rows(files[k], dtype, shape)
+        run.wait()
+        first, last = n * run.rank // run.world, n * (run.rank + 1) // run.world
+        step = max(1, 2 ** 22 // (P * P) if boxed else 2 ** 24 // (cfg.segments * size[0] * size[1]))     # tables that stay near the cache
+        for i in range(first, last, step):
+            j = min(i + step, last)
+            x = read[split](i, j).to(run.device)
+            if boxed:
+                out = find_objects(x, grid, size, cfg.method, cfg.objects, cfg.tau, cfg.contrast, cfg.refine)
+            else:
+                rows = torch.from_numpy(np.array(patches[split][i * P:j * P])).view(j - i, P, -1)
+                out = dict(masks=segment(rows, grid, size, **best, metric=cfg.metric, eps=cfg.eps, smooth=cfg.smooth), regions=x.mean(1, keepdim=True))
+            for k, v in out.items():
+                write_rows(files[k], i, v.cpu().numpy())
+        run.wait()
+        found[split] = {k: np.load(f, mmap_mode="r") for k, f in files.items()}
+
+    # clusters of the regions; a missing object counts as its whole image, and has no id
+    regions = {split: lambda i, j, r=f["regions"]: torch.from_numpy(np.array(r[i:j])) for split, f in found.items()}
+    ids, typical, extra, more = cluster(run, cfg, prepare(run, cfg, folder, "rows", regions, sizes), cfg.by)
+    ids = {split: a.reshape(sizes[split], -1) for split, a in ids.items()}
+    scores = {("" if split == "train" else "test_") + k: v for split, f in found.items() for k, v in score_layouts(f, data[split]).items()}
+    if boxed:
+        scores |= dict(boxes_per_image=float((found["train"]["boxes"][..., 0] >= 0).sum(1).mean()))
+        extra |= {f"ids_{split}": np.where(found[split]["boxes"][..., 0] >= 0, a, -1) for split, a in ids.items()}
     else:
-        c, g, facts = sinkhorn_cluster(mine, cfg.K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, seed=cfg.seed, device=run.device)
-        out = {split: balanced_assign(x, c, g, cfg.eps) for split, x in maps.items()}
-        extra = dict(centroids=c.cpu().numpy(), prices=g.cpu().numpy())
-    return {split: ids.numpy() for split, (ids, _) in out.items()}, out["train"][1].numpy(), extra, facts
+        extra |= {f"segment_{k}": a for k, a in arrays.items()}
+    extra |= {f"{k}_{split}": np.asarray(a) for split, f in found.items() for k, a in f.items() if k != "regions"}
+    about = more | ({} if boxed else dict(segments=cfg.segments, patches=facts)) | dict(grid=list(grid))
+    return {split: a[:, 0] for split, a in ids.items()}, typical.reshape(sizes["train"], -1)[:, 0], extra, about, scores, painter(found["train"], not boxed)
 
 
 def main():
@@ -576,7 +886,11 @@ def main():
     recipe = {k: v for k, v in run.sections[run.stage].items() if k != "overwrite"} | dict(data={k: d.info["fingerprint"] for k, d in data.items()})
     require(min(cfg.restarts, cfg.rounds, cfg.sk_iterations, cfg.groups, cfg.iterations) >= 1 and cfg.eps > 0 and cfg.pca >= 0,
             cfg, "restarts rounds sk_iterations iterations groups eps pca", "must be positive")
-    if cfg.method in ("kmeans", "sinkhorn"):
+    require(1 <= cfg.objects <= 254 and 2 <= cfg.segments <= 255 and 0 <= cfg.smooth <= 1 and -1 <= cfg.tau <= 1 and 0 <= cfg.contrast <= 1,
+            cfg, "objects segments smooth tau contrast", "1 ... 254 objects, 2 ... 255 segments, smooth and contrast in 0 ... 1, tau a cosine")
+    spatial = cfg.method in ("lost", "ncut", "masks")
+    if spatial or cfg.method in ("kmeans", "sinkhorn"):
+        reader(run, cfg, "train", spatial)                # complains about features that do not fit before anything is done
         features = load_features(run, cfg.features, "train")[1]
         recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays")})
         if not 1 <= cfg.K <= len(data["train"]):
@@ -592,20 +906,29 @@ def main():
 
     # labels: from features, or a control that makes the evidence honest
     classes = {split: np.asarray(d.classes) for split, d in data.items()}
-    generator, tick, extra, about = np.random.default_rng(seed_of(cfg.seed, cfg.method)), time.time(), {}, {}
-    if cfg.method in ("kmeans", "sinkhorn"):
-        files = {split: folder / f".{cfg.name}-{split}.tmp.npy" for split in data}
+    generator, tick, extra, about, more, paint = np.random.default_rng(seed_of(cfg.seed, cfg.method)), time.time(), {}, {}, None, None
+    if spatial or cfg.method in ("kmeans", "sinkhorn"):
+        aside = folder / f".{cfg.name}.tmp"
+        if run.rank == 0:
+            aside.mkdir(parents=True, exist_ok=True)
+        run.wait()
         try:
-            maps, features = prepare(run, cfg, files)
-            labels, typical, extra, about = cluster(run, cfg, maps)
+            if spatial:
+                labels, typical, extra, about, more, paint = layouts(run, cfg, data, aside)
+            else:
+                read = {split: reader(run, cfg, split)[0] for split in data}
+                maps = prepare(run, cfg, aside, "rows", read, {split: len(d) for split, d in data.items()})
+                labels, typical, extra, about = cluster(run, cfg, maps, cfg.method)
             run.wait()
         finally:
-            for f in files.values() if run.rank == 0 else ():
-                f.unlink(missing_ok=True)
+            if run.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)  # what is mapped stays readable
         about["features"] = {k: features[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
         K = cfg.K
     elif cfg.method == "random":                          # a permutation: the same marginal, nothing about the image
-        labels, K = {split: generator.permutation(reference[split]) for split in data}, there["num_labels"]
+        order, K = {split: generator.permutation(len(d)) for split, d in data.items()}, there["num_labels"]
+        labels = {split: reference[split][order[split]] for split in data}
+        extra = {k: v[order[k.rsplit("_", 1)[1]]] for k, v in reference.items() if k.startswith(("boxes_", "masks_", "ids_", "confidence_"))}
     else:
         if any((c < 0).any() for c in classes.values()):
             raise UserError(f"method={cfg.method} needs the class of every image, and data/ lacks some")
@@ -613,11 +936,13 @@ def main():
         if cfg.method == "subgroups":                     # each class split at random: tests whether merely more labels help
             labels = {split: c * cfg.groups + generator.integers(cfg.groups, size=len(c)) for split, c in classes.items()}
             K *= cfg.groups
-    if cfg.method not in ("kmeans", "sinkhorn"):
+    if cfg.method in ("classes", "random", "subgroups"):
         typical = generator.random(len(labels["train"]))
 
     # write
-    save_labels(run, cfg.name, data, labels, K, typical, recipe, extra, about | dict(seconds=round(time.time() - tick, 2)), cfg.seed)
+    save_labels(run, cfg.name, data, labels, K, typical, recipe, extra, about | dict(seconds=round(time.time() - tick, 2)), cfg.seed, more, paint)
+    if more:
+        run.say("against the truth (monitor): " + ", ".join(f"{k} {v:.3f}" for k, v in more.items()))
     run.next(f"train_guided.py labels={cfg.name}")
 
 
