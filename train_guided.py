@@ -42,9 +42,6 @@ class TrainGuided(Training):
     init: str = "diffusion/base"                          # start from these averaged weights; empty = from scratch
     # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
-    condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"      # the file's label; + its box or mask; online: label, prototype, patch map, none
-    # labels=online: what is found, and how
-    K: int = 50                                           # online: prototypes
     condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"   # label id; with the file's boxes or masks beside it; online also:
                                                           # prototype vector, map of patch labels, none = Sinkhorn loss without guidance
     switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
@@ -304,8 +301,9 @@ class Labeller(nn.Module):
         self.watched[:len(ids)] = now.to(self.watched.device)
         if self.classes is not None and ids.shape[1] == 1:
             line["nmi"] = nmi(now.numpy(), self.classes)
-        line["mean_cosine"] = alike                       # balanced assignment hides a head that maps all images to one place; this does not
-        line["collapsed"] = math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K) or alike > 0.95      # effective number of labels
+        line["mean_cosine"] = alike                       # balanced assignment hides a head that maps all images to one place; this does not:
+        together = 1 - alike < self.cfg.sk_eps ** 2       # embeddings spread less (their variance is 1 - alike) than Sinkhorn-Knopp resolves
+        line["collapsed"] = together or math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)          # effective number of labels
         return line
 
     def grid(self, ema, teacher, context):
