@@ -36,7 +36,7 @@ from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserE
 class ExtractFeatures:
     """Section `extract_features`."""
     name: str = "base"                                    # results go to features/<name>
-    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, or a .pt file
+    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["auto"])      # names and globs; auto = the label-free choice in probe/<choice>.json
     t: list[float] = field(default_factory=list)          # noise times; empty with activations=auto = the label-free choice

@@ -38,7 +38,7 @@ from train_diffusion import (PATHS, Data, Folder, Squared, UserError, atomic, au
 class SampleOde:
     """Section `sample_ode`."""
     name: str = "base"                                    # results go to samples/<name>
-    checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
+    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     n: int = 10_000                                       # samples
     solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"] = "heun"      # dopri5 adapts its steps to tol
@@ -694,6 +694,8 @@ def main():
     if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "condition")):
         raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
     context, _, why = autocast(run, cfg.precision)
+    if not (state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]) and state["num_labels"]:
+        raise UserError(f"guidance={cfg.guidance}: {state['file']} has no null label to guide with; use guidance=1, or autoguide= an unconditional model")
     if not state["num_labels"] and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing to guide with
     given = read_like(run, cfg, net, state, context) if cfg.like else None

@@ -71,16 +71,30 @@ class Model:
     """Section `model`: the network."""
     backbone: Literal["unet", "uvit"] = "unet"            # ADM U-Net, or U-ViT
     channels: int = 128                                   # base channels of the U-Net, token width of the U-ViT
-    mult: list[int] = field(default_factory=lambda: [1, 2, 2])      # unet: channel multiple per resolution level
+    mult: list[float] = field(default_factory=lambda: [1, 2, 2])    # unet: channel multiple per resolution level
     blocks: int = 2                                       # unet: residual blocks per level
     attention: list[int] = field(default_factory=lambda: [8])       # unet: map sizes (in positions per side) that get self-attention
-    head_channels: int = 64                               # unet: channels per attention head
+    head_channels: int = 64                               # unet: channels per attention head; 0 = `heads` heads at every level
     dropout: float = 0.0                                  # unet: dropout inside residual blocks
     stem: int = 1                                         # unet: space-to-depth factor at the input; 2 makes small models four times cheaper
     patch: int = 2                                        # uvit: patch size
     depth: int = 12                                       # uvit: blocks besides the middle one (half before, half after)
     heads: int = 8                                        # uvit: attention heads
     final_conv: bool = True                               # uvit: 3x3 convolution after the last layer (pixels: yes, latents: no)
+    clock: list[float] = field(default_factory=lambda: [0, 1000])   # a, b: the network is told the time as a + b t; published weights count steps of noise
+
+
+@dataclass
+class Published:
+    """Section `published`: what the tensors of published weights (checkpoint=adm:FILE, uvit:FILE) do not tell. Empty or 0 = as such weights were published."""
+    size: int = 0                                         # adm: side of the images
+    heads: int = 0                                        # attention heads; adm: at every level
+    head_channels: int = 0                                # adm: or channels per attention head
+    order: Literal["", "heads", "qkv"] = ""               # adm: rows of qkv: by head, each with its q, k, v; or by q, k, v, each with its heads (new attention order)
+    path: Literal["", "cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = ""    # noise path
+    clock: list[float] = field(default_factory=list)      # a, b: the network is told the time as a + b t
+    predict: Literal["", "v", "eps", "x"] = ""            # what the network predicts
+    null_row: Literal["", "last", "none"] = ""            # weights with classes: the last row of the table is the null label, or there is none
 
 
 @dataclass
@@ -89,7 +103,7 @@ class Training:
     images: int = 20_000_000                              # images seen in all; more may be asked for later
     batch: int = 128                                      # images per update over all processes
     micro: int = 0                                        # images per forward pass and process; 0 = no gradient accumulation
-    path: Literal["cv", "vp"] = "cv"                      # constant velocity, or variance preserving (DDPM's linear betas)
+    path: Literal["cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = "cv"    # constant velocity, or variance preserving: linear, cosine, Stable Diffusion's betas, score SDE
     predict: Literal["v", "eps", "x"] = "v"               # what the network predicts
     times: Literal["uniform", "logit_normal"] = "uniform"  # how t is drawn
     min_snr: float = 0.0                                  # > 0: min-SNR loss weighting with this gamma
@@ -116,6 +130,7 @@ class TrainDiffusion(Training):
     name: str = "base"                                    # results go to diffusion/<name>
 
 
+SHARED = {"data": Data, "model": Model, "published": Published}                  # sections that every stage reads
 RESUMABLE = {"images", "log_every", "save_every", "grid_every", "tensorboard", "overwrite", "micro", "compile"}   # may change on resume
 
 
@@ -138,6 +153,7 @@ class Run:
     world: int = 1
     device: torch.device = torch.device("cpu")
     words: tuple = ()                                     # of the command line: what the next stage must be told, too
+    published: Published = field(default_factory=Published)
 
     def say(self, *words):
         """Print from the first process only."""
@@ -225,7 +241,7 @@ def start(stage, cls, doc, flags=()):
     words = sys.argv[1:]
     if "--help" in words or "-h" in words or not words:
         print(doc)
-        for name, c in {stage: cls, "data": Data, "model": Model}.items():
+        for name, c in {stage: cls, **SHARED}.items():
             print(f"{name}: {'key=value' if c is cls else name + '.key=value'}")
             text = comments(c)
             for f in dataclasses.fields(c):
@@ -255,16 +271,16 @@ def start(stage, cls, doc, flags=()):
             folder = Path(value)
             continue
         section, _, key = key.rpartition(".")
-        kinds = {f.name: f.type for f in dataclasses.fields({"data": Data, "model": Model, stage: cls}.get(section or stage, Run))}
+        kinds = {f.name: f.type for f in dataclasses.fields({**SHARED, stage: cls}.get(section or stage, Run))}
         try:
             value = value if kinds.get(key) is str else yaml.safe_load(value)    # name=no is a name, not false
         except yaml.YAMLError:
             pass
         sections.setdefault(section or stage, {})[key] = value
     for name in sections:
-        if name not in ("data", "model", *STAGES):
-            raise UserError(f"section {name}: {unknown(name, ['data', 'model', *STAGES])}")
-    own = {name: fill(name, c, sections.get(name, {})) for name, c in {"data": Data, "model": Model, stage: cls}.items()}
+        if name not in (*SHARED, *STAGES):
+            raise UserError(f"section {name}: {unknown(name, [*SHARED, *STAGES])}")
+    own = {name: fill(name, c, sections.get(name, {})) for name, c in {**SHARED, stage: cls}.items()}
     sections |= {name: dataclasses.asdict(c) for name, c in own.items()}
     name = own[stage].name                                # names a folder that finished work replaces: it must be one, inside the run
     if not re.fullmatch(r"\w[\w.+-]*", name) and (name or cls().name):
@@ -280,8 +296,8 @@ def start(stage, cls, doc, flags=()):
     dry = "--dry-run" in given
     if world > 1 and not dry:                             # preparing a large data set may keep the other ranks waiting for hours
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
-    shared = [w for w in words if w.split("=")[0] == "run" or w.split(".")[0] in ("data", "model", *STAGES) and "=" in w]
-    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device, (files[0], *shared))
+    shared = [w for w in words if w.split("=")[0] == "run" or w.split(".")[0] in (*SHARED, *STAGES) and "=" in w]
+    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device, (files[0], *shared), own["published"])
     if dry:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
     else:
@@ -845,6 +861,11 @@ def load_data(run, split):
     return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info)
 
 
+def input_shape(run):
+    """(channels, side) of what the network of this run sees."""
+    return 3, run.data.size
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise paths: x_t = alpha(t) x + sigma(t) z with t = 0 noise, t = 1 data
 
@@ -888,7 +909,17 @@ class VariancePreserving:
     Its velocity in t is singular at the data end; the ODE is solved as dy/drho = z_hat with y = x_t / alpha and rho = sigma / alpha,
     in which an Euler step is exactly DDIM (eta = 0).
     """
-    table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumsum(0)])
+
+    def __init__(self, schedule="linear"):
+        """Other schedules on the same clock: cosine (arXiv 2102.09672), sd (Stable Diffusion: even steps in sqrt(beta)), sde (2011.13456: beta from 0.1 to 20)."""
+        u = torch.arange(1001, dtype=torch.float64) / 1000
+        if schedule == "sde":
+            self.table = -(0.1 * u + 9.95 * u ** 2)       # ln abar after 0, 1, ..., 1000 steps
+            return
+        falling = ((u + 0.008) / 1.008 * math.pi / 2).cos().square()
+        betas = {"linear": torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), "sd": torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2,
+                 "cosine": (1 - falling[1:] / falling[:-1]).clamp(max=0.999)}[schedule]
+        self.table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
 
     def log_abar(self, t):
         """ln of the product of (1 - beta), interpolated between the 1000 steps. t: [...] -> same shape, float64."""
@@ -928,7 +959,7 @@ class VariancePreserving:
         return z_hat
 
 
-PATHS = {"cv": ConstantVelocity(), "vp": VariancePreserving()}
+PATHS = {"cv": ConstantVelocity(), "vp": VariancePreserving(), **{f"vp-{s}": VariancePreserving(s) for s in ("cosine", "sd", "sde")}}
 
 
 def wide(t):
@@ -964,8 +995,13 @@ def loss_per_image(net, path, predict, x, z, t, min_snr=0.0, **condition):
 # Backbones. forward(x [B, C, H, W], time [B] = 1000 t, label [B], vector [B, D], layout [B, L, H, W]) -> [B, C', H, W].
 # Conditions may be absent; null is: label num_labels, vector of zeros, layout of zeros. Module names are those of the published weights.
 
-def time_embedding(t, width):
-    """Sinusoidal embedding of network time. t: [B] in 0 ... 1000 -> [B, width], cosines first, as published for ADM and U-ViT."""
+def time_embedding(t, width, clock=(0, 1000)):
+    """Sinusoidal embedding of network time. t: [B] in 0 ... 1000 -> [B, width], cosines first, as published for ADM and U-ViT.
+
+    clock: (a, b), the time as it is embedded is a + b t / 1000.
+    """
+    if tuple(clock) != (0, 1000):
+        t = clock[0] + clock[1] / 1000 * t.float()
     freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2))
     angles = t.float()[:, None] * freqs                                          # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], 1)
@@ -1035,11 +1071,12 @@ class UNet(nn.Module):
     """
 
     def __init__(self, size, in_channels, out_channels, channels, mult, blocks, attention, head_channels, dropout=0.0, stem=1,
-                 num_labels=0, vector_dim=0, layout_channels=0):
+                 num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
         super().__init__()
-        self.channels, self.stem, self.num_labels, self.layout_channels = channels, stem, num_labels, layout_channels
-        width, size, c = 4 * channels, size // stem, mult[0] * channels
-        heads = lambda c: max(1, c // head_channels)
+        self.channels, self.stem, self.num_labels, self.layout_channels, self.clock = channels, stem, num_labels, layout_channels, clock
+        mult, fixed = [int(m * channels) for m in mult], heads
+        width, size, c = 4 * channels, size // stem, mult[0]
+        heads = lambda c: fixed or max(1, c // head_channels)
         self.time_embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         if num_labels:
             self.label_emb = nn.Embedding(num_labels + 1, width)                 # rows N(0, 1), as published; the last is the null label
@@ -1050,8 +1087,8 @@ class UNet(nn.Module):
         self.output_blocks, skips = nn.ModuleList(), [c]
         for level, m in enumerate(mult):
             for _ in range(blocks):
-                self.input_blocks.append(nn.ModuleList([ResBlock(c, m * channels, width, dropout)]))
-                c = m * channels
+                self.input_blocks.append(nn.ModuleList([ResBlock(c, m, width, dropout)]))
+                c = m
                 if size in attention:
                     self.input_blocks[-1].append(AttentionBlock(c, heads(c)))
                 skips.append(c)
@@ -1062,8 +1099,8 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList([ResBlock(c, c, width, dropout), AttentionBlock(c, heads(c)), ResBlock(c, c, width, dropout)])
         for level, m in reversed(list(enumerate(mult))):
             for i in range(blocks + 1):
-                self.output_blocks.append(nn.ModuleList([ResBlock(c + skips.pop(), m * channels, width, dropout)]))
-                c = m * channels
+                self.output_blocks.append(nn.ModuleList([ResBlock(c + skips.pop(), m, width, dropout)]))
+                c = m
                 if size in attention:
                     self.output_blocks[-1].append(AttentionBlock(c, heads(c)))
                 if level and i == blocks:
@@ -1072,7 +1109,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, out_channels * stem ** 2, 3, padding=1)))
 
     def forward(self, x, time, label=None, vector=None, layout=None):
-        emb = self.time_embed(time_embedding(time, self.channels))               # [B, width]
+        emb = self.time_embed(time_embedding(time, self.channels, self.clock))   # [B, width]
         if self.num_labels:
             emb = emb + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
         if vector is not None:
@@ -1151,9 +1188,10 @@ class UViT(nn.Module):
     Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens.
     """
 
-    def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0):
+    def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0,
+                 clock=(0, 1000)):
         super().__init__()
-        self.channels, self.patch, self.num_labels, self.out_channels, self.grid = channels, patch, num_labels, out_channels, size // patch
+        self.clock, self.channels, self.patch, self.num_labels, self.out_channels, self.grid = clock, channels, patch, num_labels, out_channels, size // patch
         self.patch_embed = PatchEmbed(patch, in_channels, channels)
         if num_labels:
             self.label_emb = nn.Embedding(num_labels + 1, channels)
@@ -1182,7 +1220,7 @@ class UViT(nn.Module):
         tokens = self.patch_embed(x)                                             # [B, L, D]
         if layout is not None:
             tokens = tokens + self.layout_embed(layout)
-        front = [time_embedding(time, self.channels).to(tokens.dtype)]
+        front = [time_embedding(time, self.channels, self.clock).to(tokens.dtype)]
         if self.extras == 2:
             cond = torch.zeros_like(front[0])
             if self.num_labels:
@@ -1203,7 +1241,8 @@ class UViT(nn.Module):
 
 def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_channels=0, seed=0):
     """The network that section `model` describes, with weights drawn from `seed`; impossible combinations are UserErrors."""
-    condition = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels)
+    condition = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels, clock=model.clock)
+    require(len(model.clock) == 2, model, "clock", "two numbers a, b: the network is told a + b t")
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator: lend it to them
         torch.manual_seed(seed_of(seed, "weights"))
         if model.backbone == "uvit":
@@ -1213,13 +1252,14 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
             return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv, **condition)
         if size % (step := model.stem * 2 ** (len(model.mult) - 1)):
             raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")
-        if model.channels % 8 or any(c * model.channels > model.head_channels and c * model.channels % model.head_channels for c in model.mult):
-            raise UserError(f"model: channels={model.channels} must be a multiple of 8, and of head_channels={model.head_channels} at every level")
+        widths, per_head = [m * model.channels for m in model.mult], f"head_channels={model.head_channels}" if model.head_channels else f"heads={model.heads}"
+        if model.channels % 8 or any(c <= 0 or c % 8 or c % (min(c, model.head_channels) or model.heads or 1) for c in widths):
+            raise UserError(f"model: channels={model.channels} must be a multiple of 8, and of {per_head} at every level")
         sizes = [size // model.stem // 2 ** level for level in range(len(model.mult))]
         if stray := [a for a in model.attention if a not in sizes]:
             raise UserError(f"model: attention={','.join(map(str, stray))}: no level has maps of that size; here they have {', '.join(map(str, sizes))}")
         return UNet(size, in_channels, in_channels, model.channels, model.mult, model.blocks, model.attention, model.head_channels,
-                    model.dropout, model.stem, **condition)
+                    model.dropout, model.stem, heads=0 if model.head_channels else model.heads, **condition)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1250,22 +1290,111 @@ def save_checkpoint(run, folder, state):
     run.wait()
 
 
-def load_checkpoint(run, name):
-    """Checkpoint `name` (a folder of the run such as diffusion/base, or a path to a .pt) as a dict on the CPU."""
-    path = next((p for p in (run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)) if p.is_file()), None)
-    if path is None:
-        raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first")
+def read_torch(path):
+    """What a file written by torch.save holds, on the CPU; anything that is not tensors and plain types is a UserError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:                                # a truncated or foreign file fails in many ways
         why = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
         raise UserError(f"{path}: not a readable checkpoint ({why}); it may be truncated or of another program") from None
+
+
+def load_checkpoint(run, name):
+    """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights as adm:FILE, uvit:FILE) as a dict on the CPU."""
+    kind, _, file = name.partition(":")
+    if kind in PUBLISHED:
+        return load_published(run, kind, file)
+    path = next((p for p in (run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first" + (f" (published weights: {', '.join(PUBLISHED)})" if file else ""))
+    state = read_torch(path)
     if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
         what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what})")
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what}); published weights are named adm:FILE or uvit:FILE")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
     return state | {"file": str(path)}
+
+
+ADM_SETTINGS = {                                          # by channel multiples: what differs from 64 channels per head, rows of qkv by head, linear betas
+    (1, 2, 3, 4): dict(order="qkv", path="vp-cosine"),    # ImageNet 64 x 64
+    (1, 1, 2, 3, 4): dict(heads=4, head_channels=0),      # ImageNet 128 x 128
+}
+
+
+def read_adm(w, given):
+    """guided-diffusion's U-Net (arXiv 2105.05233) from its tensors: (Model, settings, channels of the input, tensors by the names of our `UNet`)."""
+    channels, count = w["time_embed.0.weight"].shape[1], 1 + max(int(k.split(".")[1]) for k in w if k.startswith("input_blocks."))
+    levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", k) is not None for k in w)            # one upsampler between two levels
+    blocks = count // levels - 1                          # each level has so many residual blocks and a downsampler, or at the start the first convolution
+    firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
+    mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in firsts]
+    if min(mult) * channels < 128:
+        raise UserError("has fewer than 128 channels; with the 32 groups of these networks such layers are not supported")
+    s = dict(size=8 * 2 ** (levels - 1), heads=8, head_channels=64, order="heads", path="vp", clock=[999.0, -1000.0], predict="eps", null_row="none")
+    s |= ADM_SETTINGS.get(tuple(mult), {}) | (dict(head_channels=0) if given.get("heads") else {}) | given
+    model = Model("unet", channels, mult, blocks, [s["size"] >> level for level, f in enumerate(firsts) if f"{f}.1.qkv.weight" in w], s["head_channels"],
+                  heads=s["heads"], clock=s["clock"])
+    if s["order"] == "qkv":                               # ours are by head: the same function with its rows in another order
+        for k in (k for k in w if ".qkv." in k):
+            h = s["heads"] if not s["head_channels"] else max(1, len(w[k]) // 3 // s["head_channels"])
+            w[k] = w[k].unflatten(0, (3, h, -1)).transpose(0, 1).flatten(0, 2)
+    if len(w["out.2.weight"]) == 6:                       # the second half parametrises a variance, which an ODE does not need
+        w |= {k: w[k][:3] for k in ("out.2.weight", "out.2.bias")}
+    return model, s, 3, w
+
+
+def read_uvit(w, given):
+    """U-ViT (arXiv 2209.12152) from its tensors: (Model, settings, channels of the input, tensors)."""
+    (_, tokens, width), (_, channels, patch, _) = w["pos_embed"].shape, w["patch_embed.proj.weight"].shape
+    depth, latent = 2 * sum(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", k) is not None for k in w), channels == 4
+    s = dict(size=patch * math.isqrt(tokens - 1 - ("label_emb.weight" in w)), heads=16 if width == 1152 else max(1, width // 64), predict="eps")
+    s |= dict(path="vp-sd", clock=[1000.0, -1000.0], null_row="last") if latent else dict(path="vp-sde", clock=[999.0, -999.0], null_row="none")
+    s |= given
+    return Model("uvit", width, patch=patch, depth=depth, heads=s["heads"], final_conv="final_layer.weight" in w, clock=s["clock"]), s, channels, w
+
+
+PUBLISHED = {"adm": read_adm, "uvit": read_uvit}
+
+
+def load_published(run, kind, file):
+    """Published weights as a checkpoint dict: the architecture from the tensors, the rest as published or as section `published` says."""
+    path, given = Path(file), {k: v for k, v in dataclasses.asdict(run.published).items() if v}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of published weights")
+    w = read_torch(path)
+    if not isinstance(w, dict) or not w or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in w.items()):
+        what = f"a dict of {', '.join(map(str, list(w)[:5]))}" if isinstance(w, dict) else type(w).__name__
+        raise UserError(f"{path}: expected a dict of tensors as published, found {what}")
+    try:
+        model, s, channels, w = PUBLISHED[kind](dict(w), given)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except (KeyError, ValueError, IndexError, RuntimeError) as e:
+        raise UserError(f"{path}: not the weights of a published {kind} model ({type(e).__name__}: {str(e)[:100]}); its first keys: {', '.join(sorted(w)[:3])}") from None
+    K, size = 0, s["size"]
+    if "label_emb.weight" in w:
+        if s["null_row"] == "none":                       # no row was trained as null: the mean of all classes is the nearest thing to no class
+            w["label_emb.weight"] = torch.cat([w["label_emb.weight"], w["label_emb.weight"].mean(0, keepdim=True)])
+        K = len(w["label_emb.weight"]) - 1
+        run.say(f"note: {path} was trained with {K} classes: what is found in its features is not free of annotation")
+    w = {k: v.float() for k, v in w.items()}
+    try:
+        with torch.device("meta"):
+            own = build_model(model, size, channels, num_labels=K).state_dict()
+    except UserError as e:
+        raise UserError(f"{path}: {e}; heads and size may be set in section published") from None
+    bad = [f"{k} is missing" for k in own if k not in w] + [f"{k} is unknown" for k in w if k not in own]
+    bad += [f"{k} is {list(w[k].shape)}, expected {list(own[k].shape)}" for k in own if k in w and own[k].shape != w[k].shape]
+    if bad:
+        raise UserError(f"{path}: does not fit the {kind} model that it resembles: {'; '.join(bad[:3])}" + (f"; and {len(bad) - 3} more" if len(bad) > 3 else ""))
+    if (channels, size) != (there := input_shape(run)):
+        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; set data.size in another run="
+                        + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
+    return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
+                conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
+                null=s["null_row"] == "last", labels="published" if K else None, label_file="published classes" if K else None, condition="label",
+                path=s["path"], predict=s["predict"], data=None, config={}, seen=0, weights=digest(weights_hash(w), s), file=str(path))
 
 
 def load_model(run, name, weights="ema"):
@@ -1378,9 +1507,9 @@ def resume(run, cfg, folder, state, parts):
     seen, log, pictures = 0, Path(folder) / "metrics.jsonl", Path(folder) / "samples"
     if (Path(folder) / "checkpoint.pt").exists():
         old = load_checkpoint(run, str(folder))
-        was = old["config"]
-        other = [f"{section}.{key}={was.get(section, {}).get(key)}, now {value}" for section in ("model", run.stage)
-                 for key, value in state["config"][section].items() if was.get(section, {}).get(key) != value and key not in RESUMABLE]
+        was = {section: dataclasses.asdict(cls()) | old["config"].get(section, {}) for section, cls in (("model", Model), (run.stage, type(cfg)))}
+        other = [f"{section}.{key}={was[section].get(key)}, now {value}" for section in was
+                 for key, value in state["config"][section].items() if was[section].get(key) != value and key not in RESUMABLE]
         other += [f"other {what}" for key, what in dict(data="images", labels="labels", init="initial weights").items() if old.get(key) != state.get(key)]
         if other and not cfg.overwrite:
             raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true to start again")
@@ -1563,8 +1692,10 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
 
 def main():
     """Train without labels, from the command line."""
-    run = start("train_diffusion", TrainDiffusion, __doc__)
+    run = start("train_diffusion", TrainDiffusion, __doc__, flags=("--prepare",))
     cfg = run.cfg
+    if "--prepare" in run.flags and not run.dry_run:      # the data alone: for runs that start from published weights
+        return prepare_data(run)
     check_training(run, cfg)
     net = build_model(run.model, run.data.size, seed=cfg.seed)
     folder = run.dir / "diffusion" / cfg.name

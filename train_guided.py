@@ -29,7 +29,7 @@ from torch import nn
 
 from extract_features import feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
-from train_diffusion import (PATHS, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
+from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
                              load_checkpoint, load_data, require, save_checkpoint, save_grid, seed_of, start, wide)
 
 
@@ -39,7 +39,7 @@ class TrainGuided(Training):
     name: str = ""                                        # results go to guided/<name>; empty = the name of the labels
     labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control; online = find them
     drop: float = 0.1                                     # probability of the null label, decided per image
-    init: str = "diffusion/base"                          # start from these averaged weights; empty = from scratch
+    init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:FILE, uvit:FILE); empty = from scratch
     # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
     condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"   # label id; with the file's boxes or masks beside it; online also:
@@ -485,9 +485,12 @@ def main():
         conditions = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
 
     # network: from scratch, or from unconditional weights
-    net, init = build_model(run.model, run.data.size, seed=cfg.seed, **conditions), None
+    source, init = load_checkpoint(run, cfg.init) if cfg.init else None, None
+    if cfg.init.split(":")[0] in PUBLISHED:               # what published weights are, they say themselves
+        run.model = dataclasses.replace(fill("model", Model, source["model"]), dropout=run.model.dropout)
+        run.sections["model"] = source["model"] = dataclasses.asdict(run.model)
+    net = build_model(run.model, run.data.size, seed=cfg.seed, **conditions)
     if cfg.init:
-        source = load_checkpoint(run, cfg.init)
         if fill("model", Model, source["model"]) != run.model:
             raise UserError(f"init={cfg.init}: its model section differs from the configured one ({source['file']})")
         if source["num_labels"] and source.get("labels") != (digest(labels["train"]) if guided else None):
