@@ -38,10 +38,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 FORMAT = 1                                                # of checkpoints; raised when older ones can no longer be read
@@ -58,7 +60,9 @@ class Data:
     root: str = ""                                        # folder (torchvision, folder) or .npz/.npy file (arrays) that holds the images
     download: bool = False                                # let torchvision download what is not under root
     size: int = 32                                        # images become size x size: centre crop, then resize
+    latents: str = ""                                     # encode them once by this diffusers AutoencoderKL (folder or Hugging Face id), train on latents; empty = pixels
     train: int = 0                                        # keep the first so many training images (class folders: the first classes); 0 = all (shapes: 20,000)
+    classes: list[str] = field(default_factory=list)      # folder, ImageNet, CIFAR...: keep these classes only, by name (ImageNet: synset such as n01440764)
     test: int = 0                                         # images to keep for testing; 0 = all (shapes: 5,000)
     test_fraction: float = 0.1                            # folder and arrays without a test part: this share of the images is held out
     skip_bad: bool = False                                # skip unreadable images, listing them in info.json; false = stop
@@ -116,6 +120,7 @@ class Training:
     flip: bool = True                                     # mirror images at random
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # auto = bf16 where the hardware has it
     compile: bool = False                                 # torch.compile the network
+    recompute: bool = False                               # keep the inputs of blocks only and compute the rest again when going back: less memory, a third more work
     log_every: int = 10_000                               # images between lines of metrics.jsonl
     save_every: int = 500_000                             # images between checkpoints
     grid_every: int = 500_000                             # images between sample grids (fixed noise, averaged weights)
@@ -131,7 +136,7 @@ class TrainDiffusion(Training):
 
 
 SHARED = {"data": Data, "model": Model, "published": Published}                  # sections that every stage reads
-RESUMABLE = {"images", "log_every", "save_every", "grid_every", "tensorboard", "overwrite", "micro", "compile"}   # may change on resume
+RESUMABLE = {"images", "log_every", "save_every", "grid_every", "tensorboard", "overwrite", "micro", "compile", "recompute"}   # may change on resume
 
 
 class UserError(Exception):
@@ -154,6 +159,7 @@ class Run:
     device: torch.device = torch.device("cpu")
     words: tuple = ()                                     # of the command line: what the next stage must be told, too
     published: Published = field(default_factory=Published)
+    vae: typing.Any = None                                # the autoencoder of data.latents, once `open_autoencoder` was called
 
     def say(self, *words):
         """Print from the first process only."""
@@ -632,7 +638,7 @@ def open_torchvision(data, split):
         except (RuntimeError, OSError, ModuleNotFoundError, ValueError) as e:
             raise UserError(f"data.source={data.source}: {str(e).splitlines()[0]} (looked in {data.root or 'data'}; "
                             "set data.root to where the files are, or data.download=true)") from None
-    names = [str(n) for n in getattr(parts[0], "classes", [])]
+    names = [str(n) for n in getattr(parts[0], "wnids", getattr(parts[0], "classes", []))]
     return torch.utils.data.ConcatDataset(parts), names
 
 
@@ -662,6 +668,26 @@ class Folder(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return Image.open(self.files[i]), self.classes[i]
+
+
+class Chosen(torch.utils.data.Dataset):
+    """Those items (image, class) whose class is in `keep`, numbered by its place there."""
+
+    def __init__(self, items, names, keep):
+        if missing := [k for k in keep if k not in names]:
+            raise UserError(f"data.classes={missing[0]}: {unknown(missing[0], names) if names else 'this source has no named classes'}")
+        classes = items.classes if hasattr(items, "classes") else [c for part in items.datasets for c in getattr(part, "targets", [])]
+        if len(classes) != len(items):
+            raise UserError("data.classes: this source does not tell the classes of its images beforehand")
+        self.place = {names.index(k): i for i, k in enumerate(keep)}
+        self.items, self.rows = items, [i for i, c in enumerate(classes) if int(c) in self.place]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        image, c = self.items[self.rows[i]]
+        return image, self.place[int(c)]
 
 
 def held_out(data, n):
@@ -747,6 +773,7 @@ def read_arrays(data, split):
 def source_batches(run, split, bad):
     """(number of images or 0 if unknown, class names, iterator of (images, classes, boxes, masks)); unreadable images are added to `bad`."""
     data = run.data
+    require(not data.classes or data.source not in ("shapes", "arrays"), data, "source classes", "classes are chosen from folders and torchvision sets only")
     if data.source == "shapes":
         n = (data.train or 20_000) if split == "train" else (data.test or 5_000)
         chunks = (np.arange(i, min(i + 1000, n)) for i in range(0, n, 1000))
@@ -760,6 +787,8 @@ def source_batches(run, split, bad):
         items, names = open_torchvision(data, split)
     else:
         raise UserError(f"data.source={data.source}: {unknown(data.source, ['shapes', 'folder', 'arrays', *TORCHVISION])}")
+    if data.classes:
+        items, names = Chosen(items, names, data.classes), data.classes
 
     def batches():
         workers = 0 if len(items) < 2_000 or hasattr(getattr(items, "datasets", [None])[0], "data") else min(16, os.cpu_count() or 1)
@@ -832,6 +861,102 @@ def prepare_data(run):
         os.replace(aside, folder)
         run.say(f"prepared {done:,} {split} images in {folder}" + (f"; skipped {len(bad)} unreadable ones, listed in info.json" if bad else ""))
     run.wait()
+    if run.data.latents:
+        encode_latents(run)
+
+
+def autoencoder_kl():
+    """The class of autoencoders that data.latents can name; nothing but latents needs its package."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as e:
+        raise UserError(f"data.latents needs the package diffusers (pip install diffusers): {e}; or leave data.latents empty to work on pixels") from None
+    return AutoencoderKL
+
+
+def open_autoencoder(run):
+    """The frozen autoencoder of this run on its device, in float32, kept in `run.vae`; None without data.latents. To be called by all processes."""
+    if not run.data.latents or run.vae is not None:
+        return run.vae
+    kind = autoencoder_kl()
+    for turn in range(run.world):                         # one at a time: the first may have to download
+        if turn == run.rank:
+            try:
+                run.vae = kind.from_pretrained(run.data.latents, use_safetensors=True).eval().requires_grad_(False).to(run.device)
+            except Exception as e:                        # no such folder or id, no network, damaged or foreign files
+                raise UserError(f"data.latents={run.data.latents}: not a readable AutoencoderKL of safetensors ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from None
+        run.wait()
+    return run.vae
+
+
+@torch.no_grad()
+def to_latents(vae, x):
+    """Images [B, 3, H, W] in [-1, 1] -> mean and standard deviation of their latents, in the units that the network sees: [B, 2C, h, w]."""
+    d, scale, shift = vae.encode(x).latent_dist, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    return torch.cat([(d.mean - shift) * scale, d.std * scale], 1)
+
+
+@torch.no_grad()
+def decode(vae, x, batch=16):
+    """What the network sees, [B, C, h, w], as images [B, 3, H, W]; x itself where there is no autoencoder."""
+    if vae is None:
+        return x
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    return torch.cat([vae.decode(part.float() / scale + shift).sample for part in x.split(batch)])
+
+
+def encode_latents(run, block=256, batch=16):
+    """data/<split>/latents.npy, float16 [N, 2, 2C, h, w]: mean and standard deviation of every image and of its mirror image.
+
+    Each process takes every so manyth block of rows; a byte per block says what is there, so that the same command continues.
+    """
+    for split in ("train", "test"):
+        folder = run.dir / "data" / split
+        if run.agreed((folder / "latents.json").exists()):
+            continue
+        vae, images = open_autoencoder(run), np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        shape = [2, *to_latents(vae, torch.zeros(1, 3, *images.shape[2:], device=run.device)).shape[1:]]
+        recipe = dict(autoencoder=run.data.latents, weights=weights_hash(vae.state_dict()), scaling_factor=vae.config.scaling_factor, shape=shape, count=len(images),
+                      data=read_json(folder / "info.json", "run train_diffusion.py first")["fingerprint"])
+        rows, done, note = (folder / f".latents{end}" for end in (".npy", "-done.npy", ".json"))
+        if run.rank == 0 and not (rows.exists() and done.exists() and note.exists() and read_json(note, "delete it") == recipe):
+            create_rows(rows, "f2", [len(images), *shape]), create_rows(done, "u1", [math.ceil(len(images) / block)])
+            write_json(note, recipe)
+        run.wait()
+        there = np.load(done, allow_pickle=False)
+        with bar(run, len(images), f"encoding {split} images") as progress:
+            for i in (i for i in range(run.rank, len(there), run.world) if not there[i]):
+                x = as_input(torch.from_numpy(images[i * block:(i + 1) * block]))
+                both = [torch.cat([to_latents(vae, part.to(run.device)) for part in v.split(batch)]) for v in (x, x.flip(-1))]
+                out = torch.stack(both, 1).half().cpu()
+                if not torch.isfinite(out).all():
+                    raise UserError(f"data.latents={run.data.latents}: latents of {split} images {i * block} ... are not finite in float16")
+                write_rows(rows, i * block, out.numpy()), write_rows(done, i, np.ones(1, np.uint8))
+                progress.update(len(x) * run.world)
+        run.wait()
+        if run.rank == 0:
+            os.replace(rows, folder / "latents.npy")
+            write_json(folder / "latents.json", recipe)
+            done.unlink(), note.unlink()
+            run.say(f"encoded {len(images):,} {split} images in {folder / 'latents.npy'}")
+        run.wait()
+
+
+def as_input(rows, flip=None, z=None):
+    """Stored rows as the network sees them: uint8 images [B, C, H, W] in [-1, 1]; of latents [B, 2, 2C, h, w] the mean, or with noise z [B, C, h, w] a draw.
+
+    flip: bool [B], the images to be mirrored.
+    """
+    if rows.dtype == torch.uint8:
+        x = rows.float() / 127.5 - 1
+        return x if flip is None else torch.where(wide(flip), x.flip(-1), x)
+    mean, std = (rows[:, 0] if flip is None else torch.where(wide(flip), rows[:, 1], rows[:, 0])).float().chunk(2, 1)
+    return mean if z is None else mean + std * z
+
+
+def row_shape(rows):
+    """(C, H, W) of what the network sees of stored images or latents."""
+    return tuple(rows.shape[1:]) if rows.ndim == 4 else (rows.shape[2] // 2, *rows.shape[3:])
 
 
 @dataclass
@@ -842,28 +967,48 @@ class Split:
     boxes: np.ndarray | None                              # float32 [N, 4]
     masks: np.ndarray | None                              # uint8 [N, H, W]
     info: dict
+    latents: np.ndarray | None = None                     # float16 [N, 2, 2C, h, w], with data.latents
 
     def __len__(self):
         return len(self.images)
+
+    @property
+    def inputs(self):
+        """What the network is shown, for `as_input`: the latents, or the images."""
+        return self.images if self.latents is None else self.latents
 
 
 def load_data(run, split):
     """Open data/<split> of the run and check that its files fit each other."""
     folder = run.dir / "data" / split
     info, arrays = read_json(folder / "info.json", "run train_diffusion.py first"), {}
-    for kind in info["arrays"]:
+    for kind in info["arrays"] + ["latents"] * bool(run.data.latents):
         try:
             arrays[kind] = np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as e:
             raise UserError(f"{folder / kind}.npy: cannot be read ({e}); delete {folder} and run train_diffusion.py again") from None
         if len(arrays[kind]) != info["count"]:
             raise UserError(f"{folder / kind}.npy has {len(arrays[kind])} rows, info.json says {info['count']}; delete {folder} and run train_diffusion.py again")
-    return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info)
+    return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info, arrays.get("latents"))
 
 
 def input_shape(run):
-    """(channels, side) of what the network of this run sees."""
-    return 3, run.data.size
+    """(channels, side) of what the network of this run sees: known before there are latents, too."""
+    size, path = run.data.size, run.dir / "data" / "train" / "latents.json"
+    if not run.data.latents:
+        return 3, size
+    if path.exists():
+        shape = read_json(path, "run train_diffusion.py first")["shape"]
+        return shape[1] // 2, shape[2]
+    try:
+        config = autoencoder_kl().load_config(run.data.latents)
+    except (OSError, ValueError, UserError) as e:
+        if run.dry_run:                                   # Stable Diffusion's
+            return 4, size // 8
+        raise UserError(f"data.latents={run.data.latents}: {' '.join(str(e).split())[:200]}") from None
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    require(size % factor == 0, run.data, "size latents", f"size must be a multiple of {factor}, by which this autoencoder shrinks images")
+    return config["latent_channels"], size // factor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1064,11 +1209,17 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(a.transpose(2, 3).reshape(B, C, H * W)).reshape(B, C, H, W)
 
 
+def again(f, *args):
+    """f(*args), of which the backward pass keeps the arguments only and computes the rest once more."""
+    return torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False) if torch.is_grad_enabled() else f(*args)
+
+
 class UNet(nn.Module):
     """The ADM U-Net (arXiv 2105.05233): scale-shift residual blocks, residual resampling, attention at chosen map sizes.
 
     A label row or a vector is added to the time embedding; a layout is concatenated to the input.
     """
+    recompute = False                                     # activation checkpointing, block by block
 
     def __init__(self, size, in_channels, out_channels, channels, mult, blocks, attention, head_channels, dropout=0.0, stem=1,
                  num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
@@ -1117,10 +1268,13 @@ class UNet(nn.Module):
         if self.layout_channels:
             x = torch.cat([x, layout if layout is not None else x.new_zeros(len(x), self.layout_channels, *x.shape[2:])], 1)
 
-        def through(block, x):
+        def layers(block, x, emb):
             for layer in block:
                 x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
             return x
+
+        def through(block, x):
+            return again(layers, block, x, emb) if self.recompute else layers(block, x, emb)
 
         x, skips = F.pixel_unshuffle(x, self.stem), []
         for block in self.input_blocks:
@@ -1187,6 +1341,7 @@ class UViT(nn.Module):
 
     Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens.
     """
+    recompute = False                                     # activation checkpointing, block by block
 
     def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0,
                  clock=(0, 1000)):
@@ -1228,12 +1383,13 @@ class UViT(nn.Module):
             front.insert(0, cond if vector is None else cond + self.vector_emb(vector))
         x = torch.cat([torch.stack(front, 1), tokens], 1) + self.pos_embed
         skips = []
+        through = again if self.recompute else lambda block, *tokens: block(*tokens)
         for block in self.in_blocks:
-            x = block(x)
+            x = through(block, x)
             skips.append(x)
-        x = self.mid_block(x)
+        x = through(self.mid_block, x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())
+            x = through(block, x, skips.pop())
         x = self.decoder_pred(self.norm(x)[:, self.extras:])                     # [B, L, patch * patch * C]
         x = x.reshape(len(x), self.grid, self.grid, self.patch, self.patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return self.final_layer(x.reshape(len(x), self.out_channels, self.grid * self.patch, self.grid * self.patch))
@@ -1389,7 +1545,7 @@ def load_published(run, kind, file):
     if bad:
         raise UserError(f"{path}: does not fit the {kind} model that it resembles: {'; '.join(bad[:3])}" + (f"; and {len(bad) - 3} more" if len(bad) > 3 else ""))
     if (channels, size) != (there := input_shape(run)):
-        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; set data.size in another run="
+        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; set data.size or data.latents in another run="
                         + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
     return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
                 conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
@@ -1432,6 +1588,7 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
     """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 3 + uniforms]) on the device.
 
     The first three uniforms decide time, flip and condition of each image. Noise is [b, C, H, W], or [b, 1 + noises, C, H, W] if more is asked for.
+    images: uint8 [N, C, H, W], or latents.
 
     Noise and uniforms belong to the stage and the running number of the image, so neither restarts nor the number of processes change them. A thread
     prepares the next batches while the network works. Small sets are kept on the device.
@@ -1447,7 +1604,7 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
             while not done.is_set():
                 rows = [next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share]
                 mine = range(number + run.rank * share, number + (run.rank + 1) * share)
-                u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *images.shape[1:]) if noises else images.shape[1:], 3 + uniforms)
+                u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *row_shape(images)) if noises else row_shape(images), 3 + uniforms)
                 rows = torch.tensor(rows)
                 x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
                 ready.put([v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)])
@@ -1480,10 +1637,40 @@ def preview(net, path, predict, z, steps=25, **condition):
     return x
 
 
+def footprint(net, channels, size):
+    """(operations of one forward pass of one image, bytes that it keeps for the backward pass in float32), counted on a copy without data."""
+    net, kept, counter = copy.deepcopy(net).to("meta").train(), {}, FlopCounterMode(display=False)
+    own = {id(p) for p in net.parameters()}
+
+    def keep(x):
+        if id(x) not in own and not isinstance(x, nn.Parameter):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = net(torch.empty(1, channels, size, size, device="meta"), torch.empty(1, device="meta"))
+    del out
+    return counter.get_total_flops(), sum(kept.values())
+
+
 def announce(run, cfg, net, folder):
-    """What a training would do: for --dry-run."""
-    parameters = sum(p.numel() for p in net.parameters())
+    """What a training would do and cost, with the arithmetic: for --dry-run."""
+    parameters, (channels, size) = sum(p.numel() for p in net.parameters()), input_shape(run)
     run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
+    flops, kept = footprint(net, channels, size)
+    passes, micro = 4 if cfg.recompute else 3, cfg.micro or cfg.batch // run.world
+    total = passes * flops * cfg.images
+    run.say(f"work: {flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) x {cfg.images:,} images = {total:.2e} FLOP")
+    for card, rate in (("H100", 989e12), ("RTX 4090", 165e12)):
+        run.say(f"  at 40 % of the {rate / 1e12:.0f} TFLOP/s that an {card} does in bf16: {total / (0.4 * rate) / 3600:,.1f} GPU-hours")
+    run.say(f"memory: {20 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW) + " + (
+        f"activations of one block at a time and the inputs of all, {micro} images (recompute=true)" if cfg.recompute else
+        f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32) = {20 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; lower it by micro=, recompute=true"))
+    known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source) if not run.data.classes else None
+    count = sum(getattr(run.data, s) or (known[i] if known else 0) for i, s in enumerate(("train", "test")))
+    each = 3 * run.data.size ** 2 + (8 * channels * size ** 2 if run.data.latents else 0)
+    run.say(f"disk: {each:,} bytes an image (uint8 pixels" + (", float16 mean and std of latents, twice for the mirror image)" if run.data.latents else ")")
+            + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else ", as many as the source has"))
 
 
 def check_training(run, cfg):
@@ -1570,12 +1757,13 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     grid       dict of conditions for the images of the sample grid (fixed noise, averaged weights; `columns` per row), or None
     side       a module trained and averaged beside the network, or None. `side.step` gives a loss of its own and the condition, `side.report` joins the log
     """
-    path, share, folder = PATHS[cfg.path], cfg.batch // run.world, Path(folder)
+    path, share, folder, latent = PATHS[cfg.path], cfg.batch // run.world, Path(folder), data.latents is not None
     micro = cfg.micro or share
     context, kind, why = autocast(run, cfg.precision)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if run.device.type == "cuda" and state["model"]["backbone"] == "unet":       # on CPUs channels-last was measured to be slower
         net.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
+    net.recompute = cfg.recompute
     parts, weights, averages = dict(net=net, ema=ema), list(net.parameters()), list(ema.parameters())
     beside = list(side.parameters()) if side else []
     if side:
@@ -1604,8 +1792,9 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     net.train()
+    open_autoencoder(run)                                 # for the sample grids
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
-    meter, batches = Meter(run.device, seen), feed(run, cfg, data.images, seen, side.uniforms if side else 0, side.noises if side else 0)
+    meter, batches = Meter(run.device, seen), feed(run, cfg, data.inputs, seen, side.uniforms if side else 0, (side.noises if side else 0) + latent)
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
         while seen < cfg.images:
@@ -1613,18 +1802,16 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             tick = time.time()
             rows, x, z, u = next(batches)
             meter.waited += time.time() - tick
-            x = x.float() / 127.5 - 1                                            # [b, 3, H, W] in [-1, 1]
-            if cfg.flip:
-                x = torch.where(wide(u[:, 1] < 0.5), x.flip(-1), x)
+            x = as_input(x, u[:, 1] < 0.5 if cfg.flip else None, z[:, -1] if latent else None)                   # [b, C, H, W]; the last noise draws the latent
             t = u[:, 0] if cfg.times == "uniform" else torch.special.ndtri(u[:, 0].clamp(1e-6, 1 - 1e-6)).sigmoid()
             if state["model"]["dropout"]:                                        # masks come from the global generator: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             if side:                                                             # its backward comes before that of DDP, which then averages the sum
                 loss, cond = side.step(net, ema, side_ema, x, z[:, 1:], u, seen, context)
                 scaler.scale(loss).backward()
-                z = z[:, 0]
             else:
                 cond = condition(rows, u) if condition else {}
+            z = z[:, 0] if side or latent else z
 
             # one update
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
@@ -1679,9 +1866,10 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             if crossed(cfg.grid_every):
                 if run.rank == 0:
                     shown = side.grid(ema, side_ema, context) if side else grid or {}
-                    z = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), data.images.shape[1:]).to(run.device)
+                    z = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), row_shape(data.inputs)).to(run.device)
                     with context():
-                        pictures = to_uint8(preview(ema, path, cfg.predict, z, **shown)).cpu().numpy()
+                        z = preview(ema, path, cfg.predict, z, **shown)
+                    pictures = to_uint8(decode(run.vae, z)).cpu().numpy()
                     save_grid(folder / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()
     batches.close()
@@ -1697,7 +1885,8 @@ def main():
     if "--prepare" in run.flags and not run.dry_run:      # the data alone: for runs that start from published weights
         return prepare_data(run)
     check_training(run, cfg)
-    net = build_model(run.model, run.data.size, seed=cfg.seed)
+    channels, size = input_shape(run)
+    net = build_model(run.model, size, channels, seed=cfg.seed)
     folder = run.dir / "diffusion" / cfg.name
     if run.dry_run:
         return announce(run, cfg, net, folder)
@@ -1707,7 +1896,7 @@ def main():
     data = load_data(run, "train")
 
     # train; the checkpoint alone rebuilds the model
-    state = dict(kind="diffusion", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions={}, num_labels=0, path=cfg.path,
+    state = dict(kind="diffusion", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions={}, num_labels=0, path=cfg.path,
                  predict=cfg.predict, data=data.info["fingerprint"], config={k: run.sections[k] for k in ("data", "model", run.stage)})
     fit(run, cfg, net.to(run.device), folder, data, state)
 
