@@ -867,10 +867,11 @@ def prepare_data(run):
 
 def autoencoder_kl():
     """The class of autoencoders that data.latents can name; nothing but latents needs its package."""
+    torchvision_datasets()                                # diffusers imports torchvision: make sure that this works beside a CPU-only torch
     try:
         from diffusers import AutoencoderKL
-    except ImportError as e:
-        raise UserError(f"data.latents needs the package diffusers (pip install diffusers): {e}; or leave data.latents empty to work on pixels") from None
+    except (ImportError, RuntimeError) as e:
+        raise UserError(f"data.latents needs the package diffusers (pip install diffusers): {str(e).splitlines()[0]}; or leave data.latents empty to work on pixels") from None
     return AutoencoderKL
 
 
@@ -926,7 +927,7 @@ def encode_latents(run, block=256, batch=16):
         there = np.load(done, allow_pickle=False)
         with bar(run, len(images), f"encoding {split} images") as progress:
             for i in (i for i in range(run.rank, len(there), run.world) if not there[i]):
-                x = as_input(torch.from_numpy(images[i * block:(i + 1) * block]))
+                x = as_input(torch.from_numpy(np.array(images[i * block:(i + 1) * block])))
                 both = [torch.cat([to_latents(vae, part.to(run.device)) for part in v.split(batch)]) for v in (x, x.flip(-1))]
                 out = torch.stack(both, 1).half().cpu()
                 if not torch.isfinite(out).all():
@@ -1640,11 +1641,11 @@ def preview(net, path, predict, z, steps=25, **condition):
 def footprint(net, channels, size):
     """(operations of one forward pass of one image, bytes that it keeps for the backward pass in float32), counted on a copy without data."""
     net, kept, counter = copy.deepcopy(net).to("meta").train(), {}, FlopCounterMode(display=False)
-    own = {id(p) for p in net.parameters()}
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
 
-    def keep(x):
-        if id(x) not in own and not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+    def keep(x):                                          # views share their storage
+        if (storage := x.untyped_storage())._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return x
 
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

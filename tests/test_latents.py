@@ -1,4 +1,5 @@
 """Latents of a tiny random autoencoder: encoded once by any number of processes, drawn in training, decoded for pictures and scores. And what large images need besides."""
+import importlib
 import json
 import shutil
 import sys
@@ -25,11 +26,11 @@ sample_ode: {n: 6, steps: 2, solver: euler, precision: fp32}
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """A random autoencoder on disk that halves the side of images."""
-    diffusers, folder = pytest.importorskip("diffusers"), tmp_path_factory.mktemp("vae")
+    kind, folder = td.autoencoder_kl(), tmp_path_factory.mktemp("vae")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16), layers_per_block=1,
-                                norm_num_groups=4, sample_size=16, scaling_factor=0.4, shift_factor=0.1).save_pretrained(folder)
+        kind(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16), layers_per_block=1,
+             norm_num_groups=4, sample_size=16, scaling_factor=0.4, shift_factor=0.1).save_pretrained(folder)
     return folder
 
 
@@ -100,7 +101,13 @@ def test_encoding_continues_and_is_shared(run, vae, tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "data/train/latents.npy"), expected) and not list((tmp_path / "data").rglob(".latents*"))
 
 
-def test_chain_on_latents(run):
+def inside(monkeypatch, name, *words):
+    """Run a stage in this process, which is quicker."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    importlib.import_module(name).main()
+
+
+def test_chain_on_latents(run, monkeypatch):
     """Two ranks for the encoding; pictures and scores are of pixels."""
     yaml, folder = run
     other = folder.parent / "two"
@@ -109,9 +116,12 @@ def test_chain_on_latents(run):
         assert np.array_equal(np.load(other / f"data/{split}/latents.npy"), np.load(folder / f"data/{split}/latents.npy"))
     state = torch.load(folder / "diffusion/base/checkpoint.pt", weights_only=True)
     assert (state["channels"], state["size"]) == (4, 8) and list((folder / "diffusion/base/samples").glob("*.png"))
-    stage("extract_features", yaml, f"run={folder}")
-    stage("self_label", yaml, f"run={folder}", "method=kmeans")
-    stage("train_guided", yaml, f"run={folder}", "labels=kmeans", "recompute=true")
+    inside(monkeypatch, "extract_features", yaml, f"run={folder}")
+    inside(monkeypatch, "self_label", yaml, f"run={folder}", "method=kmeans")
+    inside(monkeypatch, "train_guided", yaml, f"run={folder}", "labels=kmeans", "recompute=true")
+    inside(monkeypatch, "train_guided", yaml, f"run={folder}", "labels=online", "K=4", "switch=16", "sk_queue=64", "sk_activation=mid-vit-block0-out")
+    inside(monkeypatch, "sample_ode", yaml, f"run={folder}", "checkpoint=guided/online", "name=like", "like=test", "n=3", "evaluate=false")
+    inside(monkeypatch, "sample_ode", yaml, f"run={folder}", "name=encoded", "direction=encode", "n=3")
     stage("sample_ode", yaml, f"run={folder}", "checkpoint=guided/kmeans", "name=kmeans", "guidance=2")
     assert np.load(folder / "samples/kmeans/images.npy").shape == (6, 3, 16, 16)
     scores = json.loads((folder / "samples/kmeans/metrics.json").read_text())["scores"]
@@ -131,13 +141,13 @@ def test_what_cannot_work(run, vae, refuse, tmp_path, monkeypatch):
     assert "pip install diffusers" in refuse("train_diffusion", yaml, f"run={tmp_path / 'r2'}")
 
 
-def test_uvit_weights_sample_through_the_autoencoder(run, tmp_path):
+def test_uvit_weights_sample_through_the_autoencoder(run, tmp_path, monkeypatch):
     """Published latent models are named by their tensors' four channels."""
     from test_published import fake
     yaml, folder = run
     w = build_model(Model("uvit", channels=64, patch=2, depth=2, heads=1, final_conv=False), 8, 4, num_labels=3).state_dict()
     torch.save(w, tmp_path / "w.pt")
-    stage("sample_ode", yaml, f"run={folder}", f"checkpoint=uvit:{tmp_path / 'w.pt'}", "name=published", "guidance=1.5", "evaluate=false")
+    inside(monkeypatch, "sample_ode", yaml, f"run={folder}", f"checkpoint=uvit:{tmp_path / 'w.pt'}", "name=published", "guidance=1.5", "evaluate=false")
     assert np.load(folder / "samples/published/images.npy").shape == (6, 3, 16, 16)
     with pytest.raises(td.UserError, match="made for inputs of 3 x 16 x 16, this run's are 4 x 8 x 8"):
         td.load_checkpoint(SimpleNamespace(published=td.Published(), data=Data(size=16, latents="x"), dir=folder, say=lambda *_: None), fake(tmp_path, "adm"))
@@ -176,8 +186,9 @@ def test_footprint_in_closed_form():
     assert 4 * L * D * depth < kept < 4 * L * D * depth * 60
 
 
-def test_costs_are_printed(run):
-    text = stage("train_diffusion", *map(str, (run[0], f"run={run[1].parent / 'none'}", "--dry-run", "recompute=true"))).stdout
+def test_costs_are_printed(run, monkeypatch, capsys):
+    inside(monkeypatch, "train_diffusion", run[0], f"run={run[1].parent / 'none'}", "--dry-run", "recompute=true")
+    text = capsys.readouterr().out
     for word in ("GFLOP forward an image x 4", "GPU-hours", "memory:", f"{3 * 16 * 16 + 8 * 4 * 8 * 8:,} bytes an image", "x 320"):
         assert word in text, word
     assert not (run[1].parent / "none").exists()
@@ -199,10 +210,11 @@ def test_chosen_classes(tmp_path, refuse):
     assert "data.classes=n9" in refuse("train_diffusion", tmp_path / "c.yaml", f"run={tmp_path / 'other'}", "data.classes=[n9]", "--prepare")
 
 
-def test_keys_that_came_later_do_not_stop_a_resumed_run(run, tmp_path):
+def test_keys_that_came_later_do_not_stop_a_resumed_run(run, monkeypatch, capsys):
     """A checkpoint that lacks a key was made with its default."""
     state = torch.load(run[1] / "diffusion/base/checkpoint.pt", weights_only=True)
     for section, key in (("model", "clock"), ("train_diffusion", "recompute")):
         del state["config"][section][key]
     torch.save(state, run[1] / "diffusion/base/checkpoint.pt")
-    assert "done already" in stage("train_diffusion", run[0], f"run={run[1]}").stdout
+    inside(monkeypatch, "train_diffusion", run[0], f"run={run[1]}")
+    assert "done already" in capsys.readouterr().out
