@@ -490,7 +490,8 @@ class Evaluation:
         return {self.kind: frechet(fake, self.real), "kernel": kernel_distance(fake, self.real), **manifold(fake, self.real, self.cfg.neighbours),
                 "memorisation": float(close.median() / self.to_train.median()),
                 "copies": float((close < self.to_train.quantile(0.01)).float().mean()),
-                **({} if self.decoded is None else {"decoded": self.decoded}), "evaluator": self.text, "reference": f"{self.cfg.reference}, {len(self.real):,} images", "samples": len(fake)}
+                **({} if self.decoded is None else {"decoded": self.decoded}),
+                "evaluator": self.text, "reference": f"{self.cfg.reference}, {len(self.real):,} images", "samples": len(fake)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

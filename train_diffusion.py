@@ -1002,7 +1002,7 @@ def input_shape(run):
         shape = read_json(path, "run train_diffusion.py first")["shape"]
         return shape[1] // 2, shape[2]
     try:
-        config = autoencoder_kl().load_config(run.data.latents)
+        config = autoencoder_kl().load_config(run.data.latents, local_files_only=run.dry_run)
     except (OSError, ValueError, UserError) as e:
         if run.dry_run:                                   # Stable Diffusion's
             return 4, size // 8
@@ -1452,7 +1452,7 @@ def read_torch(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:                                # a truncated or foreign file fails in many ways
-        why = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
         raise UserError(f"{path}: not a readable checkpoint ({why}); it may be truncated or of another program") from None
 
 
@@ -1546,8 +1546,8 @@ def load_published(run, kind, file):
     if bad:
         raise UserError(f"{path}: does not fit the {kind} model that it resembles: {'; '.join(bad[:3])}" + (f"; and {len(bad) - 3} more" if len(bad) > 3 else ""))
     if (channels, size) != (there := input_shape(run)):
-        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; set data.size or data.latents in another run="
-                        + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
+        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; "
+                        "set data.size or data.latents in another run=" + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
     return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
                 conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
                 null=s["null_row"] == "last", labels="published" if K else None, label_file="published classes" if K else None, condition="label",
@@ -1661,14 +1661,16 @@ def announce(run, cfg, net, folder):
     flops, kept = footprint(net, channels, size)
     passes, micro = 4 if cfg.recompute else 3, cfg.micro or cfg.batch // run.world
     total = passes * flops * cfg.images
-    run.say(f"work: {flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) x {cfg.images:,} images = {total:.2e} FLOP")
+    run.say(f"work: {flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
+            f"x {cfg.images:,} images = {total:.2e} FLOP")
     for card, rate in (("H100", 989e12), ("RTX 4090", 165e12)):
         run.say(f"  at 40 % of the {rate / 1e12:.0f} TFLOP/s that an {card} does in bf16: {total / (0.4 * rate) / 3600:,.1f} GPU-hours")
     run.say(f"memory: {20 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW) + " + (
         f"activations of one block at a time and the inputs of all, {micro} images (recompute=true)" if cfg.recompute else
-        f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32) = {20 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; lower it by micro=, recompute=true"))
-    known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source) if not run.data.classes else None
-    count = sum(getattr(run.data, s) or (known[i] if known else 0) for i, s in enumerate(("train", "test")))
+        f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32) = {20 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; "
+        "lower it by micro=, recompute=true"))
+    known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source, (0, 0))
+    count = 0 if run.data.classes else sum(getattr(run.data, s) or n for s, n in zip(("train", "test"), known))
     each = 3 * run.data.size ** 2 + (8 * channels * size ** 2 if run.data.latents else 0)
     run.say(f"disk: {each:,} bytes an image (uint8 pixels" + (", float16 mean and std of latents, twice for the mirror image)" if run.data.latents else ")")
             + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else ", as many as the source has"))

@@ -132,7 +132,9 @@ def test_what_cannot_work(run, vae, refuse, tmp_path, monkeypatch):
     yaml, folder = run
     assert "data.latents=" in refuse("train_diffusion", yaml, f"run={folder}", "data.latents=")
     assert "multiple of 2" in refuse("train_diffusion", yaml, f"run={tmp_path / 'r'}", "data.size=15")
-    assert "drawn on pixels" in refuse("train_guided", yaml, f"run={folder}", "labels=classes", "condition=box") if (folder / "labels/classes.npz").exists() else True
+    inside(monkeypatch, "self_label", yaml, f"run={folder}", "method=classes")
+    assert "drawn on pixels" in refuse("train_guided", yaml, f"run={folder}", "labels=classes", "condition=box")
+    assert "latents do not have" in refuse("train_guided", yaml, f"run={folder}", "labels=online", "sk_augment=0.5")
     broken = shutil.copytree(vae, tmp_path / "vae")
     next(broken.glob("*.safetensors")).write_bytes(b"no tensors")
     assert "not a readable AutoencoderKL" in refuse("train_diffusion", yaml, f"run={tmp_path / 'r'}", f"data.latents={broken}")
