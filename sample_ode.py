@@ -635,7 +635,7 @@ def encode(run, cfg, models, state, context, folder):
     """Test images to noise and back: writes noise.npy and a picture, returns the round trip's error."""
     data = load_data(run, "test")
     n, velocity = min(cfg.n, len(data)), Field(models[0], PATHS[state["path"]], state["predict"], 0.0, cfg.interval, None, context)
-    x = as_input(torch.from_numpy(np.ascontiguousarray(data.inputs[:n])))
+    x = as_input(torch.from_numpy(np.array(data.inputs[:n])))
     label = torch.full((n,), state["num_labels"]) if state["num_labels"] else None     # the null label
     noise, back = [], []
     with bar(run, n, "encoding") as progress:

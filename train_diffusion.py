@@ -7,6 +7,7 @@ Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t
     python train_diffusion.py configs/shapes.yaml                                # CPU, about two minutes
     python train_diffusion.py configs/cifar10.yaml                               # one GPU
     torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml          # eight GPUs, the same global batch
+    python train_diffusion.py configs/imagenet256-adm.yaml --prepare             # the data alone, for runs that start from published weights
 
 The same command again resumes. This file is the ground floor that the later stages import. To learn the method, read `main`, `fit`,
 `loss_per_image`, `ConstantVelocity` and `UNet` first; configuration, run folder and data are plumbing.
