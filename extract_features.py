@@ -28,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, autocast, bar, cli, create_rows, diffuse, draw, finished,
-                             load_data, load_model, read_json, require, save_grid, start, to_uint8, write_json, write_rows)
+from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, as_input, autocast, bar, cli, create_rows, diffuse, draw, finished,
+                             load_data, load_model, read_json, require, row_shape, save_grid, start, to_uint8, write_json, write_rows)
 
 
 @dataclass
 class ExtractFeatures:
     """Section `extract_features`."""
     name: str = "base"                                    # results go to features/<name>
-    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, or a .pt file
+    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["auto"])      # names and globs; auto = the label-free choice in probe/<choice>.json
     t: list[float] = field(default_factory=list)          # noise times; empty with activations=auto = the label-free choice
@@ -222,7 +222,7 @@ def feature(net, name, x_t, t, pool="mean"):
 
 @torch.no_grad()
 def stream(net, state, images, rows, names, times, *, device, context, pool="mean", draws=1, seed=0, purpose="features train", batch=256):
-    """Yield (rows of this batch, {(name, t): float32 tensor}) over `rows` of uint8 images [N, 3, H, W]; condition: null.
+    """Yield (rows of this batch, {(name, t): float32 tensor}) over `rows` of uint8 images [N, 3, H, W], or of latents (their means); condition: null.
 
     One forward pass per (batch, time, draw) serves all names. The noise is a function of (seed, purpose, draw, row), so neither
     batch size nor number of processes changes the result.
@@ -231,10 +231,10 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
     with tapped(net, names) as got:
         for i in range(0, len(rows), batch):
             part = rows[i:i + batch]
-            x = torch.from_numpy(np.ascontiguousarray(images[part])).to(device).float() / 127.5 - 1
+            x = as_input(torch.from_numpy(np.ascontiguousarray(images[part])).to(device))
             out = {}
             for d in range(draws):
-                z = draw(seed, f"{purpose} {d}", part, images.shape[1:]).to(device)
+                z = draw(seed, f"{purpose} {d}", part, row_shape(images)).to(device)
                 for t in times:
                     tt = torch.full((len(x),), t, device=device)
                     try:
@@ -315,7 +315,7 @@ def main():
         test, file, n = load_data(run, "test"), run.dir / "features" / f"{cfg.name}-pca.png", len(cfg.shown)
         require(n and all(0 <= i < len(test) for i in cfg.shown), cfg, "shown", f"name test images, 0 to {len(test) - 1}")
         out, sheet, size = {}, [np.tile(test.images[cfg.shown], (len(times), 1, 1, 1))], test.images.shape[2:]
-        for _, one in stream(net, state, test.images, np.array(cfg.shown), names, times, device=run.device, context=context, pool="none", draws=cfg.draws,
+        for _, one in stream(net, state, test.inputs, np.array(cfg.shown), names, times, device=run.device, context=context, pool="none", draws=cfg.draws,
                              seed=cfg.seed, purpose="features test", batch=n):
             out |= one
         sheet += [F.interpolate(pca_rgb(out[name, t].cpu()), size).numpy() for name in names for t in times]
@@ -349,7 +349,7 @@ def main():
     for split, part in data.items():
         bounds = [len(part) * r // run.world for r in range(run.world + 1)]
         rows = np.arange(bounds[run.rank], bounds[run.rank + 1])
-        _, one = next(stream(net, state, part.images, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
+        _, one = next(stream(net, state, part.inputs, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         files = {}
         for key, value in one.items():
             shape = (len(part), *value.shape[1:])
@@ -359,7 +359,7 @@ def main():
                 create_rows(files[key], cfg.dtype, shape)
         run.wait()
         with bar(run, len(part), f"features of {split} images") as progress:
-            for part_rows, out in stream(net, state, part.images, rows, names, times, device=run.device, context=context, pool=cfg.pool,
+            for part_rows, out in stream(net, state, part.inputs, rows, names, times, device=run.device, context=context, pool=cfg.pool,
                                          draws=cfg.draws, seed=cfg.seed, purpose=f"features {split}", batch=cfg.batch):
                 for key, value in out.items():
                     if not torch.isfinite(value).all():

@@ -35,8 +35,8 @@ from torch import nn
 
 from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, gather, kmeans, nmi
-from train_diffusion import (PATHS, Block, Model, UNet, UserError, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished, load_data, load_model,
-                             read_json, require, seed_of, start, write_json)
+from train_diffusion import (PATHS, Block, Model, UNet, UserError, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished, load_data, load_model,
+                             read_json, require, row_shape, seed_of, start, write_json)
 
 HEAD_KEYS = {"head", "labels_share", "per_class", "width", "depth", "heads", "side", "grid", "hidden", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 SELECT_KEYS = {"measured", "noisy", "fine", "local"}
@@ -47,7 +47,7 @@ class Probe:
     """Section `probe`."""
     name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
     protocol: Literal["sweep", "linear", "head", "select"] = "sweep"      # sweep = block x time; linear = linear probe and kNN of one activation; see above
-    checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
+    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
     t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9 for sweep and select, else the label-free choice for linear
@@ -210,7 +210,7 @@ def sweep(run, cfg, net, state, context):
 
     def read(rows, t, draw_number):                       # {name: [N, D]} for all names from one pass
         parts = {n: [] for n in names}
-        for _, out in stream(net, state, data.images, rows, names, [t], device=run.device, context=context, seed=cfg.seed, purpose=f"probe {draw_number}",
+        for _, out in stream(net, state, data.inputs, rows, names, [t], device=run.device, context=context, seed=cfg.seed, purpose=f"probe {draw_number}",
                              batch=cfg.batch):
             for n in names:
                 parts[n].append(out[n, t].cpu())
@@ -282,7 +282,7 @@ def train_supervised(run, cfg, state, data, name, classes):
         with bar(run, steps, "supervised control", "step") as progress:
             for step in range(steps):
                 rows = np.sort(np.random.default_rng(seed_of(cfg.seed, "supervised rows", step)).choice(train_rows, batch))
-                x = torch.from_numpy(np.asarray(data["images"][rows])).to(run.device).float() / 127.5 - 1
+                x = as_input(torch.from_numpy(np.asarray(data["images"][rows])).to(run.device))
                 with context():
                     try:
                         net(x, torch.full((batch,), 1000.0, device=run.device))
@@ -336,7 +336,7 @@ def linear(run, cfg, net, state, context):
     val, fit = np.sort(order[:min(cfg.validation, len(order) // 5)]), np.sort(order[min(cfg.validation, len(order) // 5):])
 
     def read(model, split, d, level):                     # features [N, D] of one noise draw
-        images = (train if split == "train" else test).images
+        images = (train if split == "train" else test).inputs
         parts = [out[name, level].cpu() for _, out in stream(model, state, images, np.arange(len(images)), [name], [level], device=run.device, context=context,
                                                              seed=cfg.seed, purpose=f"linear {split} {d}", batch=cfg.batch)]
         return torch.cat(parts)
@@ -352,7 +352,7 @@ def linear(run, cfg, net, state, context):
     if "random" in cfg.controls:
         sources["random weights"] = random_network(run, cfg, state), t
     if "supervised" in cfg.controls:
-        sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.images, y=y, rows=fit), name, classes), 1.0
+        sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.inputs, y=y, rows=fit), name, classes), 1.0
     for what, (model, level) in sources.items():
         scores = [score(read(model, "train", d, level), read(model, "test", d, level)) for d in range(cfg.draws if level < 1 else 1)]
         rows[what] = dict(activation=name, t=level, draws=len(scores), **{k: float(np.mean([s[k] for s in scores])) for k in ("linear", "knn")},
@@ -525,8 +525,8 @@ def augmented(x, flip, crop, g):
 
 
 def scaled(images, rows, device):
-    """Rows of uint8 images as float [B, C, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images[rows])).to(device).float() / 127.5 - 1
+    """Rows of uint8 images as float [B, C, H, W] in [-1, 1], or means of latents."""
+    return as_input(torch.from_numpy(np.ascontiguousarray(images[rows])).to(device))
 
 
 @torch.no_grad()
@@ -535,7 +535,7 @@ def evaluate(heads, r, path, images, y, rows, batch, seed, purpose, device="cpu"
     score = torch.zeros(len(heads), 2)
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
-        z = [draw(seed, f"{purpose} {d}", part, images.shape[1:]).to(device) for d in range(r.draws)]
+        z = [draw(seed, f"{purpose} {d}", part, row_shape(images)).to(device) for d in range(r.draws)]
         seen, target = r.views(path, scaled(images, part, device), z, context), y[part].to(device)
         for j, h in enumerate(heads):
             out = h.eval()(*seen)
@@ -549,7 +549,7 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
     AdamW with one cycle. (2307.08702 and 2311.17921: SGD without momentum, lr 1e-2 or 5e-2, times 0.1 every 7 of 28 epochs.)
     """
     trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
-    steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, images.shape[2], int(y.max()) + 1, seed, device, context) for _ in trials]
+    steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, row_shape(images)[1], int(y.max()) + 1, seed, device, context) for _ in trials]
     opts = [torch.optim.AdamW(h.parameters(), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
     plans = [torch.optim.lr_scheduler.OneCycleLR(o, lr, steps + 1) for o, (lr, _) in zip(opts, trials)]
     for step in range(steps):
@@ -643,11 +643,11 @@ def head(run, cfg, net, state, context):
     for seed in cfg.seeds:
         fit, val = (labelled(y.numpy(), part, cfg.labels_share, cfg.per_class, seed) for part in (order[held:], order[:held]))
         own = replace(cfg, seed=seed)
-        for what, r in readings(run, own, net, state, context, names, times, train.images, y, fit, val).items():
+        for what, r in readings(run, own, net, state, context, names, times, train.inputs, y, fit, val).items():
             with bar(run, max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
-                best, (lr, l2), score = fit_head(own, r, path, train.images, y, fit, val, seed, tick=lambda: progress.update(1), **where)
+                best, (lr, l2), score = fit_head(own, r, path, train.inputs, y, fit, val, seed, tick=lambda: progress.update(1), **where)
             draws = cfg.draws if r.net and r.times != [1.0] else 1               # without noise all draws are equal
-            tested = [evaluate([best], r, path, test.images, y_test, np.arange(len(test)), cfg.batch, seed, f"head test {d}", **where)[0][0] for d in range(draws)]
+            tested = [evaluate([best], r, path, test.inputs, y_test, np.arange(len(test)), cfg.batch, seed, f"head test {d}", **where)[0][0] for d in range(draws)]
             row = rows.setdefault(what, dict(head=r.kind, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()), results=[]))
             row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
     for what, row in rows.items():
@@ -730,12 +730,12 @@ def select(run, cfg, net, state, context):
     fit, val = np.sort(order[:cfg.fit]), np.sort(order[cfg.fit:cfg.fit + cfg.validation])
     require(blocks, cfg, "activations", "name some block outputs, too: they are what the others are compared with")
     require(cfg.measured >= 2 and len(val) >= 10, cfg, "measured fit validation", f"at least 2 images to measure, 10 to validate, of {len(train)} training images")
-    props = measure(net, state, train.images, fit[:cfg.measured], names, cfg.t, run.device, context, cfg.seed)
+    props = measure(net, state, train.inputs, fit[:cfg.measured], names, cfg.t, run.device, context, cfg.seed)
     table = []
     for t in cfg.t:
         why = verdicts({n: props[n, t] for n in names}, blocks, cfg.noisy, cfg.fine, cfg.local)
         left = [n for n in names if not why[n]]
-        score = ridge_ranking(run, cfg, net, state, context, train.images, y, fit, val, left, [t]) if left else {}
+        score = ridge_ranking(run, cfg, net, state, context, train.inputs, y, fit, val, left, [t]) if left else {}
         table += [dict(activation=n, **noise_level(state["path"], t), **props[n, t], dropped=why[n], linear=score.get((n, t))) for n in names]
     rest = sorted((r for r in table if not r["dropped"]), key=lambda r: -r["linear"])
     require(rest, cfg, "noisy fine local", "no activation passes; loosen them")

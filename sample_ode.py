@@ -30,15 +30,15 @@ from torch import nn
 
 from self_label import load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
-from train_diffusion import (PATHS, Data, Folder, Squared, UserError, atomic, autocast, bar, cli, create_rows, digest, draw, estimates, fill, finished,
-                             load_data, load_model, require, save_grid, seed_of, start, to_uint8, weights_hash, wide, write_json, write_rows)
+from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, create_rows, decode, digest, draw, estimates, fill, finished,
+                             load_data, load_model, open_autoencoder, require, save_grid, seed_of, start, to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
 
 
 @dataclass
 class SampleOde:
     """Section `sample_ode`."""
     name: str = "base"                                    # results go to samples/<name>
-    checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
+    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     n: int = 10_000                                       # samples
     solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"] = "heun"      # dopri5 adapts its steps to tol
@@ -266,12 +266,12 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None
             x, calls = integrate(velocity, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state.get('file', 'the model')}: samples are not finite; is it a healthy model? (precision=fp32 may help)")
-            images.append(to_uint8(x).cpu().numpy())
+            images.append(to_uint8(decode(run.vae, x)).cpu().numpy())
             labels.append(label)
             evaluations += int(calls.sum())
             progress.update(len(part) * run.world)
     seconds = time.time() - tick
-    shape = (0, state["channels"], state["size"], state["size"])
+    shape = (0, 3, *[state["size"] if run.vae is None else run.data.size] * 2)
     images = np.concatenate(images) if images else np.zeros(shape, np.uint8)
     labels = torch.cat(labels).numpy() if state["num_labels"] and len(mine) else None
     counts = torch.tensor([evaluations, velocity.images], dtype=torch.float64)
@@ -425,6 +425,19 @@ def nearest(x, train):
     return torch.cat([torch.stack([torch.cdist(c.double(), part.double()).min(1).values for part in train.split(50_000)]).amin(0) for c in x.split(500)]).float()
 
 
+class Decoded:
+    """Images as the autoencoder gives them back, uint8, decoded when they are looked at."""
+
+    def __init__(self, run, inputs, rows):
+        self.run, self.inputs, self.rows = run, inputs, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return to_uint8(decode(self.run.vae, as_input(torch.from_numpy(self.inputs[self.rows[i]])).to(self.run.device))).cpu().numpy()
+
+
 class Evaluation:
     """Real images seen by one evaluator; scores sets of samples against them. The first process holds the features and compares, all get the numbers."""
 
@@ -445,6 +458,19 @@ class Evaluation:
             order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))     # scores that look at some rows only: not those of one class
             sets[split] = torch.from_numpy(np.load(cache, allow_pickle=False)[order])
         self.real, self.unreported = (sets.get(s) for s in (("test", "train") if cfg.reference == "test" else ("train", "test")))
+        self.decoded = None
+        if run.vae is not None:                           # what the autoencoder alone costs: up to 10,000 reference images there and back, against all of them
+            data = load_data(run, cfg.reference)
+            cache = run.dir / "samples" / ".reference" / f"{digest(cfg.evaluator, self.text, data.info['fingerprint'], run.data.latents)}-decoded.npy"
+            if not run.agreed(cache.exists()):
+                order = np.random.default_rng(seed_of(0, "decoded")).permutation(len(data))[:10_000]
+                features = features_of(run, self.net, Decoded(run, data.inputs, np.sort(order)), "evaluator on decoded images")
+                if run.rank == 0:
+                    with atomic(cache) as f:
+                        np.save(f, features.numpy())
+            if run.rank == 0:
+                self.decoded = frechet(torch.from_numpy(np.load(cache, allow_pickle=False)), self.real)
+                run.say(f"{self.kind} of decoded {cfg.reference} images against the images themselves: {self.decoded:.3f}")
         if run.rank == 0:
             self.train, self.to_train = sets["train"], nearest(sets["test"][:2000], sets["train"])
 
@@ -464,6 +490,7 @@ class Evaluation:
         return {self.kind: frechet(fake, self.real), "kernel": kernel_distance(fake, self.real), **manifold(fake, self.real, self.cfg.neighbours),
                 "memorisation": float(close.median() / self.to_train.median()),
                 "copies": float((close < self.to_train.quantile(0.01)).float().mean()),
+                **({} if self.decoded is None else {"decoded": self.decoded}),
                 "evaluator": self.text, "reference": f"{self.cfg.reference}, {len(self.real):,} images", "samples": len(fake)}
 
 
@@ -552,14 +579,18 @@ def read_like(run, cfg, net, state, context):
     """The images that `like` names, uint8 [n, 3, H, W]; the labels that the model's own labeller finds in them become cfg.labels."""
     side = load_labeller(run, net, state)
     if cfg.like == "test":
-        images = np.asarray(load_data(run, "test").images[:cfg.n])
+        images, inputs = (np.asarray(v[:cfg.n]) for v in (load_data(run, "test").images, load_data(run, "test").inputs))
     else:
-        items = Squared(Folder(Data(source="folder", root=cfg.like, size=state["size"], test_fraction=0), "train"), state["size"])
+        size = state["size"] if run.vae is None else run.data.size
+        items = Squared(Folder(Data(source="folder", root=cfg.like, size=size, test_fraction=0), "train"), size)
         read = [items[i] for i in range(min(len(items), cfg.n))]
         if bad := [complaint for _, _, complaint in read if complaint]:
             raise UserError(f"like: unreadable image {bad[0]}")
-        images = np.stack([x for x, _, _ in read])
-    ids, _, _ = label_images(net, side, images, np.arange(len(images)), context, "like")
+        images = inputs = np.stack([x for x, _, _ in read])
+        if run.vae is not None:
+            latents = [to_latents(run.vae, as_input(torch.from_numpy(x[None])).to(run.device)) for x in images]
+            inputs = torch.cat(latents)[:, None].half().cpu().numpy()            # [n, 1, 2C, h, w]
+    ids, _, _ = label_images(net, side, inputs, np.arange(len(images)), context, "like")
     if state.get("condition") == "patch":                 # their maps take the place of those from training
         maps = ids.reshape(len(ids), math.isqrt(ids.shape[1]), -1).to(state["maps"].dtype)
         state |= dict(maps=torch.cat([maps, torch.full_like(maps[:1], state["map_labels"])]), num_labels=len(maps))
@@ -604,7 +635,7 @@ def encode(run, cfg, models, state, context, folder):
     """Test images to noise and back: writes noise.npy and a picture, returns the round trip's error."""
     data = load_data(run, "test")
     n, velocity = min(cfg.n, len(data)), Field(models[0], PATHS[state["path"]], state["predict"], 0.0, cfg.interval, None, context)
-    x = torch.from_numpy(np.ascontiguousarray(data.images[:n])).float() / 127.5 - 1
+    x = as_input(torch.from_numpy(np.array(data.inputs[:n])))
     label = torch.full((n,), state["num_labels"]) if state["num_labels"] else None     # the null label
     noise, back = [], []
     with bar(run, n, "encoding") as progress:
@@ -615,8 +646,11 @@ def encode(run, cfg, models, state, context, folder):
             progress.update(len(z))
     noise, back = torch.cat(noise), torch.cat(back)
     np.save(folder / "noise.npy", noise.numpy())
-    shown = torch.cat([x[:10], noise[:10] / 3, back[:10]])
-    save_grid(folder / "grid.png", to_uint8(shown).numpy(), 10, ["image", "noise", "back"])
+    if run.vae is None:
+        save_grid(folder / "grid.png", to_uint8(torch.cat([x[:10], noise[:10] / 3, back[:10]])).numpy(), 10, ["image", "noise", "back"])
+    else:                                                 # the noise is none of pixels
+        x, back = (torch.cat([decode(run.vae, part.to(run.device)).cpu() for part in v.split(100)]) for v in (x, back))
+        save_grid(folder / "grid.png", to_uint8(torch.cat([x[:10], back[:10]])).numpy(), 10, ["decoded", "back"])
     error = (back - x).square().mean()
     return dict(noise_mean=float(noise.mean()), noise_std=float(noise.std()), round_trip_psnr=float(10 * torch.log10(4 / error)), images=n)
 
@@ -627,7 +661,8 @@ def layout_sheet(path, run, cfg, models, state, w, context, rows=10, columns=9):
     z = draw(cfg.seed, "sample noise", range(columns), shape).repeat(n, 1, 1, 1).to(run.device)
     label = torch.arange(n).repeat_interleave(columns).to(run.device)
     x, _ = integrate(Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context), z, label, cfg.solver, cfg.steps, cfg.tol)
-    images, kinds, zoom = to_uint8(x).cpu().numpy(), state["map_labels"], state["size"] // state["maps"].shape[1]
+    images, kinds = to_uint8(decode(run.vae, x)).cpu().numpy(), state["map_labels"]
+    zoom = images.shape[2] // state["maps"].shape[1]
     colours = np.concatenate([np.random.default_rng(3).integers(60, 256, (kinds, 3)), np.zeros((1, 3), int)]).astype(np.uint8)   # black where nothing is asked for
     maps = colours[state["maps"][:n].long().numpy().repeat(zoom, 1).repeat(zoom, 2)].transpose(0, 3, 1, 2)                         # [n, 3, H, W]
     cells = [v for i in range(n) for v in (maps[i], *images[i * columns:(i + 1) * columns])]
@@ -694,6 +729,10 @@ def main():
     if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "condition")):
         raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
     context, _, why = autocast(run, cfg.precision)
+    if not run.dry_run:
+        open_autoencoder(run)
+    if not (state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]) and state["num_labels"]:
+        raise UserError(f"guidance={cfg.guidance}: {state['file']} has no null label to guide with; use guidance=1, or autoguide= an unconditional model")
     if not state["num_labels"] and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing to guide with
     given = read_like(run, cfg, net, state, context) if cfg.like else None
@@ -705,7 +744,7 @@ def main():
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")}
     recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
     if run.dry_run:
-        run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * state['channels'] * state['size'] ** 2 / 1e6:,.0f} MB")
+        run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
         return
     if run.agreed(finished(run, folder / "metrics.json", recipe)):
         return

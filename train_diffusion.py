@@ -7,6 +7,7 @@ Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t
     python train_diffusion.py configs/shapes.yaml                                # CPU, about two minutes
     python train_diffusion.py configs/cifar10.yaml                               # one GPU
     torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml          # eight GPUs, the same global batch
+    python train_diffusion.py configs/imagenet256-adm.yaml --prepare             # the data alone, for runs that start from published weights
 
 The same command again resumes. This file is the ground floor that the later stages import. To learn the method, read `main`, `fit`,
 `loss_per_image`, `ConstantVelocity` and `UNet` first; configuration, run folder and data are plumbing.
@@ -38,10 +39,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 FORMAT = 1                                                # of checkpoints; raised when older ones can no longer be read
@@ -58,7 +61,9 @@ class Data:
     root: str = ""                                        # folder (torchvision, folder) or .npz/.npy file (arrays) that holds the images
     download: bool = False                                # let torchvision download what is not under root
     size: int = 32                                        # images become size x size: centre crop, then resize
+    latents: str = ""                                     # encode them once by this diffusers AutoencoderKL (folder or Hugging Face id), train on latents; empty = pixels
     train: int = 0                                        # keep the first so many training images (class folders: the first classes); 0 = all (shapes: 20,000)
+    classes: list[str] = field(default_factory=list)      # folder, ImageNet, CIFAR...: keep these classes only, by name (ImageNet: synset such as n01440764)
     test: int = 0                                         # images to keep for testing; 0 = all (shapes: 5,000)
     test_fraction: float = 0.1                            # folder and arrays without a test part: this share of the images is held out
     skip_bad: bool = False                                # skip unreadable images, listing them in info.json; false = stop
@@ -71,16 +76,30 @@ class Model:
     """Section `model`: the network."""
     backbone: Literal["unet", "uvit"] = "unet"            # ADM U-Net, or U-ViT
     channels: int = 128                                   # base channels of the U-Net, token width of the U-ViT
-    mult: list[int] = field(default_factory=lambda: [1, 2, 2])      # unet: channel multiple per resolution level
+    mult: list[float] = field(default_factory=lambda: [1, 2, 2])    # unet: channel multiple per resolution level
     blocks: int = 2                                       # unet: residual blocks per level
     attention: list[int] = field(default_factory=lambda: [8])       # unet: map sizes (in positions per side) that get self-attention
-    head_channels: int = 64                               # unet: channels per attention head
+    head_channels: int = 64                               # unet: channels per attention head; 0 = `heads` heads at every level
     dropout: float = 0.0                                  # unet: dropout inside residual blocks
     stem: int = 1                                         # unet: space-to-depth factor at the input; 2 makes small models four times cheaper
     patch: int = 2                                        # uvit: patch size
     depth: int = 12                                       # uvit: blocks besides the middle one (half before, half after)
     heads: int = 8                                        # uvit: attention heads
     final_conv: bool = True                               # uvit: 3x3 convolution after the last layer (pixels: yes, latents: no)
+    clock: list[float] = field(default_factory=lambda: [0, 1000])   # a, b: the network is told the time as a + b t; published weights count steps of noise
+
+
+@dataclass
+class Published:
+    """Section `published`: what the tensors of published weights (checkpoint=adm:FILE, uvit:FILE) do not tell. Empty or 0 = as such weights were published."""
+    size: int = 0                                         # adm: side of the images
+    heads: int = 0                                        # attention heads; adm: at every level
+    head_channels: int = 0                                # adm: or channels per attention head
+    order: Literal["", "heads", "qkv"] = ""               # adm: rows of qkv: by head, each with its q, k, v; or by q, k, v, each with its heads (new attention order)
+    path: Literal["", "cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = ""    # noise path
+    clock: list[float] = field(default_factory=list)      # a, b: the network is told the time as a + b t
+    predict: Literal["", "v", "eps", "x"] = ""            # what the network predicts
+    null_row: Literal["", "last", "none"] = ""            # weights with classes: the last row of the table is the null label, or there is none
 
 
 @dataclass
@@ -89,7 +108,7 @@ class Training:
     images: int = 20_000_000                              # images seen in all; more may be asked for later
     batch: int = 128                                      # images per update over all processes
     micro: int = 0                                        # images per forward pass and process; 0 = no gradient accumulation
-    path: Literal["cv", "vp"] = "cv"                      # constant velocity, or variance preserving (DDPM's linear betas)
+    path: Literal["cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = "cv"    # constant velocity, or variance preserving: linear, cosine, Stable Diffusion's betas, score SDE
     predict: Literal["v", "eps", "x"] = "v"               # what the network predicts
     times: Literal["uniform", "logit_normal"] = "uniform"  # how t is drawn
     min_snr: float = 0.0                                  # > 0: min-SNR loss weighting with this gamma
@@ -102,6 +121,7 @@ class Training:
     flip: bool = True                                     # mirror images at random
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # auto = bf16 where the hardware has it
     compile: bool = False                                 # torch.compile the network
+    recompute: bool = False                               # keep the inputs of blocks only and compute the rest again when going back: less memory, a third more work
     log_every: int = 10_000                               # images between lines of metrics.jsonl
     save_every: int = 500_000                             # images between checkpoints
     grid_every: int = 500_000                             # images between sample grids (fixed noise, averaged weights)
@@ -116,7 +136,8 @@ class TrainDiffusion(Training):
     name: str = "base"                                    # results go to diffusion/<name>
 
 
-RESUMABLE = {"images", "log_every", "save_every", "grid_every", "tensorboard", "overwrite", "micro", "compile"}   # may change on resume
+SHARED = {"data": Data, "model": Model, "published": Published}                  # sections that every stage reads
+RESUMABLE = {"images", "log_every", "save_every", "grid_every", "tensorboard", "overwrite", "micro", "compile", "recompute"}   # may change on resume
 
 
 class UserError(Exception):
@@ -138,6 +159,8 @@ class Run:
     world: int = 1
     device: torch.device = torch.device("cpu")
     words: tuple = ()                                     # of the command line: what the next stage must be told, too
+    published: Published = field(default_factory=Published)
+    vae: typing.Any = None                                # the autoencoder of data.latents, once `open_autoencoder` was called
 
     def say(self, *words):
         """Print from the first process only."""
@@ -225,7 +248,7 @@ def start(stage, cls, doc, flags=()):
     words = sys.argv[1:]
     if "--help" in words or "-h" in words or not words:
         print(doc)
-        for name, c in {stage: cls, "data": Data, "model": Model}.items():
+        for name, c in {stage: cls, **SHARED}.items():
             print(f"{name}: {'key=value' if c is cls else name + '.key=value'}")
             text = comments(c)
             for f in dataclasses.fields(c):
@@ -255,16 +278,16 @@ def start(stage, cls, doc, flags=()):
             folder = Path(value)
             continue
         section, _, key = key.rpartition(".")
-        kinds = {f.name: f.type for f in dataclasses.fields({"data": Data, "model": Model, stage: cls}.get(section or stage, Run))}
+        kinds = {f.name: f.type for f in dataclasses.fields({**SHARED, stage: cls}.get(section or stage, Run))}
         try:
             value = value if kinds.get(key) is str else yaml.safe_load(value)    # name=no is a name, not false
         except yaml.YAMLError:
             pass
         sections.setdefault(section or stage, {})[key] = value
     for name in sections:
-        if name not in ("data", "model", *STAGES):
-            raise UserError(f"section {name}: {unknown(name, ['data', 'model', *STAGES])}")
-    own = {name: fill(name, c, sections.get(name, {})) for name, c in {"data": Data, "model": Model, stage: cls}.items()}
+        if name not in (*SHARED, *STAGES):
+            raise UserError(f"section {name}: {unknown(name, [*SHARED, *STAGES])}")
+    own = {name: fill(name, c, sections.get(name, {})) for name, c in {**SHARED, stage: cls}.items()}
     sections |= {name: dataclasses.asdict(c) for name, c in own.items()}
     name = own[stage].name                                # names a folder that finished work replaces: it must be one, inside the run
     if not re.fullmatch(r"\w[\w.+-]*", name) and (name or cls().name):
@@ -280,8 +303,8 @@ def start(stage, cls, doc, flags=()):
     dry = "--dry-run" in given
     if world > 1 and not dry:                             # preparing a large data set may keep the other ranks waiting for hours
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
-    shared = [w for w in words if w.split("=")[0] == "run" or w.split(".")[0] in ("data", "model", *STAGES) and "=" in w]
-    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device, (files[0], *shared))
+    shared = [w for w in words if w.split("=")[0] == "run" or w.split(".")[0] in (*SHARED, *STAGES) and "=" in w]
+    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device, (files[0], *shared), own["published"])
     if dry:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
     else:
@@ -616,7 +639,7 @@ def open_torchvision(data, split):
         except (RuntimeError, OSError, ModuleNotFoundError, ValueError) as e:
             raise UserError(f"data.source={data.source}: {str(e).splitlines()[0]} (looked in {data.root or 'data'}; "
                             "set data.root to where the files are, or data.download=true)") from None
-    names = [str(n) for n in getattr(parts[0], "classes", [])]
+    names = [str(n) for n in getattr(parts[0], "wnids", getattr(parts[0], "classes", []))]
     return torch.utils.data.ConcatDataset(parts), names
 
 
@@ -646,6 +669,26 @@ class Folder(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return Image.open(self.files[i]), self.classes[i]
+
+
+class Chosen(torch.utils.data.Dataset):
+    """Those items (image, class) whose class is in `keep`, numbered by its place there."""
+
+    def __init__(self, items, names, keep):
+        if missing := [k for k in keep if k not in names]:
+            raise UserError(f"data.classes={missing[0]}: {unknown(missing[0], names) if names else 'this source has no named classes'}")
+        classes = items.classes if hasattr(items, "classes") else [c for part in items.datasets for c in getattr(part, "targets", [])]
+        if len(classes) != len(items):
+            raise UserError("data.classes: this source does not tell the classes of its images beforehand")
+        self.place = {names.index(k): i for i, k in enumerate(keep)}
+        self.items, self.rows = items, [i for i, c in enumerate(classes) if int(c) in self.place]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        image, c = self.items[self.rows[i]]
+        return image, self.place[int(c)]
 
 
 def held_out(data, n):
@@ -731,6 +774,7 @@ def read_arrays(data, split):
 def source_batches(run, split, bad):
     """(number of images or 0 if unknown, class names, iterator of (images, classes, boxes, masks)); unreadable images are added to `bad`."""
     data = run.data
+    require(not data.classes or data.source not in ("shapes", "arrays"), data, "source classes", "classes are chosen from folders and torchvision sets only")
     if data.source == "shapes":
         n = (data.train or 20_000) if split == "train" else (data.test or 5_000)
         chunks = (np.arange(i, min(i + 1000, n)) for i in range(0, n, 1000))
@@ -744,6 +788,8 @@ def source_batches(run, split, bad):
         items, names = open_torchvision(data, split)
     else:
         raise UserError(f"data.source={data.source}: {unknown(data.source, ['shapes', 'folder', 'arrays', *TORCHVISION])}")
+    if data.classes:
+        items, names = Chosen(items, names, data.classes), data.classes
 
     def batches():
         workers = 0 if len(items) < 2_000 or hasattr(getattr(items, "datasets", [None])[0], "data") else min(16, os.cpu_count() or 1)
@@ -816,6 +862,103 @@ def prepare_data(run):
         os.replace(aside, folder)
         run.say(f"prepared {done:,} {split} images in {folder}" + (f"; skipped {len(bad)} unreadable ones, listed in info.json" if bad else ""))
     run.wait()
+    if run.data.latents:
+        encode_latents(run)
+
+
+def autoencoder_kl():
+    """The class of autoencoders that data.latents can name; nothing but latents needs its package."""
+    torchvision_datasets()                                # diffusers imports torchvision: make sure that this works beside a CPU-only torch
+    try:
+        from diffusers import AutoencoderKL
+    except (ImportError, RuntimeError) as e:
+        raise UserError(f"data.latents needs the package diffusers (pip install diffusers): {str(e).splitlines()[0]}; or leave data.latents empty to work on pixels") from None
+    return AutoencoderKL
+
+
+def open_autoencoder(run):
+    """The frozen autoencoder of this run on its device, in float32, kept in `run.vae`; None without data.latents. To be called by all processes."""
+    if not run.data.latents or run.vae is not None:
+        return run.vae
+    kind = autoencoder_kl()
+    for turn in range(run.world):                         # one at a time: the first may have to download
+        if turn == run.rank:
+            try:
+                run.vae = kind.from_pretrained(run.data.latents, use_safetensors=True).eval().requires_grad_(False).to(run.device)
+            except Exception as e:                        # no such folder or id, no network, damaged or foreign files
+                raise UserError(f"data.latents={run.data.latents}: not a readable AutoencoderKL of safetensors ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from None
+        run.wait()
+    return run.vae
+
+
+@torch.no_grad()
+def to_latents(vae, x):
+    """Images [B, 3, H, W] in [-1, 1] -> mean and standard deviation of their latents, in the units that the network sees: [B, 2C, h, w]."""
+    d, scale, shift = vae.encode(x).latent_dist, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    return torch.cat([(d.mean - shift) * scale, d.std * scale], 1)
+
+
+@torch.no_grad()
+def decode(vae, x, batch=16):
+    """What the network sees, [B, C, h, w], as images [B, 3, H, W]; x itself where there is no autoencoder."""
+    if vae is None:
+        return x
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    return torch.cat([vae.decode(part.float() / scale + shift).sample for part in x.split(batch)])
+
+
+def encode_latents(run, block=256, batch=16):
+    """data/<split>/latents.npy, float16 [N, 2, 2C, h, w]: mean and standard deviation of every image and of its mirror image.
+
+    Each process takes every so manyth block of rows; a byte per block says what is there, so that the same command continues.
+    """
+    for split in ("train", "test"):
+        folder = run.dir / "data" / split
+        if run.agreed((folder / "latents.json").exists()):
+            continue
+        vae, images = open_autoencoder(run), np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        shape = [2, *to_latents(vae, torch.zeros(1, 3, *images.shape[2:], device=run.device)).shape[1:]]
+        recipe = dict(autoencoder=run.data.latents, weights=weights_hash(vae.state_dict()), scaling_factor=vae.config.scaling_factor, shape=shape, count=len(images),
+                      data=read_json(folder / "info.json", "run train_diffusion.py first")["fingerprint"])
+        rows, done, note = (folder / f".latents{end}" for end in (".npy", "-done.npy", ".json"))
+        if run.rank == 0 and not (rows.exists() and done.exists() and note.exists() and read_json(note, "delete it") == recipe):
+            create_rows(rows, "f2", [len(images), *shape]), create_rows(done, "u1", [math.ceil(len(images) / block)])
+            write_json(note, recipe)
+        run.wait()
+        there = np.load(done, allow_pickle=False)
+        with bar(run, len(images), f"encoding {split} images") as progress:
+            for i in (i for i in range(run.rank, len(there), run.world) if not there[i]):
+                x = as_input(torch.from_numpy(np.array(images[i * block:(i + 1) * block])))
+                both = [torch.cat([to_latents(vae, part.to(run.device)) for part in v.split(batch)]) for v in (x, x.flip(-1))]
+                out = torch.stack(both, 1).half().cpu()
+                if not torch.isfinite(out).all():
+                    raise UserError(f"data.latents={run.data.latents}: latents of {split} images {i * block} ... are not finite in float16")
+                write_rows(rows, i * block, out.numpy()), write_rows(done, i, np.ones(1, np.uint8))
+                progress.update(len(x) * run.world)
+        run.wait()
+        if run.rank == 0:
+            os.replace(rows, folder / "latents.npy")
+            write_json(folder / "latents.json", recipe)
+            done.unlink(), note.unlink()
+            run.say(f"encoded {len(images):,} {split} images in {folder / 'latents.npy'}")
+        run.wait()
+
+
+def as_input(rows, flip=None, z=None):
+    """Stored rows as the network sees them: uint8 images [B, C, H, W] in [-1, 1]; of latents [B, 2, 2C, h, w] the mean, or with noise z [B, C, h, w] a draw.
+
+    flip: bool [B], the images to be mirrored.
+    """
+    if rows.dtype == torch.uint8:
+        x = rows.float() / 127.5 - 1
+        return x if flip is None else torch.where(wide(flip), x.flip(-1), x)
+    mean, std = (rows[:, 0] if flip is None else torch.where(wide(flip), rows[:, 1], rows[:, 0])).float().chunk(2, 1)
+    return mean if z is None else mean + std * z
+
+
+def row_shape(rows):
+    """(C, H, W) of what the network sees of stored images or latents."""
+    return tuple(rows.shape[1:]) if rows.ndim == 4 else (rows.shape[2] // 2, *rows.shape[3:])
 
 
 @dataclass
@@ -826,23 +969,48 @@ class Split:
     boxes: np.ndarray | None                              # float32 [N, 4]
     masks: np.ndarray | None                              # uint8 [N, H, W]
     info: dict
+    latents: np.ndarray | None = None                     # float16 [N, 2, 2C, h, w], with data.latents
 
     def __len__(self):
         return len(self.images)
+
+    @property
+    def inputs(self):
+        """What the network is shown, for `as_input`: the latents, or the images."""
+        return self.images if self.latents is None else self.latents
 
 
 def load_data(run, split):
     """Open data/<split> of the run and check that its files fit each other."""
     folder = run.dir / "data" / split
     info, arrays = read_json(folder / "info.json", "run train_diffusion.py first"), {}
-    for kind in info["arrays"]:
+    for kind in info["arrays"] + ["latents"] * bool(run.data.latents):
         try:
             arrays[kind] = np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as e:
             raise UserError(f"{folder / kind}.npy: cannot be read ({e}); delete {folder} and run train_diffusion.py again") from None
         if len(arrays[kind]) != info["count"]:
             raise UserError(f"{folder / kind}.npy has {len(arrays[kind])} rows, info.json says {info['count']}; delete {folder} and run train_diffusion.py again")
-    return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info)
+    return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info, arrays.get("latents"))
+
+
+def input_shape(run):
+    """(channels, side) of what the network of this run sees: known before there are latents, too."""
+    size, path = run.data.size, run.dir / "data" / "train" / "latents.json"
+    if not run.data.latents:
+        return 3, size
+    if path.exists():
+        shape = read_json(path, "run train_diffusion.py first")["shape"]
+        return shape[1] // 2, shape[2]
+    try:
+        config = autoencoder_kl().load_config(run.data.latents, local_files_only=run.dry_run)
+    except (OSError, ValueError, UserError) as e:
+        if run.dry_run:                                   # Stable Diffusion's
+            return 4, size // 8
+        raise UserError(f"data.latents={run.data.latents}: {' '.join(str(e).split())[:200]}") from None
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    require(size % factor == 0, run.data, "size latents", f"size must be a multiple of {factor}, by which this autoencoder shrinks images")
+    return config["latent_channels"], size // factor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -888,7 +1056,17 @@ class VariancePreserving:
     Its velocity in t is singular at the data end; the ODE is solved as dy/drho = z_hat with y = x_t / alpha and rho = sigma / alpha,
     in which an Euler step is exactly DDIM (eta = 0).
     """
-    table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumsum(0)])
+
+    def __init__(self, schedule="linear"):
+        """Other schedules on the same clock: cosine (arXiv 2102.09672), sd (Stable Diffusion: even steps in sqrt(beta)), sde (2011.13456: beta from 0.1 to 20)."""
+        u = torch.arange(1001, dtype=torch.float64) / 1000
+        if schedule == "sde":
+            self.table = -(0.1 * u + 9.95 * u ** 2)       # ln abar after 0, 1, ..., 1000 steps
+            return
+        falling = ((u + 0.008) / 1.008 * math.pi / 2).cos().square()
+        betas = {"linear": torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), "sd": torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2,
+                 "cosine": (1 - falling[1:] / falling[:-1]).clamp(max=0.999)}[schedule]
+        self.table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
 
     def log_abar(self, t):
         """ln of the product of (1 - beta), interpolated between the 1000 steps. t: [...] -> same shape, float64."""
@@ -928,7 +1106,7 @@ class VariancePreserving:
         return z_hat
 
 
-PATHS = {"cv": ConstantVelocity(), "vp": VariancePreserving()}
+PATHS = {"cv": ConstantVelocity(), "vp": VariancePreserving(), **{f"vp-{s}": VariancePreserving(s) for s in ("cosine", "sd", "sde")}}
 
 
 def wide(t):
@@ -964,8 +1142,13 @@ def loss_per_image(net, path, predict, x, z, t, min_snr=0.0, **condition):
 # Backbones. forward(x [B, C, H, W], time [B] = 1000 t, label [B], vector [B, D], layout [B, L, H, W]) -> [B, C', H, W].
 # Conditions may be absent; null is: label num_labels, vector of zeros, layout of zeros. Module names are those of the published weights.
 
-def time_embedding(t, width):
-    """Sinusoidal embedding of network time. t: [B] in 0 ... 1000 -> [B, width], cosines first, as published for ADM and U-ViT."""
+def time_embedding(t, width, clock=(0, 1000)):
+    """Sinusoidal embedding of network time. t: [B] in 0 ... 1000 -> [B, width], cosines first, as published for ADM and U-ViT.
+
+    clock: (a, b), the time as it is embedded is a + b t / 1000.
+    """
+    if tuple(clock) != (0, 1000):
+        t = clock[0] + clock[1] / 1000 * t.float()
     freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2))
     angles = t.float()[:, None] * freqs                                          # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], 1)
@@ -1028,18 +1211,25 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(a.transpose(2, 3).reshape(B, C, H * W)).reshape(B, C, H, W)
 
 
+def again(f, *args):
+    """f(*args), of which the backward pass keeps the arguments only and computes the rest once more."""
+    return torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False) if torch.is_grad_enabled() else f(*args)
+
+
 class UNet(nn.Module):
     """The ADM U-Net (arXiv 2105.05233): scale-shift residual blocks, residual resampling, attention at chosen map sizes.
 
     A label row or a vector is added to the time embedding; a layout is concatenated to the input.
     """
+    recompute = False                                     # activation checkpointing, block by block
 
     def __init__(self, size, in_channels, out_channels, channels, mult, blocks, attention, head_channels, dropout=0.0, stem=1,
-                 num_labels=0, vector_dim=0, layout_channels=0):
+                 num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
         super().__init__()
-        self.channels, self.stem, self.num_labels, self.layout_channels = channels, stem, num_labels, layout_channels
-        width, size, c = 4 * channels, size // stem, mult[0] * channels
-        heads = lambda c: max(1, c // head_channels)
+        self.channels, self.stem, self.num_labels, self.layout_channels, self.clock = channels, stem, num_labels, layout_channels, clock
+        mult, fixed = [int(m * channels) for m in mult], heads
+        width, size, c = 4 * channels, size // stem, mult[0]
+        heads = lambda c: fixed or max(1, c // head_channels)
         self.time_embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         if num_labels:
             self.label_emb = nn.Embedding(num_labels + 1, width)                 # rows N(0, 1), as published; the last is the null label
@@ -1050,8 +1240,8 @@ class UNet(nn.Module):
         self.output_blocks, skips = nn.ModuleList(), [c]
         for level, m in enumerate(mult):
             for _ in range(blocks):
-                self.input_blocks.append(nn.ModuleList([ResBlock(c, m * channels, width, dropout)]))
-                c = m * channels
+                self.input_blocks.append(nn.ModuleList([ResBlock(c, m, width, dropout)]))
+                c = m
                 if size in attention:
                     self.input_blocks[-1].append(AttentionBlock(c, heads(c)))
                 skips.append(c)
@@ -1062,8 +1252,8 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList([ResBlock(c, c, width, dropout), AttentionBlock(c, heads(c)), ResBlock(c, c, width, dropout)])
         for level, m in reversed(list(enumerate(mult))):
             for i in range(blocks + 1):
-                self.output_blocks.append(nn.ModuleList([ResBlock(c + skips.pop(), m * channels, width, dropout)]))
-                c = m * channels
+                self.output_blocks.append(nn.ModuleList([ResBlock(c + skips.pop(), m, width, dropout)]))
+                c = m
                 if size in attention:
                     self.output_blocks[-1].append(AttentionBlock(c, heads(c)))
                 if level and i == blocks:
@@ -1072,7 +1262,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, out_channels * stem ** 2, 3, padding=1)))
 
     def forward(self, x, time, label=None, vector=None, layout=None):
-        emb = self.time_embed(time_embedding(time, self.channels))               # [B, width]
+        emb = self.time_embed(time_embedding(time, self.channels, self.clock))   # [B, width]
         if self.num_labels:
             emb = emb + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
         if vector is not None:
@@ -1080,10 +1270,13 @@ class UNet(nn.Module):
         if self.layout_channels:
             x = torch.cat([x, layout if layout is not None else x.new_zeros(len(x), self.layout_channels, *x.shape[2:])], 1)
 
-        def through(block, x):
+        def layers(block, x, emb):
             for layer in block:
                 x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
             return x
+
+        def through(block, x):
+            return again(layers, block, x, emb) if self.recompute else layers(block, x, emb)
 
         x, skips = F.pixel_unshuffle(x, self.stem), []
         for block in self.input_blocks:
@@ -1150,10 +1343,12 @@ class UViT(nn.Module):
 
     Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens.
     """
+    recompute = False                                     # activation checkpointing, block by block
 
-    def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0):
+    def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0,
+                 clock=(0, 1000)):
         super().__init__()
-        self.channels, self.patch, self.num_labels, self.out_channels, self.grid = channels, patch, num_labels, out_channels, size // patch
+        self.clock, self.channels, self.patch, self.num_labels, self.out_channels, self.grid = clock, channels, patch, num_labels, out_channels, size // patch
         self.patch_embed = PatchEmbed(patch, in_channels, channels)
         if num_labels:
             self.label_emb = nn.Embedding(num_labels + 1, channels)
@@ -1182,7 +1377,7 @@ class UViT(nn.Module):
         tokens = self.patch_embed(x)                                             # [B, L, D]
         if layout is not None:
             tokens = tokens + self.layout_embed(layout)
-        front = [time_embedding(time, self.channels).to(tokens.dtype)]
+        front = [time_embedding(time, self.channels, self.clock).to(tokens.dtype)]
         if self.extras == 2:
             cond = torch.zeros_like(front[0])
             if self.num_labels:
@@ -1190,12 +1385,13 @@ class UViT(nn.Module):
             front.insert(0, cond if vector is None else cond + self.vector_emb(vector))
         x = torch.cat([torch.stack(front, 1), tokens], 1) + self.pos_embed
         skips = []
+        through = again if self.recompute else lambda block, *tokens: block(*tokens)
         for block in self.in_blocks:
-            x = block(x)
+            x = through(block, x)
             skips.append(x)
-        x = self.mid_block(x)
+        x = through(self.mid_block, x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())
+            x = through(block, x, skips.pop())
         x = self.decoder_pred(self.norm(x)[:, self.extras:])                     # [B, L, patch * patch * C]
         x = x.reshape(len(x), self.grid, self.grid, self.patch, self.patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return self.final_layer(x.reshape(len(x), self.out_channels, self.grid * self.patch, self.grid * self.patch))
@@ -1203,7 +1399,8 @@ class UViT(nn.Module):
 
 def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_channels=0, seed=0):
     """The network that section `model` describes, with weights drawn from `seed`; impossible combinations are UserErrors."""
-    condition = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels)
+    condition = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels, clock=model.clock)
+    require(len(model.clock) == 2, model, "clock", "two numbers a, b: the network is told a + b t")
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator: lend it to them
         torch.manual_seed(seed_of(seed, "weights"))
         if model.backbone == "uvit":
@@ -1213,13 +1410,14 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
             return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv, **condition)
         if size % (step := model.stem * 2 ** (len(model.mult) - 1)):
             raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")
-        if model.channels % 8 or any(c * model.channels > model.head_channels and c * model.channels % model.head_channels for c in model.mult):
-            raise UserError(f"model: channels={model.channels} must be a multiple of 8, and of head_channels={model.head_channels} at every level")
+        widths, per_head = [m * model.channels for m in model.mult], f"head_channels={model.head_channels}" if model.head_channels else f"heads={model.heads}"
+        if model.channels % 8 or any(c <= 0 or c % 8 or c % (min(c, model.head_channels) or model.heads or 1) for c in widths):
+            raise UserError(f"model: channels={model.channels} must be a multiple of 8, and of {per_head} at every level")
         sizes = [size // model.stem // 2 ** level for level in range(len(model.mult))]
         if stray := [a for a in model.attention if a not in sizes]:
             raise UserError(f"model: attention={','.join(map(str, stray))}: no level has maps of that size; here they have {', '.join(map(str, sizes))}")
         return UNet(size, in_channels, in_channels, model.channels, model.mult, model.blocks, model.attention, model.head_channels,
-                    model.dropout, model.stem, **condition)
+                    model.dropout, model.stem, heads=0 if model.head_channels else model.heads, **condition)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1250,22 +1448,111 @@ def save_checkpoint(run, folder, state):
     run.wait()
 
 
+def read_torch(path):
+    """What a file written by torch.save holds, on the CPU; anything that is not tensors and plain types is a UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:                                # a truncated or foreign file fails in many ways
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
+        raise UserError(f"{path}: not a readable checkpoint ({why}); it may be truncated or of another program") from None
+
+
 def load_checkpoint(run, name):
-    """Checkpoint `name` (a folder of the run such as diffusion/base, or a path to a .pt) as a dict on the CPU."""
+    """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights as adm:FILE, uvit:FILE) as a dict on the CPU."""
+    kind, _, file = name.partition(":")
+    if kind in PUBLISHED:
+        return load_published(run, kind, file)
     path = next((p for p in (run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)) if p.is_file()), None)
     if path is None:
-        raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:                                # a truncated or foreign file fails in many ways
-        why = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
-        raise UserError(f"{path}: not a readable checkpoint ({why}); it may be truncated or of another program") from None
+        raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first" + (f" (published weights: {', '.join(PUBLISHED)})" if file else ""))
+    state = read_torch(path)
     if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
         what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what})")
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what}); published weights are named adm:FILE or uvit:FILE")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
     return state | {"file": str(path)}
+
+
+ADM_SETTINGS = {                                          # by channel multiples: what differs from 64 channels per head, rows of qkv by head, linear betas
+    (1, 2, 3, 4): dict(order="qkv", path="vp-cosine"),    # ImageNet 64 x 64
+    (1, 1, 2, 3, 4): dict(heads=4, head_channels=0),      # ImageNet 128 x 128
+}
+
+
+def read_adm(w, given):
+    """guided-diffusion's U-Net (arXiv 2105.05233) from its tensors: (Model, settings, channels of the input, tensors by the names of our `UNet`)."""
+    channels, count = w["time_embed.0.weight"].shape[1], 1 + max(int(k.split(".")[1]) for k in w if k.startswith("input_blocks."))
+    levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", k) is not None for k in w)            # one upsampler between two levels
+    blocks = count // levels - 1                          # each level has so many residual blocks and a downsampler, or at the start the first convolution
+    firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
+    mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in firsts]
+    if min(mult) * channels < 128:
+        raise UserError("has fewer than 128 channels; with the 32 groups of these networks such layers are not supported")
+    s = dict(size=8 * 2 ** (levels - 1), heads=8, head_channels=64, order="heads", path="vp", clock=[999.0, -1000.0], predict="eps", null_row="none")
+    s |= ADM_SETTINGS.get(tuple(mult), {}) | (dict(head_channels=0) if given.get("heads") else {}) | given
+    model = Model("unet", channels, mult, blocks, [s["size"] >> level for level, f in enumerate(firsts) if f"{f}.1.qkv.weight" in w], s["head_channels"],
+                  heads=s["heads"], clock=s["clock"])
+    if s["order"] == "qkv":                               # ours are by head: the same function with its rows in another order
+        for k in (k for k in w if ".qkv." in k):
+            h = s["heads"] if not s["head_channels"] else max(1, len(w[k]) // 3 // s["head_channels"])
+            w[k] = w[k].unflatten(0, (3, h, -1)).transpose(0, 1).flatten(0, 2)
+    if len(w["out.2.weight"]) == 6:                       # the second half parametrises a variance, which an ODE does not need
+        w |= {k: w[k][:3] for k in ("out.2.weight", "out.2.bias")}
+    return model, s, 3, w
+
+
+def read_uvit(w, given):
+    """U-ViT (arXiv 2209.12152) from its tensors: (Model, settings, channels of the input, tensors)."""
+    (_, tokens, width), (_, channels, patch, _) = w["pos_embed"].shape, w["patch_embed.proj.weight"].shape
+    depth, latent = 2 * sum(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", k) is not None for k in w), channels == 4
+    s = dict(size=patch * math.isqrt(tokens - 1 - ("label_emb.weight" in w)), heads=16 if width == 1152 else max(1, width // 64), predict="eps")
+    s |= dict(path="vp-sd", clock=[1000.0, -1000.0], null_row="last") if latent else dict(path="vp-sde", clock=[999.0, -999.0], null_row="none")
+    s |= given
+    return Model("uvit", width, patch=patch, depth=depth, heads=s["heads"], final_conv="final_layer.weight" in w, clock=s["clock"]), s, channels, w
+
+
+PUBLISHED = {"adm": read_adm, "uvit": read_uvit}
+
+
+def load_published(run, kind, file):
+    """Published weights as a checkpoint dict: the architecture from the tensors, the rest as published or as section `published` says."""
+    path, given = Path(file), {k: v for k, v in dataclasses.asdict(run.published).items() if v}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of published weights")
+    w = read_torch(path)
+    if not isinstance(w, dict) or not w or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in w.items()):
+        what = f"a dict of {', '.join(map(str, list(w)[:5]))}" if isinstance(w, dict) else type(w).__name__
+        raise UserError(f"{path}: expected a dict of tensors as published, found {what}")
+    try:
+        model, s, channels, w = PUBLISHED[kind](dict(w), given)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except (KeyError, ValueError, IndexError, RuntimeError) as e:
+        raise UserError(f"{path}: not the weights of a published {kind} model ({type(e).__name__}: {str(e)[:100]}); its first keys: {', '.join(sorted(w)[:3])}") from None
+    K, size = 0, s["size"]
+    if "label_emb.weight" in w:
+        if s["null_row"] == "none":                       # no row was trained as null: the mean of all classes is the nearest thing to no class
+            w["label_emb.weight"] = torch.cat([w["label_emb.weight"], w["label_emb.weight"].mean(0, keepdim=True)])
+        K = len(w["label_emb.weight"]) - 1
+        run.say(f"note: {path} was trained with {K} classes: what is found in its features is not free of annotation")
+    w = {k: v.float() for k, v in w.items()}
+    try:
+        with torch.device("meta"):
+            own = build_model(model, size, channels, num_labels=K).state_dict()
+    except UserError as e:
+        raise UserError(f"{path}: {e}; heads and size may be set in section published") from None
+    bad = [f"{k} is missing" for k in own if k not in w] + [f"{k} is unknown" for k in w if k not in own]
+    bad += [f"{k} is {list(w[k].shape)}, expected {list(own[k].shape)}" for k in own if k in w and own[k].shape != w[k].shape]
+    if bad:
+        raise UserError(f"{path}: does not fit the {kind} model that it resembles: {'; '.join(bad[:3])}" + (f"; and {len(bad) - 3} more" if len(bad) > 3 else ""))
+    if (channels, size) != (there := input_shape(run)):
+        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; "
+                        "set data.size or data.latents in another run=" + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
+    return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
+                conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
+                null=s["null_row"] == "last", labels="published" if K else None, label_file="published classes" if K else None, condition="label",
+                path=s["path"], predict=s["predict"], data=None, config={}, seen=0, weights=digest(weights_hash(w), s), file=str(path))
 
 
 def load_model(run, name, weights="ema"):
@@ -1303,6 +1590,7 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
     """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 3 + uniforms]) on the device.
 
     The first three uniforms decide time, flip and condition of each image. Noise is [b, C, H, W], or [b, 1 + noises, C, H, W] if more is asked for.
+    images: uint8 [N, C, H, W], or latents.
 
     Noise and uniforms belong to the stage and the running number of the image, so neither restarts nor the number of processes change them. A thread
     prepares the next batches while the network works. Small sets are kept on the device.
@@ -1318,7 +1606,7 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
             while not done.is_set():
                 rows = [next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share]
                 mine = range(number + run.rank * share, number + (run.rank + 1) * share)
-                u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *images.shape[1:]) if noises else images.shape[1:], 3 + uniforms)
+                u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *row_shape(images)) if noises else row_shape(images), 3 + uniforms)
                 rows = torch.tensor(rows)
                 x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
                 ready.put([v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)])
@@ -1351,10 +1639,42 @@ def preview(net, path, predict, z, steps=25, **condition):
     return x
 
 
+def footprint(net, channels, size):
+    """(operations of one forward pass of one image, bytes that it keeps for the backward pass in float32), counted on a copy without data."""
+    net, kept, counter = copy.deepcopy(net).to("meta").train(), {}, FlopCounterMode(display=False)
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+
+    def keep(x):                                          # views share their storage
+        if (storage := x.untyped_storage())._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return x
+
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = net(torch.empty(1, channels, size, size, device="meta"), torch.empty(1, device="meta"))
+    del out
+    return counter.get_total_flops(), sum(kept.values())
+
+
 def announce(run, cfg, net, folder):
-    """What a training would do: for --dry-run."""
-    parameters = sum(p.numel() for p in net.parameters())
+    """What a training would do and cost, with the arithmetic: for --dry-run."""
+    parameters, (channels, size) = sum(p.numel() for p in net.parameters()), input_shape(run)
     run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
+    flops, kept = footprint(net, channels, size)
+    passes, micro = 4 if cfg.recompute else 3, cfg.micro or cfg.batch // run.world
+    total = passes * flops * cfg.images
+    run.say(f"work: {flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
+            f"x {cfg.images:,} images = {total:.2e} FLOP")
+    for card, rate in (("H100", 989e12), ("RTX 4090", 165e12)):
+        run.say(f"  at 40 % of the {rate / 1e12:.0f} TFLOP/s that an {card} does in bf16: {total / (0.4 * rate) / 3600:,.1f} GPU-hours")
+    run.say(f"memory: {20 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW) + " + (
+        f"activations of one block at a time and the inputs of all, {micro} images (recompute=true)" if cfg.recompute else
+        f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32) = {20 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; "
+        "lower it by micro=, recompute=true"))
+    known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source, (0, 0))
+    count = 0 if run.data.classes else sum(getattr(run.data, s) or n for s, n in zip(("train", "test"), known))
+    each = 3 * run.data.size ** 2 + (8 * channels * size ** 2 if run.data.latents else 0)
+    run.say(f"disk: {each:,} bytes an image (uint8 pixels" + (", float16 mean and std of latents, twice for the mirror image)" if run.data.latents else ")")
+            + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else ", as many as the source has"))
 
 
 def check_training(run, cfg):
@@ -1378,9 +1698,9 @@ def resume(run, cfg, folder, state, parts):
     seen, log, pictures = 0, Path(folder) / "metrics.jsonl", Path(folder) / "samples"
     if (Path(folder) / "checkpoint.pt").exists():
         old = load_checkpoint(run, str(folder))
-        was = old["config"]
-        other = [f"{section}.{key}={was.get(section, {}).get(key)}, now {value}" for section in ("model", run.stage)
-                 for key, value in state["config"][section].items() if was.get(section, {}).get(key) != value and key not in RESUMABLE]
+        was = {section: dataclasses.asdict(cls()) | old["config"].get(section, {}) for section, cls in (("model", Model), (run.stage, type(cfg)))}
+        other = [f"{section}.{key}={was[section].get(key)}, now {value}" for section in was
+                 for key, value in state["config"][section].items() if was[section].get(key) != value and key not in RESUMABLE]
         other += [f"other {what}" for key, what in dict(data="images", labels="labels", init="initial weights").items() if old.get(key) != state.get(key)]
         if other and not cfg.overwrite:
             raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true to start again")
@@ -1441,12 +1761,13 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     grid       dict of conditions for the images of the sample grid (fixed noise, averaged weights; `columns` per row), or None
     side       a module trained and averaged beside the network, or None. `side.step` gives a loss of its own and the condition, `side.report` joins the log
     """
-    path, share, folder = PATHS[cfg.path], cfg.batch // run.world, Path(folder)
+    path, share, folder, latent = PATHS[cfg.path], cfg.batch // run.world, Path(folder), data.latents is not None
     micro = cfg.micro or share
     context, kind, why = autocast(run, cfg.precision)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if run.device.type == "cuda" and state["model"]["backbone"] == "unet":       # on CPUs channels-last was measured to be slower
         net.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
+    net.recompute = cfg.recompute
     parts, weights, averages = dict(net=net, ema=ema), list(net.parameters()), list(ema.parameters())
     beside = list(side.parameters()) if side else []
     if side:
@@ -1475,8 +1796,9 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     net.train()
+    open_autoencoder(run)                                 # for the sample grids
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
-    meter, batches = Meter(run.device, seen), feed(run, cfg, data.images, seen, side.uniforms if side else 0, side.noises if side else 0)
+    meter, batches = Meter(run.device, seen), feed(run, cfg, data.inputs, seen, side.uniforms if side else 0, (side.noises if side else 0) + latent)
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
         while seen < cfg.images:
@@ -1484,18 +1806,16 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             tick = time.time()
             rows, x, z, u = next(batches)
             meter.waited += time.time() - tick
-            x = x.float() / 127.5 - 1                                            # [b, 3, H, W] in [-1, 1]
-            if cfg.flip:
-                x = torch.where(wide(u[:, 1] < 0.5), x.flip(-1), x)
+            x = as_input(x, u[:, 1] < 0.5 if cfg.flip else None, z[:, -1] if latent else None)                   # [b, C, H, W]; the last noise draws the latent
             t = u[:, 0] if cfg.times == "uniform" else torch.special.ndtri(u[:, 0].clamp(1e-6, 1 - 1e-6)).sigmoid()
             if state["model"]["dropout"]:                                        # masks come from the global generator: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             if side:                                                             # its backward comes before that of DDP, which then averages the sum
                 loss, cond = side.step(net, ema, side_ema, x, z[:, 1:], u, seen, context)
                 scaler.scale(loss).backward()
-                z = z[:, 0]
             else:
                 cond = condition(rows, u) if condition else {}
+            z = z[:, 0] if side or latent else z
 
             # one update
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
@@ -1550,9 +1870,10 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             if crossed(cfg.grid_every):
                 if run.rank == 0:
                     shown = side.grid(ema, side_ema, context) if side else grid or {}
-                    z = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), data.images.shape[1:]).to(run.device)
+                    z = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), row_shape(data.inputs)).to(run.device)
                     with context():
-                        pictures = to_uint8(preview(ema, path, cfg.predict, z, **shown)).cpu().numpy()
+                        z = preview(ema, path, cfg.predict, z, **shown)
+                    pictures = to_uint8(decode(run.vae, z)).cpu().numpy()
                     save_grid(folder / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()
     batches.close()
@@ -1563,10 +1884,13 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
 
 def main():
     """Train without labels, from the command line."""
-    run = start("train_diffusion", TrainDiffusion, __doc__)
+    run = start("train_diffusion", TrainDiffusion, __doc__, flags=("--prepare",))
     cfg = run.cfg
+    if "--prepare" in run.flags and not run.dry_run:      # the data alone: for runs that start from published weights
+        return prepare_data(run)
     check_training(run, cfg)
-    net = build_model(run.model, run.data.size, seed=cfg.seed)
+    channels, size = input_shape(run)
+    net = build_model(run.model, size, channels, seed=cfg.seed)
     folder = run.dir / "diffusion" / cfg.name
     if run.dry_run:
         return announce(run, cfg, net, folder)
@@ -1576,7 +1900,7 @@ def main():
     data = load_data(run, "train")
 
     # train; the checkpoint alone rebuilds the model
-    state = dict(kind="diffusion", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions={}, num_labels=0, path=cfg.path,
+    state = dict(kind="diffusion", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions={}, num_labels=0, path=cfg.path,
                  predict=cfg.predict, data=data.info["fingerprint"], config={k: run.sections[k] for k in ("data", "model", run.stage)})
     fit(run, cfg, net.to(run.device), folder, data, state)
 

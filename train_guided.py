@@ -29,8 +29,8 @@ from torch import nn
 
 from extract_features import feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
-from train_diffusion import (PATHS, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
-                             load_checkpoint, load_data, require, save_checkpoint, save_grid, seed_of, start, wide)
+from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
+                             input_shape, load_checkpoint, load_data, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
@@ -39,7 +39,7 @@ class TrainGuided(Training):
     name: str = ""                                        # results go to guided/<name>; empty = the name of the labels
     labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control; online = find them
     drop: float = 0.1                                     # probability of the null label, decided per image
-    init: str = "diffusion/base"                          # start from these averaged weights; empty = from scratch
+    init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:FILE, uvit:FILE); empty = from scratch
     # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
     condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"   # label id; with the file's boxes or masks beside it; online also:
@@ -164,13 +164,13 @@ class Labeller(nn.Module):
     """
     uniforms, noises, WATCHED = 9, 2, 2048                # numbers per image that `step` needs, and images whose labels the log follows
 
-    def __init__(self, cfg, net, name, size, world=1, rank=0):
+    def __init__(self, cfg, net, name, size, world=1, rank=0, channels=3):
         super().__init__()
         self.cfg, self.name, self.world, self.rank, self.path = cfg, name, world, rank, PATHS[cfg.path]
         self.pool = "none" if cfg.condition == "patch" else "mean"
         p = next(net.parameters())
         with torch.no_grad():                             # the feature's width, by looking
-            width = feature(net, name, torch.zeros(1, 3, size, size, device=p.device), torch.ones(1, device=p.device), "none").shape[1]
+            width = feature(net, name, torch.zeros(1, channels, size, size, device=p.device), torch.ones(1, device=p.device), "none").shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(cfg.seed, "labeller"))
             self.head = nn.Sequential(nn.Linear(width, cfg.sk_hidden), nn.SiLU(), nn.Linear(cfg.sk_hidden, cfg.sk_dim))
@@ -185,7 +185,7 @@ class Labeller(nn.Module):
     def watch(self, data):
         """Follow the labels of these training images, and use their classes as a monitor."""
         rows = np.unique(np.linspace(0, len(data) - 1, min(self.WATCHED, len(data))).astype(int))
-        self.images, classes = np.asarray(data.images[rows]), np.asarray(data.classes[rows])
+        self.images, classes = np.asarray(data.inputs[rows]), np.asarray(data.classes[rows])
         self.classes = classes if (classes >= 0).all() else None
 
     def embed(self, f):
@@ -310,7 +310,7 @@ class Labeller(nn.Module):
         """Condition of the sample grid: ten images per label, or per map of a watched image."""
         if self.cfg.condition == "none":
             return {}
-        size, no = self.images.shape[2:], torch.zeros(120, dtype=torch.bool, device=self.mean.device)
+        size, no = row_shape(self.images)[1:], torch.zeros(120, dtype=torch.bool, device=self.mean.device)
         if self.cfg.condition == "patch":
             with alone():
                 ids = label_images(ema, teacher, self.images, np.arange(min(12, len(self.images))), context, "watched")[0].repeat_interleave(10, 0)
@@ -399,13 +399,15 @@ def load_labeller(run, net, state):
     if "side_ema" not in state:
         raise UserError(f"{state['file']}: was not trained with labels=online, so it cannot tell the labels of new images")
     cfg = fill("train_guided", TrainGuided, state["config"]["train_guided"])
-    side = Labeller(cfg, net, state["sk_activation"], state["size"])
+    side = Labeller(cfg, net, state["sk_activation"], state["size"], channels=state["channels"])
     side.load_state_dict(state["side_ema"])
     return side.eval().requires_grad_(False)
 
 
 def check_online(run, cfg):
     """Combinations of online keys that cannot work."""
+    require(not cfg.recompute or cfg.sk_grad == "head", cfg, "recompute sk_grad", "features with gradients stop inside the network: use recompute=false")
+    require(not (cfg.sk_augment and run.data.latents), cfg, "sk_augment", "views differ in colour, which latents do not have; use sk_augment=0 with data.latents")
     share, every = cfg.batch // run.world, round(1 / cfg.sk_share) if 0 < cfg.sk_share <= 1 else 0
     if not every or share % every:
         raise UserError(f"sk_share={cfg.sk_share}: must be 1 / n with n a divisor of the {share} images per process and update")
@@ -427,7 +429,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
     labels, typical = {}, None
     for split, d in splits.items():
         rows = np.arange(len(d) * run.rank // run.world, len(d) * (run.rank + 1) // run.world)
-        ids, score, _ = label_images(net, side, d.images, rows, context, split)
+        ids, score, _ = label_images(net, side, d.inputs, rows, context, split)
         side_ = math.isqrt(ids.shape[1])
         ids, score = (np.concatenate(gather(run, v.numpy())) for v in (ids, score))
         labels[split] = ids[:, 0] if ids.shape[1] == 1 else ids.reshape(-1, side_, side_).astype(np.int16)
@@ -472,6 +474,7 @@ def main():
         condition, sampling = label_condition(labels["train"], K, cfg.drop, run.device), dict(num_labels=K, marginal=marginal)
         grid = dict(label=torch.tensor(np.unique(np.linspace(0, K - 1, min(K, 12)).round().astype(int)).repeat(10)).to(run.device))
         if cfg.condition != "label":
+            require(not run.data.latents, cfg, "condition", "boxes and masks are drawn on pixels; with data.latents use condition=label")
             maps, kinds = layout_maps(run, cfg, labels, "train")
             condition, conditions = layout_condition(labels["train"], maps, K, kinds, cfg, run.device), conditions | dict(layout_channels=kinds)
             sampling = bank_of(maps, kinds, cfg.seed, labels["train"], K)
@@ -485,9 +488,13 @@ def main():
         conditions = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
 
     # network: from scratch, or from unconditional weights
-    net, init = build_model(run.model, run.data.size, seed=cfg.seed, **conditions), None
+    source, init = load_checkpoint(run, cfg.init) if cfg.init else None, None
+    if cfg.init.split(":")[0] in PUBLISHED:               # what published weights are, they say themselves
+        run.model = dataclasses.replace(fill("model", Model, source["model"]), dropout=run.model.dropout)
+        run.sections["model"] = source["model"] = dataclasses.asdict(run.model)
+    channels, size = input_shape(run)
+    net = build_model(run.model, size, channels, seed=cfg.seed, **conditions)
     if cfg.init:
-        source = load_checkpoint(run, cfg.init)
         if fill("model", Model, source["model"]) != run.model:
             raise UserError(f"init={cfg.init}: its model section differs from the configured one ({source['file']})")
         if source["num_labels"] and source.get("labels") != (digest(labels["train"]) if guided else None):
@@ -504,13 +511,13 @@ def main():
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
     net, side = net.to(run.device), None
-    state = dict(kind="guided", model=dataclasses.asdict(run.model), size=run.data.size, channels=3, conditions=conditions, num_labels=0,
+    state = dict(kind="guided", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions=conditions, num_labels=0,
                  path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init, condition=cfg.condition,
                  labels=digest(labels["train"]) if guided else None, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=None,
                  config={k: run.sections[k] for k in ("data", "model", run.stage)}) | sampling
     if online:
         name = matching(net, [cfg.sk_activation])[-1]
-        side = Labeller(cfg, net, name, run.data.size, run.world, run.rank)
+        side = Labeller(cfg, net, name, size, run.world, run.rank, channels)
         side.watch(data)
         state["sk_activation"] = name
     if run.rank == 0:

@@ -13,7 +13,7 @@ from train_diffusion import PATHS, UserError, draw, seed_of, wide
 
 FIXED = list(TABLEAUS)
 ORDERS = dict(euler=1, midpoint=2, heun=2, rk4=4)
-EVERY_PATH = pytest.mark.parametrize("kind", PATHS)
+EVERY_PATH = pytest.mark.parametrize("kind", ["cv", "vp"])
 y0 = torch.linspace(0.5, 2, 4, dtype=torch.float64)[:, None]                     # [B, 1]
 
 
