@@ -794,9 +794,14 @@ def reader(run, cfg, split, dense=False):
         parts = [torch.from_numpy(a[i:j].astype(np.float32)) for a in arrays]
         if bad := (~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in parts]).all(0)).nonzero().flatten().tolist():
             raise UserError(f"{folder}: row {i + bad[0]} of {split} is not finite; extract again")
-        parts = [x if x.shape[2:] == grid else F.interpolate(x, grid, mode="bilinear") for x in parts]
-        return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
-    return read, grid, info
+        return joined(parts, grid, scales)
+    return read, grid, info | dict(scales=scales)
+
+
+def joined(parts, grid, scales):
+    """Maps [n, C_i, h_i, w_i], scaled, side by side on the grid (h, w): [n, h * w, D]."""
+    parts = [x if x.shape[2:] == tuple(grid) else F.interpolate(x, tuple(grid), mode="bilinear") for x in parts]
+    return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
 
 
 def prepare(run, cfg, folder, what, read, sizes):
@@ -880,7 +885,7 @@ def layouts(run, cfg, data, folder):
     boxed, sizes = cfg.method != "masks" or cfg.foreground != "none", {split: len(d) for split, d in data.items()}
     method = cfg.foreground if cfg.method == "masks" else cfg.method
     dense = {split: reader(run, cfg, split, dense=True) for split in data}
-    (one, grid, _), found, facts = dense["train"], {}, {}
+    (one, grid, info), found, facts = dense["train"], {}, {}
     read, (P, D) = {split: r[0] for split, r in dense.items()}, one(0, 1).shape[1:]
     if not boxed:
         patches = prepare(run, cfg, folder, "patches", read, sizes)
@@ -935,7 +940,7 @@ def layouts(run, cfg, data, folder):
     else:
         extra |= {f"segment_{k}": a for k, a in arrays.items()}
     extra |= {f"{k}_{split}": np.asarray(a) for split, f in found.items() for k, a in f.items() if k != "regions"}
-    about = more | ({} if boxed else dict(segments=cfg.segments, patches=facts)) | dict(grid=list(grid))
+    about = more | ({} if boxed else dict(segments=cfg.segments, patches=facts)) | dict(grid=list(grid), scales=info["scales"])
     return {split: a[:, 0] for split, a in ids.items()}, typical.reshape(sizes["train"], -1)[:, 0], extra, about, scores, painter(found["train"], not boxed)
 
 
