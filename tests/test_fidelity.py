@@ -53,8 +53,9 @@ def test_sets_add_embeddings_and_drop_to_null(tiny):
     assert torch.equal(vector, torch.tensor([[1., 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]]))
     model = fill("model", train_diffusion.Model, dict(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4))
     net = build_model(model, 32, seed=0, vector_dim=4).eval()
-    for p in net.out[-1].parameters() if hasattr(net, "out") else []:
-        torch.nn.init.normal_(p, std=0.1)                 # published networks start at zero output, which would hide all
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)             # networks start with zeros at the end of every branch, which would hide all
     weight = net.vector_emb.weight                        # [width, 4]
     assert torch.allclose(net.vector_emb(vector)[0], weight[:, 0] + weight[:, 2]) and not net.vector_emb(vector)[1].any()
     by_id = conditioned(net, dict(condition="set", num_labels=3, size=32, sets=torch.from_numpy(np.pad(sets, ((0, 1), (0, 0))))))
