@@ -49,7 +49,7 @@ SELECT_KEYS = {"measured", "noisy", "fine", "local"}
 class Probe:
     """Section `probe`."""
     name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
-    protocol: Literal["sweep", "boxes", "linear", "head", "select"] = "sweep"      # sweep = block x time; boxes = the same for boxes; linear = linear probe and kNN of one activation; see above
+    protocol: Literal["sweep", "boxes", "linear", "head", "select"] = "sweep"      # what is measured; see above
     checkpoint: str = "diffusion/base"                    # a folder of the run, or a .pt file
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice

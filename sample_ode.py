@@ -311,7 +311,8 @@ def train_judge(run, epochs=2, batch=128):
     if run.rank == 0 and (not path.exists() or torch.load(path, map_location="cpu", weights_only=True)["data"] != data.info["fingerprint"]):
         net, test = net.to(run.device).train(), load_data(run, "test")
         counts = np.bincount(data.classes[known], minlength=len(net.head.bias))
-        weight = torch.tensor(len(known) / counts.clip(1) / (counts > 0).sum(), dtype=torch.float32, device=run.device) if run.data.imbalance > 1 else None   # or rare classes are not seen
+        weight = torch.tensor(len(known) / counts.clip(1) / (counts > 0).sum(), dtype=torch.float32, device=run.device)
+        weight = weight if run.data.imbalance > 1 else None         # without weights, rare classes would not be seen
         opt, steps, done = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), epochs * len(known) // batch, 0
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, max(steps, 2))
         with bar(run, steps, "training the judge", "step") as progress:
@@ -828,7 +829,8 @@ def main():
                     write_rows(aside / f"{kind}.npy", rows[0], values)
                 run.wait()
         if state.get("condition") in ("box", "mask"):
-            metrics["layout"] = layout_fidelity(run, cfg, state, np.load(aside / "images.npy", mmap_mode="r"), rows, np.zeros(0, np.int64) if labels is None else labels, context)
+            every, asked = np.load(aside / "images.npy", mmap_mode="r"), np.zeros(0, np.int64) if labels is None else labels
+            metrics["layout"] = layout_fidelity(run, cfg, state, every, rows, asked, context)
             run.say("layouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["layout"].items() if k != "finder"))
         if judge:
             metrics["scores"] = judge.scores(images)

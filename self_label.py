@@ -564,7 +564,8 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
     boxes [n, objects, 4] in pixels, confidence [n, objects] (share of the image's feature variance between object and rest), masks uint8 [n, H, W]
     (0, or 1 + object; the first keeps its pixels), regions [n, objects, D * cells^2] (the box's mean feature, or its features cell by cell). An image without
     contrast has none: boxes -1, the region is the image. An object is one connected region, the largest; further ones are sought among the patches that
-    are left, and their mean must lie as far from that of the rest, squared, as `contrast` times the first's. With images uint8 [n, 3, H, W] the refined outlines follow their edges.
+    are left, and their mean must lie as far from that of the rest, squared, as `contrast` times the first's.
+    With images uint8 [n, 3, H, W] the refined outlines follow their edges.
     """
     n, P, D = x.shape
     mean = lambda of: (of.to(x)[:, None] @ x)[:, 0] / of.sum(1, keepdim=True).clamp(min=1)       # of bool [n, P] -> [n, D]

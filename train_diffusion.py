@@ -271,7 +271,7 @@ def start(stage, cls, doc, flags=()):
     if not re.fullmatch(r"\w[\w.+-]*", name) and (name or cls().name):
         raise UserError(f"{stage}.name={name}: must be a name of letters, digits, and . _ + -")
     data = own["data"]
-    require(data.imbalance >= 1, data, "imbalance", "the largest class must not be smaller than the smallest: at least 1 (1 = as it is)")
+    require(data.imbalance >= 1, data, "imbalance", "must be at least 1 (1 = as it is)")
     require(min(data.train, data.test) >= 0 and 0 < data.test_fraction < 1, data, "train test test_fraction", "counts must not be negative (0 = all), the share lies between 0 and 1")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -841,7 +841,8 @@ def prepare_data(run):
                 raise UserError(f"data.imbalance={run.data.imbalance:g}: needs the class of every training image, and data.source={run.data.source} lacks some")
             rows = long_tail(classes, run.data.imbalance, run.data.seed)
             hashes, done, classes = keep_rows(aside, rows), len(rows), classes[rows]
-        write_json(aside / "info.json", dict(source=run.data.source, split=split, count=done, size=run.data.size, class_names=names, class_counts=np.bincount(classes[classes >= 0]).tolist(),
+        write_json(aside / "info.json", dict(source=run.data.source, split=split, count=done, size=run.data.size, class_names=names,
+                                             class_counts=np.bincount(classes[classes >= 0]).tolist(),
                                              arrays=sorted(hashes), fingerprint=hashes["images"][:16], skipped=bad))
         os.replace(aside, folder)
         run.say(f"prepared {done:,} {split} images in {folder}" + (f"; skipped {len(bad)} unreadable ones, listed in info.json" if bad else ""))
