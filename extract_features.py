@@ -302,7 +302,7 @@ def main():
     times = cfg.t
     if cfg.activations == ["auto"]:
         probed = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")
-        if probed.get("protocol") != "sweep" or probed["hash"] != state["weights"]:
+        if probed.get("protocol") not in ("sweep", "boxes") or probed["hash"] != state["weights"]:
             raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} ({state['weights']}) but of {probed.get('checkpoint')} ({probed.get('hash')}); run "
                             " probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
         choice = probed["label_free"]

@@ -8,11 +8,13 @@ Time    t = 0 is noise, t = 1 is data.
     python probe.py configs/cifar10.yaml protocol=linear name=linear             # one GPU: linear probe and kNN of one activation, with controls
     python probe.py configs/cifar10.yaml protocol=head head=difformer activations=mid-repeat1-res-out,up-level?-repeat1-res-out t=0.7,0.8,0.95 labels_share=0.1
     python probe.py configs/cifar10.yaml protocol=select activations='*' t=0.6,0.8,0.95             # which kinds of activation are worth reading
+    python probe.py configs/shapes.yaml protocol=boxes                           # which activation and time to find boxes and masks with
     torchrun --nproc_per_node=8 probe.py configs/cifar10.yaml                    # eight GPUs share the times of the sweep
 
 sweep   scores every block x time by NMI of k-means (on the images it clusters), kNN and a linear probe (on a validation part of the training images), and by
         criteria that need no labels; no features are stored. `label_free` is what extract_features.py reads; `oracle`, the choice made with labels, is only
         reported beside it.
+boxes   finds a box in `boxed` training images by every block x time; those that agree with the boxes of all others and of other noise are best. No labels.
 linear  trains on the training images outside the validation part, selects on that part, reports the test images once; with raw pixels, the same network with
         random weights and a supervised network of the same size beside it.
 head    trains a head on the fly: fresh noise for every image seen, flips and crops if asked for; linear, MLP, CNN, attention (arXiv 2307.08702), DifFormer and
@@ -34,11 +36,12 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
-from self_label import alone, assign, gather, kmeans, nmi
+from self_label import alone, assign, corloc, find_objects, gather, iou, kmeans, nmi
 from train_diffusion import (PATHS, Block, Model, UNet, UserError, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished, load_data, load_model,
                              read_json, require, row_shape, seed_of, start, write_json)
 
 HEAD_KEYS = {"head", "labels_share", "per_class", "width", "depth", "heads", "side", "grid", "hidden", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
+BOXES_KEYS = {"boxed"}
 SELECT_KEYS = {"measured", "noisy", "fine", "local"}
 
 
@@ -46,7 +49,7 @@ SELECT_KEYS = {"measured", "noisy", "fine", "local"}
 class Probe:
     """Section `probe`."""
     name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
-    protocol: Literal["sweep", "linear", "head", "select"] = "sweep"      # sweep = block x time; linear = linear probe and kNN of one activation; see above
+    protocol: Literal["sweep", "boxes", "linear", "head", "select"] = "sweep"      # what is measured; see above
     checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
@@ -55,6 +58,7 @@ class Probe:
     fit: int = 2_000                                      # sweep: training images to fit on
     validation: int = 1_000                               # training images held out for selection
     K: int = 30                                           # sweep: clusters of k-means
+    boxed: int = 128                                      # boxes: images in which boxes are found
     neighbours: int = 20                                  # k of kNN (cosine)
     draws: int = 3                                        # noise draws; linear: each probed alone, head: each tested: mean and spread
     controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear, head
@@ -256,6 +260,64 @@ def sweep(run, cfg, net, state, context):
     run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} (consensus {chosen['consensus']:.3f})" + (
         f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} "
         f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of consensus with NMI {result['tracks_nmi']['consensus']:.2f}" if known else ""))
+    return result
+
+
+def box_agreement(a, b):
+    """Mean IoU of two sets of boxes [N, 4] of the same images, less that of boxes of different images: a box that is always in the same place agrees with nobody."""
+    return float(iou(a, b).mean() - iou(a, np.roll(b, 1, 0)).mean())
+
+
+def boxes(run, cfg, net, state, context):
+    """Score every (activation, t) by the boxes found with it (LOST), without labels; returns the result dict and draws the heat-map.
+
+    stability  agreement of the boxes under two noise draws. consensus: mean agreement with the boxes of all other activations and times. Stability alone would
+    take the least noise, consensus alone the coarse middle of the network, where boxes are loose: the choice is the greatest sum.
+    """
+    data = load_data(run, "train")
+    names, times = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations), sorted(set(cfg.t))
+    rows = np.sort(np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(data))[:cfg.boxed])
+    if len(names) * len(times) < 2 or len(rows) < 2:
+        raise UserError(f"protocol=boxes compares activations and times, on at least two images; got {len(names)} x {len(times)} on {len(rows)}")
+    size, mine = data.images.shape[2:], {}
+    with bar(run, len(times), "boxes", "time") as progress:
+        for t in times[run.rank::run.world]:
+            for noise in range(2):
+                for part, out in stream(net, state, data.inputs, rows, names, [t], device=run.device, context=context, pool="none", seed=cfg.seed,
+                                        purpose=f"probe {noise}", batch=min(cfg.batch, 64)):
+                    for name in names:
+                        x = out[name, t]
+                        if min(x.shape[2:]) >= 2:
+                            got = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), size, "lost")["boxes"][:, 0]
+                            mine.setdefault((name, t), [[], []])[noise].append(got.cpu().numpy())
+            progress.update(1)
+    found = {k: [np.concatenate(v) for v in pair] for some in gather(run, mine) for k, pair in some.items()}
+    found = {(n, t): found[n, t] for n in names for t in times if (n, t) in found}
+    truth = None if data.boxes is None else np.asarray(data.boxes[rows]).reshape(len(rows), -1, 4)
+    mutual, table = np.array([[box_agreement(a[0], b[0]) for b in found.values()] for a in found.values()]), []
+    for i, ((name, t), (a, b)) in enumerate(found.items()):
+        free = dict(stability=box_agreement(a, b), consensus=float(np.delete(mutual[i], i).mean()))
+        table.append(dict(activation=name, **noise_level(state["path"], t), **free, agreement=sum(free.values())))
+        if truth is not None:
+            table[-1] |= dict(corloc=corloc(a[:, None], truth), iou=float(iou(a[:, None], truth).max(1).mean()))
+    chosen = max(table, key=lambda r: r["agreement"])
+    result = dict(protocol="boxes", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, images=len(rows), method="lost",
+                  criterion="stability + consensus", label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "agreement", "stability", "consensus")})
+    if truth is not None:
+        best = max(table, key=lambda r: r["iou"])
+        tracks = {k: {s: rank_correlation([r[k] for r in table], [r[s] for r in table]) for s in ("corloc", "iou")} for k in ("agreement", "stability", "consensus")}
+        result |= dict(label_free_scores={k: chosen[k] for k in ("corloc", "iou")}, oracle={k: best[k] for k in ("activation", "t", "corloc", "iou")}, tracks=tracks)
+    result["table"], shown = table, "agreement" if truth is None else "iou"
+    if run.rank == 0:
+        values = {(r["activation"], r["t"]): r[shown] for r in table}
+        rows_shown = [n for n in names if any((n, t) in values for t in times)]
+        where = lambda c, m: (rows_shown.index(c["activation"]), times.index(c["t"]), m)
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", [[values.get((n, t)) for t in times] for n in rows_shown], rows_shown, [f"t={t:g}" for t in times],
+                 f"{shown} of boxes by block and time; F = label-free choice" + (", O = best with true boxes" if truth is not None else ""),
+                 [where(chosen, "F")] + ([where(result["oracle"], "O")] if truth is not None else []))
+    run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} (agreement {chosen['agreement']:.3f})" + (
+        f"; CorLoc {chosen['corloc']:.3f}, IoU {chosen['iou']:.3f}; with true boxes one would take {best['activation']} at t={best['t']:g} "
+        f"(CorLoc {best['corloc']:.3f}, IoU {best['iou']:.3f}); rank correlation of agreement with IoU {tracks['agreement']['iou']:.2f}" if truth is not None else ""))
     return result
 
 
@@ -763,11 +825,12 @@ def main():
     cfg.name = cfg.name or cfg.protocol
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context, _, why = autocast(run, cfg.precision)
-    if cfg.protocol in ("sweep", "select") and not cfg.t:
+    if cfg.protocol in ("sweep", "boxes", "select") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    require(all(0 <= t <= 1 for t in cfg.t) and min(cfg.draws, cfg.batch, cfg.neighbours) >= 1 and cfg.K >= 2,
-            cfg, "t draws batch neighbours K", "times lie between 0 and 1, K is at least 2, the others at least 1")
+    require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and min(cfg.draws, cfg.batch, cfg.neighbours) >= 1 and cfg.K >= 2,
+            cfg, "t boxed draws batch neighbours K", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
     path, other = run.dir / "probe" / f"{cfg.name}.json", (HEAD_KEYS if cfg.protocol != "head" else set()) | (SELECT_KEYS if cfg.protocol != "select" else set())
+    other |= BOXES_KEYS if cfg.protocol != "boxes" else set()
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch"} | other} | dict(hash=state["weights"])
     if cfg.protocol == "linear":
         recipe["reads"] = list(one_activation(run, cfg, net))
@@ -779,16 +842,17 @@ def main():
         return
     if run.agreed(finished(run, path, recipe)):
         return
-    result = dict(sweep=sweep, linear=linear, head=head, select=select)[cfg.protocol](run, cfg, net, state, context)
+    result = dict(sweep=sweep, boxes=boxes, linear=linear, head=head, select=select)[cfg.protocol](run, cfg, net, state, context)
     if run.rank == 0:
         write_json(path, result | dict(recipe=recipe))
     run.wait()
     run.say(f"result in {path}, picture in {path.with_suffix('.png')}")
     if cfg.protocol == "select":
         run.say(f"next: python extract_features.py {path.with_suffix('.yaml')} run={run.dir}")
-    if cfg.protocol == "sweep":
+    if cfg.protocol in ("sweep", "boxes"):
+        dense = "" if cfg.protocol == "sweep" else " name=dense pool=none"
         named = ("" if cfg.checkpoint == "diffusion/base" else f" checkpoint={cfg.checkpoint}") + ("" if cfg.name == "sweep" else f" choice={cfg.name}")
-        run.next(f"extract_features.py{named}", "extracts the label-free choice")
+        run.next(f"extract_features.py{dense}{named}", "extracts the label-free choice")
 
 
 if __name__ == "__main__":

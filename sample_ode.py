@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from self_label import load_labels
+from extract_features import stream
+from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
 from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, create_rows, decode, digest, draw, estimates, fill, finished,
                              load_data, load_model, open_autoencoder, require, save_grid, seed_of, start, to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
@@ -52,6 +53,7 @@ class SampleOde:
     boxes: list[list[float]] = field(default_factory=list)    # models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in pixels
     mask: str = ""                                        # models with mask conditions: a PNG whose pixel values are the ids
     layouts: Literal["train", "test"] = "train"           # models with box or mask conditions: layouts of the bank in the checkpoint, or of the test images
+    finder: str = ""                                      # models with box or mask conditions: whose labeller looks for the layout in the samples; empty = the model's
     like: str = ""                                        # models with online labels: a folder of images (or "test") whose labels to use, cycling through them
     direction: Literal["generate", "encode"] = "generate"  # encode: test images back to noise and forth again
     evaluate: bool = True                                 # compare with real images
@@ -308,6 +310,9 @@ def train_judge(run, epochs=2, batch=128):
         net = Judge(int(np.max(data.classes)) + 1)
     if run.rank == 0 and (not path.exists() or torch.load(path, map_location="cpu", weights_only=True)["data"] != data.info["fingerprint"]):
         net, test = net.to(run.device).train(), load_data(run, "test")
+        counts = np.bincount(data.classes[known], minlength=len(net.head.bias))
+        weight = torch.tensor(len(known) / counts.clip(1) / (counts > 0).sum(), dtype=torch.float32, device=run.device)
+        weight = weight if run.data.imbalance > 1 else None         # without weights, rare classes would not be seen
         opt, steps, done = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), epochs * len(known) // batch, 0
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, max(steps, 2))
         with bar(run, steps, "training the judge", "step") as progress:
@@ -316,7 +321,7 @@ def train_judge(run, epochs=2, batch=128):
                 for i in range(0, len(order) - batch + 1, batch):
                     rows = np.sort(order[i:i + batch])
                     x, y = torch.tensor(data.images[rows]).to(run.device), torch.tensor(data.classes[rows]).to(run.device)
-                    loss = F.cross_entropy(net.head(net(x)), y)
+                    loss = F.cross_entropy(net.head(net(x)), y, weight)
                     opt.zero_grad()
                     loss.backward()
                     opt.step()
@@ -444,7 +449,7 @@ class Evaluation:
     def __init__(self, run, cfg):
         self.run, self.cfg = run, cfg
         self.net, self.text, self.kind = open_evaluator(run, cfg.evaluator)
-        sets = {}
+        sets, self.groups = {}, head_and_tail(load_data(run, "train").classes) if cfg.evaluator == "judge" and run.data.imbalance > 1 else {}
         for split in ("train", "test"):
             data = load_data(run, split)
             cache = run.dir / "samples" / ".reference" / f"{digest(cfg.evaluator, self.text, data.info['fingerprint'])}.npy"
@@ -487,11 +492,35 @@ class Evaluation:
     def compare(self, fake):
         """Scores of evaluator features [n, D]."""
         close = nearest(fake[:2000], self.train)
-        return {self.kind: frechet(fake, self.real), "kernel": kernel_distance(fake, self.real), **manifold(fake, self.real, self.cfg.neighbours),
+        return self.apart(fake) | {self.kind: frechet(fake, self.real), "kernel": kernel_distance(fake, self.real), **manifold(fake, self.real, self.cfg.neighbours),
                 "memorisation": float(close.median() / self.to_train.median()),
                 "copies": float((close < self.to_train.quantile(0.01)).float().mean()),
                 **({} if self.decoded is None else {"decoded": self.decoded}),
                 "evaluator": self.text, "reference": f"{self.cfg.reference}, {len(self.real):,} images", "samples": len(fake)}
+
+
+    @torch.no_grad()
+    def apart(self, fake):
+        """Of long-tailed data, {head, tail: the distance between samples and real images of these classes, and how many there are of each}.
+
+        The judge says which class a sample and a real image are of, so that its errors fall on both sides alike. No distance with too few of either
+        for a covariance: as many as features.
+        """
+        guess = lambda x: self.net.head(x.to(self.run.device)).argmax(1).cpu()
+        out, ours, real = {}, guess(fake) if self.groups else None, guess(self.real) if self.groups else None
+        for name, classes in self.groups.items():
+            a, b = (x[torch.isin(c, torch.tensor(classes))] for x, c in ((fake, ours), (self.real, real)))
+            enough = min(len(a), len(b)) > fake.shape[1]
+            out[name] = dict(classes=classes, samples=len(a), reference=len(b), share=len(a) / len(fake), reference_share=len(b) / len(self.real))
+            out[name] |= {self.kind: frechet(a, b)} if enough else {}
+        return out
+
+
+def head_and_tail(classes):
+    """The third of the classes with the most training images, and that with the fewest: {head, tail: class ids}."""
+    counts = np.bincount(classes[classes >= 0])
+    order, n = np.argsort(-counts, kind="stable").tolist(), max(1, len(counts) // 3)
+    return dict(head=order[:n], tail=order[-n:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +573,8 @@ def table(run):
             rows.setdefault(path.parent.name, []).append({
                 "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind),
                 "chosen w": m["w"] if K else None, "distance": s[kind], "kind": kind, "w": chosen, "precision": s["precision"], "recall": s["recall"],
-                "coverage": s["coverage"], "memorisation": s["memorisation"], "network calls": m["network_calls"], "training images": m["total_seen"],
+                "coverage": s["coverage"], "memorisation": s["memorisation"], "head": s.get("head", {}).get(kind), "tail": s.get("tail", {}).get(kind),
+                "layout IoU": m.get("layout", {}).get("layout_iou"), "exact IoU": m.get("layout", {}).get("exact_iou"), "network calls": m["network_calls"], "training images": m["total_seen"],
                 "evaluator": s["evaluator"], "reference": s["reference"], "samples": s["samples"], "solver": f"{m['solver']} {m['steps']}",
                 "weights": m["weights"], "seed": m["seed"]})
     if not rows:
@@ -629,6 +659,59 @@ def read_layouts(run, cfg, state):
     null = np.full_like(maps[:1], state["map_labels"])
     state |= dict(maps=torch.from_numpy(np.concatenate([maps, null])), bank_labels=torch.tensor([*map(int, labels), K]), num_labels=len(maps),
                   marginal=torch.full((len(maps),), 1 / len(maps), dtype=torch.float64))
+
+
+def chromatic(images):
+    """Exact masks bool [n, H, W] of `shapes` [n, 3, H, W]: the ground is grey (channels within 0.06 of each other), objects differ by at least 0.48."""
+    return np.ptp(images.astype(np.int16), axis=1) > 64
+
+
+def find_layouts(run, name, images, rows, boxes, context):
+    """Where the labeller of labels/<name> finds objects in these rows of uint8 images: bool [n, H, W], their masks, or with `boxes` their boxes filled; None if it finds none."""
+    _, info = load_labels(run, name)
+    how = info["recipe"]
+    method = how["method"] if how["method"] in ("lost", "ncut") else how.get("foreground", "none") if how["method"] == "masks" else "none"
+    if method == "none":
+        return find_layouts(run, how["reference"], images, rows, boxes, context) if how["method"] == "random" else None
+    of, size, out = info["features"], images.shape[2:], []
+    net, state = load_model(run, of["checkpoint"], of["weights"])
+    if of["weights"] == "ema" and state["weights"] != of["hash"]:
+        raise UserError(f"labels/{name}.json: made with features of {of['checkpoint']} {of['hash']}, which now holds {state['weights']}; make features and labels again")
+    places = [(a["activation"], a["t"]) for a in of["arrays"]]
+    for part, got in stream(net, state, images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}), device=run.device,
+                            context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=64):
+        maps = [got[k] if of["pool"] == "none" else got[k].unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for k in places]
+        shown = torch.from_numpy(np.array(images[part])).to(run.device) if how["guide"] else None
+        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, method, how["objects"], how["tau"], how["contrast"], how["refine"], shown)
+        out.append(draw_boxes(found["boxes"].cpu().numpy(), size[0]) == 0 if boxes else found["masks"].cpu().numpy() > 0)
+    return np.concatenate(out) if out else np.zeros((0, *size), bool)
+
+
+def layout_fidelity(run, cfg, state, images, rows, labels, context):
+    """How well samples uint8 [N, 3, H, W] keep to the layouts they were asked for: mean IoU of areas over all ranks, each of which looks at its rows [n].
+
+    layout_iou: with what the labeller of the labels finds in the samples (absent where layouts are not found by one); exact_iou: with exact masks on `shapes`. Of
+    boxes the filled boxes are compared. labels: int64 [n], positions in the bank of layouts.
+    """
+    boxes, name, maps = state["condition"] == "box", cfg.finder or state["label_file"], state["maps"][torch.from_numpy(labels)].numpy()
+    asked, got = (maps == 0 if boxes else (maps > 0) & (maps < state["map_labels"])), {}
+    if cfg.finder or (run.dir / "labels" / f"{name}.json").exists():
+        got["layout_iou"] = find_layouts(run, name, images, rows, boxes, context)
+        if cfg.finder and got["layout_iou"] is None:
+            raise UserError(f"finder={name}: labels/{name} were not found as boxes or masks of objects; name labels made with method=lost, ncut or masks")
+    if run.data.source == "shapes":
+        exact = torch.from_numpy(chromatic(images[rows]))
+        if boxes:                                         # the largest object's box, as in the data
+            exact = bounds(largest_component(exact.flatten(1), exact.shape[1:]).view_as(exact))
+            exact = draw_boxes(exact[:, None].numpy(), state["size"]) == 0
+        got["exact_iou"] = np.asarray(exact)
+    out = {}
+    for key, found in got.items():
+        if found is not None:
+            either = (asked | found).sum((1, 2))
+            each = np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)                # nothing asked for, nothing there
+            out[key] = float(np.concatenate(gather(run, each)).mean())
+    return out | (dict(finder=name) if "layout_iou" in out else {})
 
 
 def encode(run, cfg, models, state, context, folder):
@@ -784,6 +867,10 @@ def main():
                 if len(rows):
                     write_rows(aside / f"{kind}.npy", rows[0], values)
                 run.wait()
+        if state.get("condition") in ("box", "mask"):
+            every, asked = np.load(aside / "images.npy", mmap_mode="r"), np.zeros(0, np.int64) if labels is None else labels
+            metrics["layout"] = layout_fidelity(run, cfg, state, every, rows, asked, context)
+            run.say("layouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["layout"].items() if k != "finder"))
         if judge:
             metrics["scores"] = judge.scores(images)
             if w != 1 and len(cfg.guidance) > 1:          # the gain of guidance apart from that of labels: the same at w = 1

@@ -13,7 +13,8 @@ Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroi
 
 kmeans      clusters of any size. sinkhorn: clusters of equal size, by optimal transport (arXiv 1911.05371, 2006.09882).
 lost, ncut  boxes of objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.11539), and clusters of the boxed regions.
-masks       clusters of all patches of all images, smoothed: every pixel gets one of `segments` ids; image ids cluster mean features.
+masks       the objects that `foreground` finds, each with the id of its cluster: 0 = none, 1 ... K. foreground=none: clusters of all patches of all images,
+            smoothed: every pixel gets one of `segments` ids; image ids then cluster mean features.
 controls    classes (ground truth), random (permuted reference labels), subgroups (each class split at random into `groups` parts).
 """
 import math
@@ -53,11 +54,14 @@ class SelfLabel:
     sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
     rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
     objects: int = 1                                      # lost, ncut: at most so many boxes per image
-    contrast: float = 0.1                                 # lost, ncut: share of an image's feature variance that objects after the first must explain
+    contrast: float = 0.5                                 # lost, ncut: objects after the first must differ from the rest (squared) by at least this share of what it does
     tau: float = 0.2                                      # ncut: patches of at least this cosine are joined
     refine: bool = True                                   # lost, ncut: outline in pixels from upsampled features, not in patches
-    segments: int = 21                                    # masks: clusters of patches, background included
-    smooth: float = 0.3                                   # masks: weight of a patch's 3 x 3 neighbourhood; 0 = none
+    guide: bool = True                                    # lost, ncut: the refined outline follows the edges of the image
+    cells: int = 4                                        # lost, ncut: what is clustered is a region's features on a grid of so many cells a side; 1 = their mean
+    foreground: Literal["lost", "ncut", "none"] = "lost"  # masks: what finds the objects; none = cluster all patches
+    segments: int = 21                                    # masks with foreground=none: clusters of patches, background included
+    smooth: float = 0.3                                   # masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none
     by: Literal["kmeans", "sinkhorn"] = "kmeans"          # lost, ncut, masks: how regions and patches are clustered
     reference: str = "kmeans"                             # random: whose marginal to keep
     groups: int = 5                                       # subgroups: parts per class
@@ -507,15 +511,36 @@ def ncut(similarity, left, grid, tau=0.2):
     return y > 0, extreme(y)
 
 
-def component(mask, seed, grid):
-    """The 4-connected component of bool masks [n, P] on the grid that holds the patch seed [n] (empty where the mask lacks it)."""
+def largest_component(mask, grid):
+    """The largest 4-connected component of bool masks [n, P] on the grid; of equal ones that of the last position. Empty masks stay empty.
+
+    A patch's own number spreads until every component bears its greatest.
+    """
     free = mask.float().unflatten(1, (1, *grid))
-    reach = F.one_hot(seed, mask.shape[1]).float().view_as(free) * free
+    number = free * torch.arange(1, mask.shape[1] + 1, device=mask.device).view(1, 1, *grid)
     while True:
-        grown = torch.maximum(F.max_pool2d(reach, (3, 1), 1, (1, 0)), F.max_pool2d(reach, (1, 3), 1, (0, 1))) * free
-        if torch.equal(grown, reach):
-            return reach.flatten(1) > 0
-        reach = grown
+        grown = torch.maximum(F.max_pool2d(number, (3, 1), 1, (1, 0)), F.max_pool2d(number, (1, 3), 1, (0, 1))) * free
+        if torch.equal(grown, number):
+            break
+        number = grown
+    number = number.flatten(1).long()
+    sizes = torch.zeros(len(mask), mask.shape[1] + 1, device=mask.device).scatter_add_(1, number, mask.float())
+    return mask & (number == mask.shape[1] - sizes.flip(1).argmax(1, keepdim=True))
+
+
+def guided_filter(p, image, radius, eps=1e-3):
+    """Maps p [n, 1, H, W] smoothed so that their edges become those of image float32 [n, C, H, W] in 0 ... 1.
+
+    In every window of 2 radius + 1 pixels p is fitted by a linear function of the colour (He, Sun and Tang 2010); a pixel takes the mean of its windows' fits.
+    """
+    side = 2 * radius + 1
+    mean = lambda v: F.avg_pool2d(F.avg_pool2d(v, (side, 1), 1, (radius, 0), count_include_pad=False), (1, side), 1, (0, radius), count_include_pad=False)
+    (m, q), C = (mean(image), mean(p)), image.shape[1]
+    spread = mean((image[:, :, None] * image[:, None]).flatten(1, 2)).unflatten(1, (C, C)) - m[:, :, None] * m[:, None]          # [n, C, C, H, W]
+    common = mean(image * p) - m * q                                                                                             # [n, C, H, W]
+    a = torch.linalg.solve(spread.permute(0, 3, 4, 1, 2) + eps * torch.eye(C, device=p.device), common.permute(0, 2, 3, 1)[..., None])
+    a = a[..., 0].permute(0, 3, 1, 2)
+    return (mean(a) * image).sum(1, keepdim=True) + mean(q - (a * m).sum(1, keepdim=True))
 
 
 def bounds(masks):
@@ -525,39 +550,58 @@ def bounds(masks):
     return torch.where(masks.flatten(1).any(1)[:, None], box, -1.0)
 
 
-def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.1, refine=True):
+def crop(maps, boxes, cells):
+    """Features [n, D * cells^2] of maps [n, D, h, w] at the centres of cells x cells cells of boxes [n, 4] (in shares of the image), bilinear."""
+    at = (torch.arange(cells, device=maps.device) + 0.5) / cells
+    x, y = (2 * (boxes[:, i:i + 1] + at * (boxes[:, i + 2:i + 3] - boxes[:, i:i + 1])) - 1 for i in (0, 1))                      # [n, cells]
+    points = torch.stack([x[:, None].expand(-1, cells, -1), y[:, :, None].expand(-1, -1, cells)], 3)
+    return F.grid_sample(maps, points, padding_mode="border", align_corners=False).flatten(1)
+
+
+def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5, refine=True, images=None, cells=1):
     """Objects of images from patch features x float32 [n, P, D] on the grid (h, w), size = (H, W) pixels. A dict of
 
     boxes [n, objects, 4] in pixels, confidence [n, objects] (share of the image's feature variance between object and rest), masks uint8 [n, H, W]
-    (0, or 1 + object; the first keeps its pixels), regions [n, objects, D] (mean feature in the box). An image without contrast has none: boxes -1,
-    the region is the image. Further objects are sought among the patches that are left, and must explain the share `contrast`.
+    (0, or 1 + object; the first keeps its pixels), regions [n, objects, D * cells^2] (the box's mean feature, or its features cell by cell). An image without
+    contrast has none: boxes -1, the region is the image. An object is one connected region, the largest; further ones are sought among the patches that
+    are left, and their mean must lie as far from that of the rest, squared, as `contrast` times the first's.
+    With images uint8 [n, 3, H, W] the refined outlines follow their edges.
     """
     n, P, D = x.shape
     mean = lambda of: (of.to(x)[:, None] @ x)[:, 0] / of.sum(1, keepdim=True).clamp(min=1)       # of bool [n, P] -> [n, D]
     spread = (x - mean(torch.ones_like(x[:, :, 0], dtype=torch.bool))[:, None]).square().sum((1, 2))
     left, found = torch.ones(n, P, dtype=torch.bool, device=x.device), spread > 1e-6 * x.square().sum((1, 2))
-    out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects), regions=x.new_empty(n, objects, D),
+    out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects), regions=x.new_empty(n, objects, D * cells ** 2),
                masks=x.new_zeros(n, *size, dtype=torch.uint8))
     zoom = lambda v, mode: F.interpolate(v.to(x).unflatten(1, (1, *grid)), size, mode=mode)[:, 0]
     for j in range(objects):
         f = F.normalize(x - mean(left)[:, None], dim=2) * left[:, :, None]       # centred per image: else all patches resemble each other
         similarity = torch.bmm(f, f.transpose(1, 2))
-        m, seed = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
-        m = component(m, seed, grid)
+        m, _ = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
+        m = largest_component(m, grid)                    # parts of one cut that do not touch are not one object
         a, b, inside, rest = m.sum(1), (left & ~m).sum(1), mean(m), mean(left & ~m)
-        share = a * b / (a + b).clamp(min=1) * (inside - rest).square().sum(1) / spread.clamp(min=1e-30)
-        found = found & (a > 0) & (b > 0) & (share >= (contrast if j else 0))
+        apart = (inside - rest).square().sum(1)
+        share, first = a * b / (a + b).clamp(min=1) * apart / spread.clamp(min=1e-30), apart if j == 0 else first
+        found = found & (a > 0) & (b > 0) & (apart >= contrast * first * (j > 0))                # by size, halves of a plain ground would be objects
         m = m & found[:, None]
         pixels = zoom(m, "nearest") > 0
         if refine:                                        # nearer to the object's mean than to the rest's: linear in x, so upsampling this upsamples x
             nearer = ((x - (inside + rest)[:, None] / 2) * (inside - rest)[:, None]).sum(2)
             reach = F.max_pool2d(m.to(x).unflatten(1, (1, *grid)), 3, 1, 1).flatten(1)           # up to one patch beyond, but not into other objects
-            fine = (zoom(nearer, "bilinear") > 0) & (zoom((reach > 0) & (m | (nearer <= 0)), "nearest") > 0)
+            near = zoom(nearer, "bilinear")
+            if images is not None:                        # windows of three patches: an edge of the image within one patch of that of the object is found
+                scale = 2 / apart.clamp(min=1e-30)       # -1 = the rest's mean, 1 = the object's
+                near = guided_filter((near * scale[:, None, None]).clamp(-1, 1)[:, None], images / 255, max(1, 3 * size[0] // (2 * grid[0])))[:, 0]
+            fine = (near > 0) & (zoom((reach > 0) & (m | (nearer <= 0)), "nearest") > 0)
+            fine = largest_component(fine.flatten(1), size).unflatten(1, size)   # neighbouring patches may be of objects that do not touch
             pixels = torch.where(fine.flatten(1).any(1)[:, None, None], fine, pixels)
         out["boxes"][:, j], out["confidence"][:, j] = bounds(pixels), share * found
         out["masks"][pixels & (out["masks"] == 0)] = j + 1
-        g = m.unflatten(1, grid)
-        out["regions"][:, j] = mean((g.any(1)[:, None] & g.any(2)[:, :, None]).flatten(1) | ~found[:, None])
+        g, box = m.unflatten(1, grid), out["boxes"][:, j] / torch.tensor([size[1], size[0], size[1], size[0]], device=x.device)
+        if cells == 1:
+            out["regions"][:, j] = mean((g.any(1)[:, None] & g.any(2)[:, :, None]).flatten(1) | ~found[:, None])
+        else:
+            out["regions"][:, j] = crop(x.transpose(1, 2).unflatten(2, grid), torch.where(found[:, None], box, box.new_tensor([0, 0, 1, 1])), cells)
         left = left & ~m
     return out
 
@@ -616,17 +660,22 @@ def confusion(masks, truth, chunk=256):
 
 
 def segmentation_scores(t):
-    """Mean IoU over the classes of a table [K, C], segments and classes matched one to one for the largest sum of IoUs, and accuracy of pixels so."""
+    """Mean IoU over the classes of a table [K, C], segments and classes matched one to one for the largest sum of IoUs, and accuracy of pixels so;
+    miou_many: segments of one class count as one, whichever class is their most frequent."""
     union = t.sum(1, keepdims=True) + t.sum(0) - t
     overlap = t / np.maximum(union, 1)
     flip = len(t) > t.shape[1]
     match = hungarian(-(overlap.T if flip else overlap))
     rows, cols = (match, np.arange(len(match))) if flip else (np.arange(len(match)), match)
-    return dict(miou=float(overlap[rows, cols].sum() / max((t.sum(0) > 0).sum(), 1)), pixel_accuracy=float(t[rows, cols].sum() / max(t.sum(), 1)))
+    many = np.zeros((t.shape[1], t.shape[1]))
+    np.add.at(many, t.argmax(1), t)                       # every segment stands for its most frequent class
+    merged = many.diagonal() / np.maximum(many.sum(1) + many.sum(0) - many.diagonal(), 1)
+    return dict(miou=float(overlap[rows, cols].sum() / max((t.sum(0) > 0).sum(), 1)), pixel_accuracy=float(t[rows, cols].sum() / max(t.sum(), 1)),
+                miou_many=float(merged.sum() / max((t.sum(0) > 0).sum(), 1)))
 
 
 def score_layouts(found, data):
-    """Scores of dict(boxes, confidence, masks) of a split where data/ has the truth."""
+    """Scores of dict(boxes, confidence, masks, segments) of a split where data/ has the truth; masks count objects, segments (or masks alone) bear ids."""
     scores = {}
     if data.boxes is not None and "boxes" in found:
         truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
@@ -638,8 +687,8 @@ def score_layouts(found, data):
         if "boxes" in found:                              # object or not, whichever
             t = np.stack([np.stack([v[:, 0].sum(), v[:, 1:].sum()]) for v in (t[:1], t[1:])])
             scores |= dict(foreground_iou=float(t[1, 1] / max(t.sum() - t[0, 0], 1)), pixel_accuracy=float(t.trace() / max(t.sum(), 1)))
-        else:
-            scores |= segmentation_scores(t)
+        if "segments" in found or "boxes" not in found:
+            scores |= segmentation_scores(confusion(found.get("segments", found["masks"]), data.masks))
     return scores
 
 
@@ -746,9 +795,14 @@ def reader(run, cfg, split, dense=False):
         parts = [torch.from_numpy(a[i:j].astype(np.float32)) for a in arrays]
         if bad := (~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in parts]).all(0)).nonzero().flatten().tolist():
             raise UserError(f"{folder}: row {i + bad[0]} of {split} is not finite; extract again")
-        parts = [x if x.shape[2:] == grid else F.interpolate(x, grid, mode="bilinear") for x in parts]
-        return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
-    return read, grid, info
+        return joined(parts, grid, scales)
+    return read, grid, info | dict(scales=scales)
+
+
+def joined(parts, grid, scales):
+    """Maps [n, C_i, h_i, w_i], scaled, side by side on the grid (h, w): [n, h * w, D]."""
+    parts = [x if x.shape[2:] == tuple(grid) else F.interpolate(x, tuple(grid), mode="bilinear") for x in parts]
+    return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
 
 
 def prepare(run, cfg, folder, what, read, sizes):
@@ -829,9 +883,10 @@ def painter(found, all_ids):
 
 def layouts(run, cfg, data, folder):
     """Boxes or masks, and image-level labels: ({split: ids}, typicality, arrays, about, scores, paint). Every rank fills its rows of files in `folder`."""
-    boxed, sizes = cfg.method != "masks", {split: len(d) for split, d in data.items()}
+    boxed, sizes = cfg.method != "masks" or cfg.foreground != "none", {split: len(d) for split, d in data.items()}
+    method = cfg.foreground if cfg.method == "masks" else cfg.method
     dense = {split: reader(run, cfg, split, dense=True) for split in data}
-    (one, grid, _), found, facts = dense["train"], {}, {}
+    (one, grid, info), found, facts = dense["train"], {}, {}
     read, (P, D) = {split: r[0] for split, r in dense.items()}, one(0, 1).shape[1:]
     if not boxed:
         patches = prepare(run, cfg, folder, "patches", read, sizes)
@@ -839,7 +894,7 @@ def layouts(run, cfg, data, folder):
         best = {("c" if k == "centroids" else "g"): torch.from_numpy(a).to(run.device) for k, a in arrays.items()}
     for split, d in data.items():
         n, size = len(d), d.images.shape[2:]
-        shapes = dict(masks=("u1", (n, *size)), regions=("f4", (n, cfg.objects if boxed else 1, D)))
+        shapes = dict(masks=("u1", (n, *size)), regions=("f4", (n, cfg.objects, D * cfg.cells ** 2) if boxed else (n, 1, D)))
         shapes |= dict(boxes=("f4", (n, cfg.objects, 4)), confidence=("f4", (n, cfg.objects))) if boxed else {}
         files = {k: folder / f"{k}-{split}.npy" for k in shapes}
         if run.rank == 0:
@@ -852,7 +907,8 @@ def layouts(run, cfg, data, folder):
             j = min(i + step, last)
             x = read[split](i, j).to(run.device)
             if boxed:
-                out = find_objects(x, grid, size, cfg.method, cfg.objects, cfg.tau, cfg.contrast, cfg.refine)
+                shown = torch.from_numpy(np.array(d.images[i:j])).to(run.device) if cfg.guide else None
+                out = find_objects(x, grid, size, method, cfg.objects, cfg.tau, cfg.contrast, cfg.refine, shown, cfg.cells)
             else:
                 rows = torch.from_numpy(np.array(patches[split][i * P:j * P])).view(j - i, P, -1)
                 out = dict(masks=segment(rows, grid, size, **best, metric=cfg.metric, eps=cfg.eps, smooth=cfg.smooth), regions=x.mean(1, keepdim=True))
@@ -861,18 +917,31 @@ def layouts(run, cfg, data, folder):
         run.wait()
         found[split] = {k: np.load(f, mmap_mode="r") for k, f in files.items()}
 
-    # clusters of the regions; a missing object counts as its whole image, and has no id
-    regions = {split: lambda i, j, r=f["regions"]: torch.from_numpy(np.array(r[i:j])) for split, f in found.items()}
-    ids, typical, extra, more = cluster(run, cfg, prepare(run, cfg, folder, "rows", regions, sizes), cfg.by)
+    # clusters of the regions: a missing object has no id and takes no part, but every image has a first region, if only the whole image
+    regions = {split: f["regions"].reshape(-1, f["regions"].shape[2]) for split, f in found.items()}
+    rows = {split: np.flatnonzero(np.arange(len(regions[split])) % cfg.objects * (f["boxes"][..., 0] < 0).ravel() == 0) if boxed else np.arange(sizes[split])
+            for split, f in found.items()}
+    read = {split: lambda i, j, r=r, at=rows[split]: torch.from_numpy(np.array(r[at[i:j]]))[:, None] for split, r in regions.items()}
+    some, near, extra, more = cluster(run, cfg, prepare(run, cfg, folder, "rows", read, {split: len(v) for split, v in rows.items()}), cfg.by)
+    ids, typical = {split: np.full(len(r), -1) for split, r in regions.items()}, np.zeros(len(regions["train"]))
+    typical[rows["train"]] = near
+    for split, v in rows.items():
+        ids[split][v] = some[split]
     ids = {split: a.reshape(sizes[split], -1) for split, a in ids.items()}
+    if boxed and cfg.method == "masks":                   # an object's pixels bear its cluster
+        for split, f in found.items():
+            table = np.pad(ids[split] + 1, ((0, 0), (1, 0))).astype(np.uint8)
+            f["segments"] = np.take_along_axis(table, f["masks"].reshape(sizes[split], -1).astype(np.int64), 1).reshape(f["masks"].shape)
     scores = {("" if split == "train" else "test_") + k: v for split, f in found.items() for k, v in score_layouts(f, data[split]).items()}
+    for f in found.values():
+        f["masks"] = f.pop("segments", f["masks"])
     if boxed:
         scores |= dict(boxes_per_image=float((found["train"]["boxes"][..., 0] >= 0).sum(1).mean()))
         extra |= {f"ids_{split}": np.where(found[split]["boxes"][..., 0] >= 0, a, -1) for split, a in ids.items()}
     else:
         extra |= {f"segment_{k}": a for k, a in arrays.items()}
     extra |= {f"{k}_{split}": np.asarray(a) for split, f in found.items() for k, a in f.items() if k != "regions"}
-    about = more | ({} if boxed else dict(segments=cfg.segments, patches=facts)) | dict(grid=list(grid))
+    about = more | ({} if boxed else dict(segments=cfg.segments, patches=facts)) | dict(grid=list(grid), scales=info["scales"])
     return {split: a[:, 0] for split, a in ids.items()}, typical.reshape(sizes["train"], -1)[:, 0], extra, about, scores, painter(found["train"], not boxed)
 
 
@@ -886,8 +955,9 @@ def main():
     recipe = {k: v for k, v in run.sections[run.stage].items() if k != "overwrite"} | dict(data={k: d.info["fingerprint"] for k, d in data.items()})
     require(min(cfg.restarts, cfg.rounds, cfg.sk_iterations, cfg.groups, cfg.iterations) >= 1 and cfg.eps > 0 and cfg.pca >= 0,
             cfg, "restarts rounds sk_iterations iterations groups eps pca", "must be positive")
-    require(1 <= cfg.objects <= 254 and 2 <= cfg.segments <= 255 and 0 <= cfg.smooth <= 1 and -1 <= cfg.tau <= 1 and 0 <= cfg.contrast <= 1,
-            cfg, "objects segments smooth tau contrast", "1 ... 254 objects, 2 ... 255 segments, smooth and contrast in 0 ... 1, tau a cosine")
+    require(cfg.method != "masks" or cfg.foreground == "none" or cfg.K <= 254, cfg, "method foreground K", "masks hold ids up to 255, so K is at most 254")
+    require(1 <= cfg.objects <= 254 and cfg.cells >= 1 and 2 <= cfg.segments <= 255 and 0 <= cfg.smooth <= 1 and -1 <= cfg.tau <= 1 and 0 <= cfg.contrast <= 1,
+            cfg, "objects cells segments smooth tau contrast", "1 ... 254 objects, at least 1 cell, 2 ... 255 segments, smooth and contrast in 0 ... 1, tau a cosine")
     spatial = cfg.method in ("lost", "ncut", "masks")
     if spatial or cfg.method in ("kmeans", "sinkhorn"):
         reader(run, cfg, "train", spatial)                # complains about features that do not fit before anything is done

@@ -66,6 +66,7 @@ class Data:
     classes: list[str] = field(default_factory=list)      # folder, ImageNet, CIFAR...: keep these classes only, by name (ImageNet: synset such as n01440764)
     test: int = 0                                         # images to keep for testing; 0 = all (shapes: 5,000)
     test_fraction: float = 0.1                            # folder and arrays without a test part: this share of the images is held out
+    imbalance: float = 1.0                                # > 1: long-tailed training set; the first class keeps so many times as many images as the last
     skip_bad: bool = False                                # skip unreadable images, listing them in info.json; false = stop
     two_objects: float = 0.2                              # shapes: share of images with a second object of the same class
     seed: int = 0                                         # shapes: which images are drawn; folder, arrays: which are held out
@@ -293,6 +294,7 @@ def start(stage, cls, doc, flags=()):
     if not re.fullmatch(r"\w[\w.+-]*", name) and (name or cls().name):
         raise UserError(f"{stage}.name={name}: must be a name of letters, digits, and . _ + -")
     data = own["data"]
+    require(data.imbalance >= 1, data, "imbalance", "must be at least 1 (1 = as it is)")
     require(min(data.train, data.test) >= 0 and 0 < data.test_fraction < 1, data, "train test test_fraction", "counts must not be negative (0 = all), the share lies between 0 and 1")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -829,6 +831,29 @@ class RowWriter:
         return self.hash.hexdigest()
 
 
+def long_tail(classes, ratio, seed):
+    """Rows (sorted) of a long-tailed subset: of C classes, class k keeps n_max ratio^(-k / (C - 1)) images at random, n_max = those of the largest class.
+
+    The exponential profile of Cui et al. 2019 (arXiv 1901.05555), there for CIFAR; a class with fewer images keeps all. classes: int64 [N], none unknown.
+    """
+    counts, g = np.bincount(classes), np.random.default_rng(seed_of(seed, "long tail"))
+    wanted = np.maximum(1, np.floor(counts.max() * float(ratio) ** (-np.arange(len(counts)) / max(len(counts) - 1, 1)))).astype(int)
+    return np.sort(np.concatenate([g.permutation(np.flatnonzero(classes == k))[:n] for k, n in enumerate(wanted)]))
+
+
+def keep_rows(folder, rows):
+    """Rewrite the arrays of a prepared folder with these rows alone, streaming; the new hashes, {kind: sha256}."""
+    hashes = {}
+    for path in sorted(folder.glob("*.npy")):
+        whole = np.load(path, mmap_mode="r", allow_pickle=False)
+        writer = RowWriter(path.with_suffix(".new"), np.empty(whole.shape[1:], whole.dtype))
+        for i in range(0, len(rows), 1000):
+            writer.add(whole[rows[i:i + 1000]])
+        hashes[path.stem] = writer.close()
+        os.replace(path.with_suffix(".new"), path)
+    return hashes
+
+
 def prepare_data(run):
     """Turn `data.source` into data/{train,test}/*.npy in the run folder, streaming; nothing happens where that is done already."""
     for split in ("train", "test"):
@@ -856,8 +881,14 @@ def prepare_data(run):
                     break
         if not done:
             raise UserError(f"data.source={run.data.source}: no {split} images")
-        hashes = {kind: w.close() for kind, w in writers.items()}
+        hashes, classes = {kind: w.close() for kind, w in writers.items()}, np.load(aside / "classes.npy")
+        if run.data.imbalance > 1 and split == "train":
+            if (classes < 0).any():
+                raise UserError(f"data.imbalance={run.data.imbalance:g}: needs the class of every training image, and data.source={run.data.source} lacks some")
+            rows = long_tail(classes, run.data.imbalance, run.data.seed)
+            hashes, done, classes = keep_rows(aside, rows), len(rows), classes[rows]
         write_json(aside / "info.json", dict(source=run.data.source, split=split, count=done, size=run.data.size, class_names=names,
+                                             class_counts=np.bincount(classes[classes >= 0]).tolist(),
                                              arrays=sorted(hashes), fingerprint=hashes["images"][:16], skipped=bad))
         os.replace(aside, folder)
         run.say(f"prepared {done:,} {split} images in {folder}" + (f"; skipped {len(bad)} unreadable ones, listed in info.json" if bad else ""))

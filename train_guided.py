@@ -42,7 +42,8 @@ class TrainGuided(Training):
     init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:FILE, uvit:FILE); empty = from scratch
     # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
-    condition: Literal["label", "box", "mask", "prototype", "patch", "none"] = "label"   # label id; with the file's boxes or masks beside it; online also:
+    condition: Literal["label", "box", "mask", "set", "prototype", "patch", "none"] = "label"      # label id; with the file's boxes or masks beside it; set = the clusters of
+                                                          # all boxes of an image (labels made with objects=2 or more); online also:
                                                           # prototype vector, map of patch labels, none = Sinkhorn loss without guidance
     switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
     assign: Literal["sinkhorn", "argmax"] = "sinkhorn"    # online: balanced with batch and queue, or nearest prototype
@@ -111,6 +112,30 @@ def layout_condition(labels, maps, K, kinds, cfg, device):
         ids = torch.where(drop[:, None, None], kinds, ids)
         return dict(label=torch.where(drop, K, table[rows]), layout=layout_of(ids, kinds, ids.shape[1:]))
     return condition
+
+
+def set_condition(sets, drop, device):
+    """As `label_condition` for several labels per image, dict(vector [b, K]): ones at the image's labels, so that their embeddings add up; zeros when dropped.
+
+    sets: bool [N, K].
+    """
+    table = torch.from_numpy(sets).to(device)
+
+    def condition(rows, u):
+        return dict(vector=(table[rows] & (u[:, 2] >= drop)[:, None]).float())
+    return condition
+
+
+def label_sets(labels, K, name):
+    """The clusters of each training image's boxes as bool [N, K], from a label file's ids_train [N, objects] (-1 = none)."""
+    if "ids_train" not in labels:
+        raise UserError(f"condition=set: labels/{name}.npz has no ids_train, several labels per image; make them with self_label.py method=lost objects=2")
+    ids = np.asarray(labels["ids_train"])
+    if len(ids) != len(labels["train"]) or ids.max() >= K:
+        raise UserError(f"labels/{name}.npz: ids_train must have {len(labels['train'])} rows of ids below {K}; make the labels again")
+    sets = np.zeros((len(ids), K + 1), bool)
+    sets[np.arange(len(ids))[:, None], np.where(ids < 0, K, ids)] = True
+    return sets[:, :K]
 
 
 def draw_boxes(boxes, size):
@@ -338,9 +363,9 @@ def layout_of(ids, K, size):
 
 
 class Conditioned(nn.Module):
-    """A network conditioned on prototypes or maps, driven by ids 0 ... num_labels - 1 (num_labels = null) as others are by labels.
+    """A network conditioned on prototypes, sets of labels or maps, driven by ids 0 ... num_labels - 1 (num_labels = null) as others are by labels.
 
-    Maps come from the bank in the checkpoint; where images have a label besides, the bank has one for each of its maps.
+    Maps and sets come from the bank in the checkpoint; where images have a label besides, the bank has one for each of its maps.
     """
 
     def __init__(self, net, state):
@@ -349,6 +374,8 @@ class Conditioned(nn.Module):
         self.size, device = state["size"], next(net.parameters()).device
         if self.kinds:
             self.table, self.labels = state["maps"].to(device), None if self.labels is None else self.labels.to(device)
+        elif "sets" in state:
+            self.table = state["sets"].to(device).float()                        # the last row is null
         else:
             c = F.normalize(state["side_ema"]["prototypes"], dim=1)
             self.table = torch.cat([c, torch.zeros_like(c[:1])]).to(device)      # the last row is null
@@ -364,7 +391,7 @@ class Conditioned(nn.Module):
 
 def conditioned(net, state):
     """`net` such that an id 0 ... num_labels is its condition, whatever kind of condition its checkpoint `state` was trained with."""
-    return Conditioned(net, state) if state.get("condition", "label") in ("prototype", "patch", "box", "mask") else net
+    return Conditioned(net, state) if state.get("condition", "label") in ("prototype", "patch", "box", "mask", "set") else net
 
 
 def bank_of(maps, kinds, seed, labels=None, K=0, size=2000):
@@ -467,13 +494,20 @@ def main():
     # labels: one id per training image, perhaps a map, checked against the data; or none yet
     labels, K, info, condition, conditions, sampling, grid = None, 0, {}, None, {}, {}, None
     if guided:
-        require(cfg.condition in ("label", "box", "mask"), cfg, "condition labels", "prototypes and patches exist with labels=online only; here label, box or mask")
+        require(cfg.condition in ("label", "box", "mask", "set"), cfg, "condition labels", "prototypes and patches exist with labels=online only; here label, box, mask or set")
         labels, info = load_labels(run, cfg.labels)
         K, conditions = info["num_labels"], dict(num_labels=info["num_labels"])
         marginal = torch.from_numpy(np.bincount(labels["train"], minlength=K) / len(labels["train"]))   # float64 [K]
         condition, sampling = label_condition(labels["train"], K, cfg.drop, run.device), dict(num_labels=K, marginal=marginal)
         grid = dict(label=torch.tensor(np.unique(np.linspace(0, K - 1, min(K, 12)).round().astype(int)).repeat(10)).to(run.device))
-        if cfg.condition != "label":
+        if cfg.condition == "set":                        # a bank of sets, the last one null, stands for their distribution
+            sets = label_sets(labels, K, cfg.labels)
+            bank = sets[np.random.default_rng(seed_of(cfg.seed, "bank")).permutation(len(sets))[:2000]]
+            n = len(bank)
+            condition, conditions = set_condition(sets, cfg.drop, run.device), dict(vector_dim=K)
+            sampling = dict(sets=torch.from_numpy(np.pad(bank, ((0, 1), (0, 0)))), num_labels=n, marginal=torch.full((n,), 1 / n, dtype=torch.float64))
+            grid = dict(vector=sampling["sets"][torch.arange(min(n, 12)).repeat_interleave(10)].float().to(run.device))
+        elif cfg.condition != "label":
             require(not run.data.latents, cfg, "condition", "boxes and masks are drawn on pixels; with data.latents use condition=label")
             maps, kinds = layout_maps(run, cfg, labels, "train")
             condition, conditions = layout_condition(labels["train"], maps, K, kinds, cfg, run.device), conditions | dict(layout_channels=kinds)
@@ -481,7 +515,7 @@ def main():
             shown = torch.arange(12).repeat_interleave(10)
             grid = dict(label=sampling["bank_labels"][shown].to(run.device), layout=layout_of(sampling["maps"][shown], kinds, maps.shape[1:]).to(run.device))
     if online:
-        require(cfg.condition not in ("box", "mask"), cfg, "condition labels", "boxes and masks come from a label file")
+        require(cfg.condition not in ("box", "mask", "set"), cfg, "condition labels", "boxes, masks and sets come from a label file")
         check_online(run, cfg)
         K = cfg.K if cfg.condition in ("label", "prototype") else 0
         sampling = dict(num_labels=K)

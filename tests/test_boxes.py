@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import stage
 
 import self_label
-from self_label import (assign, average_precision, balanced_assign, bounds, component, confusion, corloc, find_objects, iou, second_eigenvector, segment,
-                        segmentation_scores)
+from self_label import (assign, average_precision, balanced_assign, bounds, confusion, corloc, find_objects, iou, largest_component, second_eigenvector,
+                        segment, segmentation_scores)
 from train_diffusion import draw_shapes
 
 METHODS = ("lost", "ncut")
@@ -80,13 +80,14 @@ def test_noise_stays_finite_and_batches_change_nothing(method):
             assert torch.isfinite(v).all() and torch.allclose(v[0].float(), every[k][i].float(), atol=1e-4), (k, i)
 
 
-def test_component():
+def test_largest_component():
     m = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 1]], dtype=torch.bool).flatten()
-    got = component(m.expand(3, -1), torch.tensor([0, 15, 2]), (4, 4)).view(3, 4, 4).int()
-    assert got[0].tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0] * 4, [0] * 4] and got[1].nonzero().tolist() == [[3, 2], [3, 3]] and not got[2].any()
+    got = largest_component(torch.stack([m, torch.zeros_like(m), ~m]), (4, 4)).view(3, 4, 4).int()
+    assert got[0].tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0] * 4, [0] * 4] and not got[1].any()
+    assert got[2].tolist() == [[0, 0, 1, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
     snake = torch.zeros(9, 9, dtype=torch.bool)           # long and winding
     snake[::2], snake[1::4, -1], snake[3::4, 0] = True, True, True
-    assert torch.equal(component(snake.view(1, -1), torch.tensor([0]), (9, 9))[0], snake.flatten())
+    assert torch.equal(largest_component(snake.view(1, -1), (9, 9))[0], snake.flatten())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_segmentation_scores(K):
         assert got["pixel_accuracy"] == pytest.approx((back == truth.ravel()).mean())
     assert 0 < got["miou"] <= got["pixel_accuracy"] <= 1
     truth[:, :6] = 255                                    # void
-    assert confusion(masks, truth).sum() == truth.size // 2 and segmentation_scores(confusion(truth[:, 6:], truth[:, 6:])) == dict(miou=1, pixel_accuracy=1)
+    assert confusion(masks, truth).sum() == truth.size // 2 and segmentation_scores(confusion(truth[:, 6:], truth[:, 6:])) == dict(miou=1, pixel_accuracy=1, miou_many=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,13 +257,13 @@ def test_boxes_of_shapes(run, tiny, monkeypatch, words):
 
 
 def test_masks_of_shapes(run, tiny, monkeypatch):
-    out, info = label(run, tiny, monkeypatch, "method=masks", "features=dense", "segments=16", "metric=euclidean", "restarts=3", "name=masks")
+    out, info = label(run, tiny, monkeypatch, "method=masks", "foreground=none", "features=dense", "segments=16", "metric=euclidean", "restarts=3", "name=masks")
     assert out["masks_test"].shape == (256, 32, 32) and out["masks_test"].dtype == np.uint8 and out["train"].max() < 6
     assert info["scores"]["miou"] > 0.6 and info["scores"]["test_pixel_accuracy"] > 0.6, info["scores"]
 
 
 def test_two_ranks_write_the_same(run, tiny, monkeypatch):
-    words = ["features=dense", "method=masks", "segments=11", "K=10"]
+    words = ["features=dense", "method=masks", "foreground=none", "segments=11", "K=10"]
     one, _ = label(run, tiny, monkeypatch, *words, "name=one")
     stage("self_label", tiny, f"run={run}", *words, "name=two", ranks=2)
     two = np.load(run / "labels" / "two.npz")
