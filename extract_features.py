@@ -191,15 +191,15 @@ class _Enough(Exception):
 
 
 @contextmanager
-def tapped(net, names):
-    """Within this context, calls of `net` fill the yielded dict name -> map [B, C, H, W] and stop after the deepest name."""
+def tapped(net, names, stop=True):
+    """Within this context, calls of `net` fill the yielded dict name -> map [B, C, H, W] and stop after the deepest name, or go on."""
     known, got, hooks = catalogue(net), {}, []
     deepest = max(names, key=list(known).index)
 
     def hook(name, pick):
         def take(module, args, output):
             got[name] = pick(output, args)
-            if name == deepest:
+            if stop and name == deepest:
                 raise _Enough
         return take
 

@@ -120,7 +120,7 @@ def test_matches_do_not_depend_on_the_batch():
     pairs, net, state = warped_pairs(images, None, 4, 0), network("stem"), dict(path="cv")
     a, b = (matches(net, state, pairs, ["unet-in", *NAMES], [0.9, 1.0], batch=n) for n in (7, 3))
     assert set(a) == {*((n, t) for n in ["unet-in", *NAMES] for t in (0.9, 1.0)), "together"}
-    assert all((a[k] == b[k]).float().mean() > 0.9 for k in a)                   # equally good neighbours are told apart by rounding
+    assert all(torch.equal(a[k], b[k]) for k in [("unet-in", 0.9), ("unet-in", 1.0), "together"])      # enlarged small maps have plateaus: there rounding decides
 
 
 # ---------------------------------------------------------------------------------------------------------------------
