@@ -9,8 +9,8 @@ Time    t = 0 is noise, t = 1 is data: the network sees x_t = alpha(t) x + sigma
     torchrun --nproc_per_node=8 extract_features.py configs/cifar10.yaml         # eight GPUs, the same file
     python extract_features.py configs/shapes.yaml --list                        # every activation: kind, stage, channels, size, cost share
     python extract_features.py configs/shapes.yaml --pca activations='*-res-out' t=0.3,0.6,0.9           # a look at them: one sheet of PCA maps as RGB
-    python extract_features.py configs/cifar10.yaml model=diffusers:google/ddpm-cifar10-32 name=ddpm activations=mid-repeat1-res-out t=0.95      # a model of others
-    python extract_features.py configs/cifar10.yaml model=hub:facebookresearch/dino:main/dino_vits16 name=dino                                   # an encoder, clean images
+    python extract_features.py configs/cifar10.yaml model=diffusers:google/ddpm-cifar10-32 name=ddpm activations='mid*-res-out' t=0.95    # others' model
+    python extract_features.py configs/cifar10.yaml model=hub:facebookresearch/dino:main/dino_vits16 name=dino        # an encoder of clean images
 
 Activations are named stage-level-repeat-kind: `up-level0-repeat1-res-out` is the output of the second residual block of the
 up-path's lowest resolution. They are read by plain forward hooks; the forward stops after the deepest one that is asked for.
@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, VariancePreserving, autocast, bar, cli, create_rows, diffuse, draw, finished,
-                             load_data, load_model, read_json, require, save_grid, start, to_uint8, weights_hash, write_json, write_rows)
+from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, VariancePreserving, autocast, bar, cli, create_rows, diffuse, draw,
+                             finished, load_data, load_model, read_json, require, save_grid, start, to_uint8, torchvision_datasets, weights_hash, write_json,
+                             write_rows)
 
 
 @dataclass
@@ -42,7 +43,7 @@ class ExtractFeatures:
     name: str = "base"                                    # results go to features/<name>
     checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, or a .pt file
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
-    model: str = ""                                       # in place of checkpoint: diffusers:PATH_OR_ID, hub:REPO/NAME (torch.hub, or a local directory), FILE.pt (TorchScript)
+    model: str = ""                                       # in place of checkpoint: diffusers:PATH_OR_ID, hub:REPO/NAME (or a local directory), FILE.pt (TorchScript)
     embedding: str = ""                                   # model=diffusers with text: a .npy [tokens, D] to condition on; empty = the empty prompt
     resize: int = 0                                       # model: images become so large for it; 0 = the size it was made for (torch.hub: 224)
     activations: list[str] = field(default_factory=lambda: ["auto"])      # names and globs; auto = the label-free choice in probe/<choice>.json
@@ -267,7 +268,9 @@ class Foreign(nn.Module):
 
     def __init__(self, net, encode, call, end, size, device):
         super().__init__()
-        self.net, self.encode, self.call, self.found = net.eval().requires_grad_(False).to(device), encode, call, {}
+        self.net, self.encode, self.call, self.found = net.eval().to(device), encode, call, {}
+        for p in net.parameters():
+            p.requires_grad_(False)
         if not isinstance(net, torch.jit.ScriptModule):   # scripted modules call no hooks
             self.found = discover(self, torch.zeros(2, 3, size, size, device=device))
         self.found[end] = self, as_map
@@ -302,7 +305,7 @@ SPELLINGS = [(r"\.", "-"), (r"^(down|up)_blocks-(\d+)", r"\1-level\2"), ("^mid_b
 
 @torch.no_grad()
 def discover(net, images):
-    """Catalogue of a network that we know nothing about: every module that returns a map or tokens, once, in one pass over two images, in the order of the pass."""
+    """Catalogue of a network that we know nothing about: every module that returns a map or tokens, once, in the order of a pass over two images."""
     fired, hooks = [], []
     for path, m in net.net.named_modules():
         if path and not isinstance(m, (nn.Dropout, nn.Identity)) and not re.search(r"attn2\.to_[kv]$", path):         # repetitions; tokens of a text
@@ -346,6 +349,7 @@ def complain(cfg, e):
 def open_diffusers(cfg, device):
     """(network, encode, call, path, image size) of a pipeline folder, a model folder, or an id of the hub: U-Nets with and without text, and DiT."""
     where = cfg.model.partition(":")[2]
+    torchvision_datasets()                                # diffusers imports torchvision, which beside a CPU-only torch takes some care
     try:
         import diffusers
     except ImportError:
@@ -362,8 +366,10 @@ def open_diffusers(cfg, device):
         raise complain(cfg, e) from None
     net, vae, plan = parts.get("unet") or parts.get("transformer"), parts.get("vae"), parts.get("scheduler") or diffusers.DDPMScheduler()
     kind, abar = type(net).__name__, getattr(plan, "alphas_cumprod", None)
-    if kind not in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel") or getattr(net, "class_embedding", None) is not None or getattr(net, "add_embedding", None) is not None:
-        raise UserError(f"model={cfg.model}: is a {kind}; what can be read is UNet2DModel, UNet2DConditionModel (without classes or further conditions) and DiTTransformer2DModel")
+    further = any(getattr(net, f"{what}_embedding", None) is not None for what in ("class", "add"))
+    if kind not in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel") or further:
+        raise UserError(f"model={cfg.model}: is a {kind}{' with further conditions' * further}; what can be read is UNet2DModel, UNet2DConditionModel (both without "
+                        "classes or further conditions) and DiTTransformer2DModel")
     if abar is None or len(abar) != 1000:
         raise UserError(f"model={cfg.model}: its scheduler {type(plan).__name__} has no 1000 values of alphas_cumprod")
     channels = net.config.in_channels
@@ -384,7 +390,8 @@ def open_diffusers(cfg, device):
         if vae is None:
             return x
         code = vae.encode(x)
-        return ((code.latent_dist.mean if hasattr(code, "latent_dist") else code.latents) - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+        code = code.latent_dist.mean if hasattr(code, "latent_dist") else code.latents
+        return (code - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
     def call(net, x, time):                               # their step i, from 0, is t_ddpm = i + 1 = 1000 - time
         condition = {k: torch.full((len(x),), v, device=x.device) if isinstance(v, int) else v.expand(len(x), -1, -1) for k, v in more.items()}
@@ -403,33 +410,36 @@ def text_embedding(cfg, parts, width):
             raise UserError(f"embedding={cfg.embedding}: is {list(e.shape)}, must be [tokens, {width}]")
         return e[None]
     if not parts.get("tokenizer") or not parts.get("text_encoder"):
-        raise UserError(f"model={cfg.model}: attends to a text, and there is no text encoder; name the whole pipeline (needs the package transformers), or embedding=FILE.npy")
+        raise UserError(f"model={cfg.model}: attends to a text, and there is no text encoder; name the whole pipeline (needs the package transformers), "
+                        "or embedding=FILE.npy")
     tokens = parts["tokenizer"]("", padding="max_length", max_length=parts["tokenizer"].model_max_length, return_tensors="pt").input_ids
     with torch.no_grad():
         return parts["text_encoder"](tokens)[0].float()
 
 
 def open_encoder(cfg, device):
-    """(network, encode, call, path, image size) of an image encoder: torch.hub's get ImageNet-normalised images, TorchScript files uint8 ones, as evaluators do."""
+    """(network, encode, call, path, image size) of an encoder: torch.hub's get ImageNet-normalised images, TorchScript files uint8 ones, as evaluators do."""
     try:
         if cfg.model.startswith("hub:"):
             repo, _, name = cfg.model[4:].rpartition("/")
-            net = torch.hub.load(repo, name, source="local" if Path(repo).is_dir() else "github", trust_repo=True, verbose=False)      # named by the user: trusted
+            source = "local" if Path(repo).is_dir() else "github"
+            net = torch.hub.load(repo, name, source=source, trust_repo=True, verbose=False)          # its code runs here: the user named it
         else:
             net = torch.jit.load(cfg.model, map_location="cpu")
     except Exception as e:                                # code of others may fail in any way
         raise complain(cfg, e) from None
     side, (mean, std) = cfg.resize or 224, (torch.tensor(v, device=device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    resized = lambda x, side: F.interpolate(x, (side, side), mode="bilinear", antialias=True)
     if cfg.model.startswith("hub:"):
-        return net, lambda x: (F.interpolate(x, (side, side), mode="bilinear", antialias=True) / 2 + 0.5 - mean) / std, lambda net, x, time: net(x), Clean(), side
-    resized = lambda x: F.interpolate(x, (cfg.resize,) * 2, mode="bilinear", antialias=True) if cfg.resize else x
-    return net, resized, lambda net, x, time: net(to_uint8(x)), Clean(), side
+        return net, lambda x: (resized(x, side) / 2 + 0.5 - mean) / std, lambda net, x, time: net(x), Clean(), side
+    return net, lambda x: resized(x, cfg.resize) if cfg.resize else x, lambda net, x, time: net(to_uint8(x)), Clean(), cfg.resize
 
 
 def open_foreign(run, cfg):
     """(network, state) of model=, to be used like those of `load_model`."""
     diffusion = cfg.model.startswith("diffusers:")
     net, encode, call, PATHS[cfg.model], side = (open_diffusers if diffusion else open_encoder)(cfg, run.device)
+    side = side or run.data.size
     try:
         net = Foreign(net, encode, call, "unet-out" if diffusion else "out", side, run.device)
         if as_map(net(net.encode(torch.zeros(2, 3, side, side, device=run.device)), torch.full((2,), 500.0, device=run.device))) is None:
@@ -523,7 +533,8 @@ def main():
     require(min(cfg.draws, cfg.batch) >= 1, cfg, "draws batch", "must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"
     data = {split: load_data(run, split) for split in cfg.splits}
-    recipe = dict(checkpoint=cfg.model or cfg.checkpoint, weights=cfg.weights, hash=state["weights"] if cfg.weights == "ema" or cfg.model else f"raw beside {state['weights']}", pool=cfg.pool,
+    digest = state["weights"] if cfg.weights == "ema" or cfg.model else f"raw beside {state['weights']}"
+    recipe = dict(checkpoint=cfg.model or cfg.checkpoint, weights=cfg.weights, hash=digest, pool=cfg.pool,
                   draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, data={k: d.info["fingerprint"] for k, d in data.items()},
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
     recipe |= dict(resize=cfg.resize, embedding=cfg.embedding) if cfg.model else {}

@@ -46,8 +46,9 @@ from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, atomic,
                              load_model, prepare_data, read_json, require, save_grid, seed_of, start, write_json)
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
-KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"}, select={"measured", "noisy", "fine", "local"},
-            segment=FIT_KEYS | {"head", "masks", "members"}, correspond={"pairs", "points"}, detect=FIT_KEYS | {"masks"}, cka={"grid", "against", "compared"})      # that only these protocols read
+KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
+            select={"measured", "noisy", "fine", "local"}, segment=FIT_KEYS | {"head", "masks", "members"}, correspond={"pairs", "points"},
+            detect=FIT_KEYS | {"masks"}, cka={"grid", "against", "compared"})
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Probe:
     transfer: str = ""                                    # YAML whose `data:` section is probed in place of the run's images: do features carry over?
     seed: int = 0                                         # of noise, k-means, controls
     overwrite: bool = False                               # replace a result of another recipe under this name
-    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = "attention"       # head: what is trained on the activations; segment: linear, uper, ensemble
+    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = "attention"       # segment: linear, uper, ensemble; head: the others
     labels_share: float = 1.0                             # head: share of the labels of each class, of training and of validation images
     per_class: int = 0                                    # head: or so many of each class, of both
     width: int = 256                                      # head: channels of cnn, attention, difformer, diffeed (papers: 1024)
@@ -674,10 +675,12 @@ def check_head(cfg):
     require(cfg.lr and cfg.l2 and cfg.seeds and min(cfg.lr) > 0 and min(cfg.l2) >= 0, cfg, "lr l2 seeds", "at least one of each; lr is positive, l2 not negative")
     require((cfg.head in ("linear", "uper", "ensemble")) if cfg.protocol == "segment" else cfg.head not in ("uper", "ensemble"), cfg, "protocol head",
             "segment takes head=linear, uper or ensemble; head all but these two last")
-    require(cfg.masks >= 0 and cfg.members >= 1 and (cfg.head != "ensemble" or cfg.masks), cfg, "head masks members", "an ensemble learns from few masks: name their number")
-    require(not cfg.finetune or cfg.protocol == "head" and cfg.finetune > 0 and cfg.head in ("linear", "mlp", "cnn", "attention"), cfg, "protocol head finetune",
-            "head=linear, mlp, cnn or attention can be fine-tuned, at a positive multiple of lr")
-    require(cfg.head != "diffeed" and not cfg.finetune or cfg.precision != "fp16", cfg, "head finetune precision", "gradients go through the network here: use bf16 or fp32")
+    require(cfg.masks >= 0 and cfg.members >= 1 and (cfg.head != "ensemble" or cfg.masks), cfg, "head masks members",
+            "an ensemble learns from few masks: name their number")
+    require(not cfg.finetune or cfg.protocol == "head" and cfg.finetune > 0 and cfg.head in ("linear", "mlp", "cnn", "attention"), cfg,
+            "protocol head finetune", "head=linear, mlp, cnn or attention can be fine-tuned, at a positive multiple of lr")
+    require(cfg.head != "diffeed" and not cfg.finetune or cfg.precision != "fp16", cfg, "head finetune precision",
+            "gradients go through the network here: use bf16 or fp32")
     require(cfg.head_batch >= 2 and cfg.crop >= 0, cfg, "head_batch crop", "head_batch is at least 2, crop at least 0")
 
 
@@ -859,7 +862,7 @@ def mean_iou(table):
 
 
 class LinearMap(nn.Module):
-    """Linear segmentation: each map [B, C, h, w] is normalised per channel and classified; bilinear interpolation, which commutes with that, brings it to size."""
+    """Linear segmentation: each map [B, C, h, w] is normalised per channel and classified; bilinear interpolation commutes with that and comes last."""
 
     def __init__(self, shapes, times, classes, size, width=0):
         super().__init__()
@@ -890,7 +893,7 @@ class UPer(nn.Module):
 
 
 class PixelMlps(nn.Sequential):
-    """Ensemble of pixel classifiers (arXiv 2112.03126): channels -> 128 -> 32 -> classes, from 30 classes on 256 -> 128; members are groups of one convolution."""
+    """Ensemble of pixel classifiers (arXiv 2112.03126): channels -> 128 -> 32 -> classes (from 30 classes on 256 -> 128), as groups of one convolution."""
 
     def __init__(self, channels, classes, size, members):
         sizes = [channels, *((256, 128) if classes >= 30 else (128, 32)), classes]
@@ -900,11 +903,14 @@ class PixelMlps(nn.Sequential):
         for f in list(self)[::3]:
             nn.init.normal_(f.weight, 0, 0.02)
 
+    def pixels(self, maps):                               # -> [B, size, size, C]
+        return torch.cat([enlarged(m, self.size) for m in itertools.chain(*maps)], 1).permute(0, 2, 3, 1)
+
     def of_pixels(self, x):                               # [members, n, C] -> logits [members, n, classes]
         return super().forward(x.transpose(1, 2).reshape(1, -1, x.shape[1])).unflatten(1, (self.members, -1))[0].transpose(1, 2)
 
     def forward(self, maps, *_):                          # -> [members, B, classes, size, size]
-        x = torch.cat([enlarged(m, self.size) for m in itertools.chain(*maps)], 1).permute(0, 2, 3, 1)       # [B, size, size, C]
+        x = self.pixels(maps)
         return self.of_pixels(x.flatten(0, 2).expand(self.members, -1, -1)).unflatten(1, x.shape[:3]).movedim(4, 2)
 
 
@@ -914,20 +920,24 @@ def enlarged(x, size):
 
 
 def vote(logits):
-    """logits [members, B, classes, H, W] -> (majority [B, H, W], Jensen-Shannon divergence of the members [B, H, W] in nats: entropy of the mean - mean entropy)."""
+    """logits [members, B, classes, H, W] -> (majority [B, H, W], Jensen-Shannon divergence of the members [B, H, W] in nats).
+
+    The divergence is the entropy of the mean minus the mean entropy.
+    """
     p, entropy = logits.softmax(2), lambda p: -torch.xlogy(p, p).sum(-3)
     ballots = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)                # [B, H, W, classes]; ties go to the class of greater mean probability
     return (ballots + 0.5 * p.mean(0).movedim(1, 3)).argmax(3), entropy(p.mean(0)) - entropy(p).mean(0)
 
 
 def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=nullcontext, epochs=100, batch=64):
-    """PixelMlps trained on all pixels of `rows` under one noise draw per image, as published: Adam 1e-3, 64 pixels per update, up to 100 epochs, stopped when from
-    epoch 5 on the loss has not fallen for 50 updates. All members stop together; each sees its own pixels."""
+    """PixelMlps trained on all pixels of `rows` under one noise draw per image, as published (arXiv 2112.03126): Adam 1e-3, 64 pixels per update, up to 100 epochs,
+    stopped when from epoch 5 on the loss has not fallen for 50 updates. Ours: all members stop together, and each image has its own noise.
+    """
     net, chunk = build_head(cfg, r, path, images.shape[2], int(y.max()) + 1, seed, device), chunk_of(images)
+    noise = lambda part: [draw(seed, f"ensemble {d}", part, images.shape[1:]).to(device) for d in range(r.draws)]
     with torch.no_grad():
-        seen = [r.views(path, scaled(images, part, device), [draw(seed, f"ensemble {d}", part, images.shape[1:]).to(device) for d in range(r.draws)], context)[0]
-                for part in np.array_split(rows, math.ceil(len(rows) / chunk))]
-        x = torch.cat([torch.cat([enlarged(m, net.size) for m in itertools.chain(*maps)], 1).permute(0, 2, 3, 1).flatten(0, 2) for maps in seen])        # [N H W, C]
+        seen = [r.views(path, scaled(images, part, device), noise(part), context)[0] for part in np.array_split(rows, math.ceil(len(rows) / chunk))]
+        x = torch.cat([net.pixels(maps) for maps in seen]).flatten(0, 2)         # [N H W, C]
     target = y[rows].flatten().long().to(device)
     x, target, g = x[target >= 0], target[target >= 0], torch.Generator().manual_seed(seed_of(seed, "ensemble pixels"))
     opt, best, stale = torch.optim.Adam(net.train().parameters(), 1e-3), math.inf, 0
@@ -937,7 +947,7 @@ def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=null
         loss.backward()
         opt.step()
         opt.zero_grad()
-        best, stale = (float(loss), 0) if loss < best else (best, stale + 1)
+        best, stale = (loss.item(), 0) if loss.item() < best else (best, stale + 1)
         if stale > 50 and step > 5 * per_epoch:
             break
     return net.eval()
@@ -1018,10 +1028,13 @@ def segment(run, cfg, net, state, context):
         scores = [s["miou"] for s in results]
         rows[what] = dict(head=cfg.head, activations=r.names, t=r.times, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()),
                           miou=float(np.mean(scores)), std=float(np.std(scores)), results=results)
-        run.say(f"{what:24} mIoU {rows[what]['miou']:.4f} +- {rows[what]['std']:.4f} over {len(scores)} seed(s); {rows[what]['parameters']:,} trained parameters")
-    result = dict(protocol="segment", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, classes=classes, train_images=len(fit),
-                  validation_images=0 if kind == "ensemble" else len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
-    return result | (dict(uncertainty=dict(zip(("right", "wrong"), (float(torch.cat(v).mean().nan_to_num()) for v in uncertain)))) if kind == "ensemble" else {})
+        run.say(f"{what:24} mIoU {rows[what]['miou']:.4f} +- {rows[what]['std']:.4f} over {len(scores)} seed(s); "
+                f"{rows[what]['parameters']:,} trained parameters")
+    result = dict(protocol="segment", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, classes=classes, rows=rows,
+                  train_images=len(fit), validation_images=0 if kind == "ensemble" else len(val), test_images=len(test), seconds=round(time.time() - tick, 1))
+    if kind == "ensemble":                                # mean divergence of the members at pixels that are found rightly and wrongly
+        result["uncertainty"] = {k: float(torch.cat(v).mean().nan_to_num()) for k, v in zip(("right", "wrong"), uncertain)}
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1045,7 +1058,7 @@ def pick_points(valid, points, seed):
 
 
 def warped_pairs(images, masks, points, seed):
-    """Pairs with known correspondence: (source, target uint8 [N, 3, H, W], where: source points [N, P, 2] in [-1, 1], goal [N, P, 2] in target pixels, limit [N]).
+    """Pairs with known correspondence: (source, target uint8 [N, 3, H, W], points of the source [N, P, 2] in [-1, 1], goal [N, P, 2] in target pixels, limit [N]).
 
     The target is the source warped; points lie on objects (mask above 0) where there are masks. limit: the image's side.
     """
@@ -1125,7 +1138,8 @@ def draw_matches(path, pairs, found, n=6, zoom=4):
     pen = ImageDraw.Draw(sheet)
     for i in range(n):
         for side, image in enumerate((source[i], target[i])):
-            sheet.paste(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).resize((size * zoom, size * zoom)), (side * size * zoom, i * (size * zoom + 2)))
+            tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).resize((size * zoom, size * zoom))
+            sheet.paste(tile, (side * size * zoom, i * (size * zoom + 2)))
         for a, b, c in zip((points[i] + 1) * size / 2, found[i], goal[i]):
             (x0, y0), (x1, y1) = (a * zoom).tolist(), (b * zoom).tolist()
             top = i * (size * zoom + 2)
@@ -1191,7 +1205,7 @@ def instances(mask, least=4):
 
 
 class Pyramid(nn.Module):
-    """Frozen maps as a feature pyramid (arXiv 1612.03144): each to `width` channels, added from coarse to fine; `noise` [B, 3, H, W] is set before each call."""
+    """Frozen maps as a feature pyramid (arXiv 1612.03144): each to `width` channels, added from coarse to fine; `noise` [B, 3, H, W] is set before a call."""
 
     def __init__(self, r, path, shapes, width, context):
         super().__init__()
@@ -1232,7 +1246,8 @@ def detector(cfg, r, path, size, classes, seed, device, context):
         anchors = AnchorGenerator(tuple((4 * s, 6 * s) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
         net = MaskRCNN(Pyramid(r, path, shapes, w, context), min_size=size, max_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, size_divisible=1,
                        rpn_anchor_generator=anchors, box_roi_pool=pool(7), mask_roi_pool=pool(14), box_head=TwoMLPHead(49 * w, w), box_detections_per_img=20,
-                       rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, box_batch_size_per_image=64,
+                       rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
+                       box_batch_size_per_image=64,
                        box_predictor=FastRCNNPredictor(w, classes), mask_head=MaskRCNNHeads(w, (w, w), 1), mask_predictor=MaskRCNNPredictor(w, w, classes))
     return net.to(device)
 
@@ -1323,12 +1338,15 @@ def detect(run, cfg, net, state, context):
         results = []
         for seed in cfg.seeds:
             fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in (order[held:], order[:held]))
-            trials = list(itertools.product(cfg.lr, cfg.l2))
+            trials, best = list(itertools.product(cfg.lr, cfg.l2)), (-1.0, None, None)
             with bar(run, len(trials) * max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
-                tried = [(fit_detector(cfg, r, path, train.images, y, fit, *trial, seed, run.device, context, lambda: progress.update(1)), *trial) for trial in trials]
-            score = lambda model: coco_ap(detections(model, train.images, val, cfg.batch, seed, "detect validation", run.device), [instances(y[i]) for i in val],
-                                          box_overlap).mean() if len(trials) > 1 else 0.0
-            best, lr, l2 = max(tried, key=lambda v: score(v[0]))
+                for trial in trials:
+                    model, score = fit_detector(cfg, r, path, train.images, y, fit, *trial, seed, run.device, context, lambda: progress.update(1)), 0.0
+                    if len(trials) > 1:
+                        tried = detections(model, train.images, val, cfg.batch, seed, "detect validation", run.device)
+                        score = coco_ap(tried, [instances(y[i]) for i in val], box_overlap).mean()
+                    best = max(best, (score, trial, model), key=lambda v: v[0])
+            _, (lr, l2), best = best
             found = detections(best, test.images, np.arange(len(test)), cfg.batch, seed, "detect test", run.device)
             results.append(dict(seed=seed, lr=lr, l2=l2, boxes=summary(coco_ap(found, truth, box_overlap)), masks=summary(coco_ap(found, truth, mask_overlap))))
             if not rows and seed == cfg.seeds[0] and run.rank == 0:
@@ -1339,7 +1357,8 @@ def detect(run, cfg, net, state, context):
         run.say(f"{what:24} AP of boxes {rows[what]['boxes_ap']:.3f} +- {rows[what]['boxes_ap_std']:.3f} (AP50 {rows[what]['boxes_ap50']:.3f}), of masks "
                 f"{rows[what]['masks_ap']:.3f} +- {rows[what]['masks_ap_std']:.3f}; {rows[what]['parameters']:,} trained parameters")
     return dict(protocol="detect", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seeds=cfg.seeds, train_images=len(fit),
-                validation_images=len(val), test_images=len(test), objects=sum(len(t["labels"]) for t in truth), rows=rows, seconds=round(time.time() - tick, 1))
+                validation_images=len(val), test_images=len(test), objects=sum(len(t["labels"]) for t in truth), rows=rows,
+                seconds=round(time.time() - tick, 1))
 
 
 def draw_objects(path, images, truth, found, n=12, zoom=4):
@@ -1440,7 +1459,8 @@ def main():
         return
     if run.agreed(finished(run, path, recipe)):
         return
-    result = dict(sweep=sweep, linear=linear, head=head, select=select, segment=segment, correspond=correspond, detect=detect, cka=cka)[cfg.protocol](run, cfg, net, state, context)
+    protocols = dict(sweep=sweep, linear=linear, head=head, select=select, segment=segment, correspond=correspond, detect=detect, cka=cka)
+    result = protocols[cfg.protocol](run, cfg, net, state, context)
     if run.rank == 0:
         write_json(path, result | dict(recipe=recipe))
     run.wait()

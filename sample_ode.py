@@ -263,7 +263,7 @@ def sample_labels(cfg, state, indices, seed):
 def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None, seed=None, context=None, what="sampling", seen=None):
     """n samples, the share of this process: (indices, uint8 [b, C, H, W], labels or None, report). Sample i is a function of (seed, i).
 
-    A dict `seen` is filled with the activations features= at the evaluations features_at=: {(name, evaluation, t): [arrays]}; with guidance, the conditional ones.
+    A dict `seen` is filled with the activations features= at the evaluations features_at=, {(name, evaluation, t): [arrays]}; of guided ones, the conditional.
     """
     seed = cfg.seed if seed is None else seed
     mine = np.arange(n * run.rank // run.world, n * (run.rank + 1) // run.world)
@@ -663,7 +663,8 @@ def save_features(run, cfg, state, folder, rows, seen):
         run.wait()
         if len(rows):
             write_rows(file, rows[0], values)
-        about.append(dict(file=file.name, activation=name, evaluation=number, **noise_level(state["path"], t), pool=cfg.features_pool, shape=list(values.shape[1:])))
+        about.append(dict(file=file.name, activation=name, evaluation=number, **noise_level(state["path"], t), pool=cfg.features_pool,
+                          shape=list(values.shape[1:])))
     run.wait()
     return about
 
@@ -738,7 +739,8 @@ def main():
         last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
         require(cfg.solver != "dopri5" and cfg.features_at and all(0 <= i <= last for i in cfg.features_at) and cfg.direction == "generate", cfg,
                 "solver direction features_at", f"activations are kept at evaluations 0 to {last} of a fixed-step solver, while generating")
-        require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdigit() and cfg.features_pool != "0", cfg, "features_pool", "must be mean, none or a number")
+        require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdigit() and cfg.features_pool != "0", cfg, "features_pool",
+                "must be mean, none or a number")
     models = conditioned(net, state), conditioned(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"

@@ -11,7 +11,7 @@ from test_probe_heads import called
 
 import extract_features
 from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, stream, tapped
-from train_diffusion import PATHS, diffuse
+from train_diffusion import PATHS, diffuse, torchvision_datasets
 
 BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
 
@@ -28,6 +28,7 @@ def opened(model, **options):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Tiny models on disk: an unconditional U-Net, one with text, a DiT pipeline with autoencoder and scheduler."""
+    torchvision_datasets()                                # lets torchvision, and so diffusers, be imported beside a CPU-only torch
     diffusers, path = pytest.importorskip("diffusers"), tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     diffusers.UNet2DModel(sample_size=32, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,

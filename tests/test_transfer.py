@@ -51,7 +51,7 @@ def test_fine_tuning_trains_a_copy():
 
 def test_fine_tuning_learns_what_a_frozen_random_network_hides():
     net, (images, y) = network("stem"), toy(400)
-    scores = [fit_head(probe.replace(SMALL, images=4000, lr=[3e-3]), Reading("linear", net, ["mid-repeat1-res-out"], [0.7], tuned=v), CV, images, y, np.arange(300),
+    scores = [fit_head(probe.replace(SMALL, images=2500, lr=[3e-3]), Reading("linear", net, ["mid-repeat1-res-out"], [0.7], tuned=v), CV, images, y, np.arange(300),
                        np.arange(300, 400), 0)[2] for v in (0.0, 1.0)]
     assert scores[1] > scores[0] + 0.03
 
