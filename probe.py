@@ -906,12 +906,16 @@ class PixelMlps(nn.Sequential):
     def pixels(self, maps):                               # -> [B, size, size, C]
         return torch.cat([enlarged(m, self.size) for m in itertools.chain(*maps)], 1).permute(0, 2, 3, 1)
 
-    def of_pixels(self, x):                               # [members, n, C] -> logits [members, n, classes]
-        return super().forward(x.transpose(1, 2).reshape(1, -1, x.shape[1])).unflatten(1, (self.members, -1))[0].transpose(1, 2)
+    def of_pixels(self, x):                               # [members, n, C], or [1, n, C] for the same pixels for all -> logits [members, n, classes]
+        first, *rest = self
+        y = F.conv1d(x.transpose(1, 2).reshape(1, -1, x.shape[1]), first.weight, first.bias, groups=len(x))
+        for f in rest:
+            y = f(y)
+        return y.unflatten(1, (self.members, -1))[0].transpose(1, 2)
 
     def forward(self, maps, *_):                          # -> [members, B, classes, size, size]
         x = self.pixels(maps)
-        return self.of_pixels(x.flatten(0, 2).expand(self.members, -1, -1)).unflatten(1, x.shape[:3]).movedim(4, 2)
+        return self.of_pixels(x.flatten(0, 2)[None]).unflatten(1, x.shape[:3]).movedim(4, 2)
 
 
 def enlarged(x, size):
@@ -955,7 +959,7 @@ def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=null
 
 def chunk_of(images):
     """Images per pass where maps are enlarged to the images' size."""
-    return max(1, 2 ** 15 // images.shape[2] ** 2)
+    return max(1, 2 ** 14 // images.shape[2] ** 2)
 
 
 def known_masks(run, protocol):
