@@ -1327,7 +1327,7 @@ def coco_ap(found, truth, overlap, thresholds=np.linspace(0.5, 0.95, 10)):
         precision = np.maximum.accumulate((ranked / np.arange(1, ranked.shape[1] + 1))[:, ::-1], 1)[:, ::-1]
         at = [np.searchsorted(r / total, np.linspace(0, 1, 101)) for r in ranked]
         out.append([np.append(p, 0)[a].mean() for p, a in zip(precision, at)])
-    return np.mean(out, 0)
+    return np.mean(out, 0) if out else np.zeros(len(thresholds))
 
 
 def detect(run, cfg, net, state, context):

@@ -10,7 +10,7 @@ from test_dense import WORDS, run  # noqa: F401  (run is a fixture)
 from test_probe_heads import called
 
 import extract_features
-from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, stream, tapped
+from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, stream, tapped, text_embedding
 from train_diffusion import PATHS, diffuse, torchvision_datasets
 
 BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
@@ -87,6 +87,26 @@ def test_unet_with_text(folder, tmp_path, refuse, tiny, run):  # noqa: F811
         assert torch.allclose(net(x, torch.full((2,), 700.0)), theirs(x, 299, torch.from_numpy(e).expand(2, -1, -1)).sample, atol=1e-5)
     q = through(net, x, torch.full((2,), 700.0), [n := "down-level0-repeat0-vit-block0-cross-q"])[n]
     assert q.shape == (2, 32, 16, 16) and "down-level0-repeat0-vit-block0-ffn-inner" in catalogue(net) and not any(n.endswith(("cross-k", "cross-v")) for n in catalogue(net))
+
+
+def test_empty_prompt():
+    """Without embedding= the text encoder of the pipeline says what the empty prompt is (stand-ins with the interface of transformers)."""
+    asked = []
+
+    class Tokenizer:
+        model_max_length = 4
+
+        def __call__(self, text, **options):
+            asked.append((text, options))
+            return type("Tokens", (), dict(input_ids=torch.tensor([[1, 2, 0, 0]])))
+
+    e = text_embedding(ExtractFeatures(model="diffusers:x"), dict(tokenizer=Tokenizer(), text_encoder=torch.nn.Sequential(table := torch.nn.Embedding(3, 12), AsTuple())), 12)
+    assert torch.equal(e[0], table.weight[[1, 2, 0, 0]]) and asked == [("", dict(padding="max_length", max_length=4, return_tensors="pt"))]
+
+
+class AsTuple(torch.nn.Module):
+    def forward(self, x):
+        return (x,)
 
 
 def test_transformer_with_autoencoder(folder):
