@@ -1,4 +1,5 @@
 """Dense tasks on frozen maps: segmentation, correspondence, objects; their scores against independent implementations."""
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -228,7 +229,7 @@ def operators(monkeypatch):
     import torchvision
     if torchvision.extension._has_ops():
         return
-    from torchvision.ops.roi_align import _roi_align
+    from torchvision.ops.roi_align import _roi_align      # compiles itself on the first call, which takes long: unwrapped below
 
     def nms(boxes, scores, limit):
         keep, overlap, free = [], torchvision.ops.box_iou(boxes, boxes) > limit, torch.ones(len(boxes), dtype=torch.bool)
@@ -238,7 +239,7 @@ def operators(monkeypatch):
                 free &= ~overlap[i]
         return torch.tensor(keep, dtype=torch.long)
     monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: True)
-    fake = type("Ops", (), dict(nms=staticmethod(nms), roi_align=staticmethod(_roi_align)))
+    fake = type("Ops", (), dict(nms=staticmethod(nms), roi_align=staticmethod(inspect.unwrap(_roi_align))))
     monkeypatch.setattr(torch.ops, "torchvision", fake, raising=False)
 
 
