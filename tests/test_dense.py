@@ -244,11 +244,11 @@ def operators(monkeypatch):
 
 
 def test_protocol_detect(monkeypatch, tiny, run, operators):
-    first = lambda data: replace(data, images=data.images[:8], masks=data.masks[:8])
+    first = lambda data: replace(data, images=data.images[:3], masks=data.masks[:3])
     monkeypatch.setattr(probe, "load_data", lambda r, split: first(load_data(r, split)) if split == "test" else load_data(r, split))
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=8", "head_batch=4", "masks=4", "seeds=0", "lr=1e-3,3e-3")
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=2", "head_batch=2", "masks=2", "seeds=0", "lr=1e-3,3e-3")
     got = result(run, "detect")
-    assert set(got["rows"]) == {"detect"} and (run / "probe/detect.png").exists() and got["objects"] >= 8
+    assert set(got["rows"]) == {"detect"} and (run / "probe/detect.png").exists() and got["objects"] >= 3
     assert all(0 <= r["boxes_ap"] <= 1 and 0 <= r["masks_ap"] <= 1 and r["results"][0]["lr"] in (1e-3, 3e-3) for r in got["rows"].values())
 
 
