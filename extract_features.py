@@ -9,6 +9,8 @@ Time    t = 0 is noise, t = 1 is data: the network sees x_t = alpha(t) x + sigma
     torchrun --nproc_per_node=8 extract_features.py configs/cifar10.yaml         # eight GPUs, the same file
     python extract_features.py configs/shapes.yaml --list                        # every activation: kind, stage, channels, size, cost share
     python extract_features.py configs/shapes.yaml --pca activations='*-res-out' t=0.3,0.6,0.9           # a look at them: one sheet of PCA maps as RGB
+    python extract_features.py configs/cifar10.yaml model=diffusers:google/ddpm-cifar10-32 name=ddpm activations='mid*-res-out' t=0.95    # others' model
+    python extract_features.py configs/cifar10.yaml model=hub:facebookresearch/dino:main/dino_vits16 name=dino        # an encoder of clean images
 
 Activations are named stage-level-repeat-kind: `up-level0-repeat1-res-out` is the output of the second residual block of the
 up-path's lowest resolution. They are read by plain forward hooks; the forward stops after the deepest one that is asked for.
@@ -21,15 +23,18 @@ import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, as_input, autocast, bar, cli, create_rows, diffuse, draw, finished,
-                             load_data, load_model, read_json, require, row_shape, save_grid, start, to_uint8, write_json, write_rows)
+from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, VariancePreserving, as_input, autocast, bar, cli, create_rows, diffuse, draw,
+                             finished, load_data, load_model, read_json, require, save_grid, start, to_uint8, torchvision_datasets, weights_hash,
+                             write_json, write_rows)
 
 
 @dataclass
@@ -38,6 +43,9 @@ class ExtractFeatures:
     name: str = "base"                                    # results go to features/<name>
     checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
+    model: str = ""                                       # in place of checkpoint: diffusers:PATH_OR_ID, hub:REPO/NAME (or a local directory), FILE.pt (TorchScript)
+    embedding: str = ""                                   # model=diffusers with text: a .npy [tokens, D] to condition on; empty = the empty prompt
+    resize: int = 0                                       # model: images become so large for it; 0 = the size it was made for (torch.hub: 224)
     activations: list[str] = field(default_factory=lambda: ["auto"])      # names and globs; auto = the label-free choice in probe/<choice>.json
     t: list[float] = field(default_factory=list)          # noise times; empty with activations=auto = the label-free choice
     choice: str = "sweep"                                 # which probe result `auto` reads
@@ -85,6 +93,8 @@ def catalogue(net):
     Increments are what a branch adds (res-increment, self-out, ffn-out); self-residual is the sum after attention. A skip is what arrives from the mirrored
     place of the way down: in the U-Net the raw channels, in the U-ViT the merged tokens. self-map has a channel for every head and key, at each query.
     """
+    if isinstance(net, Foreign):
+        return net.found
     found, extras, width = {}, getattr(net, "extras", 0), 0
 
     def square(x, _=()):                                  # [B, C, L] -> [B, C, H, W]
@@ -144,6 +154,7 @@ def cost_shares(net, x, t):
     """Share of the operations of one forward pass (matrix products, convolutions, attention) that are done when each activation is there."""
     done, counter = {}, FlopCounterMode(display=False)
     hooks = [m.register_forward_hook(lambda *_, n=n: done.__setitem__(n, counter.get_total_flops())) for n, (m, _) in catalogue(net).items()]
+    x = encoded(net, x)
     with counter:
         net(x, 1000 * t)
     for h in hooks:
@@ -181,15 +192,15 @@ class _Enough(Exception):
 
 
 @contextmanager
-def tapped(net, names):
-    """Within this context, calls of `net` fill the yielded dict name -> map [B, C, H, W] and stop after the deepest name."""
+def tapped(net, names, stop=True):
+    """Within this context, calls of `net` fill the yielded dict name -> map [B, C, H, W] and stop after the deepest name, or go on."""
     known, got, hooks = catalogue(net), {}, []
     deepest = max(names, key=list(known).index)
 
     def hook(name, pick):
         def take(module, args, output):
             got[name] = pick(output, args)
-            if name == deepest:
+            if stop and name == deepest:
                 raise _Enough
         return take
 
@@ -231,10 +242,10 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
     with tapped(net, names) as got:
         for i in range(0, len(rows), batch):
             part = rows[i:i + batch]
-            x = as_input(torch.from_numpy(np.ascontiguousarray(images[part])).to(device))
+            x = encoded(net, as_input(torch.from_numpy(np.ascontiguousarray(images[part])).to(device)))
             out = {}
             for d in range(draws):
-                z = draw(seed, f"{purpose} {d}", part, row_shape(images)).to(device)
+                z = draw(seed, f"{purpose} {d}", part, x.shape[1:]).to(device)
                 for t in times:
                     tt = torch.full((len(x),), t, device=device)
                     try:
@@ -247,6 +258,195 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
                         out[name, t] = out[name, t] + value if d else value
                     got.clear()
             yield part, out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models that we did not train, called like ours
+
+class Foreign(nn.Module):
+    """Another program's network as ours are called: net(x_t, 1000 t). encode(images in [-1, 1]) -> what is noised; call(network, x_t, 1000 t) -> its output."""
+
+    def __init__(self, net, encode, call, end, size, device):
+        super().__init__()
+        self.net, self.encode, self.call, self.found = net.eval().to(device), encode, call, {}
+        for p in net.parameters():
+            p.requires_grad_(False)
+        if not isinstance(net, torch.jit.ScriptModule):   # scripted modules call no hooks
+            self.found = discover(self, torch.zeros(2, 3, size, size, device=device))
+        self.found[end] = self, as_map
+
+    def forward(self, x, time):
+        return self.call(self.net, x, time)
+
+
+def encoded(net, x):
+    """Images [B, 3, H, W] in [-1, 1] as the network wants them: other models may resize them or have an autoencoder."""
+    return net.encode(x) if isinstance(net, Foreign) else x
+
+
+def as_map(out, _=()):
+    """A module's output as a map [B, C, H, W]: tokens [B, L, C] form a square behind up to 8 extra ones, a vector [B, C] is one position; None for all else."""
+    out = out[0] if isinstance(out, (tuple, list)) and out else getattr(out, "sample", out)
+    if not torch.is_tensor(out) or out.dim() not in (2, 3, 4):
+        return None
+    if out.dim() == 3:
+        side = math.isqrt(out.shape[1])
+        return out[:, -side ** 2:].transpose(1, 2).unflatten(2, (side, side)) if side and out.shape[1] - side ** 2 <= 8 else None
+    return out if out.dim() == 4 else out[:, :, None, None]
+
+
+SPELLINGS = [(r"\.", "-"), (r"^(down|up)_blocks-(\d+)", r"\1-level\2"), ("^mid_block", "mid"), (r"resnets-(\d+)-conv2$", r"repeat\1-res-increment"),
+             (r"resnets-(\d+)$", r"repeat\1-res-out"), (r"resnets-(\d+)", r"repeat\1-res"), (r"attentions-(\d+)$", r"repeat\1-vit-out"),
+             (r"attentions-(\d+)-(?!transformer)", r"repeat\1-vit-block0-"), (r"attentions-(\d+)-transformer_blocks-(\d+)", r"repeat\1-vit-block\2"),
+             (r"^transformer_blocks-(\d+)", r"vit-block\1"), (r"(vit-block\d+)$", r"\1-out"), (r"(attn1-)?to_([qkv])$", r"self-\2"), ("attn1$", "self-out"),
+             ("attn2-self-q$", "cross-q"), ("attn2$", "cross-out"), ("ff-net-0$", "ffn-inner"), ("ff$", "ffn-out"), (r"(down|up)samplers-0$", r"\1sampler-out"),
+             ("^conv_in$", "unet-after-conv-in")]             # module paths of diffusers -> our names; what matches nothing keeps its path
+
+
+@torch.no_grad()
+def discover(net, images):
+    """Catalogue of a network that we know nothing about: every module that returns a map or tokens, once, in the order of a pass over two images."""
+    fired, hooks = [], []
+    for path, m in net.net.named_modules():
+        if path and not isinstance(m, (nn.Dropout, nn.Identity)) and not re.search(r"attn2\.to_[kv]$", path):         # repetitions; tokens of a text
+            hooks.append(m.register_forward_hook(lambda m, _, out, path=path: fired.append((path, m, out))))
+    net(x := net.encode(images), torch.full((2,), 500.0, device=x.device))
+    for h in hooks:
+        h.remove()
+    found, count = {}, [id(m) for _, m, _ in fired]
+    for path, m, out in fired:
+        shape = getattr(as_map(out), "shape", [0])
+        if shape[0] == 2 and shape[-1] > 1 and count.count(id(m)) == 1:
+            for pattern, ours in SPELLINGS:
+                path = re.sub(pattern, ours, path)
+            found[path] = m, as_map
+    return found
+
+
+class Tabulated(VariancePreserving):
+    """The variance-preserving path of another program's 1000 steps: abar [1000]."""
+
+    def __init__(self, abar):
+        self.table = torch.cat([torch.zeros(1, dtype=torch.float64), abar.double().clamp(min=1e-12).log()])
+
+
+class Clean:
+    """No noise at all: the path of encoders."""
+
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def sigma(self, t):
+        return torch.zeros_like(t)
+
+
+def complain(cfg, e):
+    """A UserError out of what another program said about model=."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return UserError(f"model={cfg.model}: cannot be loaded ({text[:160]})")
+
+
+def open_diffusers(cfg, device):
+    """(network, encode, call, path, image size) of a pipeline folder, a model folder, or an id of the hub: U-Nets with and without text, and DiT."""
+    where = cfg.model.partition(":")[2]
+    torchvision_datasets()                                # diffusers imports torchvision, which beside a CPU-only torch takes some care
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError(f"model={cfg.model}: needs the package diffusers (pip install diffusers)") from None
+    try:
+        if (Path(where) / "config.json").is_file():
+            kind = getattr(diffusers, read_json(Path(where) / "config.json", "a folder that save_pretrained wrote").get("_class_name", "none"))
+            parts = dict(unet=kind.from_pretrained(where))
+        else:
+            parts = diffusers.DiffusionPipeline.from_pretrained(where).components
+    except UserError:
+        raise
+    except Exception as e:                                # missing files, packages, connections, classes: all are the user's to know
+        raise complain(cfg, e) from None
+    net, vae, plan = parts.get("unet") or parts.get("transformer"), parts.get("vae"), parts.get("scheduler") or diffusers.DDPMScheduler()
+    kind, abar = type(net).__name__, getattr(plan, "alphas_cumprod", None)
+    further = any(getattr(net, f"{what}_embedding", None) is not None for what in ("class", "add"))
+    if kind not in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel") or further:
+        raise UserError(f"model={cfg.model}: is a {kind}{' with further conditions' * further}; what can be read is UNet2DModel, UNet2DConditionModel (both without "
+                        "classes or further conditions) and DiTTransformer2DModel")
+    if abar is None or len(abar) != 1000:
+        raise UserError(f"model={cfg.model}: its scheduler {type(plan).__name__} has no 1000 values of alphas_cumprod")
+    channels = net.config.in_channels
+    if vae is None and channels != 3:
+        raise UserError(f"model={cfg.model}: has {channels} input channels and no autoencoder; name the folder of the whole pipeline")
+    more = {}
+    if kind == "DiTTransformer2DModel":
+        more = dict(class_labels=net.config.num_embeds_ada_norm)                 # the row of the null label
+    if kind == "UNet2DConditionModel":
+        more = dict(encoder_hidden_states=text_embedding(cfg, parts, net.config.cross_attention_dim).to(device))
+    side = net.config.sample_size if isinstance(net.config.sample_size, int) else 64 if vae else 32
+    side = cfg.resize or side * (2 ** (len(vae.config.block_out_channels) - 1) if vae else 1)
+    if vae:
+        vae.eval().requires_grad_(False).to(device)
+
+    def encode(x):
+        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        if vae is None:
+            return x
+        code = vae.encode(x)
+        code = code.latent_dist.mean if hasattr(code, "latent_dist") else code.latents
+        return (code - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+
+    def call(net, x, time):                               # their step i, from 0, is t_ddpm = i + 1 = 1000 - time
+        condition = {k: torch.full((len(x),), v, device=x.device) if isinstance(v, int) else v.expand(len(x), -1, -1) for k, v in more.items()}
+        return net(x, (999 - time).clamp(min=0), return_dict=False, **condition)[0]
+    return net, encode, call, Tabulated(abar.cpu()), side
+
+
+def text_embedding(cfg, parts, width):
+    """What a text-conditional U-Net attends to, float32 [1, tokens, width]: the given array, or the text encoder's output for the empty prompt."""
+    if cfg.embedding:
+        try:
+            e = torch.from_numpy(np.load(cfg.embedding, allow_pickle=False)).float()
+        except (OSError, ValueError) as err:
+            raise UserError(f"embedding={cfg.embedding}: cannot be read ({err})") from None
+        if e.dim() != 2 or e.shape[1] != width:
+            raise UserError(f"embedding={cfg.embedding}: is {list(e.shape)}, must be [tokens, {width}]")
+        return e[None]
+    if not parts.get("tokenizer") or not parts.get("text_encoder"):
+        raise UserError(f"model={cfg.model}: attends to a text, and there is no text encoder; name the whole pipeline (needs the package transformers), "
+                        "or embedding=FILE.npy")
+    tokens = parts["tokenizer"]("", padding="max_length", max_length=parts["tokenizer"].model_max_length, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return parts["text_encoder"](tokens)[0].float()
+
+
+def open_encoder(cfg, device):
+    """(network, encode, call, path, image size) of an encoder: torch.hub's get ImageNet-normalised images, TorchScript files uint8 ones, as evaluators do."""
+    try:
+        if cfg.model.startswith("hub:"):
+            repo, _, name = cfg.model[4:].rpartition("/")
+            source = "local" if Path(repo).is_dir() else "github"
+            net = torch.hub.load(repo, name, source=source, trust_repo=True, verbose=False)          # its code runs here: the user named it
+        else:
+            net = torch.jit.load(cfg.model, map_location="cpu")
+    except Exception as e:                                # code of others may fail in any way
+        raise complain(cfg, e) from None
+    side, (mean, std) = cfg.resize or 224, (torch.tensor(v, device=device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    resized = lambda x, side: F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    if cfg.model.startswith("hub:"):
+        return net, lambda x: (resized(x, side) / 2 + 0.5 - mean) / std, lambda net, x, time: net(x), Clean(), side
+    return net, lambda x: resized(x, cfg.resize) if cfg.resize else x, lambda net, x, time: net(to_uint8(x)), Clean(), cfg.resize
+
+
+def open_foreign(run, cfg):
+    """(network, state) of model=, to be used like those of `load_model`."""
+    diffusion = cfg.model.startswith("diffusers:")
+    net, encode, call, PATHS[cfg.model], side = (open_diffusers if diffusion else open_encoder)(cfg, run.device)
+    side = side or run.data.size
+    try:
+        net = Foreign(net, encode, call, "unet-out" if diffusion else "out", side, run.device)
+        if as_map(net(net.encode(torch.zeros(2, 3, side, side, device=run.device)), torch.full((2,), 500.0, device=run.device))) is None:
+            raise ValueError("its output is no vector, map or tokens")
+    except Exception as e:
+        raise complain(cfg, e) from None
+    return net, dict(path=cfg.model, size=run.data.size, channels=3, weights=weights_hash(net.state_dict()), file=cfg.model, encoder=not diffusion)
 
 
 def noise_level(path, t):
@@ -282,7 +482,7 @@ def main():
     """Extract features, from the command line."""
     run = start("extract_features", ExtractFeatures, __doc__, flags=("--list", "--pca"))
     cfg = run.cfg
-    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights)
     context, _, why = autocast(run, cfg.precision)
 
     # --list
@@ -300,6 +500,11 @@ def main():
 
     # what to read, and where
     times = cfg.t
+    if cfg.model and cfg.activations == ["auto"]:
+        cfg.activations = ["out"] if state["encoder"] else []
+    if cfg.model and state["encoder"]:
+        times = cfg.t or [1.0]
+        require(times == [1.0], cfg, "model t", "an encoder sees clean images: t=1")
     if cfg.activations == ["auto"]:
         probed = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")
         if probed.get("protocol") not in ("sweep", "boxes") or probed["hash"] != state["weights"]:
@@ -328,9 +533,11 @@ def main():
     require(min(cfg.draws, cfg.batch) >= 1, cfg, "draws batch", "must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"
     data = {split: load_data(run, split) for split in cfg.splits}
-    recipe = dict(checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"] if cfg.weights == "ema" else f"raw beside {state['weights']}", pool=cfg.pool,
+    digest = state["weights"] if cfg.weights == "ema" or cfg.model else f"raw beside {state['weights']}"
+    recipe = dict(checkpoint=cfg.model or cfg.checkpoint, weights=cfg.weights, hash=digest, pool=cfg.pool,
                   draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, data={k: d.info["fingerprint"] for k, d in data.items()},
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
+    recipe |= dict(resize=cfg.resize, embedding=cfg.embedding) if cfg.model else {}
     if run.dry_run:
         _, one = next(stream(net, state, blank, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())

@@ -20,12 +20,19 @@ linear  trains on the training images outside the validation part, selects on th
 head    trains a head on the fly: fresh noise for every image seen, flips and crops if asked for; linear, MLP, CNN, attention (arXiv 2307.08702), DifFormer and
         DifFeed (2311.17921). Learning rate and l2 are selected on the validation part, the test images are reported once; several seeds; controls beside it.
 select  measures noise sensitivity, granularity and locality of activations, filters them by the rules of 2410.03558, ranks the rest with a linear probe.
+segment semantic segmentation from frozen maps by head=linear, uper, or ensemble (pixel MLPs from few masks, with uncertainty: arXiv 2112.03126); mean IoU.
+correspond  nearest neighbours between an image and its known warp, and between objects of one class with the same place in their boxes; PCK.
+detect  boxes and masks of objects by torchvision's Mask R-CNN on a pyramid of frozen maps; average precision.
+cka     how alike activations are, across blocks, times and models (against=), and how they spread: alignment and uniformity. Needs no labels.
 """
+import copy
+import dataclasses
 import itertools
 import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -36,20 +43,21 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
-from self_label import alone, assign, corloc, find_objects, gather, iou, kmeans, nmi
-from train_diffusion import (PATHS, Block, Model, UNet, UserError, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished, load_data, load_model,
-                             read_json, require, row_shape, seed_of, start, write_json)
+from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
+from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished, load_data,
+                             load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, start, write_json)
 
-HEAD_KEYS = {"head", "labels_share", "per_class", "width", "depth", "heads", "side", "grid", "hidden", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
-BOXES_KEYS = {"boxed"}
-SELECT_KEYS = {"measured", "noisy", "fine", "local"}
+FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
+KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
+            select={"measured", "noisy", "fine", "local"}, segment=FIT_KEYS | {"head", "masks", "members"}, correspond={"pairs", "points"},
+            detect=FIT_KEYS | {"masks"}, cka={"grid", "against", "compared"}, boxes={"boxed"})
 
 
 @dataclass
 class Probe:
     """Section `probe`."""
     name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
-    protocol: Literal["sweep", "boxes", "linear", "head", "select"] = "sweep"      # what is measured; see above
+    protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka"] = "sweep"    # what is measured: see above
     checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
@@ -65,21 +73,23 @@ class Probe:
     supervised_images: int = 100_000                      # linear, head: images that the supervised control is trained on
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     batch: int = 500                                      # images per forward pass and process
+    transfer: str = ""                                    # YAML whose `data:` section is probed in place of the run's images: do features carry over?
     seed: int = 0                                         # of noise, k-means, controls
     overwrite: bool = False                               # replace a result of another recipe under this name
-    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed"] = "attention"        # head: what is trained on the activations
+    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = "attention"       # segment: linear, uper, ensemble; head: the others
     labels_share: float = 1.0                             # head: share of the labels of each class, of training and of validation images
     per_class: int = 0                                    # head: or so many of each class, of both
     width: int = 256                                      # head: channels of cnn, attention, difformer, diffeed (papers: 1024)
     depth: int = 2                                        # head: transformer blocks of attention, difformer, diffeed
     heads: int = 8                                        # head: attention heads of these
     side: int = 16                                        # head: larger maps are averaged to so many positions per side before they become tokens
-    grid: int = 2                                         # head: linear and mlp see averages over a grid of g x g
+    grid: int = 2                                         # head, cka: linear and mlp and the comparison see averages over a grid of g x g
     hidden: list[int] = field(default_factory=lambda: [512])        # head: hidden sizes of mlp
     images: int = 100_000                                 # head: images that every head sees
     head_batch: int = 128                                 # head: images per update
     lr: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])   # head: AdamW, one cycle; selected on the validation part
     l2: list[float] = field(default_factory=lambda: [0.0, 0.05])          # head: weight decay; selected with lr
+    finetune: float = 0.0                                 # head: above 0, the network is trained, too, at so many times the head's lr
     flip: bool = False                                    # head: mirror images at random
     crop: int = 0                                         # head: shift images by up to so many pixels
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])     # head: of labelled subset, weights, order, noise
@@ -87,6 +97,36 @@ class Probe:
     noisy: float = 1.0                                    # select: keep up to so many times the median noise sensitivity of the block outputs at that time
     fine: float = 0.5                                     # select: keep from so many times the median granularity of the block outputs of that map size
     local: float = 1.25                                   # select: keep up to so many times the median locality of the block outputs of that map size
+    masks: int = 0                                        # segment, detect: training images whose masks are used (and at most so many to validate); 0 = all
+    members: int = 10                                     # segment: networks of the ensemble
+    pairs: int = 200                                      # correspond: pairs of images, to choose from and again to report
+    points: int = 8                                       # correspond: points per pair
+    against: list[str] = field(default_factory=list)      # cka: further checkpoints, or random, for the same network with random weights
+    compared: int = 2_000                                 # cka: test images
+
+
+def probed(run, split):
+    """One part of the images that are probed: the run's own, or those of transfer=."""
+    return load_data(replace(run, dir=run.dir / "transfer" / Path(run.cfg.transfer).stem) if run.cfg.transfer else run, split)
+
+
+def prepare_transfer(run, size):
+    """Prepare the images that the YAML transfer= names, at the model's size, below transfer/; the fingerprints of both parts."""
+    file, folder = Path(run.cfg.transfer), run.dir / "transfer" / Path(run.cfg.transfer).stem
+    try:
+        section = (yaml.safe_load(file.read_text()) or {}).get("data") or {}
+    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError) as e:
+        raise UserError(f"transfer={file}: not a readable YAML with sections ({str(e).splitlines()[0]})") from None
+    data = fill("data", Data, section | dict(size=size))
+    described, there = {k: v for k, v in dataclasses.asdict(data).items() if k not in ("root", "download")}, folder / "data.json"
+    if there.exists() and read_json(there, f"delete {folder}") != described:
+        raise UserError(f"{folder}: was prepared from another data section than that of {file}; rename the YAML, or delete the folder")
+    if run.dry_run:
+        return None
+    if run.rank == 0:
+        write_json(there, described)
+    prepare_data(replace(run, dir=folder, data=data))
+    return {split: probed(run, split).info["fingerprint"] for split in ("train", "test")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +239,7 @@ def block_outputs(net):
 
 def sweep(run, cfg, net, state, context):
     """Score every (activation, t); returns the result dict and draws the heat-map."""
-    data = load_data(run, "train")
+    data = probed(run, "train")
     names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
     classes = np.asarray(data.classes)
     order = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(data))
@@ -383,7 +423,7 @@ def one_activation(run, cfg, net):
 
 def known_classes(run, protocol):
     """Training and test part of the data with their classes as tensors; a missing class is a UserError."""
-    parts = [load_data(run, split) for split in ("train", "test")]
+    parts = [probed(run, split) for split in ("train", "test")]
     y = [torch.from_numpy(np.array(p.classes)) for p in parts]
     if any((c < 0).any() for c in y):
         raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
@@ -487,12 +527,19 @@ def mirrors(net):
     """DifFeed's pairs (name of a decoder output, module of the mirrored encoder output it is added to), one per level: the first residual block there.
 
     In ADM's numbering 38 - b <- b (method of arXiv 2311.17921). Channels and size of the two are equal in every U-Net that build_model makes.
+    U-ViT (ours): every pair of blocks that a long skip joins.
     """
-    if not isinstance(net, UNet):
-        raise UserError("head=diffeed: needs a U-Net, whose decoder mirrors its encoder")
-    names, down = {id(m): n for n, (m, _) in catalogue(net).items()}, net.input_blocks
+    names = {id(m): n for n, (m, _) in catalogue(net).items()}
+    if isinstance(net, UViT):
+        return [(names[id(b)], a) for a, b in zip(net.in_blocks, reversed(net.out_blocks))]
+    down = net.input_blocks
     first = [i for i in range(1, len(down)) if i == 1 or down[i - 1][0].resample]
     return [(names[id(net.output_blocks[len(down) - 1 - i][-1])], down[i][-1]) for i in first]
+
+
+def fed(out, g):
+    """Feedback g [B, C, H, W] added to a map, or to the patch tokens, which come last, of [B, L, C]."""
+    return out + g if out.dim() == 4 else out + F.pad(g.flatten(2).transpose(1, 2), (0, 0, out.shape[1] - g[0, 0].numel(), 0))
 
 
 class DifFeed(nn.Module):
@@ -509,7 +556,7 @@ class DifFeed(nn.Module):
 
     def forward(self, maps, x_t, t):                      # maps [1][levels]: decoder outputs of the first pass
         net, name, targets, context = self.frozen
-        hooks = [m.register_forward_hook(lambda _, args, out, g=f(x): out + g.to(out.dtype)) for m, f, x in zip(targets, self.back, maps[0])]
+        hooks = [m.register_forward_hook(lambda _, args, out, g=f(x): fed(out, g.to(out.dtype))) for m, f, x in zip(targets, self.back, maps[0])]
         try:                                              # the skip connections carry the sums, too
             with context():
                 second = look(net, [name], x_t, t)
@@ -517,6 +564,18 @@ class DifFeed(nn.Module):
             for h in hooks:
                 h.remove()
         return self.head([second])
+
+
+class Tuned(nn.Module):
+    """A head and its own copy of the network that it reads, trained together: fine-tuning."""
+
+    def __init__(self, head, r, context):
+        super().__init__()
+        self.head, self.net, self.names, self.context = head, copy.deepcopy(r.net).requires_grad_(True), r.names, context
+
+    def forward(self, maps, x_t, t):
+        with self.context():
+            return self.head([look(self.net, self.names, x_t, t)])
 
 
 def look(net, names, x_t, t):
@@ -538,6 +597,7 @@ class Reading:
     times: list
     draws: int = 1
     hidden: int = 0                                       # of the transformer's feed-forward parts; 0 = 4 x width
+    tuned: float = 0.0                                    # above 0: the head trains a copy of the network with itself, at so many times its lr
 
     @property
     def passes(self):                                     # of the network, per image
@@ -548,6 +608,9 @@ class Reading:
         """Images x [B, 3, H, W], noises z, one [B, 3, H, W] per draw -> what heads are called with: maps [T][n] of [B, C, h, w], the last x_t, its t [B]."""
         if self.net is None:
             return [[x]], x, None
+        if self.tuned:                                    # the head makes the pass
+            t = torch.full((len(x),), self.times[0], device=x.device)
+            return None, diffuse(path, x, z[0], t), t
         maps, taps = [], [n for n, _ in mirrors(self.net)] if self.kind == "diffeed" else self.names
         for level in self.times:
             t = torch.full((len(x),), level, device=x.device)
@@ -560,11 +623,15 @@ class Reading:
 def build_head(cfg, r, path, size, classes, seed, device="cpu", context=nullcontext):
     """A fresh head for reading `r` of size x size images."""
     x = torch.zeros(1, 3, size, size, device=device)
-    shapes, common = [m.shape[1:] for m in r.views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
+    shapes, common = [m.shape[1:] for m in replace(r, tuned=0).views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator
         torch.manual_seed(seed_of(seed, "head"))
         if r.kind in ("linear", "mlp"):
             h = pooled_head(shapes[0][0], classes, cfg.grid if r.net else size, cfg.hidden if r.kind == "mlp" else ())
+        elif r.kind in ("segment", "uper"):
+            h = (UPer if r.kind == "uper" else LinearMap)(shapes, len(r.times), classes, size, cfg.width)
+        elif r.kind == "ensemble":
+            h = PixelMlps(len(r.times) * sum(c for c, _, _ in shapes), classes, size, cfg.members)
         elif r.kind == "cnn":
             h = cnn_head(shapes[0][0], classes, cfg.width)
         elif r.kind == "diffeed":
@@ -573,7 +640,7 @@ def build_head(cfg, r, path, size, classes, seed, device="cpu", context=nullcont
             h = DifFeed(r.net, r.names[0], shapes, shape, *common, context)
         else:
             h = DifFormer(shapes, len(r.times), *common, r.hidden)
-    return h.to(device)
+    return (Tuned(h, r, context) if r.tuned else h).to(device)
 
 
 def augmented(x, flip, crop, g):
@@ -593,15 +660,19 @@ def scaled(images, rows, device):
 
 @torch.no_grad()
 def evaluate(heads, r, path, images, y, rows, batch, seed, purpose, device="cpu", context=nullcontext):
-    """[(accuracy, -loss)] of each head over `rows`, in eval mode; noise belongs to the image."""
-    score = torch.zeros(len(heads), 2)
+    """[(accuracy, or mean IoU of masks, -loss)] of each head over `rows`, in eval mode; noise belongs to the image. y: [N], or masks [N, H, W]; -100 = void."""
+    score, classes = torch.zeros(len(heads), 2), int(y.max()) + 1
+    tables = torch.zeros(len(heads), classes, classes, dtype=torch.long)
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         z = [draw(seed, f"{purpose} {d}", part, row_shape(images)).to(device) for d in range(r.draws)]
-        seen, target = r.views(path, scaled(images, part, device), z, context), y[part].to(device)
+        seen, target = r.views(path, scaled(images, part, device), z, context), y[part].to(device).long()
         for j, h in enumerate(heads):
             out = h.eval()(*seen)
             score[j] += torch.stack([(out.argmax(1) == target).sum(), -F.cross_entropy(out, target, reduction="sum")]).cpu()
+            tables[j] += confusion_matrix(out.argmax(1), target, classes).cpu()
+    if y.dim() > 1:                                       # masks: mean IoU in place of accuracy
+        score[:, 0] = torch.tensor([mean_iou(t) * len(rows) for t in tables])
     return [tuple(s) for s in (score / len(rows)).nan_to_num(nan=-math.inf).tolist()]
 
 
@@ -612,15 +683,22 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
     """
     trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
     steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, row_shape(images)[1], int(y.max()) + 1, seed, device, context) for _ in trials]
-    opts = [torch.optim.AdamW(h.parameters(), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
-    plans = [torch.optim.lr_scheduler.OneCycleLR(o, lr, steps + 1) for o, (lr, _) in zip(opts, trials)]
+    groups = lambda h, lr: [dict(params=[*m.parameters()], lr=v) for m, v in ([(h.head, lr), (h.net, r.tuned * lr)] if r.tuned else [(h, lr)])]
+    opts = [torch.optim.AdamW(groups(h, lr), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
+    plans = [torch.optim.lr_scheduler.OneCycleLR(o, [g["lr"] for g in o.param_groups], steps + 1) for o in opts]
     for step in range(steps):
         rows = np.sort(np.random.default_rng(seed_of(seed, "head rows", step)).choice(fit, batch, replace=False))
         g = torch.Generator().manual_seed(seed_of(seed, "head noise", step))
-        x = augmented(scaled(images, rows, device), cfg.flip, cfg.crop, g)
+        x, target = scaled(images, rows, device), y[rows].to(device).long()
+        if y.dim() > 1:                                   # masks move with their images
+            x, target = (xy := augmented(torch.cat([x, target[:, None]], 1), cfg.flip, cfg.crop, g))[:, :-1], xy[:, -1].long()
+        else:
+            x = augmented(x, cfg.flip, cfg.crop, g)
         seen = r.views(path, x, torch.randn(r.draws, *x.shape, generator=g).to(device), context)
         for h, o, p in zip(heads, opts, plans):
-            F.cross_entropy(h.train()(*seen), y[rows].to(device)).backward()
+            F.cross_entropy(h.train()(*seen), target).backward()
+            if not step:                                  # parts of a network behind the activation are not trained
+                [p.requires_grad_(False) for p in h.parameters() if p.grad is None]
             o.step()
             o.zero_grad()
             p.step()
@@ -656,7 +734,14 @@ def check_head(cfg):
     require(min(cfg.width, cfg.depth, cfg.heads, cfg.side, cfg.grid, cfg.images, *cfg.hidden) >= 1 and cfg.width % cfg.heads == 0, cfg,
             "width depth heads side grid images hidden", "must be at least 1, and width a multiple of heads")
     require(cfg.lr and cfg.l2 and cfg.seeds and min(cfg.lr) > 0 and min(cfg.l2) >= 0, cfg, "lr l2 seeds", "at least one of each; lr is positive, l2 not negative")
-    require(cfg.head != "diffeed" or cfg.precision != "fp16", cfg, "head precision", "gradients go through the network here: use bf16 or fp32")
+    require((cfg.head in ("linear", "uper", "ensemble")) if cfg.protocol == "segment" else cfg.head not in ("uper", "ensemble"), cfg, "protocol head",
+            "segment takes head=linear, uper or ensemble; head all but these two last")
+    require(cfg.masks >= 0 and cfg.members >= 1 and (cfg.head != "ensemble" or cfg.masks), cfg, "head masks members",
+            "an ensemble learns from few masks: name their number")
+    require(not cfg.finetune or cfg.protocol == "head" and cfg.finetune > 0 and cfg.head in ("linear", "mlp", "cnn", "attention"), cfg,
+            "protocol head finetune", "head=linear, mlp, cnn or attention can be fine-tuned, at a positive multiple of lr")
+    require(cfg.head != "diffeed" and not cfg.finetune or cfg.precision != "fp16", cfg, "head finetune precision",
+            "gradients go through the network here: use bf16 or fp32")
     require(cfg.head_batch >= 2 and cfg.crop >= 0, cfg, "head_batch crop", "head_batch is at least 2, crop at least 0")
 
 
@@ -678,14 +763,16 @@ def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
     name, t = max(score, key=score.get)
     where, plain = (names, times) if cfg.head == "difformer" else ([name], [t]), "attention" if fused else cfg.head
-    out = {cfg.head: Reading(cfg.head, net, *where)}
+    out = {cfg.head: Reading(cfg.head, net, *where, tuned=cfg.finetune)}
+    if cfg.finetune:
+        out["frozen network"] = Reading(cfg.head, net, *where)
     if fused:
         one, spare = Reading(plain, net, [name], [t]), cfg.depth * (2 * cfg.width + 1)       # spare: parameters of one more hidden unit in every block
         out["best single (block, t)"] = one
         out["equal passes, averaged"] = Reading(plain, net, [name], [t], draws=out[cfg.head].passes)
         out["equal parameters"] = Reading(plain, net, [name], [t], hidden=4 * cfg.width + round((count(out[cfg.head]) - count(one)) / spare))
     if "random" in cfg.controls:
-        out["random weights"] = Reading(cfg.head, random_network(run, cfg, state), *where)
+        out["random weights"] = Reading(cfg.head, random_network(run, cfg, state), *where, tuned=cfg.finetune)
     if "supervised" in cfg.controls:
         out["supervised, same size"] = Reading(plain, train_supervised(run, cfg, state, dict(images=images, y=y, rows=fit), name, classes), [name], [1.0])
     if "pixels" in cfg.controls:
@@ -710,7 +797,8 @@ def head(run, cfg, net, state, context):
                 best, (lr, l2), score = fit_head(own, r, path, train.inputs, y, fit, val, seed, tick=lambda: progress.update(1), **where)
             draws = cfg.draws if r.net and r.times != [1.0] else 1               # without noise all draws are equal
             tested = [evaluate([best], r, path, test.inputs, y_test, np.arange(len(test)), cfg.batch, seed, f"head test {d}", **where)[0][0] for d in range(draws)]
-            row = rows.setdefault(what, dict(head=r.kind, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()), results=[]))
+            row = rows.setdefault(what, dict(head=r.kind, passes=r.passes, results=[],
+                                             parameters=sum(p.numel() for p in best.parameters() if p.requires_grad)))
             row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
     for what, row in rows.items():
         means = [np.mean(s["test"]) for s in row["results"]]
@@ -818,6 +906,599 @@ def select(run, cfg, net, state, context):
                 chosen=chosen, table=table)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Segmentation from frozen maps
+
+def confusion_matrix(found, truth, classes):
+    """Pixels by true and found class, int64 [classes, classes]; ids of one shape, truth below 0 = void."""
+    known = truth >= 0
+    return torch.bincount(classes * truth[known] + found[known], minlength=classes ** 2).view(classes, classes)
+
+
+def mean_iou(table):
+    """Intersection over union, averaged over the classes that occur in truth or prediction; table [classes, classes]."""
+    both = table.diag()
+    union = table.sum(0) + table.sum(1) - both
+    return float((both / union)[union > 0].mean())
+
+
+class LinearMap(nn.Module):
+    """Linear segmentation: each map [B, C, h, w] is normalised per channel and classified; bilinear interpolation commutes with that and comes last."""
+
+    def __init__(self, shapes, times, classes, size, width=0):
+        super().__init__()
+        self.size, self.maps = size, nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c, affine=False), nn.Conv2d(c, classes, 1)) for c, _, _ in shapes * times)
+
+    def forward(self, maps, *_):                          # -> [B, classes, size, size]
+        return sum(enlarged(f(m), self.size) for f, m in zip(self.maps, itertools.chain(*maps)))
+
+
+class UPer(nn.Module):
+    """UPerNet's decoder (arXiv 1807.10221): pooled views of the coarsest map, sums from coarse to fine, all levels side by side; one level per activation."""
+
+    def __init__(self, shapes, times, classes, size, width):
+        super().__init__()
+        conv = lambda a, b, k: nn.Sequential(nn.Conv2d(a, b, k, padding=k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        self.size, self.order = size, sorted(range(len(shapes)), key=lambda i: shapes[i][1])                  # coarse to fine
+        self.sides = nn.ModuleList(conv(times * shapes[i][0], width, 1) for i in self.order)
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(s), nn.Conv2d(width, width, 1), nn.ReLU()) for s in (1, 2, 3, 6))
+        self.smooth, self.pooled = nn.ModuleList(conv(width, width, 3) for _ in shapes), conv(5 * width, width, 3)
+        self.out = nn.Sequential(conv(len(shapes) * width, width, 3), nn.Conv2d(width, classes, 1))
+
+    def forward(self, maps, *_):                          # -> [B, classes, size, size]
+        x = [f(torch.cat([blocks[i] for blocks in maps], 1)) for f, i in zip(self.sides, self.order)]
+        x[0] = self.pooled(torch.cat([x[0], *(enlarged(f(x[0]), x[0].shape[2]) for f in self.pools)], 1))
+        for i in range(1, len(x)):
+            x[i] = x[i] + enlarged(x[i - 1], x[i].shape[2])
+        return enlarged(self.out(torch.cat([enlarged(f(v), x[-1].shape[2]) for f, v in zip(self.smooth, x)], 1)), self.size)
+
+
+class PixelMlps(nn.Sequential):
+    """Ensemble of pixel classifiers (arXiv 2112.03126): channels -> 128 -> 32 -> classes (from 30 classes on 256 -> 128), as groups of one convolution."""
+
+    def __init__(self, channels, classes, size, members):
+        sizes = [channels, *((256, 128) if classes >= 30 else (128, 32)), classes]
+        super().__init__(*[f for a, b in itertools.pairwise(sizes) for f in (nn.Conv1d(members * a, members * b, 1, groups=members), nn.ReLU(),
+                                                                             nn.BatchNorm1d(members * b))][:-2])
+        self.size, self.members = size, members
+        for f in list(self)[::3]:
+            nn.init.normal_(f.weight, 0, 0.02)
+
+    def pixels(self, maps):                               # -> [B, size, size, C]
+        return torch.cat([enlarged(m, self.size) for m in itertools.chain(*maps)], 1).permute(0, 2, 3, 1)
+
+    def of_pixels(self, x):                               # [members, n, C], or [1, n, C] for the same pixels for all -> logits [members, n, classes]
+        first, *rest = self
+        y = F.conv1d(x.transpose(1, 2).reshape(1, -1, x.shape[1]), first.weight, first.bias, groups=len(x))
+        for f in rest:
+            y = f(y)
+        return y.unflatten(1, (self.members, -1))[0].transpose(1, 2)
+
+    def forward(self, maps, *_):                          # -> [members, B, classes, size, size]
+        x = self.pixels(maps)
+        return self.of_pixels(x.flatten(0, 2)[None]).unflatten(1, x.shape[:3]).movedim(4, 2)
+
+
+def enlarged(x, size):
+    """Maps [B, C, h, w] at size x size, bilinear."""
+    return x if x.shape[2] == size else F.interpolate(x, (size, size), mode="bilinear")
+
+
+def vote(logits):
+    """logits [members, B, classes, H, W] -> (majority [B, H, W], Jensen-Shannon divergence of the members [B, H, W] in nats).
+
+    The divergence is the entropy of the mean minus the mean entropy.
+    """
+    p, entropy = logits.softmax(2), lambda p: -torch.xlogy(p, p).sum(-3)
+    ballots = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)                # [B, H, W, classes]; ties go to the class of greater mean probability
+    return (ballots + 0.5 * p.mean(0).movedim(1, 3)).argmax(3), entropy(p.mean(0)) - entropy(p).mean(0)
+
+
+def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=nullcontext, epochs=100, batch=64):
+    """PixelMlps trained on all pixels of `rows` under one noise draw per image, as published (arXiv 2112.03126): Adam 1e-3, 64 pixels per update, up to 100 epochs,
+    stopped when from epoch 5 on the loss has not fallen for 50 updates. Ours: all members stop together, and each image has its own noise.
+    """
+    net, chunk = build_head(cfg, r, path, images.shape[2], int(y.max()) + 1, seed, device), chunk_of(images)
+    noise = lambda part: [draw(seed, f"ensemble {d}", part, images.shape[1:]).to(device) for d in range(r.draws)]
+    with torch.no_grad():
+        seen = [r.views(path, scaled(images, part, device), noise(part), context)[0] for part in np.array_split(rows, math.ceil(len(rows) / chunk))]
+        x = torch.cat([net.pixels(maps) for maps in seen]).flatten(0, 2)         # [N H W, C]
+    target = y[rows].flatten().long().to(device)
+    x, target, g = x[target >= 0], target[target >= 0], torch.Generator().manual_seed(seed_of(seed, "ensemble pixels"))
+    opt, best, stale = torch.optim.Adam(net.train().parameters(), 1e-3), math.inf, 0
+    for step in range(epochs * (per_epoch := math.ceil(len(x) / batch))):
+        at = torch.randint(len(x), (cfg.members, batch), generator=g).to(device)
+        loss = F.cross_entropy(net.of_pixels(x[at]).flatten(0, 1), target[at].flatten())
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        best, stale = (loss.item(), 0) if loss.item() < best else (best, stale + 1)
+        if stale > 50 and step > 5 * per_epoch:
+            break
+    return net.eval()
+
+
+def chunk_of(images):
+    """Images per pass where maps are enlarged to the images' size."""
+    return max(1, 2 ** 14 // images.shape[2] ** 2)
+
+
+def known_masks(run, protocol):
+    """Training and test part with their masks, int16 [N, H, W], void -100."""
+    parts = [probed(run, split) for split in ("train", "test")]
+    if any(p.masks is None or p.masks.shape[1:] != p.images.shape[2:] for p in parts):
+        raise UserError(f"protocol={protocol} needs a mask for every image, and this data has none (data.source=shapes, or arrays with masks)")
+    y = [np.array(p.masks).astype(np.int16) for p in parts]
+    return *parts, *(torch.from_numpy(np.where(m == 255, np.int16(-100), m)) for m in y)
+
+
+def overlay(images, masks, classes):
+    """Images uint8 [N, 3, H, W] under the colours of their masks [N, H, W]; class 0 and void stay as they are."""
+    colours = np.random.default_rng(3).integers(40, 256, (classes, 3))
+    painted = (images / 2 + colours[masks.clip(0)].transpose(0, 3, 1, 2) / 2).astype(np.uint8)
+    return np.where(masks[:, None] > 0, painted, images)
+
+
+def dense_readings(run, cfg, net, state, kind, names, times, train):
+    """The maps that were asked for and the same of the controls: {what: Reading}."""
+    out = {cfg.head if cfg.protocol == "segment" else cfg.protocol: Reading(kind, net, names, times)}
+    if "random" in cfg.controls:
+        out["random weights"] = Reading(kind, random_network(run, cfg, state), names, times)
+    if "supervised" in cfg.controls and (train.classes >= 0).all():
+        y = torch.from_numpy(np.array(train.classes))
+        taught = train_supervised(run, cfg, state, dict(images=train.images, y=y, rows=np.arange(len(y))), names[-1], int(y.max()) + 1)
+        out["supervised, same size"] = Reading(kind, taught, names, [1.0])
+    if "pixels" in cfg.controls:
+        out["raw pixels"] = Reading(kind, None, ["pixels"], [1.0])
+    return out
+
+
+def segment(run, cfg, net, state, context):
+    """Semantic segmentation from frozen maps: selected on the validation part, the test part reported once per seed; controls beside it."""
+    train, test, y, y_test = known_masks(run, "segment")
+    names, times = places(run, cfg, net)
+    path, classes, where = PATHS[state["path"]], int(y.max()) + 1, dict(device=run.device, context=context)
+    order, rows, tick = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
+    held, few, chunk = min(cfg.validation, len(order) // 5), cfg.masks or None, chunk_of(train.images)
+    kind, uncertain = "segment" if cfg.head == "linear" else cfg.head, [[], []]
+    for what, r in dense_readings(run, cfg, net, state, kind, names, times, train).items():
+        results = []
+        for seed in cfg.seeds:
+            fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in (order[held:], order[:held]))
+            if kind == "ensemble":
+                best, chosen = fit_ensemble(cfg, r, path, train.images, y, fit, seed, **where), {}
+            else:
+                with bar(run, max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
+                    own = replace(cfg, seed=seed, batch=chunk)
+                    best, (lr, l2), score = fit_head(own, r, path, train.images, y, fit, val, seed, tick=lambda: progress.update(1), **where)
+                chosen = dict(lr=lr, l2=l2, validation=score)
+            table, shown = torch.zeros(classes, classes, dtype=torch.long), []
+            for part in np.array_split(np.arange(len(test)), math.ceil(len(test) / chunk)):
+                z = [draw(seed, "segment test", part, test.images.shape[1:]).to(run.device)]
+                with torch.no_grad():
+                    out = best.eval()(*r.views(path, scaled(test.images, part, run.device), z, context))
+                found, spread = (v.cpu() for v in vote(out if out.dim() == 5 else out[None]))
+                table += confusion_matrix(found, y_test[part].long(), classes)
+                shown += [(found, spread)] if len(shown) * chunk < 10 else []
+                if not rows and kind == "ensemble":       # where do members disagree?
+                    for wrong, values in enumerate(uncertain):
+                        values.append(spread[(found != y_test[part]) == bool(wrong)])
+            results.append(dict(seed=seed, **chosen, miou=mean_iou(table), pixel_accuracy=float(table.trace() / table.sum())))
+            if not rows and seed == cfg.seeds[0] and run.rank == 0:
+                found, spread = (torch.cat(v)[:10].numpy() for v in zip(*shown))
+                n, paint = len(found), lambda m: overlay(np.asarray(test.images[:len(m)]), m, classes)
+                grey = np.repeat((255 * spread / max(spread.max(), 1e-9))[:, None], 3, 1).astype(np.uint8)
+                sheet = [test.images[:n], paint(y_test[:n].numpy()), paint(found)] + [grey] * (kind == "ensemble")
+                save_grid(run.dir / "probe" / f"{cfg.name}.png", np.concatenate(sheet), n, ["image", "truth", "found", "uncertainty"][:len(sheet)])
+        scores = [s["miou"] for s in results]
+        rows[what] = dict(head=cfg.head, activations=r.names, t=r.times, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()),
+                          miou=float(np.mean(scores)), std=float(np.std(scores)), results=results)
+        run.say(f"{what:24} mIoU {rows[what]['miou']:.4f} +- {rows[what]['std']:.4f} over {len(scores)} seed(s); "
+                f"{rows[what]['parameters']:,} trained parameters")
+    result = dict(protocol="segment", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, classes=classes, rows=rows,
+                  train_images=len(fit), validation_images=0 if kind == "ensemble" else len(val), test_images=len(test), seconds=round(time.time() - tick, 1))
+    if kind == "ensemble":                                # mean divergence of the members at pixels that are found rightly and wrongly
+        result["uncertainty"] = {k: float(torch.cat(v).mean().nan_to_num()) for k, v in zip(("right", "wrong"), uncertain)}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Correspondence by nearest neighbours
+
+def warps(n, size, seed, turn=0.5, zoom=0.25, shift=0.2, bend=0.06):
+    """Random smooth maps from positions of a warped image to those of its source, [n, size, size, 2] (x, y in [-1, 1]): a similarity plus a slow bend."""
+    g = torch.Generator().manual_seed(seed_of(seed, "warps"))
+    a, s, *move = (torch.rand(4, n, generator=g) * 2 - 1) * torch.tensor([turn, zoom, shift, shift])[:, None]
+    cos, sin = a.cos() * s.exp(), a.sin() * s.exp()
+    theta = torch.stack([cos, -sin, move[0], sin, cos, move[1]], 1).view(n, 2, 3)
+    bends = F.interpolate(bend * torch.randn(n, 2, 4, 4, generator=g), (size, size), mode="bicubic", align_corners=True)
+    return F.affine_grid(theta, (n, 1, size, size), align_corners=False) + bends.permute(0, 2, 3, 1)
+
+
+def pick_points(valid, points, seed):
+    """Positions int64 [N, points] among the true pixels of valid [N, H, W], and whether an image has any, bool [N]."""
+    weights = valid.flatten(1).float()
+    some = weights.any(1)
+    return torch.multinomial(weights + ~some[:, None], points, replacement=True, generator=torch.Generator().manual_seed(seed_of(seed, "points"))), some
+
+
+def warped_pairs(images, masks, points, seed):
+    """Pairs with known correspondence: (source, target uint8 [N, 3, H, W], points of the source [N, P, 2] in [-1, 1], goal [N, P, 2] in target pixels, limit [N]).
+
+    The target is the source warped; points lie on objects (mask above 0) where there are masks. limit: the image's side.
+    """
+    size, x = images.shape[2], torch.from_numpy(np.ascontiguousarray(images)).float()
+    grid = warps(len(x), size, seed)
+    target = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False).round().to(torch.uint8).numpy()
+    valid = (grid.abs() < 1).all(3)
+    if masks is not None:
+        valid &= F.grid_sample(torch.from_numpy(np.array(masks))[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0] > 0
+    at, some = pick_points(valid, points, seed)
+    source = grid.flatten(1, 2).gather(1, at[..., None].expand(-1, -1, 2))
+    goal = torch.stack([at % size, at // size], 2) + 0.5
+    return images[some.numpy()], target[some.numpy()], source[some], goal[some], torch.full((int(some.sum()),), float(size))
+
+
+def class_pairs(data, rows, points, seed):
+    """The same for two images of one class: a point of an object, and the same place relative to the box of the other. Parts correspond as far as poses do.
+    limit: the longer side of the target's box."""
+    last, order, size = {}, [], data.images.shape[2]
+    for i in np.random.default_rng(seed_of(seed, "class pairs")).permutation(rows[data.boxes[rows][:, 2] > data.boxes[rows][:, 0]]):
+        k = int(data.classes[i])
+        order += [(i, last[k])] if k in last else []      # the previous image of the same class is the partner
+        last[k] = i
+    if not order:
+        raise UserError(f"pairs={len(rows)}: no two of these test images have a class in common; ask for more")
+    a, b = np.array(order).T
+    box, other = (torch.from_numpy(data.boxes[v]) for v in (a, b))
+    centre = torch.arange(size) + 0.5
+    inside = lambda lo, hi: (centre > lo[:, None]) & (centre < hi[:, None])       # [N, size]
+    valid = inside(box[:, 1], box[:, 3])[:, :, None] & inside(box[:, 0], box[:, 2])[:, None]
+    if data.masks is not None:
+        valid &= torch.from_numpy(data.masks[a] > 0)
+    at, some = pick_points(valid, points, seed)
+    p = torch.stack([at % size, at // size], 2) + 0.5
+    goal = other[:, None, :2] + (p - box[:, None, :2]) / (box[:, None, 2:] - box[:, None, :2]) * (other[:, None, 2:] - other[:, None, :2])
+    limit = (other[:, 2:] - other[:, :2]).amax(1)
+    keep = some.numpy()
+    return data.images[a[keep]], data.images[b[keep]], (2 * p / size - 1)[some], goal[some], limit[some]
+
+
+def similarity(source, target, points, size):
+    """Cosine similarity of points [N, P, 2] in [-1, 1] of maps source [N, C, h, w] with every pixel of target [N, C, h, w], [N, P, size * size].
+
+    Maps are centred per pair, since activations share a large common direction.
+    """
+    mean = (source.mean((2, 3), keepdim=True) + target.mean((2, 3), keepdim=True)) / 2
+    a = F.grid_sample(source - mean, points[:, :, None], padding_mode="border", align_corners=False)[..., 0]     # [N, C, P]
+    return F.normalize(a, dim=1).transpose(1, 2) @ F.normalize(enlarged(target - mean, size), dim=1).flatten(2)
+
+
+def matches(net, state, pairs, names, times, device="cpu", context=nullcontext, seed=0, batch=32):
+    """Found positions [N, P, 2] in target pixels by nearest neighbour, for every (name, t), and for all of them together under the key "together"."""
+    source, target, points = pairs[:3]
+    size, found = source.shape[2], {}
+    for i in range(0, len(source), batch):
+        part, total = np.arange(i, min(i + batch, len(source))), 0
+        a, b = (next(stream(net, state, images, part, names, times, device=device, context=context, pool="none", seed=seed, purpose=purpose))[1]
+                for images, purpose in ((source, "source"), (target, "target")))
+        for key in a:
+            s = similarity(a[key], b[key], points[part].to(device), size)
+            total = total + s
+            found.setdefault(key, []).append(s.argmax(2).cpu())
+        found.setdefault("together", []).append(total.argmax(2).cpu())
+    return {key: torch.stack([(v := torch.cat(parts)) % size, v // size], 2) + 0.5 for key, parts in found.items()}
+
+
+def pck(found, goal, limit, share):
+    """Percentage of correct keypoints, as a share of 1: found within `share` of limit [N] of the goal; found, goal [N, P, 2]."""
+    return float(((found - goal).norm(dim=2) <= share * limit[:, None]).float().mean())
+
+
+def draw_matches(path, pairs, found, n=6, zoom=4):
+    """Pairs side by side, a line from each point to where it was found: green within 0.1 of the limit, else red."""
+    source, target, points, goal, limit = pairs
+    size, n = source.shape[2], min(n, len(source))
+    sheet = Image.new("RGB", (2 * size * zoom, n * (size * zoom + 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i in range(n):
+        for side, image in enumerate((source[i], target[i])):
+            tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).resize((size * zoom, size * zoom))
+            sheet.paste(tile, (side * size * zoom, i * (size * zoom + 2)))
+        for a, b, c in zip((points[i] + 1) * size / 2, found[i], goal[i]):
+            (x0, y0), (x1, y1) = (a * zoom).tolist(), (b * zoom).tolist()
+            top = i * (size * zoom + 2)
+            pen.line([x0, top + y0, x1 + size * zoom, top + y1], "lime" if (b - c).norm() <= 0.1 * limit[i] else "red")
+    with atomic(path) as f:
+        sheet.save(f, "PNG")
+
+
+def correspond(run, cfg, net, state, context):
+    """PCK of every (activation, t) on warped training images; the best and all together on test images, warped and paired by class; controls beside it."""
+    train, test = (probed(run, split) for split in ("train", "test"))
+    names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
+    options, shares, tick = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2), time.time()
+    rows = lambda data: np.sort(np.random.default_rng(seed_of(cfg.seed, "pairs")).permutation(len(data))[:cfg.pairs])
+    warped = lambda data, r: warped_pairs(data.images[r], None if data.masks is None else data.masks[r], cfg.points, cfg.seed)
+    pairs = warped(train, rows(train))
+    found = matches(net, state, pairs, names, cfg.t, **options)
+    grid = [[pck(found[n, t], *pairs[3:], 0.1) for t in cfg.t] for n in names]
+    name, t = max(itertools.product(names, cfg.t), key=lambda k: grid[names.index(k[0])][cfg.t.index(k[1])])
+    tasks, scores = {"warps": warped(test, rows(test))}, {}
+    if test.boxes is not None and (test.classes >= 0).all():
+        tasks["classes"] = class_pairs(test, rows(test), cfg.points, cfg.seed)
+    random = random_network(run, cfg, state) if "random" in cfg.controls else None
+    for task, pairs in tasks.items():
+        size, every = pairs[0].shape[2], matches(net, state, pairs, names, cfg.t, **options)
+        ways = {f"{name}, t={t:g}": every[name, t], f"all {len(names)} x {len(cfg.t)} together": every["together"]}
+        if random:
+            ways["random weights"] = matches(random, state, pairs, [name], [t], **options)[name, t]
+        if "pixels" in cfg.controls:
+            a, b = (scaled(v, slice(None), "cpu") for v in pairs[:2])
+            at = torch.cat([similarity(a[i:i + 32], b[i:i + 32], pairs[2][i:i + 32], size).argmax(2) for i in range(0, len(a), 32)])
+            ways["raw pixels"] = torch.stack([at % size, at // size], 2) + 0.5
+        ways["the same place"] = (pairs[2] + 1) * size / 2
+        for what, v in ways.items():
+            scores.setdefault(what, {})[task] = {f"pck@{a:g}": pck(v, *pairs[3:], a) for a in shares}
+            run.say(f"{task:8} {what:40} " + "  ".join(f"PCK@{a:g} {pck(v, *pairs[3:], a):.3f}" for a in shares))
+        if run.rank == 0:
+            draw_matches(run.dir / "probe" / f"{cfg.name}-{task}.png", pairs, every[name, t])
+    if run.rank == 0:
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", grid, names, [f"t={t:g}" for t in cfg.t], "PCK@0.1 on warped training images; * = chosen",
+                 [(names.index(name), cfg.t.index(t), "*")])
+    return dict(protocol="correspond", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, chosen=dict(activation=name, t=t),
+                pairs={k: len(v[0]) for k, v in tasks.items()}, points=cfg.points, scores=scores,
+                table=[dict(activation=n, t=t, pck=v) for n, line in zip(names, grid) for t, v in zip(cfg.t, line)], seconds=round(time.time() - tick, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects from frozen maps: torchvision's Mask R-CNN
+
+def instances(mask, least=4):
+    """Objects of a mask int [H, W]: the 4-connected pieces of every class above 0 with at least so many pixels, as torchvision's targets:
+    dict(labels int64 [n], masks uint8 [n, H, W], boxes float32 [n, 4])."""
+    labels, pieces, left = [], [], (mask > 0) & (mask < 255)
+    for k in mask[left].unique().tolist():
+        rest = mask == k
+        while rest.any():
+            piece = largest_component(rest.view(1, -1), mask.shape).view(mask.shape)
+            rest = rest & ~piece
+            if piece.sum() >= least:
+                labels, pieces = [*labels, k], [*pieces, piece]
+    pieces = torch.stack(pieces) if pieces else torch.zeros(0, *mask.shape, dtype=torch.bool)
+    return dict(labels=torch.tensor(labels, dtype=torch.long), masks=pieces.to(torch.uint8), boxes=bounds(pieces) if len(labels) else torch.zeros(0, 4))
+
+
+class Pyramid(nn.Module):
+    """Frozen maps as a feature pyramid (arXiv 1612.03144): each to `width` channels, added from coarse to fine; `noise` [B, 3, H, W] is set before a call."""
+
+    def __init__(self, r, path, shapes, width, context):
+        super().__init__()
+        self.frozen, self.out_channels, self.noise = (r, path, context), width, None
+        self.order = sorted(range(len(shapes)), key=lambda i: -shapes[i][1])                                  # fine to coarse
+        self.sides = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(shapes[i][0], affine=False), nn.Conv2d(shapes[i][0], width, 1)) for i in self.order)
+        self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in shapes)
+
+    def forward(self, x):                                 # [B, 3, H, W] in [-1, 1] -> {level: [B, width, h, w]}
+        r, path, context = self.frozen
+        maps = r.views(path, x, [self.noise], context)[0][0]
+        levels = [f(maps[i]) for f, i in zip(self.sides, self.order)]
+        for i in reversed(range(len(levels) - 1)):
+            levels[i] = levels[i] + enlarged(levels[i + 1], levels[i].shape[2])
+        return {str(i): f(v) for i, (f, v) in enumerate(zip(self.smooth, levels))}
+
+
+def detector(cfg, r, path, size, classes, seed, device, context):
+    """Mask R-CNN (arXiv 1703.06870) for size x size images on the maps of `r`; classes counts the background."""
+    try:
+        from torchvision.extension import _has_ops
+        from torchvision.models.detection import MaskRCNN
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+        from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+        from torchvision.ops import MultiScaleRoIAlign
+        there = _has_ops()
+    except (ImportError, RuntimeError):
+        there = False
+    if not there:
+        raise UserError("protocol=detect: torchvision's compiled operators do not load beside this PyTorch; install the torchvision that was built for it")
+    x, w = torch.zeros(1, 3, size, size, device=device), cfg.width
+    shapes = [m.shape[1:] for m in r.views(path, x, [x], nullcontext)[0][0]]
+    strides = sorted(size / h for _, h, _ in shapes)
+    pool = lambda n: MultiScaleRoIAlign([str(i) for i in range(len(shapes))], n, 2, canonical_scale=size, canonical_level=round(math.log2(strides[-1])))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "detector"))
+        anchors = AnchorGenerator(tuple((4 * s, 6 * s) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        net = MaskRCNN(Pyramid(r, path, shapes, w, context), min_size=size, max_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, size_divisible=1,
+                       rpn_anchor_generator=anchors, box_roi_pool=pool(7), mask_roi_pool=pool(14), box_head=TwoMLPHead(49 * w, w), box_detections_per_img=20,
+                       rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
+                       box_batch_size_per_image=64,
+                       box_predictor=FastRCNNPredictor(w, classes), mask_head=MaskRCNNHeads(w, (w, w), 1), mask_predictor=MaskRCNNPredictor(w, w, classes))
+    return net.to(device)
+
+
+def fit_detector(cfg, r, path, images, masks, rows, lr, l2, seed, device, context, tick):
+    """A detector trained on `rows` with its own losses, fresh noise for every image; AdamW, one cycle."""
+    net, batch = detector(cfg, r, path, images.shape[2], int(masks.max()) + 1, seed, device, context).train(), min(cfg.head_batch, len(rows))
+    steps, opt = max(1, cfg.images // batch), torch.optim.AdamW(net.parameters(), lr, weight_decay=l2)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps + 1)
+    for step in range(steps):
+        part = np.sort(np.random.default_rng(seed_of(seed, "head rows", step)).choice(rows, batch, replace=False))
+        targets = [instances(masks[i]) for i in part]
+        some = [i for i, t in enumerate(targets) if len(t["labels"])]
+        x, g = (scaled(images, part[some], device) + 1) / 2, torch.Generator().manual_seed(seed_of(seed, "head noise", step))
+        if some:
+            net.backbone.noise = torch.randn(x.shape, generator=g).to(device)
+            with torch.random.fork_rng():                 # torchvision samples proposals by the global generator
+                torch.manual_seed(seed_of(seed, "proposals", step))
+                losses = net(list(x), [{k: v.to(device) for k, v in targets[i].items()} for i in some])
+            sum(losses.values()).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad()
+        plan.step()
+        tick()
+    return net.eval()
+
+
+@torch.no_grad()
+def detections(net, images, rows, batch, seed, purpose, device):
+    """Found objects of each image: [dict(labels, scores, boxes, masks bool [n, H, W])], on the CPU."""
+    out = []
+    for i in range(0, len(rows), batch):
+        part = rows[i:i + batch]
+        net.backbone.noise = draw(seed, purpose, part, images.shape[1:]).to(device)
+        out += [{k: (v[:, 0] > 0.5 if k == "masks" else v).cpu() for k, v in f.items()} for f in net(list((scaled(images, part, device) + 1) / 2))]
+    return out
+
+
+def box_overlap(found, truth):
+    """IoU of boxes, [found, truth]."""
+    return iou(found["boxes"].numpy()[:, None], truth["boxes"].numpy()[None])
+
+
+def mask_overlap(found, truth):
+    """IoU of masks, [found, truth]."""
+    a, b = (v["masks"].flatten(1).float() for v in (found, truth))
+    both = a @ b.T
+    return (both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)).numpy()
+
+
+def coco_ap(found, truth, overlap, thresholds=np.linspace(0.5, 0.95, 10)):
+    """COCO's average precision, by threshold of IoU: mean over the classes of truth of the precision, made monotone, at 101 recalls. [thresholds]
+
+    found, truth: a dict for each image, as of `detections` and `instances`. In order of score a detection takes the true object, of those of its class
+    still free, that it overlaps most; it is right if the overlap reaches the threshold.
+    """
+    overlaps, out = [overlap(f, t) for f, t in zip(found, truth)], []
+    for k in torch.cat([t["labels"] for t in truth]).unique():
+        scores, right, total = [], [], 0
+        for f, t, o in zip(found, truth, overlaps):
+            order = torch.argsort(-f["scores"], stable=True).numpy()
+            mine, theirs = order[(f["labels"] == k).numpy()[order]], (t["labels"] == k).numpy()
+            hit, total = np.zeros((len(thresholds), len(mine)), bool), total + theirs.sum()
+            for i, threshold in enumerate(thresholds):
+                free = theirs.copy()
+                for j, d in enumerate(mine if theirs.any() else ()):
+                    best = np.where(free, o[d], -1).argmax()
+                    hit[i, j] = free[best] and o[d, best] >= threshold
+                    free[best] &= not hit[i, j]
+            scores.append(f["scores"].numpy()[mine]), right.append(hit)
+        ranked = np.concatenate(right, 1)[:, np.argsort(-np.concatenate(scores), kind="stable")].cumsum(1)       # right ones so far
+        precision = np.maximum.accumulate((ranked / np.arange(1, ranked.shape[1] + 1))[:, ::-1], 1)[:, ::-1]
+        at = [np.searchsorted(r / total, np.linspace(0, 1, 101)) for r in ranked]
+        out.append([np.append(p, 0)[a].mean() for p, a in zip(precision, at)])
+    return np.mean(out, 0) if out else np.zeros(len(thresholds))
+
+
+def detect(run, cfg, net, state, context):
+    """Boxes and instance masks on a frozen pyramid: lr and l2 selected on the validation part, AP of the test part once per seed; controls beside it."""
+    train, test, y, _ = known_masks(run, "detect")
+    names, times = places(run, cfg, net)
+    require(len(times) == 1 and not cfg.flip and not cfg.crop, cfg, "t flip crop", "detect reads one time and does not augment")
+    path, order, rows, tick = PATHS[state["path"]], np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
+    held, few, truth = min(cfg.validation, len(order) // 5), cfg.masks or None, [instances(torch.from_numpy(np.array(m))) for m in test.masks]
+    summary = lambda ap: dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]))
+    for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train).items():
+        results = []
+        for seed in cfg.seeds:
+            fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in (order[held:], order[:held]))
+            trials, best = list(itertools.product(cfg.lr, cfg.l2)), (-1.0, None, None)
+            with bar(run, len(trials) * max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
+                for trial in trials:
+                    model, score = fit_detector(cfg, r, path, train.images, y, fit, *trial, seed, run.device, context, lambda: progress.update(1)), 0.0
+                    if len(trials) > 1:
+                        tried = detections(model, train.images, val, cfg.batch, seed, "detect validation", run.device)
+                        score = coco_ap(tried, [instances(y[i]) for i in val], box_overlap).mean()
+                    best = max(best, (score, trial, model), key=lambda v: v[0])
+            _, (lr, l2), best = best
+            found = detections(best, test.images, np.arange(len(test)), cfg.batch, seed, "detect test", run.device)
+            results.append(dict(seed=seed, lr=lr, l2=l2, boxes=summary(coco_ap(found, truth, box_overlap)), masks=summary(coco_ap(found, truth, mask_overlap))))
+            if not rows and seed == cfg.seeds[0] and run.rank == 0:
+                draw_objects(run.dir / "probe" / f"{cfg.name}.png", test.images, truth, found)
+        rows[what] = dict(activations=r.names, t=r.times, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()), results=results,
+                          **{f"{k}_{m}": float(f([s[k][m] for s in results])) for k in ("boxes", "masks") for m, f in (("ap", np.mean), ("ap50", np.mean))},
+                          boxes_ap_std=float(np.std([s["boxes"]["ap"] for s in results])), masks_ap_std=float(np.std([s["masks"]["ap"] for s in results])))
+        run.say(f"{what:24} AP of boxes {rows[what]['boxes_ap']:.3f} +- {rows[what]['boxes_ap_std']:.3f} (AP50 {rows[what]['boxes_ap50']:.3f}), of masks "
+                f"{rows[what]['masks_ap']:.3f} +- {rows[what]['masks_ap_std']:.3f}; {rows[what]['parameters']:,} trained parameters")
+    return dict(protocol="detect", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seeds=cfg.seeds, train_images=len(fit),
+                validation_images=len(val), test_images=len(test), objects=sum(len(t["labels"]) for t in truth), rows=rows,
+                seconds=round(time.time() - tick, 1))
+
+
+def draw_objects(path, images, truth, found, n=12, zoom=4):
+    """The first images with true boxes in white and found ones (score above 0.5) in red, their masks tinted."""
+    tiles = []
+    for i in range(min(n, len(images))):
+        sure = found[i]["scores"] > 0.5
+        tint = (found[i]["masks"][sure].any(0).numpy() * np.array([255, 0, 0])[:, None, None] // 2 + images[i] // 2).astype(np.uint8)
+        tile = Image.fromarray(np.ascontiguousarray(tint.transpose(1, 2, 0))).resize([images.shape[3] * zoom] * 2, Image.NEAREST)
+        pen = ImageDraw.Draw(tile)
+        for boxes, colour in ((truth[i]["boxes"], "white"), (found[i]["boxes"][sure], "red")):
+            for b in boxes.tolist():
+                pen.rectangle([v * zoom for v in b], outline=colour)
+        tiles.append(np.asarray(tile).transpose(2, 0, 1))
+    save_grid(path, np.stack(tiles), 6, zoom=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing representations, without labels
+
+def hsic(features):
+    """Unbiased estimates of the Hilbert-Schmidt independence criterion, linear kernel, between all of `features`, m arrays [n, D] over the same images: [m, m].
+
+    HSIC_1 of Song et al. (JMLR 2012, equation 5): (tr KL + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'KL1) / (n (n-3)) with Gram matrices K, L of zero diagonal.
+    Its expectation does not depend on n, so that mini-batches may be averaged; for linear kernels it is |cov(x, y)|_F^2.
+    """
+    n = len(features[0])
+    K = torch.stack([(c := (x - x.mean(0)).double()) @ c.T for x in features])   # a shift changes nothing but rounding
+    K.diagonal(dim1=1, dim2=2).zero_()
+    rows, flat = K.sum(2), K.flatten(1)                                          # [m, n], [m, n n]
+    total = rows.sum(1)
+    return (flat @ flat.T + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
+
+
+def alignment(a, b):
+    """Mean squared distance between unit features of two noise draws of one image; a, b [n, D] (arXiv 2005.10242)."""
+    return float((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean())
+
+
+def gaussian_potential(a):
+    """Mean of exp(-2 |x - y|^2) over the pairs of different rows of a [n, D], as unit vectors; its logarithm is the uniformity (arXiv 2005.10242)."""
+    return float((-2 * torch.pdist(F.normalize(a, dim=1)).square()).exp().mean())
+
+
+def cka(run, cfg, net, state, context):
+    """Linear CKA between all (model, activation, t), from mini-batches (arXiv 2010.15327), and alignment and uniformity of each."""
+    data, models = probed(run, "test"), {cfg.checkpoint: (net, state)}
+    for name in cfg.against:
+        models[name] = (random_network(run, cfg, state), state) if name == "random" else load_model(run, name, cfg.weights)
+    places = {m: block_outputs(n) if cfg.activations == ["blocks"] else matching(n, cfg.activations) for m, (n, _) in models.items()}
+    keys, rows = [(m, n, t) for m in models for n in places[m] for t in cfg.t], np.arange(min(cfg.compared, len(data)))
+    require(len(rows) >= 8 and len(keys) > 1, cfg, "compared activations t", f"at least 8 images (of {len(data)}), and two things to compare")
+    total, spread, batches = 0, np.zeros((len(keys), 2)), [b for b in np.array_split(rows, math.ceil(len(rows) / 128))]
+    with bar(run, len(rows), "comparing") as progress:
+        for part in batches:
+            seen = [{}, {}]                               # of two noise draws
+            for draw_number, out in enumerate(seen):
+                for m, (model, s) in models.items():
+                    got = next(stream(model, s, data.images, part, places[m], cfg.t, device=run.device, context=context, pool=str(cfg.grid), seed=cfg.seed,
+                                      purpose=f"cka {draw_number}", batch=len(part)))[1]
+                    out |= {(m, *k): v.flatten(1) for k, v in got.items()}
+            total = total + hsic([seen[0][k] for k in keys]) * len(part) / len(rows)
+            spread += np.array([[alignment(seen[0][k], seen[1][k]), gaussian_potential(seen[0][k])] for k in keys]) * len(part) / len(rows)
+            progress.update(len(part))
+    scale = total.diag().clamp(min=1e-30).sqrt()
+    matrix = (total / torch.outer(scale, scale)).cpu().tolist()
+    table = [dict(model=m, activation=n, t=t, alignment=float(a), uniformity=float(np.log(max(u, 1e-300)))) for (m, n, t), (a, u) in zip(keys, spread)]
+    if run.rank == 0:
+        label = lambda i: f"{i} " + (f"{keys[i][0]} " if len(models) > 1 else "") + f"{keys[i][1]} t={keys[i][2]:g}"
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", matrix, [label(i) for i in range(len(keys))], [str(i) for i in range(len(keys))], "linear CKA")
+    for r in table:
+        run.say(f"{r['model']:20} {r['activation']:36} t={r['t']:<5g} alignment {r['alignment']:.4f}  uniformity {r['uniformity']:.3f}")
+    return dict(protocol="cka", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, images=len(rows), table=table, cka=matrix)
+
+
 def main():
     """Probe, from the command line."""
     run = start("probe", Probe, __doc__)
@@ -825,16 +1506,18 @@ def main():
     cfg.name = cfg.name or cfg.protocol
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context, _, why = autocast(run, cfg.precision)
-    if cfg.protocol in ("sweep", "boxes", "select") and not cfg.t:
+    if cfg.protocol in ("sweep", "boxes", "select", "correspond", "cka") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and min(cfg.draws, cfg.batch, cfg.neighbours) >= 1 and cfg.K >= 2,
-            cfg, "t boxed draws batch neighbours K", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
-    path, other = run.dir / "probe" / f"{cfg.name}.json", (HEAD_KEYS if cfg.protocol != "head" else set()) | (SELECT_KEYS if cfg.protocol != "select" else set())
-    other |= BOXES_KEYS if cfg.protocol != "boxes" else set()
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch"} | other} | dict(hash=state["weights"])
+    require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and min(cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points) >= 1 and cfg.K >= 2,
+            cfg, "t boxed draws batch neighbours pairs points K", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
+    require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect", "cka")), cfg, "protocol", "is defined on pixels, not with data.latents")
+    path, other = run.dir / "probe" / f"{cfg.name}.json", set().union(*KEYS.values()) - KEYS.get(cfg.protocol, set())
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer"} | other} | dict(hash=state["weights"])
+    if cfg.transfer:
+        recipe["transfer"] = prepare_transfer(run, state["size"])
     if cfg.protocol == "linear":
         recipe["reads"] = list(one_activation(run, cfg, net))
-    if cfg.protocol == "head":
+    if cfg.protocol in ("head", "segment", "detect"):
         check_head(cfg)
         recipe["reads"] = list(places(run, cfg, net))
     if run.dry_run:
@@ -842,7 +1525,8 @@ def main():
         return
     if run.agreed(finished(run, path, recipe)):
         return
-    result = dict(sweep=sweep, boxes=boxes, linear=linear, head=head, select=select)[cfg.protocol](run, cfg, net, state, context)
+    protocols = dict(sweep=sweep, boxes=boxes, linear=linear, head=head, select=select, segment=segment, correspond=correspond, detect=detect, cka=cka)
+    result = protocols[cfg.protocol](run, cfg, net, state, context)
     if run.rank == 0:
         write_json(path, result | dict(recipe=recipe))
     run.wait()

@@ -11,6 +11,7 @@ Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional
     python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=base-nfe sweep=nfe              # distance against network evaluations
     python sample_ode.py configs/shapes.yaml --table                                                   # all results of the run side by side
 """
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import stream
+from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
 from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, create_rows, decode, digest, draw, estimates, fill, finished,
@@ -64,6 +65,9 @@ class SampleOde:
     against: list[str] = field(default_factory=list)      # nfe sweep: further checkpoints to draw into the same figures, such as one of the other path
     sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead
     sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])    # likewise
+    features: list[str] = field(default_factory=list)     # also save these activations of the network, names and globs, while it samples
+    features_at: list[int] = field(default_factory=lambda: [0])     # at these evaluations of a fixed-step solver, from 0
+    features_pool: str = "mean"                           # mean, none, or a number g: average over a grid of g x g
     batch: int = 250                                      # images per network call and process
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network; the ODE state is float32 always
     seed: int = 0                                         # sample i is a function of (seed, i)
@@ -168,7 +172,7 @@ class Field:
 
     def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=None):
         self.net, self.path, self.predict, self.w, self.interval, self.weak, self.context = net, path, predict, w, interval, weak, context
-        self.null, self.images = getattr(net, "num_labels", 0), 0
+        self.null, self.images, self.watch = getattr(net, "num_labels", 0), 0, None
 
     def call(self, net, x, t, label):
         """One network call, counted."""
@@ -191,7 +195,10 @@ class Field:
 
     def estimate(self, x, t, label):
         """(x_hat, z_hat), guided."""
-        return estimates(self.path, self.predict, self.output(x, t, label), x, t)
+        out = self.output(x, t, label)
+        if self.watch:                                    # somebody wants the activations of this evaluation
+            self.watch(t)
+        return estimates(self.path, self.predict, out, x, t)
 
     def slope(self, y, s, label):
         """dy/ds for states y [B, C, H, W] at s [B]."""
@@ -254,15 +261,26 @@ def sample_labels(cfg, state, indices, seed):
     return torch.tensor([ids[i % len(ids)] for i in indices])
 
 
-def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None, seed=None, context=None, what="sampling"):
-    """n samples, the share of this process: (indices, uint8 [b, C, H, W], labels or None, report). Sample i is a function of (seed, i)."""
+def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None, seed=None, context=None, what="sampling", seen=None):
+    """n samples, the share of this process: (indices, uint8 [b, C, H, W], labels or None, report). Sample i is a function of (seed, i).
+
+    A dict `seen` is filled with the activations features= at the evaluations features_at=, {(name, evaluation, t): [arrays]}; of guided ones, the conditional.
+    """
     seed = cfg.seed if seed is None else seed
     mine = np.arange(n * run.rank // run.world, n * (run.rank + 1) // run.world)
     velocity = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
     images, labels, evaluations, tick = [], [], 0, time.time()
-    with bar(run, n, what) as progress:
+    net = getattr(models[0], "net", models[0])
+    names = [] if seen is None else matching(net, cfg.features)
+    with bar(run, n, what) as progress, tapped(net, names, stop=False) if names else nullcontext() as got:
         for i in range(0, len(mine), cfg.batch):
-            part = mine[i:i + cfg.batch]
+            part, count = mine[i:i + cfg.batch], itertools.count()
+
+            def watch(t):
+                if (number := next(count)) in cfg.features_at:
+                    for name in names:                    # the conditional half comes first
+                        seen.setdefault((name, number, float(t[0])), []).append(pooled(got[name][:len(t)], cfg.features_pool).cpu().numpy())
+            velocity.watch = watch if names else None
             z = draw(seed, "sample noise", part, (state["channels"], state["size"], state["size"])).to(run.device)
             label = sample_labels(cfg, state, part, seed)
             x, calls = integrate(velocity, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
@@ -752,6 +770,22 @@ def layout_sheet(path, run, cfg, models, state, w, context, rows=10, columns=9):
     save_grid(path, np.stack(cells), columns + 1, head=f"{cfg.name}: w = {w:g}; rows: one layout, columns: one noise")
 
 
+def save_features(run, cfg, state, folder, rows, seen):
+    """Activations seen while sampling as features-<activation>-at<evaluation>.npy, row i is sample i; what they are, for metrics.json."""
+    about = []
+    for name, number, t in run.agreed(list(seen)):
+        values, file = np.concatenate(seen.get((name, number, t), [[]])), folder / f"features-{name}-at{number}.npy"
+        if run.rank == 0:
+            create_rows(file, "f4", (cfg.n, *values.shape[1:]))
+        run.wait()
+        if len(rows):
+            write_rows(file, rows[0], values)
+        about.append(dict(file=file.name, activation=name, evaluation=number, **noise_level(state["path"], t), pool=cfg.features_pool,
+                          shape=list(values.shape[1:])))
+    run.wait()
+    return about
+
+
 def choose_w(run, cfg, models, state, context, judge, folder):
     """(best of the candidate w, what was measured): on samples of another seed, against the real images that the report does not use; draws guidance.png."""
     curve = []
@@ -821,10 +855,17 @@ def main():
     given = read_like(run, cfg, net, state, context) if cfg.like else None
     if cfg.boxes or cfg.mask or cfg.layouts != "train":
         read_layouts(run, cfg, state)
+    if cfg.features:
+        matching(net, cfg.features)
+        last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
+        require(cfg.solver != "dopri5" and cfg.features_at and all(0 <= i <= last for i in cfg.features_at) and cfg.direction == "generate", cfg,
+                "solver direction features_at", f"activations are kept at evaluations 0 to {last} of a fixed-step solver, while generating")
+        require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdigit() and cfg.features_pool != "0", cfg, "features_pool",
+                "must be mean, none or a number")
     models = conditioned(net, state), conditioned(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs")}
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs") and (cfg.features or not k.startswith("features"))}
     recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
     if run.dry_run:
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
@@ -856,8 +897,11 @@ def main():
             metrics["nfe_sweep"] = nfe_sweep(run, cfg, every, w, context, judge, aside)
 
         # the samples that are reported
-        rows, images, labels, report = generate(run, cfg, models, state, cfg.n, w=w, context=context)
+        seen = {} if cfg.features else None
+        rows, images, labels, report = generate(run, cfg, models, state, cfg.n, w=w, context=context, seen=seen)
         metrics |= dict(w=w) | report
+        if cfg.features:
+            metrics["features"] = save_features(run, cfg, state, aside, rows, seen)
         for kind, values in (("images", images), ("labels", labels)):
             if kind == "images" or state["num_labels"]:
                 shape = (cfg.n, *images.shape[1:]) if kind == "images" else (cfg.n,)

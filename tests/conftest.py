@@ -33,6 +33,14 @@ def tiny(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def small_run(tiny, tmp_path_factory):
+    """A run folder with 160 + 40 images and a model that has hardly been trained."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    stage("train_diffusion", tiny, f"run={folder}", "images=64", "data.train=160", "data.test=40")
+    return folder
+
+
 def command(stage, *words, ranks=1):
     """The command line of a stage, under torchrun when several ranks are asked for."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []

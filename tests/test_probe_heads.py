@@ -260,8 +260,3 @@ def test_list_and_pca(monkeypatch, capsys, tiny, run):
     (["protocol=select", "activations=mid*self-q"], "block outputs"), (["protocol=select", "noisy=0"], "loosen")])
 def test_bad_input(refuse, tiny, run, words, said):
     assert said in refuse("probe", tiny, f"run={run}", "protocol=head", "activations=mid-repeat1-res-out", "t=0.5", "name=bad", *words)
-
-
-def test_feedback_needs_a_unet():
-    with pytest.raises(UserError, match="U-Net"):
-        mirrors(network("uvit"))

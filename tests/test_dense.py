@@ -1,0 +1,259 @@
+"""Dense tasks on frozen maps: segmentation, correspondence, objects; their scores against independent implementations."""
+import inspect
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_features import network
+from test_probe_heads import called
+
+import probe
+from probe import (LinearMap, PixelMlps, Probe, Reading, UPer, box_overlap, coco_ap, confusion_matrix, fit_ensemble, fit_head, instances, mask_overlap, matches, mean_iou,
+                   pck, pick_points, similarity, vote, warped_pairs, warps)
+from train_diffusion import PATHS, draw_shapes, load_data
+
+CV = PATHS["cv"]
+noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+NAMES = ["mid-repeat1-res-out", "up-level1-repeat0-res-out"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Segmentation
+
+def test_mean_iou_against_scikit_learn():
+    from sklearn.metrics import jaccard_score
+    g = torch.Generator().manual_seed(0)
+    truth, found = torch.randint(0, 5, (7, 9, 9), generator=g), torch.randint(0, 5, (7, 9, 9), generator=g)
+    truth[0, :3] = -100
+    other = jaccard_score(truth[truth >= 0], found[truth >= 0], average="macro")
+    table = confusion_matrix(found, truth, 5)
+    assert mean_iou(table) == pytest.approx(float(other), abs=1e-6) and table.sum() == (truth >= 0).sum() and table[1, 2] == ((truth == 1) & (found == 2)).sum()
+    assert mean_iou(torch.diag(torch.tensor([3, 0, 4]))) == 1                    # a class that occurs nowhere does not count
+
+
+def test_linear_map_is_the_linear_classifier_of_enlarged_maps():
+    maps = [[noise(2, 4, 3, 3), noise(2, 6, 8, 8, seed=1)], [noise(2, 4, 3, 3, seed=2), noise(2, 6, 8, 8, seed=3)]]
+    head, want = LinearMap([(4, 3, 3), (6, 8, 8)], 2, 5, 12).eval(), 0
+    for f, m in zip(head.maps, [m for blocks in maps for m in blocks]):
+        want = want + torch.einsum("oc,bchw->bohw", f[1].weight[:, :, 0, 0], F.interpolate(m, (12, 12), mode="bilinear") / math.sqrt(1 + 1e-5)) + f[1].bias.view(-1, 1, 1)
+    assert torch.allclose(head(maps), want, atol=1e-5)
+
+
+def test_members_of_an_ensemble_are_independent_networks():
+    """The grouped convolution equals separate MLPs; majority and Jensen-Shannon divergence by hand."""
+    net = PixelMlps(6, 4, 5, 3).eval()
+    maps = [[noise(2, 2, 5, 5), noise(2, 4, 5, 5, seed=1)]]
+    out, x = net(maps), torch.cat(maps[0], 1).movedim(1, 3)
+    assert out.shape == (3, 2, 4, 5, 5)
+    for m in range(3):
+        h = x
+        for i in (0, 3, 6):
+            h = h @ net[i].weight[..., 0].unflatten(0, (3, -1))[m].T + net[i].bias.unflatten(0, (3, -1))[m]
+            h = F.relu(h) / math.sqrt(1 + 1e-5) if i < 6 else h
+        assert torch.allclose(out[m].movedim(1, 3), h, atol=1e-5)
+    widths = lambda classes, members: [f.out_channels // members for f in list(PixelMlps(6, classes, 5, members))[::3]]
+    assert widths(30, 2) == [256, 128, 30] and widths(29, 1) == [128, 32, 29]
+    sure, unsure = torch.tensor([50.0, 0, 0]), torch.tensor([0.0, 50, 0])
+    found, spread = vote(torch.stack([sure, unsure, unsure, sure, unsure]).view(5, 1, 3, 1, 1))
+    entropy = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))
+    assert found.item() == 1 and spread.item() == pytest.approx(entropy, abs=1e-5)
+    assert vote(torch.stack([sure] * 5).view(5, 1, 3, 1, 1))[1].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["segment", "uper", "ensemble"])
+def test_shapes_are_segmented(kind):
+    """Trained on few images, each head finds the object's pixels on others, with activations of a random network; void pixels are not learnt from."""
+    images, _, _, masks = draw_shapes(0, np.arange(60), 16)
+    y = torch.from_numpy((masks > 0).astype(np.int16))
+    y[:, 0] = -100
+    r, rows = Reading(kind, network("stem"), ["unet-in", *NAMES], [0.95]), np.arange(40)
+    cfg = Probe(width=16, images=3_000, head_batch=20, lr=[1e-2], l2=[0.0], members=3)
+    head = fit_ensemble(cfg, r, CV, images, y, rows, 0) if kind == "ensemble" else fit_head(cfg, r, CV, images, y, rows, np.arange(40, 50), 0)[0]
+    with torch.no_grad():
+        out = head.eval()(*r.views(CV, probe.scaled(images, np.arange(50, 60), "cpu"), [noise(10, 3, 16, 16)], probe.nullcontext))
+    found, _ = vote(out if kind == "ensemble" else out[None])
+    assert mean_iou(confusion_matrix(found, y[50:].long(), 2)) > 0.8
+
+
+def test_uper_reads_every_level_and_time():
+    shapes = [(8, 4, 4), (4, 16, 16), (6, 8, 8)]
+    head, maps = UPer(shapes, 2, 3, 16, 12), [[noise(2, *s, seed=t).requires_grad_() for s in shapes] for t in (0, 1)]
+    out = head(maps)
+    out.square().sum().backward()
+    assert out.shape == (2, 3, 16, 16) and all(m.grad.any() for blocks in maps for m in blocks) and all(p.grad is not None for p in head.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Correspondence
+
+def test_warp_is_known_and_found():
+    """A source point of a warped pair has the target's colour; exact descriptors find every point; PCK counts as written out."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    smooth = torch.stack([128 + 100 * torch.sin(x / 5), 128 + 100 * torch.cos(y / 6), 4 * x + 4 * y])[None].expand(5, -1, -1, -1).numpy().astype(np.uint8)
+    source, target, points, goal, limit = warped_pairs(smooth, None, 40, 3)
+    at = goal.long()
+    seen = F.grid_sample(torch.from_numpy(source).float(), points[:, :, None], align_corners=False, padding_mode="reflection")[..., 0]
+    there = torch.stack([torch.from_numpy(t).float()[:, a[:, 1], a[:, 0]] for t, a in zip(target, at)])
+    assert (seen - there).abs().max() < 1 and not np.array_equal(source, target)
+    place = torch.stack([torch.cos(x / 8), torch.sin(x / 8), torch.cos(y / 8), torch.sin(y / 8)])[None].expand(5, -1, -1, -1)
+    same = (goal / 32 * 2 - 1)
+    best = similarity(place, place, same, 32).argmax(2)
+    assert torch.equal(torch.stack([best % 32, best // 32], 2) + 0.5, goal)
+    found = goal + torch.tensor([3.0, 4.0]) * torch.linspace(0, 1, 40)[:, None]  # distances 0 ... 5
+    assert pck(found, goal, limit, 2.51 / 32) == 0.5 and pck(found, goal, limit, 5.01 / 32) == 1
+    grid = warps(64, 32, 0)
+    assert grid.shape == (64, 32, 32, 2) and (grid.diff(dim=2)[..., 0] > 0).float().mean() > 0.95        # nothing is folded over
+
+
+def test_points_lie_where_they_may():
+    valid = torch.zeros(3, 6, 6, dtype=torch.bool)
+    valid[0, 2, 3] = valid[2, 4:] = True
+    at, some = pick_points(valid, 5, 0)
+    assert some.tolist() == [True, False, True] and (at[0] == 15).all() and (at[2] >= 24).all()
+
+
+def test_matches_do_not_depend_on_the_batch():
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 16, 16), dtype=np.uint8)
+    pairs, net, state = warped_pairs(images, None, 4, 0), network("stem"), dict(path="cv")
+    a, b = (matches(net, state, pairs, ["unet-in", *NAMES], [0.9, 1.0], batch=n) for n in (7, 3))
+    assert set(a) == {*((n, t) for n in ["unet-in", *NAMES] for t in (0.9, 1.0)), "together"}
+    assert all(torch.equal(a[k], b[k]) for k in [("unet-in", 0.9), ("unet-in", 1.0), "together"])      # enlarged small maps have plateaus: there rounding decides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects
+
+def detections_for_test(seed, images=12, size=20):
+    """Random true objects and noisy detections of them, with wrong classes, doubles and misses."""
+    g, found, truth = np.random.default_rng(seed), [], []
+    for _ in range(images):
+        n, box = g.integers(0, 4), lambda n: (lambda p, s: np.concatenate([p, p + s], 1))(g.integers(0, 10, (n, 2)), g.integers(4, 10, (n, 2))).astype(np.float32)
+        t, labels = box(n), g.integers(1, 4, n)
+        f = np.concatenate([t + g.integers(-1, 2, t.shape), t + g.integers(-3, 4, t.shape), box(2)]).astype(np.float32).clip(0, size)
+        f[:, 2:] = np.maximum(f[:, 2:], f[:, :2] + 1)
+        paint = lambda b: torch.stack([torch.from_numpy((np.arange(size) >= y0)[:, None] & (np.arange(size) < y1)[:, None] & (np.arange(size) >= x0) & (np.arange(size) < x1))
+                                       for x0, y0, x1, y1 in b]) if len(b) else torch.zeros(0, size, size, dtype=torch.bool)
+        both = np.concatenate([labels, np.where(g.random(n) < 0.7, labels, 1), g.integers(1, 4, 2)])
+        found.append(dict(labels=torch.from_numpy(both), boxes=torch.from_numpy(f), masks=paint(f), scores=torch.from_numpy(g.permutation(len(f)) / 20 + g.random() / 100)))
+        truth.append(dict(labels=torch.from_numpy(labels), boxes=torch.from_numpy(t), masks=paint(t)))
+    return found, truth
+
+
+def test_average_precision_against_coco():
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    from pycocotools.mask import encode
+    found, truth = detections_for_test(0)
+    form = lambda d, j: dict(category_id=int(d["labels"][j]), bbox=[*d["boxes"][j, :2].tolist(), *(d["boxes"][j, 2:] - d["boxes"][j, :2]).tolist()],
+                             segmentation=encode(np.asfortranarray(d["masks"][j].numpy().astype(np.uint8))), iscrowd=0, area=1.0)
+    coco = COCO()
+    coco.dataset = dict(images=[dict(id=i, height=20, width=20) for i in range(len(truth))], categories=[dict(id=k) for k in (1, 2, 3)], annotations=[
+        form(t, j) | dict(image_id=i, id=100 * i + j + 1) for i, t in enumerate(truth) for j in range(len(t["labels"]))])
+    coco.createIndex()
+    for kind, overlap in (("bbox", box_overlap), ("segm", mask_overlap)):
+        mine, theirs = coco_ap(found, truth, overlap), COCO()
+        theirs.dataset = coco.dataset | dict(annotations=[
+            form(f, j) | dict(image_id=i, id=100 * i + j + 1, score=float(f["scores"][j])) for i, f in enumerate(found) for j in range(len(f["labels"]))])
+        theirs.createIndex()
+        judge = COCOeval(coco, theirs, kind)
+        judge.evaluate(), judge.accumulate()
+        assert np.allclose(mine, judge.eval["precision"][:, :, :, 0, 2].mean((1, 2)), atol=1e-9) and 0.2 < mine[0] < 0.95
+    assert coco_ap([t | dict(scores=torch.ones(len(t["labels"]))) for t in truth], truth, mask_overlap).min() == pytest.approx(1)
+
+
+def test_instances_are_connected_pieces():
+    mask = torch.tensor([[1, 1, 0, 2], [1, 1, 0, 2], [0, 0, 0, 2], [1, 0, 0, 2], [0, 255, 1, 1], [0, 1, 1, 1]])
+    got = instances(mask)
+    assert got["labels"].tolist() == [1, 1, 2] and got["boxes"].tolist() == [[0, 0, 2, 2], [1, 4, 4, 6], [3, 0, 4, 4]] and got["masks"].sum((1, 2)).tolist() == [4, 5, 4]
+    assert instances(torch.zeros(5, 5))["boxes"].shape == (0, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The protocols, from the command line
+
+@pytest.fixture(scope="module")
+def run(small_run):
+    return small_run
+
+
+def result(run, name):
+    return json.loads((run / f"probe/{name}.json").read_text())
+
+
+WORDS = ["data.train=160", "data.test=40", "t=0.8", "activations=mid-repeat1-res-out,up-level1-repeat0-res-out", "images=200", "head_batch=20", "width=16", "seeds=0,1", "lr=1e-3", "l2=0"]
+
+
+@pytest.mark.parametrize("head, more", [("uper", []), ("linear", ["flip=true", "crop=2", "controls="]), ("ensemble", ["masks=3", "members=3", "controls=random"])])
+def test_protocol_segment(monkeypatch, tiny, run, head, more):
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=segment", f"head={head}", f"name={head}", *WORDS, *more)
+    got = result(run, head)
+    assert set(got["rows"]) == {head} | {"uper": {"random weights", "raw pixels", "supervised, same size"}, "linear": set(), "ensemble": {"random weights"}}[head]
+    assert all(0 <= r["miou"] <= 1 and len(r["results"]) == 2 and r["parameters"] > 0 for r in got["rows"].values()) and (run / f"probe/{head}.png").exists()
+    assert got["classes"] == 11 and got["train_images"] == (3 if head == "ensemble" else 128)
+    assert head != "ensemble" or set(got["uncertainty"]) == {"right", "wrong"}
+
+
+def test_protocol_correspond(monkeypatch, tiny, run):
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=correspond", "pairs=30", "t=0.8,0.95", *WORDS[:2], "activations=unet-in,mid-repeat1-res-out")
+    got = result(run, "correspond")
+    assert got["pairs"]["warps"] == 30 and 5 < got["pairs"]["classes"] < 30 and len(got["table"]) == 4
+    chosen = max(got["table"], key=lambda r: r["pck"])
+    assert got["chosen"] == {k: chosen[k] for k in ("activation", "t")} and len(got["scores"]) == 5
+    assert all(s["warps"]["pck@0.05"] <= s["warps"]["pck@0.2"] for s in got["scores"].values())
+    assert all((run / f"probe/correspond{e}.png").exists() for e in ("", "-warps", "-classes"))
+
+
+def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
+    class Here:
+        dir = run
+    data = load_data(Here, "test")
+    source, target, points, goal, limit = probe.class_pairs(data, np.arange(40), 6, 0)
+    where = {x.tobytes(): i for i, x in enumerate(np.asarray(data.images))}
+    for s, t, p, q, l in zip(source, target, points, goal, limit):
+        i, j = where[s.tobytes()], where[t.tobytes()]
+        a, b, p = torch.tensor(data.boxes[i]), torch.tensor(data.boxes[j]), (p + 1) * 16
+        assert data.classes[i] == data.classes[j] and i != j and l == (b[2:] - b[:2]).max()
+        assert torch.allclose((p - a[:2]) / (a[2:] - a[:2]), (q - b[:2]) / (b[2:] - b[:2]), atol=1e-4) and all(data.masks[i][int(y), int(x)] for x, y in p)
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """torchvision's two compiled operators in plain PyTorch, where its own do not load (a CPU-only torch)."""
+    from train_diffusion import torchvision_datasets
+    torchvision_datasets()
+    import torchvision
+    if torchvision.extension._has_ops():
+        return
+    from torchvision.ops.roi_align import _roi_align      # compiles itself on the first call, which takes long: unwrapped below
+
+    def nms(boxes, scores, limit):
+        keep, overlap, free = [], torchvision.ops.box_iou(boxes, boxes) > limit, torch.ones(len(boxes), dtype=torch.bool)
+        for i in scores.argsort(descending=True).tolist():
+            if free[i]:
+                keep.append(i)
+                free &= ~overlap[i]
+        return torch.tensor(keep, dtype=torch.long)
+    monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: True)
+    fake = type("Ops", (), dict(nms=staticmethod(nms), roi_align=staticmethod(inspect.unwrap(_roi_align))))
+    monkeypatch.setattr(torch.ops, "torchvision", fake, raising=False)
+
+
+def test_protocol_detect(monkeypatch, tiny, run, operators):
+    first = lambda data: replace(data, images=data.images[:3], masks=data.masks[:3])
+    monkeypatch.setattr(probe, "load_data", lambda r, split: first(load_data(r, split)) if split == "test" else load_data(r, split))
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=2", "head_batch=2", "masks=2", "seeds=0", "lr=1e-3,3e-3")
+    got = result(run, "detect")
+    assert set(got["rows"]) == {"detect"} and (run / "probe/detect.png").exists() and got["objects"] >= 3
+    assert all(0 <= r["boxes_ap"] <= 1 and 0 <= r["masks_ap"] <= 1 and r["results"][0]["lr"] in (1e-3, 3e-3) for r in got["rows"].values())
+
+
+@pytest.mark.parametrize("words, said", [
+    (["protocol=segment", "head=mlp"], "segment takes"), (["protocol=head", "head=uper"], "segment takes"), (["protocol=segment", "head=ensemble"], "few masks"),
+    (["protocol=correspond", "pairs=0"], "pairs=0"), (["protocol=detect", "t=0.5,0.8"], "one time")])
+def test_bad_input(refuse, tiny, run, words, said):
+    assert said in refuse("probe", tiny, f"run={run}", "name=bad", *WORDS, *words)

@@ -1,0 +1,208 @@
+"""Models of other programs: diffusers' networks, torch.hub and TorchScript encoders, as tiny random ones saved to disk."""
+import json
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from test_dense import WORDS, run  # noqa: F401  (run is a fixture)
+from test_probe_heads import called
+
+import extract_features
+from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, stream, tapped, text_embedding
+from train_diffusion import PATHS, diffuse, torchvision_datasets
+
+BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
+
+
+class Here:
+    """As much of a Run as opening a model needs."""
+    device, data = torch.device("cpu"), type("Data", (), dict(size=32))
+
+
+def opened(model, **options):
+    return open_foreign(Here, ExtractFeatures(model=str(model), **options))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny models on disk: an unconditional U-Net, one with text, a DiT pipeline with autoencoder and scheduler."""
+    torchvision_datasets()                                # lets torchvision, and so diffusers, be imported beside a CPU-only torch
+    diffusers, path = pytest.importorskip("diffusers"), tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    diffusers.UNet2DModel(sample_size=32, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+                          **BLOCKS).save_pretrained(path / "unet")
+    diffusers.UNet2DConditionModel(sample_size=16, in_channels=3, out_channels=3, cross_attention_dim=12, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                   up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **BLOCKS).save_pretrained(path / "text")
+    dit = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8, num_embeds_ada_norm=10, norm_num_groups=8)
+    vae = diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5, **BLOCKS)
+    diffusers.DiTPipeline(dit, vae, diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)).save_pretrained(path / "dit")
+    return path
+
+
+def through(net, x_t, time, names):
+    """Maps of one pass through hooks."""
+    with tapped(net, names) as got:
+        try:
+            net(x_t, time)
+        except extract_features._Enough:
+            pass
+        return dict(got)
+
+
+def test_unet_of_diffusers(folder):
+    """Names of our scheme; hooks give what a pass written with diffusers' own modules gives; the clock is theirs."""
+    import diffusers
+    net, state = opened(f"diffusers:{folder / 'unet'}")
+    names = list(catalogue(net))
+    assert {"unet-after-conv-in", "down-level1-repeat0-vit-block0-self-q", "down-level0-downsampler-out", "mid-repeat1-res-out", "mid-repeat0-vit-out",
+            "up-level0-repeat1-res-increment", "up-level0-upsampler-out", "up-level1-repeat1-res-out", "unet-out"} <= set(names)
+    assert names.index("mid-repeat1-res-out") < names.index("up-level0-repeat0-res-out") and not any("." in n for n in names)
+    theirs, x, t = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval(), torch.randn(2, 3, 32, 32), torch.tensor([950.0, 300.0])
+    step = 999 - t
+    got = [through(net, x, t, [n])[n] for n in ("mid-repeat1-res-out", "down-level1-repeat0-vit-block0-self-q", "unet-out")]
+    with torch.no_grad():
+        emb, h = theirs.time_embedding(theirs.time_proj(step)), theirs.conv_in(x)
+        for block in theirs.down_blocks:
+            h, _ = block(h, emb)
+        assert torch.allclose(got[0], theirs.mid_block(h, emb), atol=1e-5) and torch.allclose(got[2], theirs(x, step).sample, atol=1e-5)
+    assert got[1].shape == (2, 64, 16, 16) and state["size"] == 32
+    path, i = PATHS[state["path"]], torch.tensor([0, 500, 999])
+    abar = diffusers.DDPMScheduler().alphas_cumprod[i]
+    assert torch.allclose(path.alpha(1 - (i + 1) / 1000), abar.sqrt(), atol=1e-5) and torch.allclose(path.sigma(1 - (i + 1) / 1000), (1 - abar).sqrt(), atol=1e-4)
+
+
+def test_unet_with_text(folder, tmp_path, refuse, tiny, run):  # noqa: F811
+    """A given embedding is what it attends to; without one, or with a wrong one, it is an error."""
+    import diffusers
+    words = [tiny, f"run={run}", *WORDS[:2], f"model=diffusers:{folder / 'text'}", "activations=mid*", "t=0.5"]
+    assert "embedding=FILE.npy" in refuse("extract_features", *words)
+    np.save(tmp_path / "wide.npy", np.ones((4, 13), np.float32))
+    assert "must be [tokens, 12]" in refuse("extract_features", *words, f"embedding={tmp_path / 'wide.npy'}")
+    np.save(tmp_path / "e.npy", e := np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32))
+    net, _ = opened(f"diffusers:{folder / 'text'}", embedding=str(tmp_path / "e.npy"))
+    theirs, x = diffusers.UNet2DConditionModel.from_pretrained(folder / "text").eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(net(x, torch.full((2,), 700.0)), theirs(x, 299, torch.from_numpy(e).expand(2, -1, -1)).sample, atol=1e-5)
+    q = through(net, x, torch.full((2,), 700.0), [n := "down-level0-repeat0-vit-block0-cross-q"])[n]
+    assert q.shape == (2, 32, 16, 16) and "down-level0-repeat0-vit-block0-ffn-inner" in catalogue(net) and not any(n.endswith(("cross-k", "cross-v")) for n in catalogue(net))
+
+
+def test_empty_prompt():
+    """Without embedding= the text encoder of the pipeline says what the empty prompt is (stand-ins with the interface of transformers)."""
+    asked = []
+
+    class Tokenizer:
+        model_max_length = 4
+
+        def __call__(self, text, **options):
+            asked.append((text, options))
+            return type("Tokens", (), dict(input_ids=torch.tensor([[1, 2, 0, 0]])))
+
+    e = text_embedding(ExtractFeatures(model="diffusers:x"), dict(tokenizer=Tokenizer(), text_encoder=torch.nn.Sequential(table := torch.nn.Embedding(3, 12), AsTuple())), 12)
+    assert torch.equal(e[0], table.weight[[1, 2, 0, 0]]) and asked == [("", dict(padding="max_length", max_length=4, return_tensors="pt"))]
+
+
+class AsTuple(torch.nn.Module):
+    def forward(self, x):
+        return (x,)
+
+
+def test_transformer_with_autoencoder(folder):
+    """Latents are the scaled mean of its own autoencoder, images are resized to what it was made for; the null label is the condition."""
+    import diffusers
+    net, state = opened(f"diffusers:{folder / 'dit'}")
+    pipe, images = diffusers.DiTPipeline.from_pretrained(folder / "dit"), np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    x = torch.from_numpy(images).float() / 127.5 - 1
+    with torch.no_grad():
+        small = torch.nn.functional.interpolate(x, (16, 16), mode="bilinear", antialias=True)
+        z = pipe.vae.eval().encode(small).latent_dist.mean * 0.5
+        assert torch.allclose(encoded(net, x), z, atol=1e-5) and z.shape == (3, 4, 8, 8)
+        want = pipe.transformer.eval()(z, timestep=torch.full((3,), 199.0), class_labels=torch.full((3,), 10)).sample
+        assert torch.allclose(net(z, torch.full((3,), 800.0)), want, atol=1e-5)
+    _, out = next(stream(net, state, images, np.arange(3), ["vit-block1-out", "vit-block1-self-k"], [0.8, 0.9], device="cpu", context=nullcontext,
+                         pool="none"))
+    assert out["vit-block1-out", 0.8].shape == (3, 16, 4, 4) and out["vit-block1-self-k", 0.9].shape == (3, 16, 4, 4)
+    abar = pipe.scheduler.alphas_cumprod[99].double()
+    assert float(PATHS[state["path"]].alpha(torch.tensor(0.9, dtype=torch.float64))) == pytest.approx(float(abar.sqrt()), abs=1e-6)
+    noisy = diffuse(PATHS[state["path"]], z, torch.ones_like(z), torch.full((3,), 0.9))
+    assert torch.allclose(noisy, abar.sqrt().float() * z + (1 - abar).sqrt().float(), atol=1e-5)
+
+
+def test_extracting_from_them(monkeypatch, capsys, folder, tiny, run):  # noqa: F811
+    words = [tiny, f"run={run}", *WORDS[:2], f"model=diffusers:{folder / 'dit'}"]
+    called(monkeypatch, extract_features, *words, "--list")
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "100%"
+    called(monkeypatch, extract_features, *words, "name=dit", "activations=vit-block?-out", "t=0.9", "splits=test")
+    info = json.loads((run / "features/dit/info.json").read_text())
+    assert info["shapes"] == [[16]] * 3 and info["checkpoint"].startswith("diffusers:") and info["arrays"][0]["rho"] > 0
+    assert np.load(run / "features/dit/test-vit-block2-out-t0.9.npy").shape == (40, 16)
+
+
+HUB = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block, self.norm = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        return self.norm(self.block(torch.cat([x.mean(1, keepdim=True), x], 1)))[:, 0]
+
+def tiny(pretrained=True):
+    torch.manual_seed(0)
+    return Tiny()
+"""
+
+
+def test_encoders(monkeypatch, folder_of_hub, tiny, run):  # noqa: F811
+    """torch.hub from a local directory: normalised images, maps behind the class token; TorchScript: uint8 images; both without noise."""
+    words = [tiny, f"run={run}", *WORDS[:2], "splits=test"]
+    net, state = opened(f"hub:{folder_of_hub}/tiny", resize=32)
+    assert list(catalogue(net)) == ["embed", "block", "norm", "out"]
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    want = (x / 2 + 0.5 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert torch.allclose(encoded(net, x), want, atol=1e-5) and through(net, want, None, ["norm"])["norm"].shape == (2, 8, 2, 2)
+    called(monkeypatch, extract_features, *words, f"model=hub:{folder_of_hub}/tiny", "name=hub", "resize=32")
+    images = torch.from_numpy(np.load(run / "data/test/images.npy")).float() / 127.5 - 1
+    with torch.no_grad():
+        assert np.allclose(np.load(run / "features/hub/test-out-t1.npy"), net.net(net.encode(images)), atol=1e-5)
+    script = torch.jit.trace(Mean(), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    script.save(str(folder_of_hub / "mean.pt"))
+    called(monkeypatch, extract_features, *words, f"model={folder_of_hub / 'mean.pt'}", "name=script")
+    assert np.allclose(np.load(run / "features/script/test-out-t1.npy"), np.load(run / "data/test/images.npy").mean((2, 3)), atol=1e-4)
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return x.float().mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def folder_of_hub(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hub")
+    (path / "hubconf.py").write_text(HUB)
+    return path
+
+
+def test_tokens_and_vectors_as_maps():
+    x = torch.arange(2 * 17 * 3.0).reshape(2, 17, 3)
+    assert torch.equal(as_map(x)[:, :, 1, 2], x[:, 1 + 6]) and as_map((x, 1)).shape == (2, 3, 4, 4)
+    assert as_map(torch.zeros(2, 77, 3)) is None and as_map(torch.zeros(2, 5)).shape == (2, 5, 1, 1) and as_map("no") is None and as_map(()) is None
+
+
+@pytest.mark.parametrize("words, said", [
+    (["model=diffusers:/nowhere"], "cannot be loaded"), (["model=hub:/nowhere/x"], "cannot be loaded"), (["model=none.pt"], "cannot be loaded"),
+    (["model=hub:HUB/tiny", "resize=32", "t=0.5"], "t=1"), (["model=hub:HUB/tiny", "resize=32", "activations=nrom"], "nearest: norm"), (["model=hub:HUB/none"], "cannot be loaded")])
+def test_bad_input(refuse, tiny, run, folder_of_hub, words, said):  # noqa: F811
+    words = [w.replace("HUB", str(folder_of_hub)) for w in words]
+    assert said in refuse("extract_features", tiny, f"run={run}", *WORDS[:2], "name=bad", *words)
+
+
+def test_without_diffusers(monkeypatch, refuse, tiny, run):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install diffusers" in refuse("extract_features", tiny, f"run={run}", *WORDS[:2], "model=diffusers:x", "activations=mid*", "t=0.5")
