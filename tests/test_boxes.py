@@ -12,7 +12,7 @@ from conftest import stage
 import self_label
 from self_label import (assign, average_precision, balanced_assign, bounds, confusion, corloc, find_objects, iou, largest_component, second_eigenvector,
                         segment, segmentation_scores)
-from train_diffusion import draw_shapes
+from train_diffusion import Data, draw_shapes
 
 METHODS = ("lost", "ncut")
 
@@ -253,7 +253,7 @@ def test_boxes_of_shapes(run, tiny, monkeypatch, words):
     scores = info["scores"]
     assert scores["corloc"] > 0.9 and scores["test_ap50"] > 0.85 and scores["foreground_iou"] > 0.7 and scores["nmi"] > 0.8, scores
     assert (run / "labels" / f"{name}.png").exists() and not list((run / "labels").glob(".*"))
-    assert len(self_label.load_labels(type("R", (), dict(dir=run)), name)[0]["train"]) == 512
+    assert len(self_label.load_labels(type("R", (), dict(dir=run, data=Data())), name)[0]["train"]) == 512
 
 
 def test_masks_of_shapes(run, tiny, monkeypatch):

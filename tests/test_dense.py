@@ -14,7 +14,7 @@ from test_probe_heads import called
 import probe
 from probe import (LinearMap, PixelMlps, Probe, Reading, UPer, box_overlap, coco_ap, confusion_matrix, fit_ensemble, fit_head, instances, mask_overlap, matches, mean_iou,
                    pck, pick_points, similarity, vote, warped_pairs, warps)
-from train_diffusion import PATHS, draw_shapes, load_data
+from train_diffusion import PATHS, Data, draw_shapes, load_data
 
 CV = PATHS["cv"]
 noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -168,8 +168,8 @@ def test_average_precision_against_coco():
 
 def test_instances_are_connected_pieces():
     mask = torch.tensor([[1, 1, 0, 2], [1, 1, 0, 2], [0, 0, 0, 2], [1, 0, 0, 2], [0, 255, 1, 1], [0, 1, 1, 1]])
-    got = instances(mask)
-    assert got["labels"].tolist() == [1, 1, 2] and got["boxes"].tolist() == [[0, 0, 2, 2], [1, 4, 4, 6], [3, 0, 4, 4]] and got["masks"].sum((1, 2)).tolist() == [4, 5, 4]
+    got = instances(mask)                                 # pieces of a class: the larger ones first
+    assert got["labels"].tolist() == [1, 1, 2] and got["boxes"].tolist() == [[1, 4, 4, 6], [0, 0, 2, 2], [3, 0, 4, 4]] and got["masks"].sum((1, 2)).tolist() == [5, 4, 4]
     assert instances(torch.zeros(5, 5))["boxes"].shape == (0, 4)
 
 
@@ -210,7 +210,7 @@ def test_protocol_correspond(monkeypatch, tiny, run):
 
 def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
     class Here:
-        dir = run
+        dir, data = run, Data()
     data = load_data(Here, "test")
     source, target, points, goal, limit = probe.class_pairs(data, np.arange(40), 6, 0)
     where = {x.tobytes(): i for i, x in enumerate(np.asarray(data.images))}

@@ -10,7 +10,7 @@ import torch
 from conftest import stage
 
 from extract_features import matching
-from train_diffusion import Model, UserError, build_model, draw_shapes
+from train_diffusion import Data, Model, UserError, build_model, draw_shapes
 from train_guided import Labeller, TrainGuided, augment, check_online, layout_of
 
 UNET = Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4)
@@ -159,7 +159,7 @@ def test_layouts_are_one_hot_with_a_null():
                                   dict(condition="patch", sk_augment=0.5)], ids=str)
 def test_impossible_requests(keys):
     class OneProcess:
-        world = 1
+        world, data = 1, Data()
     with pytest.raises(UserError, match="|".join(keys)):
         check_online(OneProcess, dataclasses.replace(TrainGuided(batch=32), **keys))
 

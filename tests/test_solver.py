@@ -445,7 +445,7 @@ def test_labels_by_name():
 
 
 def process(rank=0, world=1):
-    return SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+    return SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), vae=None)
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
