@@ -1843,7 +1843,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             if side:                                                             # its backward comes before that of DDP, which then averages the sum
                 loss, cond = side.step(net, ema, side_ema, x, z[:, 1:], u, seen, context)
-                scaler.scale(loss).backward()
+                if loss is not None:
+                    scaler.scale(loss).backward()
             else:
                 cond = condition(rows, u) if condition else {}
             z = z[:, 0] if side or latent else z

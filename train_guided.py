@@ -54,6 +54,7 @@ class TrainGuided(Training):
     sk_grad: Literal["head", "backbone"] = "head"         # online: how far its gradient reaches
     sk_ramp: int = 20_000                                 # online: images over which the weight rises
     sk_freeze: int = 5_000                                # online: images before prototypes move
+    sk_until: int = 0                                     # online: images after which the labeller stays as it is, so that labels settle; 0 = it learns to the end
     sk_share: float = 0.25                                # online: share of each batch that takes part in the Sinkhorn loss
     sk_queue: int = 1_024                                 # online: earlier features that help to balance; 0 = the batch alone
     sk_eps: float = 0.05                                  # online: entropic regularisation of the targets
@@ -256,12 +257,14 @@ class Labeller(nn.Module):
         self.queue[(updates * len(h) + torch.arange(len(h), device=h.device)) % len(self.queue)] = h
 
     def step(self, net, ema, teacher, x, z, u, seen, context):
-        """(weighted Sinkhorn loss to be differentiated; condition of the batch). x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
+        """(weighted Sinkhorn loss to be differentiated, None after `sk_until`; condition of the batch). x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
 
         Which images take part depends on their running number alone, so any number of processes sees the same global batch.
         """
         cfg, b, updates = self.cfg, len(x), seen // self.cfg.batch
-        guided = cfg.condition != "none" and seen >= cfg.switch
+        guided, learns = cfg.condition != "none" and seen >= cfg.switch, not 0 < cfg.sk_until <= seen
+        if not (guided or learns):
+            return None, {}
         part = torch.arange(0, b, max(1, round(1 / cfg.sk_share)), device=x.device)          # the same images for any number of processes
         with torch.no_grad(), context():                  # the teacher: no condition, so labels never explain themselves
             look = slice(None) if guided else part
@@ -271,11 +274,16 @@ class Labeller(nn.Module):
         keep = (torch.linspace(0, patches - 1, min(cfg.sk_patches, patches), device=x.device).long() + 7 * updates) % patches    # those that take part
         f = rows_of_map(f)
         rows = torch.arange(len(f), device=x.device).reshape(-1, patches)[part if guided else slice(None)][:, keep].flatten()
-        self.learn_statistics(f[rows], updates)
+        if learns:
+            self.learn_statistics(f[rows], updates)
         with torch.no_grad():
             teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
             h = teacher.embed(f)                          # [b or n, d], or one row per patch
             scores, past = teacher.scores(h), teacher.scores(self.queue[:updates * len(rows) * self.world])
+        condition = self.condition(self.labels(scores, past).reshape(b, -1), x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
+        self.remember(h[rows], updates)
+        if not learns:
+            return None, condition
 
         # the student: other noise, perhaps another view, less time
         q = self.targets(scores[rows], past)              # [n, K]
@@ -288,8 +296,6 @@ class Labeller(nn.Module):
         logp = F.log_softmax(student @ prototypes.T / cfg.sk_temperature, 1)
         sk = -(q * logp).sum(1).mean()                    # every process has equally many rows
         self.sums += torch.stack([sk.detach(), -(q * q.clamp(min=1e-12).log()).sum(1).mean(), torch.ones_like(sk)]).double()
-        condition = self.condition(self.labels(scores, past).reshape(b, -1), x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
-        self.remember(h[rows], updates)
         return cfg.sk_weight * min(1.0, (seen + 1) / max(cfg.sk_ramp, 1)) * sk, condition
 
     def condition(self, ids, size, drop, teacher):
@@ -320,7 +326,8 @@ class Labeller(nn.Module):
         counts = torch.bincount(flat, minlength=K)
         before = self.watched[:len(ids)]
         now = ids[:, ids.shape[1] // 2]                   # of a map: the label in the middle
-        line = dict(sk_loss=float(sums[0] / sums[2].clamp(min=1)), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2].clamp(min=1)),
+        mean = lambda i: float(sums[i] / sums[2]) if sums[2] else None           # none after sk_until
+        line = dict(sk_loss=mean(0), ln_K=math.log(K), target_entropy=mean(1),
                     used=float((counts > 0).float().mean()), label_entropy=size_entropy(counts.numpy()),
                     churn=float((before.cpu() != now).float().mean()) if (before >= 0).all() else None)
         self.watched[:len(ids)] = now.to(self.watched.device)
@@ -345,7 +352,7 @@ class Labeller(nn.Module):
 
     def words(self, line):
         """The same for the screen."""
-        text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}"
+        text = ("" if line["sk_loss"] is None else f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})") + f"  in use {line['used']:.0%}"
         text += "".join(f"  {name} {line[key]:.2f}" for key, name in (("churn", "churn"), ("nmi", "NMI")) if line.get(key) is not None)
         return text + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, a smaller sk_weight or K, "
                        "or another sk_t" if line["collapsed"] else "")
@@ -442,8 +449,8 @@ def check_online(run, cfg):
     require(len(w) == 2 and 0 <= w[0] <= w[1] <= 1 and 0 <= cfg.sk_t <= 1, cfg, "sk_window sk_t", "times lie between 0 and 1, a window has two in order")
     require(cfg.K >= 2 and min(cfg.sk_eps, cfg.sk_temperature) > 0 and min(cfg.sk_iterations, cfg.sk_dim, cfg.sk_hidden, cfg.sk_patches) >= 1,
             cfg, "K sk_eps sk_temperature sk_iterations sk_dim sk_hidden sk_patches", "must be positive, K at least 2")
-    require(min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_augment, cfg.switch) >= 0,
-            cfg, "sk_queue sk_weight sk_ramp sk_freeze sk_augment switch", "must not be negative")
+    require(min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_until, cfg.sk_augment, cfg.switch) >= 0,
+            cfg, "sk_queue sk_weight sk_ramp sk_freeze sk_until sk_augment switch", "must not be negative")
     if cfg.condition == "patch" and cfg.sk_augment:
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
 

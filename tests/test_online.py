@@ -140,6 +140,19 @@ def test_report_tells_health_from_collapse():
     assert line["collapsed"] and "WARNING" in parts[3].words(line) and line["used"] < 0.11
 
 
+@pytest.mark.parametrize("condition", ["label", "none"])
+def test_labels_settle_after_sk_until(condition):
+    parts = online(sk_until=64, condition=condition)
+    assert step(parts, seen=32)[0] is not None
+    before = {k: v.clone() for k, v in parts[3].state_dict().items() if k != "queue"}
+    loss, cond = step(parts, seen=64)
+    assert loss is None and set(cond) == ({"label"} if condition == "label" else set())     # conditions go on
+    assert all(torch.equal(v, before[k]) for k, v in parts[3].state_dict().items() if k != "queue")
+    watched(parts), step(parts, seen=96)
+    line = watched(parts)                                 # no Sinkhorn loss since the last line
+    assert line["sk_loss"] is None and "SK" not in parts[3].words(line) and 0 < line["used"] <= 1
+
+
 def test_second_view():
     x, u = IMAGES[:8], numbers(8)[1][:, 4:12]
     assert torch.allclose(augment(x, u, 0.0, False), x, atol=1e-5)               # strength 0 is the identity
