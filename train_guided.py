@@ -36,7 +36,7 @@ from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, annou
 @dataclass
 class TrainGuided(Training):
     """Section `train_guided`."""
-    name: str = ""                                        # results go to guided/<name>; empty = the name of the labels
+    name: str = ""                                        # results go to guided/<name>; empty = the name of the labels (`unconditional` for none)
     labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control; online = find them
     drop: float = 0.1                                     # probability of the null label, decided per image
     init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:FILE, uvit:FILE); empty = from scratch
