@@ -32,8 +32,9 @@ from torch import nn
 from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
-from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, create_rows, decode, digest, draw, estimates, fill, finished,
-                             load_data, load_model, open_autoencoder, require, save_grid, seed_of, start, to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
+from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, create_rows, decode, digest, draw, estimates, fill,
+                             finished, load_checkpoint, load_data, load_model, open_autoencoder, require, save_grid, seed_of, start, to_latents, to_uint8,
+                             weights_hash, wide, write_json, write_rows)
 
 
 @dataclass
@@ -672,7 +673,9 @@ def read_layouts(run, cfg, state):
     else:
         then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
         arrays, _ = load_labels(run, then.labels)
-        maps, _ = layout_maps(run, then, arrays, "test")
+        if digest(arrays["train"]) != state["labels"]:
+            raise UserError(f"layouts=test: labels/{then.labels}.npz is not what {state['file']} was trained with; train again, or use layouts=train")
+        maps, _ = layout_maps(run, then, arrays, "test", state["map_labels"])
         labels = arrays["test"]
     null = np.full_like(maps[:1], state["map_labels"])
     state |= dict(maps=torch.from_numpy(np.concatenate([maps, null])), bank_labels=torch.tensor([*map(int, labels), K]), num_labels=len(maps),
@@ -684,40 +687,69 @@ def chromatic(images):
     return np.ptp(images.astype(np.int16), axis=1) > 64
 
 
-def find_layouts(run, name, images, rows, boxes, context):
-    """Where the labeller of labels/<name> finds objects in these rows of uint8 images: bool [n, H, W], their masks, or with `boxes` their boxes filled; None if it finds none."""
-    _, info = load_labels(run, name)
-    how = info["recipe"]
-    method = how["method"] if how["method"] in ("lost", "ncut") else how.get("foreground", "none") if how["method"] == "masks" else "none"
-    if method == "none":
-        return find_layouts(run, how["reference"], images, rows, boxes, context) if how["method"] == "random" else None
-    of, size, out = info["features"], images.shape[2:], []
-    net, state = load_model(run, of["checkpoint"], of["weights"])
-    if of["weights"] == "ema" and state["weights"] != of["hash"]:
-        raise UserError(f"labels/{name}.json: made with features of {of['checkpoint']} {of['hash']}, which now holds {state['weights']}; make features and labels again")
+def open_finder(run, cfg, state):
+    """What finds objects in samples as the labels of the model (or those that finder= names) were found: dict(name, recipe, features, network, its state).
+
+    None if those labels were not found as objects. Opened before the work, so that what does not fit is said then.
+    """
+    name = cfg.finder or state["label_file"]
+    while (run.dir / "labels" / f"{name}.json").exists() or cfg.finder:
+        info = load_labels(run, name)[1]
+        how = info["recipe"]
+        if how.get("method") == "random" and not cfg.finder:                     # shuffled layouts: the labeller of their reference
+            name = how["reference"]
+            continue
+        method = how.get("foreground", "none") if how.get("method") == "masks" else how.get("method")
+        if method not in ("lost", "ncut"):
+            if cfg.finder:
+                raise UserError(f"finder={name}: labels/{name} were not found as boxes or masks of objects; name labels made with method=lost, ncut or masks")
+            return None
+        of = info["features"]
+        if ":" in of["checkpoint"] and not cfg.finder:
+            run.say(f"note: labels/{name} come from features of {of['checkpoint']}; layouts are not looked for in the samples")
+            return None
+        net, own = load_model(run, of["checkpoint"], of["weights"])
+        if of["weights"] == "ema" and own["weights"] != of["hash"]:
+            why = f"labels/{name}.json: made with features of {of['checkpoint']} {of['hash']}, which now holds {own['weights']}; make features and labels again"
+            if cfg.finder:
+                raise UserError(why)
+            run.say(f"note: {why}; layouts are not looked for in the samples")
+            return None
+        return dict(name=name, method=method, how=how, info=info, net=net, state=own)
+    return None
+
+
+def find_layouts(run, finder, images, rows, boxes, context):
+    """Where the finder sees objects in these rows of uint8 images: bool [n, H, W], their masks, or with `boxes` their boxes filled."""
+    how, info, size, out = finder["how"], finder["info"], images.shape[2:], []
+    of = info["features"]
     places = [(a["activation"], a["t"]) for a in of["arrays"]]
-    for part, got in stream(net, state, images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}), device=run.device,
+    for part, got in stream(finder["net"], finder["state"], images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}), device=run.device,
                             context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=64):
         maps = [got[k] if of["pool"] == "none" else got[k].unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for k in places]
         shown = torch.from_numpy(np.array(images[part])).to(run.device) if how["guide"] else None
-        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, method, how["objects"], how["tau"], how["contrast"], how["refine"], shown)
+        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"], how["objects"], how["tau"], how["contrast"],
+                             how["refine"], shown)
         out.append(draw_boxes(found["boxes"].cpu().numpy(), size[0]) == 0 if boxes else found["masks"].cpu().numpy() > 0)
     return np.concatenate(out) if out else np.zeros((0, *size), bool)
 
 
-def layout_fidelity(run, cfg, state, images, rows, labels, context):
+def layout_fidelity(run, finder, state, images, rows, labels, context):
     """How well samples uint8 [N, 3, H, W] keep to the layouts they were asked for: mean IoU of areas over all ranks, each of which looks at its rows [n].
 
-    layout_iou: with what the labeller of the labels finds in the samples (absent where layouts are not found by one); exact_iou: with exact masks on `shapes`. Of
-    boxes the filled boxes are compared. labels: int64 [n], positions in the bank of layouts.
+    layout_iou: with what the finder sees in the samples (absent without one); exact_iou: with exact masks on `shapes`, where layouts mean objects there: not
+    for segments of all patches, nor for boxes of several objects. Of boxes the filled boxes are compared. labels: int64 [n], positions in the bank of layouts.
     """
-    boxes, name, maps = state["condition"] == "box", cfg.finder or state["label_file"], state["maps"][torch.from_numpy(labels)].numpy()
+    boxes, maps = state["condition"] == "box", state["maps"][torch.from_numpy(labels)].numpy()
     asked, got = (maps == 0 if boxes else (maps > 0) & (maps < state["map_labels"])), {}
-    if cfg.finder or (run.dir / "labels" / f"{name}.json").exists():
-        got["layout_iou"] = find_layouts(run, name, images, rows, boxes, context)
-        if cfg.finder and got["layout_iou"] is None:
-            raise UserError(f"finder={name}: labels/{name} were not found as boxes or masks of objects; name labels made with method=lost, ncut or masks")
-    if run.data.source == "shapes":
+    if finder:
+        got["layout_iou"] = find_layouts(run, finder, images, rows, boxes, context)
+    how = {"method": "random", "reference": state["label_file"]}
+    while how.get("method") == "random":                  # shuffled layouts are of the kind of their reference
+        file = run.dir / "labels" / f"{how['reference']}.json"
+        how = json.loads(file.read_text()).get("recipe", {}) if file.exists() else {}
+    segments, several = how.get("method") == "masks" and how.get("foreground") == "none", boxes and how.get("objects", 1) > 1
+    if run.data.source == "shapes" and not segments and not several:
         exact = torch.from_numpy(chromatic(images[rows]))
         if boxes:                                         # the largest object's box, as in the data
             exact = bounds(largest_component(exact.flatten(1), exact.shape[1:]).view_as(exact))
@@ -725,11 +757,10 @@ def layout_fidelity(run, cfg, state, images, rows, labels, context):
         got["exact_iou"] = np.asarray(exact)
     out = {}
     for key, found in got.items():
-        if found is not None:
-            either = (asked | found).sum((1, 2))
-            each = np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)                # nothing asked for, nothing there
-            out[key] = float(np.concatenate(gather(run, each)).mean())
-    return out | (dict(finder=name) if "layout_iou" in out else {})
+        either = (asked | found).sum((1, 2))
+        each = np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)    # nothing asked for, nothing there
+        out[key] = float(np.concatenate(gather(run, each)).mean())
+    return out | (dict(finder=finder["name"]) if finder else {})
 
 
 def encode(run, cfg, models, state, context, folder):
@@ -843,7 +874,7 @@ def main():
     weak, other = load_model(run, cfg.autoguide, cfg.weights) if cfg.autoguide else (None, None)
     if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
         raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
-    if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "condition")):
+    if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "layout", "label_digest", "condition")):
         raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
     context, _, why = autocast(run, cfg.precision)
     if not run.dry_run:
@@ -852,9 +883,13 @@ def main():
         raise UserError(f"guidance={cfg.guidance}: {state['file']} has no null label to guide with; use guidance=1, or autoguide= an unconditional model")
     if not state["num_labels"] and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing to guide with
-    given = read_like(run, cfg, net, state, context) if cfg.like else None
+    given = read_like(run, cfg, net, state, context) if cfg.like and not run.dry_run else None
     if cfg.boxes or cfg.mask or cfg.layouts != "train":
         read_layouts(run, cfg, state)
+    if other and other["num_labels"]:                     # both networks are shown the same
+        other |= {k: state[k] for k in ("maps", "bank_labels", "sets", "num_labels", "marginal") if k in state}
+    require(not cfg.finder or state.get("condition") in ("box", "mask"), cfg, "finder checkpoint", "only models with box or mask conditions have layouts to find")
+    finder = open_finder(run, cfg, state) if state.get("condition") in ("box", "mask") and not run.dry_run else None
     if cfg.features:
         matching(net, cfg.features)
         last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
@@ -867,6 +902,9 @@ def main():
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs") and (cfg.features or not k.startswith("features"))}
     recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
+    recipe |= dict(given=digest(given)) if given is not None else {}             # what names of files and folders stand for
+    recipe |= dict(bank=digest(state["maps"].numpy())) if cfg.mask or cfg.layouts != "train" else {}
+    recipe |= dict(others=[load_checkpoint(run, name)["weights"] for name in cfg.against]) if cfg.against else {}
     if run.dry_run:
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
         return
@@ -913,8 +951,9 @@ def main():
                 run.wait()
         if state.get("condition") in ("box", "mask"):
             every, asked = np.load(aside / "images.npy", mmap_mode="r"), np.zeros(0, np.int64) if labels is None else labels
-            metrics["layout"] = layout_fidelity(run, cfg, state, every, rows, asked, context)
-            run.say("layouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["layout"].items() if k != "finder"))
+            metrics["layout"] = layout_fidelity(run, finder, state, every, rows, asked, context)
+            if metrics["layout"]:
+                run.say("layouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["layout"].items() if k != "finder"))
         if judge:
             metrics["scores"] = judge.scores(images)
             if w != 1 and len(cfg.guidance) > 1:          # the gain of guidance apart from that of labels: the same at w = 1

@@ -2,7 +2,7 @@
 
 Reads   features/<features>/ (extract_features.py); for control labels only data/
 Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroids), .json (recipe and scores), .png (contact sheet)
-        lost, ncut: also boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels, right and bottom exclusive; -1 = none), confidence_<split> [N, objects],
+        lost, ncut, masks with a foreground: also boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels, right and bottom exclusive; -1 = none), confidence_<split> [N, objects],
         ids_<split> int64 [N, objects] (cluster of each box, -1 = none); lost, ncut, masks: masks_<split> uint8 [N, H, W] (object 1 ..., or segment id)
 
     python self_label.py configs/shapes.yaml method=kmeans                       # CPU, seconds
@@ -570,7 +570,7 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
     n, P, D = x.shape
     mean = lambda of: (of.to(x)[:, None] @ x)[:, 0] / of.sum(1, keepdim=True).clamp(min=1)       # of bool [n, P] -> [n, D]
     spread = (x - mean(torch.ones_like(x[:, :, 0], dtype=torch.bool))[:, None]).square().sum((1, 2))
-    left, found = torch.ones(n, P, dtype=torch.bool, device=x.device), spread > 1e-6 * x.square().sum((1, 2))
+    first, left, found = None, torch.ones(n, P, dtype=torch.bool, device=x.device), spread > 1e-6 * x.square().sum((1, 2))
     out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects), regions=x.new_empty(n, objects, D * cells ** 2),
                masks=x.new_zeros(n, *size, dtype=torch.uint8))
     zoom = lambda v, mode: F.interpolate(v.to(x).unflatten(1, (1, *grid)), size, mode=mode)[:, 0]
@@ -902,7 +902,8 @@ def layouts(run, cfg, data, folder):
                 create_rows(files[k], dtype, shape)
         run.wait()
         first, last = n * run.rank // run.world, n * (run.rank + 1) // run.world
-        step = max(1, 2 ** 22 // (P * P) if boxed else 2 ** 24 // (cfg.segments * size[0] * size[1]))     # tables that stay near the cache
+        pixels = size[0] * size[1]                        # batches whose tables stay near the cache
+        step = max(1, min(2 ** 22 // (P * P), 2 ** 22 // pixels if cfg.guide else 2 ** 22) if boxed else 2 ** 24 // (cfg.segments * pixels))
         for i in range(first, last, step):
             j = min(i + step, last)
             x = read[split](i, j).to(run.device)
@@ -962,12 +963,12 @@ def main():
     if spatial or cfg.method in ("kmeans", "sinkhorn"):
         reader(run, cfg, "train", spatial)                # complains about features that do not fit before anything is done
         features = load_features(run, cfg.features, "train")[1]
-        recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays")})
+        recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize", "embedding") if k in features})
         if not 1 <= cfg.K <= len(data["train"]):
             raise UserError(f"K={cfg.K}: must be between 1 and the number of training images, {len(data['train'])}")
     if cfg.method == "random":
         reference, there = load_labels(run, cfg.reference)
-        recipe["reference_hash"] = digest(reference["train"])
+        recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))
     if run.dry_run:
         run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
         return

@@ -684,6 +684,8 @@ class Chosen(torch.utils.data.Dataset):
             raise UserError("data.classes: this source does not tell the classes of its images beforehand")
         self.place = {names.index(k): i for i, k in enumerate(keep)}
         self.items, self.rows = items, [i for i, c in enumerate(classes) if int(c) in self.place]
+        if hasattr(items, "files"):
+            self.files = [items.files[i] for i in self.rows]
 
     def __len__(self):
         return len(self.rows)
@@ -1732,7 +1734,7 @@ def resume(run, cfg, folder, state, parts):
         was = {section: dataclasses.asdict(cls()) | old["config"].get(section, {}) for section, cls in (("model", Model), (run.stage, type(cfg)))}
         other = [f"{section}.{key}={was[section].get(key)}, now {value}" for section in was
                  for key, value in state["config"][section].items() if was[section].get(key) != value and key not in RESUMABLE]
-        other += [f"other {what}" for key, what in dict(data="images", labels="labels", init="initial weights").items() if old.get(key) != state.get(key)]
+        other += [f"other {what}" for key, what in dict(data="images", labels="labels", layout="layouts", init="initial weights").items() if old.get(key) != state.get(key)]
         if other and not cfg.overwrite:
             raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true to start again")
         if not other:
@@ -1918,8 +1920,8 @@ def main():
     """Train without labels, from the command line."""
     run = start("train_diffusion", TrainDiffusion, __doc__, flags=("--prepare",))
     cfg = run.cfg
-    if "--prepare" in run.flags and not run.dry_run:      # the data alone: for runs that start from published weights
-        return prepare_data(run)
+    if "--prepare" in run.flags:                          # the data alone: for runs that start from published weights
+        return run.say(f"would prepare the images in {run.dir / 'data'}") if run.dry_run else prepare_data(run)
     check_training(run, cfg)
     channels, size = input_shape(run)
     net = build_model(run.model, size, channels, seed=cfg.seed)

@@ -130,7 +130,7 @@ def set_condition(sets, drop, device):
 def label_sets(labels, K, name):
     """The clusters of each training image's boxes as bool [N, K], from a label file's ids_train [N, objects] (-1 = none)."""
     if "ids_train" not in labels:
-        raise UserError(f"condition=set: labels/{name}.npz has no ids_train, several labels per image; make them with self_label.py method=lost objects=2")
+        raise UserError(f"condition=set: labels/{name}.npz has no ids_train, several labels per image; make them with self_label.py objects=2 and method=lost, ncut or masks")
     ids = np.asarray(labels["ids_train"])
     if len(ids) != len(labels["train"]) or ids.max() >= K:
         raise UserError(f"labels/{name}.npz: ids_train must have {len(labels['train'])} rows of ids below {K}; make the labels again")
@@ -147,8 +147,11 @@ def draw_boxes(boxes, size):
     return 1 - inside.any(1).astype(np.uint8)
 
 
-def layout_maps(run, cfg, labels, split):
-    """(maps uint8 [N, H, W], number of ids) of the label file's boxes or masks; of labels=classes, which has none, the ground truth's."""
+def layout_maps(run, cfg, labels, split, kinds=0):
+    """(maps uint8 [N, H, W], number of ids) of the label file's boxes or masks; of labels=classes, which has none, the ground truth's, where 255 is void.
+
+    kinds: the number of ids, where a model was trained with one; 0 = as many as there are.
+    """
     data, kind = load_data(run, split), {"box": "boxes", "mask": "masks"}[cfg.condition]
     there = labels.get(f"{kind}_{split}", getattr(data, kind) if cfg.labels == "classes" else None)
     if there is None or len(there) != len(data):
@@ -159,7 +162,11 @@ def layout_maps(run, cfg, labels, split):
     there = np.asarray(there).astype(np.uint8)
     if size % there.shape[1]:
         raise UserError(f"labels/{cfg.labels}.npz: masks of {there.shape[1]} positions a side do not divide images of {size}")
-    return there.repeat(size // there.shape[1], 1).repeat(size // there.shape[2], 2), max(int(there.max()) + 1, 2)
+    there = there.repeat(size // there.shape[1], 1).repeat(size // there.shape[2], 2)
+    void = there == 255 if cfg.labels == "classes" else np.zeros(there.shape, bool)
+    kinds = kinds or max(int(there[~void].max(initial=0)) + 1, 2)
+    there[void] = kinds                                   # nothing there
+    return there, kinds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,9 +506,10 @@ def main():
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
     # labels: one id per training image, perhaps a map, checked against the data; or none yet
-    labels, K, info, condition, conditions, sampling, grid = None, 0, {}, None, {}, {}, None
+    labels, K, info, condition, conditions, sampling, grid, layout = None, 0, {}, None, {}, {}, None, None
     if guided:
-        require(cfg.condition in ("label", "box", "mask", "set"), cfg, "condition labels", "prototypes and patches exist with labels=online only; here label, box, mask or set")
+        require(cfg.condition in ("label", "box", "mask", "set"), cfg, "condition labels",
+                "prototypes and patches exist with labels=online only; here label, box, mask or set")
         labels, info = load_labels(run, cfg.labels)
         K, conditions = info["num_labels"], dict(num_labels=info["num_labels"])
         marginal = torch.from_numpy(np.bincount(labels["train"], minlength=K) / len(labels["train"]))   # float64 [K]
@@ -513,12 +521,13 @@ def main():
             n = len(bank)
             condition, conditions = set_condition(sets, cfg.drop, run.device), dict(vector_dim=K)
             sampling = dict(sets=torch.from_numpy(np.pad(bank, ((0, 1), (0, 0)))), num_labels=n, marginal=torch.full((n,), 1 / n, dtype=torch.float64))
+            layout = digest(sets)
             grid = dict(vector=sampling["sets"][torch.arange(min(n, 12)).repeat_interleave(10)].float().to(run.device))
         elif cfg.condition != "label":
             require(not run.data.latents, cfg, "condition", "boxes and masks are drawn on pixels; with data.latents use condition=label")
             maps, kinds = layout_maps(run, cfg, labels, "train")
             condition, conditions = layout_condition(labels["train"], maps, K, kinds, cfg, run.device), conditions | dict(layout_channels=kinds)
-            sampling = bank_of(maps, kinds, cfg.seed, labels["train"], K)
+            sampling, layout = bank_of(maps, kinds, cfg.seed, labels["train"], K), digest(maps)
             shown = torch.arange(12).repeat_interleave(10)
             grid = dict(label=sampling["bank_labels"][shown].to(run.device), layout=layout_of(sampling["maps"][shown], kinds, maps.shape[1:]).to(run.device))
     if online:
@@ -554,7 +563,7 @@ def main():
     net, side = net.to(run.device), None
     state = dict(kind="guided", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions=conditions, num_labels=0,
                  path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init, condition=cfg.condition,
-                 labels=digest(labels["train"]) if guided else None, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=None,
+                 labels=digest(labels["train"]) if guided else None, layout=layout, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=None,
                  config={k: run.sections[k] for k in ("data", "model", run.stage)}) | sampling
     if online:
         name = matching(net, [cfg.sk_activation])[-1]

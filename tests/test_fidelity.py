@@ -35,7 +35,7 @@ def test_fidelity_of_the_truth_and_of_others(kind, tmp_path):
     maps = draw_boxes(boxes[:, None], 32) if kind == "box" else masks
     state = dict(condition=kind, label_file="none", maps=torch.from_numpy(maps), map_labels=1 if kind == "box" else 11, size=32)
     run = SimpleNamespace(dir=tmp_path, world=1, data=SimpleNamespace(source="shapes"))
-    fidelity = lambda labels: layout_fidelity(run, SimpleNamespace(finder=""), state, images, np.arange(50), labels, None)
+    fidelity = lambda labels: layout_fidelity(run, None, state, images, np.arange(50), labels, None)
     assert fidelity(np.arange(50))["exact_iou"] > 0.93 and fidelity(np.roll(np.arange(50), 1))["exact_iou"] < 0.5
     state["maps"][:25] = 1 if kind == "box" else 0        # nothing asked for, where something is
     assert 0.45 < fidelity(np.arange(50))["exact_iou"] < 0.5
@@ -141,7 +141,7 @@ def test_layout_models_report_fidelity_and_tails(call, capsys):
         call(train_guided, f"labels={labels}", "condition=box", "images=64")
         call(sample_ode, f"checkpoint=guided/{labels}", f"name={labels}", "guidance=2", "n=40")
         m = json.loads((call.dir / f"samples/{labels}/metrics.json").read_text())
-        assert 0 <= m["layout"]["layout_iou"] <= 1 and 0 <= m["layout"]["exact_iou"] <= 1
+        assert 0 <= m["layout"]["layout_iou"] <= 1 and "exact_iou" not in m["layout"]        # the data tell one box, these labels up to two
         assert {"head", "tail"} <= set(m["scores"]) and m["scores"]["head"]["classes"] == [0, 1, 2][:len(m["scores"]["head"]["classes"])]
     call(sample_ode, "--table")
     assert "layout IoU" in capsys.readouterr().out
