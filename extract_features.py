@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, VariancePreserving, as_input, autocast, bar, cli, create_rows, diffuse, draw,
-                             finished, load_data, load_model, read_json, require, save_grid, start, to_uint8, torchvision_datasets, weights_hash,
+from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserError, VariancePreserving, as_input, autocast, bar, cli, create_rows, diffuse,
+                             digest, draw, finished, load_data, load_model, read_json, require, save_grid, start, to_uint8, torchvision_datasets, weights_hash,
                              write_json, write_rows)
 
 
@@ -436,9 +436,13 @@ def open_encoder(cfg, device):
 
 
 def open_foreign(run, cfg):
-    """(network, state) of model=, to be used like those of `load_model`."""
+    """(network, state) of model=, to be used like those of `load_model`. To be called by all processes."""
     diffusion = cfg.model.startswith("diffusers:")
-    net, encode, call, PATHS[cfg.model], side = (open_diffusers if diffusion else open_encoder)(cfg, run.device)
+    for turn in range(run.world):                         # one at a time: the first may have to download
+        if turn == run.rank:
+            net, encode, call, PATHS[cfg.model], side = (open_diffusers if diffusion else open_encoder)(cfg, run.device)
+        if not run.dry_run:                               # else nobody waits: processes do not know each other
+            run.wait()
     side = side or run.data.size
     try:
         net = Foreign(net, encode, call, "unet-out" if diffusion else "out", side, run.device)
@@ -500,6 +504,7 @@ def main():
 
     # what to read, and where
     times = cfg.t
+    inputs = lambda data: data.images if cfg.model else data.inputs               # models of others see images, even where ours see latents
     if cfg.model and cfg.activations == ["auto"]:
         cfg.activations = ["out"] if state["encoder"] else []
     if cfg.model and state["encoder"]:
@@ -508,8 +513,8 @@ def main():
     if cfg.activations == ["auto"]:
         probed = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")
         if probed.get("protocol") not in ("sweep", "boxes") or probed["hash"] != state["weights"]:
-            raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} ({state['weights']}) but of {probed.get('checkpoint')} ({probed.get('hash')}); run "
-                            " probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
+            raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} ({state['weights']}) but of {probed.get('checkpoint')} ({probed.get('hash')}); "
+                            "run probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
         choice = probed["label_free"]
         names, times = matching(net, [choice["activation"]]), times or [choice["t"]]
     else:
@@ -520,7 +525,7 @@ def main():
         test, file, n = load_data(run, "test"), run.dir / "features" / f"{cfg.name}-pca.png", len(cfg.shown)
         require(n and all(0 <= i < len(test) for i in cfg.shown), cfg, "shown", f"name test images, 0 to {len(test) - 1}")
         out, sheet, size = {}, [np.tile(test.images[cfg.shown], (len(times), 1, 1, 1))], test.images.shape[2:]
-        for _, one in stream(net, state, test.inputs, np.array(cfg.shown), names, times, device=run.device, context=context, pool="none", draws=cfg.draws,
+        for _, one in stream(net, state, inputs(test), np.array(cfg.shown), names, times, device=run.device, context=context, pool="none", draws=cfg.draws,
                              seed=cfg.seed, purpose="features test", batch=n):
             out |= one
         sheet += [F.interpolate(pca_rgb(out[name, t].cpu()), size).numpy() for name in names for t in times]
@@ -533,11 +538,11 @@ def main():
     require(min(cfg.draws, cfg.batch) >= 1, cfg, "draws batch", "must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"
     data = {split: load_data(run, split) for split in cfg.splits}
-    digest = state["weights"] if cfg.weights == "ema" or cfg.model else f"raw beside {state['weights']}"
-    recipe = dict(checkpoint=cfg.model or cfg.checkpoint, weights=cfg.weights, hash=digest, pool=cfg.pool,
+    weights = state["weights"] if cfg.weights == "ema" or cfg.model else f"raw beside {state['weights']}"
+    recipe = dict(checkpoint=cfg.model or cfg.checkpoint, weights=cfg.weights, hash=weights, pool=cfg.pool,
                   draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, data={k: d.info["fingerprint"] for k, d in data.items()},
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
-    recipe |= dict(resize=cfg.resize, embedding=cfg.embedding) if cfg.model else {}
+    recipe |= dict(resize=cfg.resize, embedding=cfg.embedding and digest(np.fromfile(cfg.embedding, np.uint8))) if cfg.model else {}
     if run.dry_run:
         _, one = next(stream(net, state, blank, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())
@@ -556,7 +561,7 @@ def main():
     for split, part in data.items():
         bounds = [len(part) * r // run.world for r in range(run.world + 1)]
         rows = np.arange(bounds[run.rank], bounds[run.rank + 1])
-        _, one = next(stream(net, state, part.inputs, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
+        _, one = next(stream(net, state, inputs(part), np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         files = {}
         for key, value in one.items():
             shape = (len(part), *value.shape[1:])
@@ -566,7 +571,7 @@ def main():
                 create_rows(files[key], cfg.dtype, shape)
         run.wait()
         with bar(run, len(part), f"features of {split} images") as progress:
-            for part_rows, out in stream(net, state, part.inputs, rows, names, times, device=run.device, context=context, pool=cfg.pool,
+            for part_rows, out in stream(net, state, inputs(part), rows, names, times, device=run.device, context=context, pool=cfg.pool,
                                          draws=cfg.draws, seed=cfg.seed, purpose=f"features {split}", batch=cfg.batch):
                 for key, value in out.items():
                     if not torch.isfinite(value).all():

@@ -44,8 +44,8 @@ from torch import nn
 
 from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
-from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished, load_data,
-                             load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, start, write_json)
+from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished,
+                             load_checkpoint, load_data, load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, start, write_json)
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
@@ -76,7 +76,7 @@ class Probe:
     transfer: str = ""                                    # YAML whose `data:` section is probed in place of the run's images: do features carry over?
     seed: int = 0                                         # of noise, k-means, controls
     overwrite: bool = False                               # replace a result of another recipe under this name
-    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = "attention"       # segment: linear, uper, ensemble; head: the others
+    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = "attention"       # segment: linear, last two; head: the others
     labels_share: float = 1.0                             # head: share of the labels of each class, of training and of validation images
     per_class: int = 0                                    # head: or so many of each class, of both
     width: int = 256                                      # head: channels of cnn, attention, difformer, diffeed (papers: 1024)
@@ -117,7 +117,7 @@ def prepare_transfer(run, size):
         section = (yaml.safe_load(file.read_text()) or {}).get("data") or {}
     except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError) as e:
         raise UserError(f"transfer={file}: not a readable YAML with sections ({str(e).splitlines()[0]})") from None
-    data = fill("data", Data, section | dict(size=size))
+    data = fill("data", Data, section | dict(size=size, latents=""))
     described, there = {k: v for k, v in dataclasses.asdict(data).items() if k not in ("root", "download")}, folder / "data.json"
     if there.exists() and read_json(there, f"delete {folder}") != described:
         raise UserError(f"{folder}: was prepared from another data section than that of {file}; rename the YAML, or delete the folder")
@@ -299,7 +299,8 @@ def sweep(run, cfg, net, state, context):
                  f"{shown} of k-means (K={K}) by block and time; F = label-free choice" + (", O = best with labels" if known else ""), marks)
     run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} (consensus {chosen['consensus']:.3f})" + (
         f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} "
-        f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of consensus with NMI {result['tracks_nmi']['consensus']:.2f}" if known else ""))
+        f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of consensus with NMI "
+        f"{result['tracks_nmi']['consensus']:.2f}" if known else ""))
     return result
 
 
@@ -314,7 +315,7 @@ def boxes(run, cfg, net, state, context):
     stability  agreement of the boxes under two noise draws. consensus: mean agreement with the boxes of all other activations and times. Stability alone would
     take the least noise, consensus alone the coarse middle of the network, where boxes are loose: the choice is the greatest sum.
     """
-    data = load_data(run, "train")
+    data = probed(run, "train")
     names, times = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations), sorted(set(cfg.t))
     rows = np.sort(np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(data))[:cfg.boxed])
     if len(names) * len(times) < 2 or len(rows) < 2:
@@ -345,7 +346,8 @@ def boxes(run, cfg, net, state, context):
                   criterion="stability + consensus", label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "agreement", "stability", "consensus")})
     if truth is not None:
         best = max(table, key=lambda r: r["iou"])
-        tracks = {k: {s: rank_correlation([r[k] for r in table], [r[s] for r in table]) for s in ("corloc", "iou")} for k in ("agreement", "stability", "consensus")}
+        tracks = {k: {s: rank_correlation([r[k] for r in table], [r[s] for r in table]) for s in ("corloc", "iou")}
+                  for k in ("agreement", "stability", "consensus")}
         result |= dict(label_free_scores={k: chosen[k] for k in ("corloc", "iou")}, oracle={k: best[k] for k in ("activation", "t", "corloc", "iou")}, tracks=tracks)
     result["table"], shown = table, "agreement" if truth is None else "iou"
     if run.rank == 0:
@@ -421,12 +423,22 @@ def one_activation(run, cfg, net):
     return names[0], cfg.t[0]
 
 
+def check_classes(y, y_test, protocol):
+    """A UserError if the test part has classes that nothing can be learnt about: none of the training part. Below 0 = void."""
+    new = np.setdiff1d(y_test[y_test >= 0], y)
+    if len(new):
+        raise UserError(f"protocol={protocol}: the test images have class {', '.join(map(str, new[:10]))}{', ...' * (len(new) > 10)}, the training images do not; "
+                        "keep the same classes in both (data.classes, data.train)")
+
+
 def known_classes(run, protocol):
     """Training and test part of the data with their classes as tensors; a missing class is a UserError."""
     parts = [probed(run, split) for split in ("train", "test")]
     y = [torch.from_numpy(np.array(p.classes)) for p in parts]
     if any((c < 0).any() for c in y):
         raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
+    if protocol != "select":                              # reads the training part alone
+        check_classes(*y, protocol)
     return *parts, *y                                     # two Splits, two int64 [N]
 
 
@@ -468,7 +480,8 @@ def linear(run, cfg, net, state, context):
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"],
                  f"test accuracy, {name} at t={t:g}")
     return dict(protocol="linear", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, activation=name, t=t,
-                parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
+                parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows,
+                seconds=round(time.time() - tick, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -575,7 +588,8 @@ class Tuned(nn.Module):
 
     def forward(self, maps, x_t, t):
         with self.context():
-            return self.head([look(self.net, self.names, x_t, t)])
+            maps = look(self.net, self.names, x_t, t)
+        return self.head([maps])
 
 
 def look(net, names, x_t, t):
@@ -620,9 +634,9 @@ class Reading:
         return maps, x_t, t
 
 
-def build_head(cfg, r, path, size, classes, seed, device="cpu", context=nullcontext):
-    """A fresh head for reading `r` of size x size images."""
-    x = torch.zeros(1, 3, size, size, device=device)
+def build_head(cfg, r, path, shape, classes, seed, device="cpu", context=nullcontext):
+    """A fresh head for reading `r` of images, or latents, of this shape (C, H, W)."""
+    x, size = torch.zeros(1, *shape, device=device), shape[1]
     shapes, common = [m.shape[1:] for m in replace(r, tuned=0).views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator
         torch.manual_seed(seed_of(seed, "head"))
@@ -661,8 +675,7 @@ def scaled(images, rows, device):
 @torch.no_grad()
 def evaluate(heads, r, path, images, y, rows, batch, seed, purpose, device="cpu", context=nullcontext):
     """[(accuracy, or mean IoU of masks, -loss)] of each head over `rows`, in eval mode; noise belongs to the image. y: [N], or masks [N, H, W]; -100 = void."""
-    score, classes = torch.zeros(len(heads), 2), int(y.max()) + 1
-    tables = torch.zeros(len(heads), classes, classes, dtype=torch.long)
+    score, tables = torch.zeros(len(heads), 2), [0] * len(heads)
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         z = [draw(seed, f"{purpose} {d}", part, row_shape(images)).to(device) for d in range(r.draws)]
@@ -670,8 +683,9 @@ def evaluate(heads, r, path, images, y, rows, batch, seed, purpose, device="cpu"
         for j, h in enumerate(heads):
             out = h.eval()(*seen)
             score[j] += torch.stack([(out.argmax(1) == target).sum(), -F.cross_entropy(out, target, reduction="sum")]).cpu()
-            tables[j] += confusion_matrix(out.argmax(1), target, classes).cpu()
-    if y.dim() > 1:                                       # masks: mean IoU in place of accuracy
+            if y.dim() > 1:                               # masks: mean IoU in place of accuracy
+                tables[j] += confusion_matrix(out.argmax(1), target, out.shape[1]).cpu()
+    if y.dim() > 1:
         score[:, 0] = torch.tensor([mean_iou(t) * len(rows) for t in tables])
     return [tuple(s) for s in (score / len(rows)).nan_to_num(nan=-math.inf).tolist()]
 
@@ -682,7 +696,7 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
     AdamW with one cycle. (2307.08702 and 2311.17921: SGD without momentum, lr 1e-2 or 5e-2, times 0.1 every 7 of 28 epochs.)
     """
     trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
-    steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, row_shape(images)[1], int(y.max()) + 1, seed, device, context) for _ in trials]
+    steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, row_shape(images), int(y.max()) + 1, seed, device, context) for _ in trials]
     groups = lambda h, lr: [dict(params=[*m.parameters()], lr=v) for m, v in ([(h.head, lr), (h.net, r.tuned * lr)] if r.tuned else [(h, lr)])]
     opts = [torch.optim.AdamW(groups(h, lr), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
     plans = [torch.optim.lr_scheduler.OneCycleLR(o, [g["lr"] for g in o.param_groups], steps + 1) for o in opts]
@@ -758,8 +772,8 @@ def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, tim
 
 def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     """The head that was asked for, and its controls: {what: Reading}, for the seed cfg.seed. A ridge classifier finds the best single place, on rows `val`."""
-    path, size, classes, fused = PATHS[state["path"]], state["size"], int(y.max()) + 1, cfg.head in ("difformer", "diffeed")
-    count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, size, classes, 0, run.device).parameters())
+    path, shape, classes, fused = PATHS[state["path"]], row_shape(images), int(y.max()) + 1, cfg.head in ("difformer", "diffeed")
+    count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, shape, classes, 0, run.device).parameters())
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
     name, t = max(score, key=score.get)
     where, plain = (names, times) if cfg.head == "difformer" else ([name], [t]), "attention" if fused else cfg.head
@@ -776,7 +790,8 @@ def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     if "supervised" in cfg.controls:
         out["supervised, same size"] = Reading(plain, train_supervised(run, cfg, state, dict(images=images, y=y, rows=fit), name, classes), [name], [1.0])
     if "pixels" in cfg.controls:
-        out["raw pixels"] = Reading(plain, None, ["pixels"], [1.0])
+        what = "latents" if run.data.latents else "pixels"
+        out[f"raw {what}"] = Reading(plain, None, [what], [1.0])
     return out
 
 
@@ -998,7 +1013,7 @@ def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=null
     """PixelMlps trained on all pixels of `rows` under one noise draw per image, as published (arXiv 2112.03126): Adam 1e-3, 64 pixels per update, up to 100 epochs,
     stopped when from epoch 5 on the loss has not fallen for 50 updates. Ours: all members stop together, and each image has its own noise.
     """
-    net, chunk = build_head(cfg, r, path, images.shape[2], int(y.max()) + 1, seed, device), chunk_of(images)
+    net, chunk = build_head(cfg, r, path, row_shape(images), int(y.max()) + 1, seed, device), chunk_of(images)
     noise = lambda part: [draw(seed, f"ensemble {d}", part, images.shape[1:]).to(device) for d in range(r.draws)]
     with torch.no_grad():
         seen = [r.views(path, scaled(images, part, device), noise(part), context)[0] for part in np.array_split(rows, math.ceil(len(rows) / chunk))]
@@ -1029,7 +1044,9 @@ def known_masks(run, protocol):
     if any(p.masks is None or p.masks.shape[1:] != p.images.shape[2:] for p in parts):
         raise UserError(f"protocol={protocol} needs a mask for every image, and this data has none (data.source=shapes, or arrays with masks)")
     y = [np.array(p.masks).astype(np.int16) for p in parts]
-    return *parts, *(torch.from_numpy(np.where(m == 255, np.int16(-100), m)) for m in y)
+    y = [torch.from_numpy(np.where(m == 255, np.int16(-100), m)) for m in y]
+    check_classes(*y, protocol)
+    return *parts, *y
 
 
 def overlay(images, masks, classes):
@@ -1039,14 +1056,14 @@ def overlay(images, masks, classes):
     return np.where(masks[:, None] > 0, painted, images)
 
 
-def dense_readings(run, cfg, net, state, kind, names, times, train):
-    """The maps that were asked for and the same of the controls: {what: Reading}."""
+def dense_readings(run, cfg, net, state, kind, names, times, train, rows):
+    """The maps that were asked for and the same of the controls, the supervised one taught on `rows`: {what: Reading}."""
     out = {cfg.head if cfg.protocol == "segment" else cfg.protocol: Reading(kind, net, names, times)}
     if "random" in cfg.controls:
         out["random weights"] = Reading(kind, random_network(run, cfg, state), names, times)
     if "supervised" in cfg.controls and (train.classes >= 0).all():
         y = torch.from_numpy(np.array(train.classes))
-        taught = train_supervised(run, cfg, state, dict(images=train.images, y=y, rows=np.arange(len(y))), names[-1], int(y.max()) + 1)
+        taught = train_supervised(run, cfg, state, dict(images=train.images, y=y, rows=rows), names[-1], int(y.max()) + 1)
         out["supervised, same size"] = Reading(kind, taught, names, [1.0])
     if "pixels" in cfg.controls:
         out["raw pixels"] = Reading(kind, None, ["pixels"], [1.0])
@@ -1057,11 +1074,12 @@ def segment(run, cfg, net, state, context):
     """Semantic segmentation from frozen maps: selected on the validation part, the test part reported once per seed; controls beside it."""
     train, test, y, y_test = known_masks(run, "segment")
     names, times = places(run, cfg, net)
+    require(times, cfg, "t", "name one or more noise times")
     path, classes, where = PATHS[state["path"]], int(y.max()) + 1, dict(device=run.device, context=context)
     order, rows, tick = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
     held, few, chunk = min(cfg.validation, len(order) // 5), cfg.masks or None, chunk_of(train.images)
     kind, uncertain = "segment" if cfg.head == "linear" else cfg.head, [[], []]
-    for what, r in dense_readings(run, cfg, net, state, kind, names, times, train).items():
+    for what, r in dense_readings(run, cfg, net, state, kind, names, times, train, order[held:]).items():
         results = []
         for seed in cfg.seeds:
             fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in (order[held:], order[:held]))
@@ -1082,7 +1100,7 @@ def segment(run, cfg, net, state, context):
                 shown += [(found, spread)] if len(shown) * chunk < 10 else []
                 if not rows and kind == "ensemble":       # where do members disagree?
                     for wrong, values in enumerate(uncertain):
-                        values.append(spread[(found != y_test[part]) == bool(wrong)])
+                        values.append(spread[(y_test[part] >= 0) & ((found != y_test[part]) == bool(wrong))])
             results.append(dict(seed=seed, **chosen, miou=mean_iou(table), pixel_accuracy=float(table.trace() / table.sum())))
             if not rows and seed == cfg.seeds[0] and run.rank == 0:
                 found, spread = (torch.cat(v)[:10].numpy() for v in zip(*shown))
@@ -1122,20 +1140,26 @@ def pick_points(valid, points, seed):
     return torch.multinomial(weights + ~some[:, None], points, replacement=True, generator=torch.Generator().manual_seed(seed_of(seed, "points"))), some
 
 
+def centres(at, size):
+    """Pixels of size x size images, counted row by row, as (x, y) of their centres; at int64 [N, P] -> [N, P, 2]."""
+    return torch.stack([at % size, at // size], 2) + 0.5
+
+
 def warped_pairs(images, masks, points, seed):
     """Pairs with known correspondence: (source, target uint8 [N, 3, H, W], points of the source [N, P, 2] in [-1, 1], goal [N, P, 2] in target pixels, limit [N]).
 
-    The target is the source warped; points lie on objects (mask above 0) where there are masks. limit: the image's side.
+    The target is the source warped; points lie on objects (mask above 0, not void) where there are masks. limit: the image's side.
     """
     size, x = images.shape[2], torch.from_numpy(np.ascontiguousarray(images)).float()
     grid = warps(len(x), size, seed)
     target = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False).round().to(torch.uint8).numpy()
     valid = (grid.abs() < 1).all(3)
     if masks is not None:
-        valid &= F.grid_sample(torch.from_numpy(np.array(masks))[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0] > 0
+        seen = F.grid_sample(torch.from_numpy(np.array(masks))[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
+        valid &= (seen > 0) & (seen < 255)
     at, some = pick_points(valid, points, seed)
     source = grid.flatten(1, 2).gather(1, at[..., None].expand(-1, -1, 2))
-    goal = torch.stack([at % size, at // size], 2) + 0.5
+    goal = centres(at, size)
     return images[some.numpy()], target[some.numpy()], source[some], goal[some], torch.full((int(some.sum()),), float(size))
 
 
@@ -1155,9 +1179,9 @@ def class_pairs(data, rows, points, seed):
     inside = lambda lo, hi: (centre > lo[:, None]) & (centre < hi[:, None])       # [N, size]
     valid = inside(box[:, 1], box[:, 3])[:, :, None] & inside(box[:, 0], box[:, 2])[:, None]
     if data.masks is not None:
-        valid &= torch.from_numpy(data.masks[a] > 0)
+        valid &= torch.from_numpy((data.masks[a] > 0) & (data.masks[a] < 255))
     at, some = pick_points(valid, points, seed)
-    p = torch.stack([at % size, at // size], 2) + 0.5
+    p = centres(at, size)
     goal = other[:, None, :2] + (p - box[:, None, :2]) / (box[:, None, 2:] - box[:, None, :2]) * (other[:, None, 2:] - other[:, None, :2])
     limit = (other[:, 2:] - other[:, :2]).amax(1)
     keep = some.numpy()
@@ -1187,7 +1211,7 @@ def matches(net, state, pairs, names, times, device="cpu", context=nullcontext, 
             total = total + s
             found.setdefault(key, []).append(s.argmax(2).cpu())
         found.setdefault("together", []).append(total.argmax(2).cpu())
-    return {key: torch.stack([(v := torch.cat(parts)) % size, v // size], 2) + 0.5 for key, parts in found.items()}
+    return {key: centres(torch.cat(parts), size) for key, parts in found.items()}
 
 
 def pck(found, goal, limit, share):
@@ -1236,7 +1260,7 @@ def correspond(run, cfg, net, state, context):
         if "pixels" in cfg.controls:
             a, b = (scaled(v, slice(None), "cpu") for v in pairs[:2])
             at = torch.cat([similarity(a[i:i + 32], b[i:i + 32], pairs[2][i:i + 32], size).argmax(2) for i in range(0, len(a), 32)])
-            ways["raw pixels"] = torch.stack([at % size, at // size], 2) + 0.5
+            ways["raw pixels"] = centres(at, size)
         ways["the same place"] = (pairs[2] + 1) * size / 2
         for what, v in ways.items():
             scores.setdefault(what, {})[task] = {f"pck@{a:g}": pck(v, *pairs[3:], a) for a in shares}
@@ -1399,7 +1423,7 @@ def detect(run, cfg, net, state, context):
     path, order, rows, tick = PATHS[state["path"]], np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
     held, few, truth = min(cfg.validation, len(order) // 5), cfg.masks or None, [instances(torch.from_numpy(np.array(m))) for m in test.masks]
     summary = lambda ap: dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]))
-    for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train).items():
+    for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train, order[held:]).items():
         results = []
         for seed in cfg.seeds:
             fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in (order[held:], order[:held]))
@@ -1505,16 +1529,18 @@ def main():
     cfg = run.cfg
     cfg.name = cfg.name or cfg.protocol
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
-    context, _, why = autocast(run, cfg.precision)
+    context = autocast(run, cfg.precision)[0]
     if cfg.protocol in ("sweep", "boxes", "select", "correspond", "cka") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and min(cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points) >= 1 and cfg.K >= 2,
             cfg, "t boxed draws batch neighbours pairs points K", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
     require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect", "cka")), cfg, "protocol", "is defined on pixels, not with data.latents")
+    require(not (run.data.latents and cfg.transfer), cfg, "transfer", "other images are probed as pixels, and the models of this run, with data.latents, see latents")
     path, other = run.dir / "probe" / f"{cfg.name}.json", set().union(*KEYS.values()) - KEYS.get(cfg.protocol, set())
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer"} | other} | dict(hash=state["weights"])
-    if cfg.transfer:
-        recipe["transfer"] = prepare_transfer(run, state["size"])
+    recipe["transfer"] = prepare_transfer(run, state["size"]) if cfg.transfer else None
+    if cfg.protocol == "cka":                             # models of the same name may have been trained anew
+        recipe["hashes"] = {name: load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"} or None
     if cfg.protocol == "linear":
         recipe["reads"] = list(one_activation(run, cfg, net))
     if cfg.protocol in ("head", "segment", "detect"):

@@ -105,6 +105,10 @@ def test_warp_is_known_and_found():
     assert torch.equal(torch.stack([best % 32, best // 32], 2) + 0.5, goal)
     found = goal + torch.tensor([3.0, 4.0]) * torch.linspace(0, 1, 40)[:, None]  # distances 0 ... 5
     assert pck(found, goal, limit, 2.51 / 32) == 0.5 and pck(found, goal, limit, 5.01 / 32) == 1
+    masks = np.full((5, 32, 32), 255, np.uint8)           # void, but for one object
+    masks[:, 10:22, 8:24] = 1
+    on = (warped_pairs(smooth, masks, 40, 3)[2] + 1) * 16
+    assert on.shape == (5, 40, 2) and (on >= torch.tensor([8, 10])).all() and (on <= torch.tensor([24, 22])).all()
     grid = warps(64, 32, 0)
     assert grid.shape == (64, 32, 32, 2) and (grid.diff(dim=2)[..., 0] > 0).float().mean() > 0.95        # nothing is folded over
 
@@ -190,11 +194,14 @@ WORDS = ["data.train=160", "data.test=40", "t=0.8", "activations=mid-repeat1-res
 
 @pytest.mark.parametrize("head, more", [("uper", []), ("linear", ["flip=true", "crop=2", "controls="]), ("ensemble", ["masks=3", "members=3", "controls=random"])])
 def test_protocol_segment(monkeypatch, tiny, run, head, more):
+    teach, taught = probe.train_supervised, []
+    monkeypatch.setattr(probe, "train_supervised", lambda run, cfg, state, data, *rest: taught.append(len(data["rows"])) or teach(run, cfg, state, data, *rest))
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=segment", f"head={head}", f"name={head}", *WORDS, *more)
     got = result(run, head)
     assert set(got["rows"]) == {head} | {"uper": {"random weights", "raw pixels", "supervised, same size"}, "linear": set(), "ensemble": {"random weights"}}[head]
     assert all(0 <= r["miou"] <= 1 and len(r["results"]) == 2 and r["parameters"] > 0 for r in got["rows"].values()) and (run / f"probe/{head}.png").exists()
     assert got["classes"] == 11 and got["train_images"] == (3 if head == "ensemble" else 128)
+    assert taught == [128] * (head == "uper")             # nor does a control see the validation part
     assert head != "ensemble" or set(got["uncertainty"]) == {"right", "wrong"}
 
 
@@ -212,13 +219,16 @@ def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
     class Here:
         dir, data = run, Data()
     data = load_data(Here, "test")
+    masks = np.array(data.masks)
+    masks[:, :, ::2] = 255                                # void
+    data = replace(data, masks=masks)
     source, target, points, goal, limit = probe.class_pairs(data, np.arange(40), 6, 0)
     where = {x.tobytes(): i for i, x in enumerate(np.asarray(data.images))}
     for s, t, p, q, l in zip(source, target, points, goal, limit):
         i, j = where[s.tobytes()], where[t.tobytes()]
         a, b, p = torch.tensor(data.boxes[i]), torch.tensor(data.boxes[j]), (p + 1) * 16
         assert data.classes[i] == data.classes[j] and i != j and l == (b[2:] - b[:2]).max()
-        assert torch.allclose((p - a[:2]) / (a[2:] - a[:2]), (q - b[:2]) / (b[2:] - b[:2]), atol=1e-4) and all(data.masks[i][int(y), int(x)] for x, y in p)
+        assert torch.allclose((p - a[:2]) / (a[2:] - a[:2]), (q - b[:2]) / (b[2:] - b[:2]), atol=1e-4) and all(0 < masks[i][int(y), int(x)] < 255 for x, y in p)
 
 
 @pytest.fixture
@@ -254,6 +264,6 @@ def test_protocol_detect(monkeypatch, tiny, run, operators):
 
 @pytest.mark.parametrize("words, said", [
     (["protocol=segment", "head=mlp"], "segment takes"), (["protocol=head", "head=uper"], "segment takes"), (["protocol=segment", "head=ensemble"], "few masks"),
-    (["protocol=correspond", "pairs=0"], "pairs=0"), (["protocol=detect", "t=0.5,0.8"], "one time")])
+    (["protocol=segment", "head=linear", "t="], "t=[]"), (["protocol=correspond", "pairs=0"], "pairs=0"), (["protocol=detect", "t=0.5,0.8"], "one time")])
 def test_bad_input(refuse, tiny, run, words, said):
     assert said in refuse("probe", tiny, f"run={run}", "name=bad", *WORDS, *words)

@@ -2,6 +2,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8
 
 class Here:
     """As much of a Run as opening a model needs."""
-    device, data = torch.device("cpu"), type("Data", (), dict(size=32))
+    device, data, rank, world, dry_run = torch.device("cpu"), type("Data", (), dict(size=32)), 0, 1, False
+    wait = staticmethod(lambda: None)
 
 
 def opened(model, **options):
@@ -73,7 +75,7 @@ def test_unet_of_diffusers(folder):
     assert torch.allclose(path.alpha(1 - (i + 1) / 1000), abar.sqrt(), atol=1e-5) and torch.allclose(path.sigma(1 - (i + 1) / 1000), (1 - abar).sqrt(), atol=1e-4)
 
 
-def test_unet_with_text(folder, tmp_path, refuse, tiny, run):  # noqa: F811
+def test_unet_with_text(monkeypatch, folder, tmp_path, refuse, tiny, run):  # noqa: F811
     """A given embedding is what it attends to; without one, or with a wrong one, it is an error."""
     import diffusers
     words = [tiny, f"run={run}", *WORDS[:2], f"model=diffusers:{folder / 'text'}", "activations=mid*", "t=0.5"]
@@ -87,6 +89,10 @@ def test_unet_with_text(folder, tmp_path, refuse, tiny, run):  # noqa: F811
         assert torch.allclose(net(x, torch.full((2,), 700.0)), theirs(x, 299, torch.from_numpy(e).expand(2, -1, -1)).sample, atol=1e-5)
     q = through(net, x, torch.full((2,), 700.0), [n := "down-level0-repeat0-vit-block0-cross-q"])[n]
     assert q.shape == (2, 32, 16, 16) and "down-level0-repeat0-vit-block0-ffn-inner" in catalogue(net) and not any(n.endswith(("cross-k", "cross-v")) for n in catalogue(net))
+    words = [*words[:-2], "activations=mid-repeat1-res-out", "t=0.5", f"embedding={tmp_path / 'e.npy'}", "splits=test", "name=text"]
+    called(monkeypatch, extract_features, *words)
+    np.save(tmp_path / "e.npy", 2 * e)
+    assert "embedding" in refuse("extract_features", *words).split("made with")[1].split(".")[0]                 # another text in a file of the same name
 
 
 def test_empty_prompt():
@@ -173,6 +179,8 @@ def test_encoders(monkeypatch, folder_of_hub, tiny, run):  # noqa: F811
         assert np.allclose(np.load(run / "features/hub/test-out-t1.npy"), net.net(net.encode(images)), atol=1e-5)
     script = torch.jit.trace(Mean(), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     script.save(str(folder_of_hub / "mean.pt"))
+    latents, load = np.zeros((40, 2, 8, 4, 4), np.float16), extract_features.load_data                          # of the run's own models: others see images
+    monkeypatch.setattr(extract_features, "load_data", lambda *a: replace(load(*a), latents=latents))
     called(monkeypatch, extract_features, *words, f"model={folder_of_hub / 'mean.pt'}", "name=script")
     assert np.allclose(np.load(run / "features/script/test-out-t1.npy"), np.load(run / "data/test/images.npy").mean((2, 3)), atol=1e-4)
 
@@ -187,6 +195,14 @@ def folder_of_hub(tmp_path_factory):
     path = tmp_path_factory.mktemp("hub")
     (path / "hubconf.py").write_text(HUB)
     return path
+
+
+def test_processes_open_a_model_one_after_the_other(monkeypatch, folder_of_hub):
+    seen, opens = [], extract_features.open_encoder
+    monkeypatch.setattr(extract_features, "open_encoder", lambda *a: seen.append("opened") or opens(*a))
+    second = type("Second", (Here,), dict(rank=1, world=3, wait=staticmethod(lambda: seen.append("waited"))))
+    open_foreign(second, ExtractFeatures(model=f"hub:{folder_of_hub}/tiny", resize=32))
+    assert seen == ["waited", "opened", "waited", "waited"]
 
 
 def test_tokens_and_vectors_as_maps():

@@ -3,7 +3,9 @@ import json
 import math
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ import extract_features
 import probe
 from extract_features import catalogue
 from probe import (DifFeed, DifFormer, Probe, Reading, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, look, measure, mirrors,
-                   noise_sensitivity, verdicts)
-from train_diffusion import PATHS, UNet, UserError, time_embedding
+                   noise_sensitivity, readings, verdicts)
+from train_diffusion import PATHS, Data, Model, UNet, UserError, build_model, time_embedding
 
 CV, HEADS = PATHS["cv"], ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
 SMALL = Probe(width=32, depth=1, heads=4, side=4, hidden=[64], images=2_000, head_batch=50, lr=[1e-5, 1e-2], l2=[0.0], batch=64)
@@ -53,7 +55,7 @@ def test_shapes_and_reach_of_gradients(kind):
     """Every parameter that is trained gets a gradient, the network none, in DifFeed although gradients go through it."""
     net, (x, _) = network("unet"), inputs()
     r = reading(net, kind)
-    head = build_head(SMALL, r, CV, 16, 5, seed=0)
+    head = build_head(SMALL, r, CV, (3, 16, 16), 5, seed=0)
     out = head(*r.views(CV, x, [torch.randn(x.shape)], nullcontext))
     assert out.shape == (3, 5) and r.passes == {"difformer": 2, "diffeed": 2}.get(kind, 1)
     out.square().sum().backward()
@@ -134,6 +136,18 @@ def test_scores_depend_on_seed_and_image_alone():
     assert torch.equal(a, b) and not torch.allclose(a, c)
     loss = [evaluate(heads[:1], r, CV, images, y, rows, batch, 0, purpose)[0][1] for batch, purpose in ((40, "p"), (7, "p"), (40, "q"))]
     assert loss[0] == pytest.approx(loss[1], abs=1e-4) and abs(loss[0] - loss[2]) > 1e-5
+    shares = [evaluate(heads[:1], r, CV, images, torch.full_like(y, k), rows, 40, 0, "p")[0][0] for k in range(4)]        # of each class among the answers
+    assert sum(shares) == pytest.approx(1) and shares[0] < 1
+
+
+def test_heads_read_latents():
+    """As many channels as the latents have, raw ones too, which are not called pixels."""
+    net = build_model(Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16), 8, 4).eval().requires_grad_(False)
+    rows, y, latents = np.arange(40), torch.arange(40) % 3, np.random.default_rng(0).normal(size=(40, 2, 8, 8, 8)).astype(np.float16)
+    cfg, here = replace(SMALL, head="difformer", images=100, lr=[1e-3], controls=["pixels"]), SimpleNamespace(device=torch.device("cpu"), data=Data(latents="x"))
+    found = readings(here, cfg, net, dict(path="cv"), nullcontext, NAMES[:2], [0.5, 0.9], latents, y, rows[:30], rows[30:])
+    assert set(found) == {"difformer", "raw latents"} | FUSION
+    assert all(0 <= fit_head(cfg, r, CV, latents, y, rows[:30], rows[30:], 0)[2] <= 1 for r in found.values())
 
 
 def test_augmentation():

@@ -1,6 +1,8 @@
 """Comparing representations: unbiased HSIC and CKA from mini-batches, alignment, uniformity."""
 import itertools
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -49,14 +51,23 @@ def test_alignment_and_uniformity():
     assert gaussian_potential(a) == pytest.approx(float(uniform), rel=0.03) and gaussian_potential(a.abs()) > 1.2 * uniform and gaussian_potential(torch.ones(5, 3)) == 1
 
 
-def test_protocol_cka(monkeypatch, tiny, run):  # noqa: F811
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=cka", *WORDS[:2], "activations=mid-repeat?-res-out,unet-in", "t=0.5,1", "against=random", "compared=40")
+def test_protocol_cka(monkeypatch, capsys, refuse, tiny, run):  # noqa: F811
+    words = [tiny, f"run={run}", "protocol=cka", *WORDS[:2], "activations=mid-repeat?-res-out,unet-in", "t=0.5,1", "compared=40"]
+    called(monkeypatch, probe, *words, "against=random")
     got = result(run, "cka")
     m, where = np.array(got["cka"]), {(r["model"], r["activation"], r["t"]): i for i, r in enumerate(got["table"])}
     assert m.shape == (12, 12) and np.allclose(m, m.T) and np.allclose(np.diag(m), 1) and (run / "probe/cka.png").exists()
     assert m[where["diffusion/base", "unet-in", 1.0], where["random", "unet-in", 1.0]] == pytest.approx(1, abs=1e-6)        # the same images, the same noise
     aligned = {k: got["table"][i]["alignment"] for k, i in where.items()}
     assert aligned["diffusion/base", "unet-in", 1.0] < 0.001 < aligned["diffusion/base", "unet-in", 0.5]
+    got["recipe"] = {k: v for k, v in got["recipe"].items() if k not in ("transfer", "hashes")}                  # keys that came later
+    (run / "probe/cka.json").write_text(json.dumps(got))
+    called(monkeypatch, probe, *words, "against=random")
+    assert "done already" in capsys.readouterr().out
+    shutil.copytree(run / "diffusion/base", run / "diffusion/other")
+    called(monkeypatch, probe, *words, "against=diffusion/other", "name=other")
+    torch.save(torch.load(file := run / "diffusion/other/checkpoint.pt", weights_only=True) | dict(weights="new"), file)
+    assert "hashes" in refuse("probe", *words, "against=diffusion/other", "name=other")        # trained anew under the same name
 
 
 def test_bad_input(refuse, tiny, run):  # noqa: F811

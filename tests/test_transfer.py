@@ -39,8 +39,10 @@ def test_fine_tuning_trains_a_copy():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     frozen, tuned = (Reading("linear", net, ["mid-repeat1-res-out"], [0.95], tuned=v) for v in (0.0, 0.1))
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    a, b = (build_head(SMALL, r, CV, 16, 4, 0).eval()(*r.views(CV, x, [x], probe.nullcontext)) for r in (frozen, tuned))
+    a, b = (build_head(SMALL, r, CV, (3, 16, 16), 4, 0).eval()(*r.views(CV, x, [x], probe.nullcontext)) for r in (frozen, tuned))
     assert torch.equal(a, b) and frozen.passes == tuned.passes == 1
+    half = build_head(SMALL, tuned, CV, (3, 16, 16), 4, 0, context=lambda: torch.autocast("cpu", torch.bfloat16)).eval()(None, x, torch.full((4,), 0.95))
+    assert half.dtype == torch.float32 and 0 < (half - a).abs().max() < 0.1 * a.abs().max()                     # the network in bf16, the head not
     head, _, _ = fit_head(probe.replace(SMALL, images=500, lr=[1e-3]), tuned, CV, images, y, rows, rows, 0)
     moved = {k.split(".")[0] for k, v in head.net.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"time_embed", "input_blocks", "middle_block"} and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -56,7 +58,7 @@ def test_fine_tuning_learns_what_a_frozen_random_network_hides():
     assert scores[1] > scores[0] + 0.03
 
 
-def test_protocols_on_other_images(monkeypatch, tiny, run, tmp_path):  # noqa: F811
+def test_protocols_on_other_images(monkeypatch, refuse, tiny, run, tmp_path):  # noqa: F811
     """transfer= reads another data section at the model's size, once; results say so and land in the run."""
     g = np.random.default_rng(0)
     np.savez(tmp_path / "other.npz", images=g.integers(0, 256, (90, 3, 32, 32), dtype=np.uint8), classes=np.arange(90) % 3,
@@ -69,11 +71,19 @@ def test_protocols_on_other_images(monkeypatch, tiny, run, tmp_path):  # noqa: F
     assert got["train_images"] == 15 and got["test_images"] == 30 and set(got["rows"]) == {"linear", "frozen network", "random weights"}
     assert got["rows"]["linear"]["parameters"] > 10 * got["rows"]["frozen network"]["parameters"]
     assert set(got["recipe"]["transfer"]) == {"train", "test"} and (run / "transfer/other/data/train/images.npy").exists()
+    assert "now None" in refuse("probe", *[w for w in words if not str(w).startswith("transfer=")])               # is no result on the run's own images
+    called(monkeypatch, probe, *words[:2], "protocol=boxes", "name=moved-boxes", words[5], *WORDS[:4], "boxed=4")
+    assert "oracle" not in result(run, "moved-boxes") and result(run, "moved-boxes")["images"] == 4              # these images have no true boxes
 
 
 def test_bad_input(refuse, tiny, run, tmp_path):  # noqa: F811
     words = [tiny, f"run={run}", "protocol=head", "name=bad", *WORDS]
     assert "transfer=none.yaml" in refuse("probe", *words, "transfer=none.yaml")
+    np.savez(tmp_path / "more.npz", images=np.zeros((20, 3, 32, 32), np.uint8), classes=np.arange(20) % 3, test_images=np.zeros((8, 3, 32, 32), np.uint8),
+             test_classes=np.arange(8))
+    (tmp_path / "more.yaml").write_text(f"data: {{source: arrays, root: {tmp_path / 'more.npz'}}}")
+    assert "the test images have class 3, 4, 5, 6, 7, the training" in refuse("probe", *words, f"transfer={tmp_path / 'more.yaml'}", "activations=mid-repeat1-res-out")
+    assert "see latents" in refuse("probe", *words, f"transfer={tmp_path / 'more.yaml'}", "data.latents=x", "--dry-run")
     (tmp_path / "other.yaml").write_text("data: {source: shapes, train: 7}")
     assert "another data section" in refuse("probe", *words, f"transfer={tmp_path / 'other.yaml'}")
     assert "can be fine-tuned" in refuse("probe", *words, "head=diffeed", "finetune=1")
