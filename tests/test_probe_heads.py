@@ -145,7 +145,7 @@ def test_heads_read_latents():
     net = build_model(Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16), 8, 4).eval().requires_grad_(False)
     rows, y, latents = np.arange(40), torch.arange(40) % 3, np.random.default_rng(0).normal(size=(40, 2, 8, 8, 8)).astype(np.float16)
     cfg, here = replace(SMALL, head="difformer", images=100, lr=[1e-3], controls=["pixels"]), SimpleNamespace(device=torch.device("cpu"), data=Data(latents="x"))
-    found = readings(here, cfg, net, dict(path="cv"), nullcontext, NAMES[:2], [0.5, 0.9], latents, y, rows[:30], rows[30:])
+    found = readings(here, cfg, net, dict(path="cv", size=8, channels=4), nullcontext, NAMES[:2], [0.5, 0.9], latents, y, rows[:30], rows[30:])
     assert set(found) == {"difformer", "raw latents"} | FUSION
     assert all(0 <= fit_head(cfg, r, CV, latents, y, rows[:30], rows[30:], 0)[2] <= 1 for r in found.values())
 
