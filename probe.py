@@ -359,7 +359,8 @@ def boxes(run, cfg, net, state, context):
                  [where(chosen, "F")] + ([where(result["oracle"], "O")] if truth is not None else []))
     run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} (agreement {chosen['agreement']:.3f})" + (
         f"; CorLoc {chosen['corloc']:.3f}, IoU {chosen['iou']:.3f}; with true boxes one would take {best['activation']} at t={best['t']:g} "
-        f"(CorLoc {best['corloc']:.3f}, IoU {best['iou']:.3f}); rank correlation of agreement with IoU {tracks['agreement']['iou']:.2f}" if truth is not None else ""))
+        f"(CorLoc {best['corloc']:.3f}, IoU {best['iou']:.3f}); rank correlation of agreement with IoU "
+        f"{tracks['agreement']['iou']:.2f}" if truth is not None else ""))
     return result
 
 
@@ -1535,7 +1536,7 @@ def main():
     require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and min(cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points) >= 1 and cfg.K >= 2,
             cfg, "t boxed draws batch neighbours pairs points K", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
     require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect", "cka")), cfg, "protocol", "is defined on pixels, not with data.latents")
-    require(not (run.data.latents and cfg.transfer), cfg, "transfer", "other images are probed as pixels, and the models of this run, with data.latents, see latents")
+    require(not (run.data.latents and cfg.transfer), cfg, "transfer", "other images are probed as pixels; this run's models (data.latents) see latents")
     path, other = run.dir / "probe" / f"{cfg.name}.json", set().union(*KEYS.values()) - KEYS.get(cfg.protocol, set())
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer"} | other} | dict(hash=state["weights"])
     recipe["transfer"] = prepare_transfer(run, state["size"]) if cfg.transfer else None
