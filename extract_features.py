@@ -41,7 +41,7 @@ from train_diffusion import (PATHS, AttentionBlock, Block, ResBlock, UNet, UserE
 class ExtractFeatures:
     """Section `extract_features`."""
     name: str = "base"                                    # results go to features/<name>
-    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
+    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:, uvit:, sgfm:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     model: str = ""                                       # in place of checkpoint: diffusers:PATH_OR_ID, hub:REPO/NAME (or a local directory), FILE.pt (TorchScript)
     embedding: str = ""                                   # model=diffusers with text: a .npy [tokens, D] to condition on; empty = the empty prompt
@@ -355,7 +355,7 @@ def open_diffusers(cfg, device):
     except ImportError:
         raise UserError(f"model={cfg.model}: needs the package diffusers (pip install diffusers)") from None
     try:
-        if (Path(where) / "config.json").is_file():
+        if (Path(where) / "config.json").is_file() and not (Path(where) / "model_index.json").is_file():         # older pipelines of one network have both
             kind = getattr(diffusers, read_json(Path(where) / "config.json", "a folder that save_pretrained wrote").get("_class_name", "none"))
             parts = dict(unet=kind.from_pretrained(where))
         else:

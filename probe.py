@@ -58,7 +58,7 @@ class Probe:
     """Section `probe`."""
     name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
     protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka"] = "sweep"    # what is measured: see above
-    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:FILE, uvit:FILE
+    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, uvit:, sgfm:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
     t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9 for sweep and select, else the label-free choice for linear

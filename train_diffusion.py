@@ -87,12 +87,13 @@ class Model:
     depth: int = 12                                       # uvit: blocks besides the middle one (half before, half after)
     heads: int = 8                                        # uvit: attention heads
     final_conv: bool = True                               # uvit: 3x3 convolution after the last layer (pixels: yes, latents: no)
+    registers: int = 0                                    # uvit: learned tokens beside those of time and condition
     clock: list[float] = field(default_factory=lambda: [0, 1000])   # a, b: the network is told the time as a + b t; published weights count steps of noise
 
 
 @dataclass
 class Published:
-    """Section `published`: what the tensors of published weights (checkpoint=adm:FILE, uvit:FILE) do not tell. Empty or 0 = as such weights were published."""
+    """Section `published`: what the tensors of published weights (checkpoint=adm:, uvit:, sgfm:FILE) do not tell. Empty or 0 = as was published."""
     size: int = 0                                         # adm: side of the images
     heads: int = 0                                        # attention heads; adm: at every level
     head_channels: int = 0                                # adm: or channels per attention head
@@ -100,7 +101,7 @@ class Published:
     path: Literal["", "cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = ""    # noise path
     clock: list[float] = field(default_factory=list)      # a, b: the network is told the time as a + b t
     predict: Literal["", "v", "eps", "x"] = ""            # what the network predicts
-    null_row: Literal["", "last", "none"] = ""            # weights with classes: the last row of the table is the null label, or there is none
+    null_row: Literal["", "last", "none"] = ""            # weights with classes: the last row of the table is the null label, or not; sgfm: none = no labels
 
 
 @dataclass
@@ -1374,13 +1375,15 @@ class PatchEmbed(nn.Module):
 class UViT(nn.Module):
     """U-ViT (arXiv 2209.12152): condition token, time token and patch tokens, with long skips from the first to the second half.
 
-    Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens.
+    Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens. Behind condition and time there may be
+    registers: tokens that are the same for all inputs, a row of pos_embed each.
     """
     recompute = False                                     # activation checkpointing, block by block
 
     def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0,
-                 clock=(0, 1000)):
+                 clock=(0, 1000), registers=0):
         super().__init__()
+        self.registers = registers
         self.clock, self.channels, self.patch, self.num_labels, self.out_channels, self.grid = clock, channels, patch, num_labels, out_channels, size // patch
         self.patch_embed = PatchEmbed(patch, in_channels, channels)
         if num_labels:
@@ -1389,7 +1392,7 @@ class UViT(nn.Module):
             self.vector_emb = nn.Linear(vector_dim, channels, bias=False)
         if layout_channels:
             self.layout_embed = PatchEmbed(patch, layout_channels, channels, bias=False)
-        self.extras = 1 + bool(num_labels or vector_dim)                         # time, and perhaps a condition
+        self.extras = 1 + registers + bool(num_labels or vector_dim)             # time, registers, and perhaps a condition
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid ** 2, channels))
         self.in_blocks = nn.ModuleList(Block(channels, heads) for _ in range(depth // 2))
         self.mid_block = Block(channels, heads)
@@ -1411,7 +1414,8 @@ class UViT(nn.Module):
         if layout is not None:
             tokens = tokens + self.layout_embed(layout)
         front = [time_embedding(time, self.channels, self.clock).to(tokens.dtype)]
-        if self.extras == 2:
+        front += [torch.zeros_like(front[0])] * self.registers
+        if self.extras > len(front):
             cond = torch.zeros_like(front[0])
             if self.num_labels:
                 cond = cond + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
@@ -1440,7 +1444,8 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
             if size % model.patch or model.channels % model.heads or model.depth % 2 or model.channels % 2:
                 raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}; "
                                 f"channels and depth={model.depth} even")
-            return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv, **condition)
+            return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv,
+                        registers=model.registers, **condition)
         if size % (step := model.stem * 2 ** (len(model.mult) - 1)):
             raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")
         widths, per_head = [m * model.channels for m in model.mult], f"head_channels={model.head_channels}" if model.head_channels else f"heads={model.heads}"
@@ -1491,7 +1496,7 @@ def read_torch(path):
 
 
 def load_checkpoint(run, name):
-    """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights as adm:FILE, uvit:FILE) as a dict on the CPU."""
+    """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights: adm:, uvit:, sgfm:FILE) as a dict on the CPU."""
     kind, _, file = name.partition(":")
     if kind in PUBLISHED:
         return load_published(run, kind, file)
@@ -1501,7 +1506,7 @@ def load_checkpoint(run, name):
     state = read_torch(path)
     if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
         what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what}); published weights are named adm:FILE or uvit:FILE")
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what}); published weights are named adm:FILE, uvit:FILE or sgfm:FILE")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
     return state | {"file": str(path)}
@@ -1545,7 +1550,32 @@ def read_uvit(w, given):
     return Model("uvit", width, patch=patch, depth=depth, heads=s["heads"], final_conv="final_layer.weight" in w, clock=s["clock"]), s, channels, w
 
 
-PUBLISHED = {"adm": read_adm, "uvit": read_uvit}
+def read_sgfm(w, given):
+    """U-ViT trained with labels found online (arXiv 2312.08825; nnet.pth, nnet_ema.pth in the folder of a step) from its tensors, as `read_uvit`.
+
+    Its tokens are class, time, condition, patches; with labels of patches: class, time, patches, and the condition is added to each patch. It is a prototype,
+    `null_cfg_embed` for none, or `unconditional_embed`, which stands in its place until training uses labels, and whenever labels are looked for. The class
+    token becomes a register, and so does a condition that is always the same (that of patches joins their positions). The head that finds labels is not read.
+    """
+    classes, null, alone = (w.pop(k)[0] for k in ("cls_token", "null_cfg_embed", "unconditional_embed"))         # [1, D] each
+    c, pos, labelled = w.pop("prototypes.weight"), w["pos_embed"][0], given.get("null_row") != "none"
+    if not w["projection_head.1.num_batches_tracked"]:    # averaging begins where training starts to use labels
+        raise UserError("holds averages from before averaging began, the initial weights; name the nnet.pth beside it, with published.null_row=none")
+    w, first, note = {k: v for k, v in w.items() if not k.startswith("projection_head.")}, [pos[1:2], pos[:1] + classes], "its tensors are read without labels"
+    if math.isqrt(len(pos) - 2) ** 2 == len(pos) - 2:     # labels of patches
+        pos = torch.cat([*first, pos[2:] + (null if labelled else alone)])
+    elif labelled:
+        pos, w["label_emb.weight"] = torch.cat([pos[2:3], *first, pos[3:]]), torch.cat([c, null])
+        note = f"is read with its {len(c)} prototypes as labels; published.null_row=none reads it without, as it was before training used them"
+    else:
+        pos = torch.cat([*first, pos[2:3] + alone, pos[3:]])
+    model, s, channels, w = read_uvit(w | {"pos_embed": pos[None]}, dict(path="cv", predict="v", clock=[0.0, 1.0], null_row="last") | given)
+    note += "; by default such models start from weights trained with classes: if so, what is found in its features is not free of annotation"
+    registers = len(pos) - (s["size"] // model.patch) ** 2 - 1 - ("label_emb.weight" in w)
+    return dataclasses.replace(model, registers=registers), s | dict(note=note), channels, w
+
+
+PUBLISHED = {"adm": read_adm, "uvit": read_uvit, "sgfm": read_sgfm}
 
 
 def load_published(run, kind, file):
@@ -1568,7 +1598,9 @@ def load_published(run, kind, file):
         if s["null_row"] == "none":                       # no row was trained as null: the mean of all classes is the nearest thing to no class
             w["label_emb.weight"] = torch.cat([w["label_emb.weight"], w["label_emb.weight"].mean(0, keepdim=True)])
         K = len(w["label_emb.weight"]) - 1
-        run.say(f"note: {path} was trained with {K} classes: what is found in its features is not free of annotation")
+        s.setdefault("note", f"was trained with {K} classes: what is found in its features is not free of annotation")
+    if note := s.pop("note", ""):
+        run.say(f"note: {path} {note}")
     w = {k: v.float() for k, v in w.items()}
     try:
         with torch.device("meta"):
@@ -1584,7 +1616,8 @@ def load_published(run, kind, file):
                         "set data.size or data.latents in another run=" + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
     return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
                 conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
-                null=s["null_row"] == "last", labels="published" if K else None, label_file="published classes" if K else None, condition="label",
+                null=s["null_row"] == "last", labels="published" if K else None, condition="label",
+                label_file=f"published {'prototypes' if kind == 'sgfm' else 'classes'}" if K else None,
                 path=s["path"], predict=s["predict"], data=None, config={}, seen=0, weights=digest(weights_hash(w), s), file=str(path))
 
 
