@@ -1240,7 +1240,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x):                                 # [B, C, H, W]
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x).reshape(B, C, H * W))                        # [B, 3C, HW]
-        q, k, v = qkv.reshape(B, self.heads, 3, C // self.heads, H * W).transpose(3, 4).unbind(2)
+        qkv = qkv.reshape(B, self.heads, 3, C // self.heads, H * W).transpose(3, 4).contiguous()                 # else the scores of all pairs would be kept
+        q, k, v = qkv.unbind(2)                                                  # [B, heads, HW, C / heads] each
         a = F.scaled_dot_product_attention(q, k, v)                              # [B, heads, HW, C / heads]
         return x + self.proj_out(a.transpose(2, 3).reshape(B, C, H * W)).reshape(B, C, H, W)
 
