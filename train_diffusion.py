@@ -1861,7 +1861,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
         board = SummaryWriter(folder, purge_step=seen)
     model = torch.compile(net) if cfg.compile else net
     if run.world > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None,
+                                                    gradient_as_bucket_view=True)         # else every gradient is held twice
     net.train()
     open_autoencoder(run)                                 # for the sample grids
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
@@ -1878,9 +1879,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             if state["model"]["dropout"]:                                        # masks come from the global generator: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             if side:                                                             # its backward comes before that of DDP, which then averages the sum
-                loss, cond = side.step(net, ema, side_ema, x, z[:, 1:], u, seen, context)
-                if loss is not None:
-                    scaler.scale(loss).backward()
+                loss, cond = side.step(net, ema, side_ema, rows, x, z[:, 1:], u, seen, context)
+                scaler.scale(loss).backward()
             else:
                 cond = condition(rows, u) if condition else {}
             z = z[:, 0] if side or latent else z

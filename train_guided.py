@@ -14,7 +14,7 @@ The loss is that of train_diffusion.py with a condition: each image's label, rep
 sample (arXiv 2207.12598). One network thereby learns v(x_t, t, label) and v(x_t, t, null); sample_ode.py mixes the two.
 
 labels=online (arXiv 2312.08825): a head on the network's own features scores every image against K prototypes, Sinkhorn-Knopp turns the
-scores of the averaged network into balanced targets, and from `switch` on the label found for an image is its condition.
+scores of the averaged network into balanced targets, and from `switch` on the label found for an image is its condition. From `sk_until` on, images keep theirs.
 """
 import dataclasses
 import math
@@ -54,7 +54,7 @@ class TrainGuided(Training):
     sk_grad: Literal["head", "backbone"] = "head"         # online: how far its gradient reaches
     sk_ramp: int = 20_000                                 # online: images over which the weight rises
     sk_freeze: int = 5_000                                # online: images before prototypes move
-    sk_until: int = 0                                     # online: images after which the labeller stays as it is, so that labels settle; 0 = it learns to the end
+    sk_until: int = 0                                     # online: images after which every training image keeps its label; 0 = labels move to the end
     sk_share: float = 0.25                                # online: share of each batch that takes part in the Sinkhorn loss
     sk_queue: int = 1_024                                 # online: earlier features that help to balance; 0 = the batch alone
     sk_eps: float = 0.05                                  # online: entropic regularisation of the targets
@@ -214,11 +214,21 @@ class Labeller(nn.Module):
         self.register_buffer("watched", torch.full((self.WATCHED,), -1))         # labels of the watched images at the last log line
         self.to(p.device)
         self.sums, self.images, self.classes = torch.zeros(3, dtype=torch.float64, device=p.device), None, None
+        self.rows, self.inputs, self.settled = None, None, None    # all training images; their labels int16 [N, patches], once they stay
+
+    def get_extra_state(self):
+        """What a checkpoint holds besides parameters and buffers: the settled labels."""
+        return self.settled
+
+    def set_extra_state(self, settled):
+        """The inverse of get_extra_state."""
+        self.settled = None if settled is None else settled.to(self.mean.device)
 
     def watch(self, data):
-        """Follow the labels of these training images, and use their classes as a monitor."""
-        rows = np.unique(np.linspace(0, len(data) - 1, min(self.WATCHED, len(data))).astype(int))
-        self.images, classes = np.asarray(data.inputs[rows]), np.asarray(data.classes[rows])
+        """Find labels in these training images, follow some of them, and use their classes as a monitor."""
+        self.inputs = data.inputs
+        rows = np.unique(np.linspace(0, len(data.inputs) - 1, min(self.WATCHED, len(data.inputs))).astype(int))
+        self.rows, self.images, classes = torch.from_numpy(rows), np.asarray(data.inputs[rows]), np.asarray(data.classes[rows])
         self.classes = classes if (classes >= 0).all() else None
 
     def embed(self, f):
@@ -263,47 +273,63 @@ class Labeller(nn.Module):
         h = h[-len(self.queue):]
         self.queue[(updates * len(h) + torch.arange(len(h), device=h.device)) % len(self.queue)] = h
 
-    def step(self, net, ema, teacher, x, z, u, seen, context):
-        """(weighted Sinkhorn loss to be differentiated, None after `sk_until`; condition of the batch). x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
+    def settle(self, ema, teacher, context):
+        """Give every training image the label that it keeps: by the averaged network and labeller as they are now, under one draw of noise."""
+        n = len(self.inputs)
+        rows = np.arange(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+        ids = label_images(ema, teacher, self.inputs, rows, context, "settle")[0]
+        self.settled = torch.from_numpy(np.concatenate(gather(self, ids.numpy().astype(np.int16)))).to(self.mean.device)
 
-        Which images take part depends on their running number alone, so any number of processes sees the same global batch.
+    def step(self, net, ema, teacher, index, x, z, u, seen, context):
+        """(weighted Sinkhorn loss to be differentiated, condition of the batch). index: [b], the images' rows; x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
+
+        Which images take part depends on their running number alone, so any number of processes sees the same global batch. From `sk_until` on
+        the labels are those that `settle` found; then nobody needs to look at the images any more, and the head learns to tell these labels.
         """
-        cfg, b, updates = self.cfg, len(x), seen // self.cfg.batch
-        guided, learns = cfg.condition != "none" and seen >= cfg.switch, not 0 < cfg.sk_until <= seen
-        if not (guided or learns):
-            return None, {}
+        cfg, b, updates, guided = self.cfg, len(x), seen // self.cfg.batch, self.cfg.condition != "none" and seen >= self.cfg.switch
         part = torch.arange(0, b, max(1, round(1 / cfg.sk_share)), device=x.device)          # the same images for any number of processes
-        with torch.no_grad(), context():                  # the teacher: no condition, so labels never explain themselves
-            look = slice(None) if guided else part
-            t = torch.full_like(u[look, 0], cfg.sk_t)
-            f = feature(ema, self.name, diffuse(self.path, x[look], z[look, 0], t), t, self.pool)
-        patches = f[0, 0].numel()                         # 1, or the positions of a map
-        keep = (torch.linspace(0, patches - 1, min(cfg.sk_patches, patches), device=x.device).long() + 7 * updates) % patches    # those that take part
-        f = rows_of_map(f)
-        rows = torch.arange(len(f), device=x.device).reshape(-1, patches)[part if guided else slice(None)][:, keep].flatten()
-        if learns:
+        if 0 < cfg.sk_until <= seen:
+            if self.settled is None:
+                self.settle(ema, teacher, context)
+            ids = self.settled[index.to(x.device)].long()    # [b, patches]
+            if cfg.flip and self.pool == "none":                                 # maps are mirrored with their images
+                side = math.isqrt(ids.shape[1])
+                ids = torch.where(u[:, 1:2] < 0.5, ids.reshape(b, side, side).flip(2).flatten(1), ids)
+            keep = self.kept(ids.shape[1], updates, x.device)
+            q = F.one_hot(ids[part][:, keep].flatten(), cfg.K).float()           # [n, K]
+        else:
+            with torch.no_grad(), context():              # the teacher: no condition, so labels never explain themselves
+                look = slice(None) if guided else part
+                t = torch.full_like(u[look, 0], cfg.sk_t)
+                f = feature(ema, self.name, diffuse(self.path, x[look], z[look, 0], t), t, self.pool)
+            keep, f = self.kept(f[0, 0].numel(), updates, x.device), rows_of_map(f)
+            rows = torch.arange(len(f), device=x.device).reshape(b if guided else len(part), -1)[part if guided else slice(None)][:, keep].flatten()
             self.learn_statistics(f[rows], updates)
-        with torch.no_grad():
-            teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
-            h = teacher.embed(f)                          # [b or n, d], or one row per patch
-            scores, past = teacher.scores(h), teacher.scores(self.queue[:updates * len(rows) * self.world])
-        condition = self.condition(self.labels(scores, past).reshape(b, -1), x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
-        self.remember(h[rows], updates)
-        if not learns:
-            return None, condition
+            with torch.no_grad():
+                teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
+                h = teacher.embed(f)                      # [b or n, d], or one row per patch
+                scores, past = teacher.scores(h), teacher.scores(self.queue[:updates * len(rows) * self.world])
+            ids, q = self.labels(scores, past).reshape(b, -1) if guided else None, self.targets(scores[rows], past)
+            self.remember(h[rows], updates)
+        condition = self.condition(ids, x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
 
         # the student: other noise, perhaps another view, less time
-        q = self.targets(scores[rows], past)              # [n, K]
         t = cfg.sk_window[0] + (cfg.sk_window[1] - cfg.sk_window[0]) * u[part, 3]
         view = augment(x[part], u[part, 4:12], cfg.sk_augment, cfg.flip) if cfg.sk_augment else x[part]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), context():
             f = feature(net, self.name, diffuse(self.path, view, z[part, 1], t), t, self.pool)
-        student = self.embed(rows_of_map(f)).reshape(len(part), patches, -1)[:, keep].flatten(0, 1)
-        prototypes = F.normalize(self.prototypes.detach() if seen < cfg.sk_freeze else self.prototypes, dim=1)
+        f = rows_of_map(f)
+        student = self.embed(f.reshape(len(part), -1, f.shape[1])[:, keep].flatten(0, 1))
+        fixed = seen < cfg.sk_freeze or self.settled is not None                 # prototypes that are conditions stay with their labels
+        prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
         logp = F.log_softmax(student @ prototypes.T / cfg.sk_temperature, 1)
         sk = -(q * logp).sum(1).mean()                    # every process has equally many rows
         self.sums += torch.stack([sk.detach(), -(q * q.clamp(min=1e-12).log()).sum(1).mean(), torch.ones_like(sk)]).double()
         return cfg.sk_weight * min(1.0, (seen + 1) / max(cfg.sk_ramp, 1)) * sk, condition
+
+    def kept(self, patches, updates, device):
+        """Those of an image's patches that take part in the loss of this update: int64 [at most sk_patches]."""
+        return (torch.linspace(0, patches - 1, min(self.cfg.sk_patches, patches), device=device).long() + 7 * updates) % patches
 
     def condition(self, ids, size, drop, teacher):
         """Condition from labels int64 [B, patches]; `drop` bool [B] chooses the null condition image by image."""
@@ -333,11 +359,12 @@ class Labeller(nn.Module):
         counts = torch.bincount(flat, minlength=K)
         before = self.watched[:len(ids)]
         now = ids[:, ids.shape[1] // 2]                   # of a map: the label in the middle
-        mean = lambda i: float(sums[i] / sums[2]) if sums[2] else None           # none after sk_until
-        line = dict(sk_loss=mean(0), ln_K=math.log(K), target_entropy=mean(1),
+        line = dict(sk_loss=float(sums[0] / sums[2]), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2]),
                     used=float((counts > 0).float().mean()), label_entropy=size_entropy(counts.numpy()),
                     churn=float((before.cpu() != now).float().mean()) if (before >= 0).all() else None)
         self.watched[:len(ids)] = now.to(self.watched.device)
+        if self.settled is not None:                      # does the head tell the labels that stay?
+            line["settled"] = float((ids == self.settled[self.rows].cpu()).float().mean())
         if self.classes is not None and ids.shape[1] == 1:
             line["nmi"] = nmi(now.numpy(), self.classes)
         line["mean_cosine"] = alike                       # balanced assignment hides a head that maps all images to one place; this does not:
@@ -359,8 +386,8 @@ class Labeller(nn.Module):
 
     def words(self, line):
         """The same for the screen."""
-        text = ("" if line["sk_loss"] is None else f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})") + f"  in use {line['used']:.0%}"
-        text += "".join(f"  {name} {line[key]:.2f}" for key, name in (("churn", "churn"), ("nmi", "NMI")) if line.get(key) is not None)
+        text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}"
+        text += "".join(f"  {name} {line[key]:.2f}" for key, name in (("churn", "churn"), ("nmi", "NMI"), ("settled", "as settled")) if line.get(key) is not None)
         return text + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, a smaller sk_weight or K, "
                        "or another sk_t" if line["collapsed"] else "")
 
@@ -464,6 +491,7 @@ def check_online(run, cfg):
 
 def finish_online(run, cfg, net, side, state, folder, data):
     """Label every image with the finished averaged network; labels, scores and pictures into the run, marginal (or maps) into the checkpoint."""
+    settled = side.settled                                # these labels stay; of other images the head tells which one is theirs
     net.load_state_dict(state["ema"]), side.load_state_dict(state["side_ema"])
     net.eval(), side.eval()
     context, splits = autocast(run, cfg.precision)[0], dict(train=data, test=load_data(run, "test"))
@@ -473,6 +501,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
         ids, score, _ = label_images(net, side, d.inputs, rows, context, split)
         side_ = math.isqrt(ids.shape[1])
         ids, score = (np.concatenate(gather(run, v.numpy())) for v in (ids, score))
+        ids = ids if settled is None or split == "test" else settled.cpu().numpy().astype(ids.dtype)
         labels[split] = ids[:, 0] if ids.shape[1] == 1 else ids.reshape(-1, side_, side_).astype(np.int16)
         typical = score.mean(1) if split == "train" else typical
     patch, about = cfg.condition == "patch", dict(online=dict(checkpoint=f"guided/{cfg.name}", hash=state["weights"]))
