@@ -481,8 +481,8 @@ def check_online(run, cfg):
         raise UserError(f"sk_share={cfg.sk_share}: must be 1 / n with n a divisor of the {share} images per process and update")
     w = cfg.sk_window
     require(len(w) == 2 and 0 <= w[0] <= w[1] <= 1 and 0 <= cfg.sk_t <= 1, cfg, "sk_window sk_t", "times lie between 0 and 1, a window has two in order")
-    require(cfg.K >= 2 and min(cfg.sk_eps, cfg.sk_temperature) > 0 and min(cfg.sk_iterations, cfg.sk_dim, cfg.sk_hidden, cfg.sk_patches) >= 1,
-            cfg, "K sk_eps sk_temperature sk_iterations sk_dim sk_hidden sk_patches", "must be positive, K at least 2")
+    require(2 <= cfg.K < 2 ** 15 and min(cfg.sk_eps, cfg.sk_temperature) > 0 and min(cfg.sk_iterations, cfg.sk_dim, cfg.sk_hidden, cfg.sk_patches) >= 1,
+            cfg, "K sk_eps sk_temperature sk_iterations sk_dim sk_hidden sk_patches", "must be positive, K 2 ... 32767")
     require(min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_until, cfg.sk_augment, cfg.switch) >= 0,
             cfg, "sk_queue sk_weight sk_ramp sk_freeze sk_until sk_augment switch", "must not be negative")
     if cfg.condition == "patch" and cfg.sk_augment:

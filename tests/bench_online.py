@@ -25,6 +25,8 @@ VARIANTS = {                                              # name: (conditions of
     "labels found, not used": (dict(), dict(condition="none")),
     "head, label": (dict(num_labels=20), dict(condition="label")),
     "backbone, label": (dict(num_labels=20), dict(condition="label", sk_grad="backbone")),
+    "head, label, mid": (dict(num_labels=20), dict(condition="label", sk_activation="mid*-out")),
+    "head, label, settled": (dict(num_labels=20), dict(condition="label", switch=4096, sk_until=4096)),     # half-way, as the runs in results/online.json
     "head, patch": (dict(layout_channels=20), dict(condition="patch")),
 }
 
@@ -32,7 +34,7 @@ VARIANTS = {                                              # name: (conditions of
 def main():
     sections = yaml.safe_load((ROOT / "configs" / "shapes.yaml").read_text())
     model, data = fill("model", Model, sections["model"]), Data(train=5000, test=10)
-    base = fill("train_guided", TrainGuided, sections["train_guided"] | dict(labels="online", switch=0))
+    base = fill("train_guided", TrainGuided, sections["train_guided"] | dict(labels="online", switch=0, sk_until=0))
     base.images, base.log_every, base.save_every, base.grid_every = 8192, 8192, 10 ** 9, 10 ** 9
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
