@@ -1,6 +1,6 @@
 """Training time of online labels as a ratio of unconditional training at equal steps. Prints it, at the end one line of JSON.
 
-    python tests/bench_online.py                 # some three minutes on two CPU cores; timings of busy machines mean nothing
+    python tests/bench_online.py                 # some six minutes on two CPU cores; timings of busy machines mean nothing
 
 Whole runs of fit() with the model of configs/shapes.yaml, reports included, in turn; the faster of two passes of each counts.          goal: at most 1.25
 """
