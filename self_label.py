@@ -463,7 +463,7 @@ def second_eigenvector(A, steps=24, tol=5e-5, rounds=30):
     degree = A.sum(2)
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
     A, first = A * root[:, :, None] * root[:, None], F.normalize(degree.sqrt(), dim=1)
-    steps, todo, value = min(steps, P - 1), torch.arange(n, device=A.device), A.new_zeros(n)
+    steps, active, value = min(steps, P - 1), torch.arange(n, device=A.device), A.new_zeros(n)
     keep, begin, diagonal = -(-steps // 3), 0, torch.arange(steps)
     z = torch.from_numpy(np.random.default_rng(0).normal(size=P)).to(first) * (degree > 0)       # equal for all: no batch changes an image's result
 
@@ -487,12 +487,12 @@ def second_eigenvector(A, steps=24, tol=5e-5, rounds=30):
         e, u = torch.linalg.eigh(T)
         e, u = e[:, -keep:], u[:, :, -keep:].transpose(1, 2)
         best, residual = torch.bmm(u, V[:, 1:-1]), edge[:, None] * u[:, :, -1]   # |A z - value z| of each vector
-        value[todo], z[todo] = e[:, -1], best[:, -1]
+        value[active], z[active] = e[:, -1], best[:, -1]
         go = residual[:, -1].abs() > tol
         if not go.any():
             break
-        A, V, todo = (A, V, todo) if go.all() else (A[go], V[go], todo[go])
-        T = A.new_zeros(len(todo), steps, steps)
+        A, V, active = (A, V, active) if go.all() else (A[go], V[go], active[go])
+        T = A.new_zeros(len(active), steps, steps)
         T[:, diagonal[:keep], diagonal[:keep]], T[:, keep, :keep], T[:, :keep, keep] = e[go], residual[go], residual[go]
         V[:, 1:keep + 1], V[:, keep + 1], begin = best[go], V[:, -1].clone(), keep
     return value, z
