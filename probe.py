@@ -194,9 +194,9 @@ def label_free_scores(a, b, K, seed):
 def consensus(ids):
     """Mean NMI of each clustering with all the others, [n] from int64 [n][N].
 
-    Over the blocks of one network at one noise time, this is high where every depth finds the same groups. It tracks agreement with true
-    classes where stability and silhouette do not: those favour little noise, at which clusters are about hue or position and survive anything.
-    With ever less noise all blocks see the same image and agree more and more, so of times that agree about equally the noisiest is taken.
+    Over the blocks of one network at one noise time, this is high where every depth finds the same groups. With ever less noise all blocks see
+    the same image and agree more and more, so of times that agree about equally the noisiest is taken. (How well this and the other criteria
+    follow true classes is measured in the README; none does everywhere.)
     """
     m = np.array([[nmi(a, b) if i < j else 0.0 for j, b in enumerate(ids)] for i, a in enumerate(ids)])
     return (m + m.T).sum(1) / max(len(ids) - 1, 1)

@@ -326,8 +326,8 @@ def check_run_folder(run):
         for key, value in dataclasses.asdict(run.data).items():
             if getattr(there, key) != value and key not in ("root", "download", "skip_bad"):
                 raise UserError(f"{path}: this run was made with data.{key}={getattr(there, key)}, now data.{key}={value}; use another run=DIR")
-    elif run.stage != "train_diffusion":
-        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py")
+    elif run.stage != "train_diffusion" and getattr(run.cfg, "evaluate", True):  # sampling alone needs no images
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py" + (", or only sample with evaluate=false" if run.stage == "sample_ode" else ""))
     run.wait()
     if run.rank == 0 and run.stage == "train_diffusion":
         run.dir.mkdir(parents=True, exist_ok=True)

@@ -261,6 +261,15 @@ def test_every_condition_trains_and_samples(toy, condition):
                                                                                               "switch=320", "log_every=320").stdout
 
 
+def test_a_checkpoint_samples_without_run_or_images(toy, tmp_path):
+    folder, words = toy
+    words = [words[0], f"run={tmp_path / 'alone'}", f"checkpoint={folder / 'run/guided/online/checkpoint.pt'}", "guidance=1.5", "n=4"]
+    refused = stage("sample_ode", *words, "evaluate=true", ok=False)
+    assert refused.returncode == 2 and "evaluate=false" in refused.stderr
+    stage("sample_ode", *words, "name=alone")             # evaluate: false in the YAML
+    assert np.load(tmp_path / "alone/samples/alone/images.npy").shape == (4, 3, 16, 16)
+
+
 @pytest.mark.parametrize("until", [0, 160])
 def test_resume_and_two_ranks(toy, until):
     """Interrupted between two checkpoints: the same bits. Two processes: the same global batch, so the same labels up to rounding."""
