@@ -574,9 +574,10 @@ def main():
             for part_rows, out in stream(net, state, inputs(part), rows, names, times, device=run.device, context=context, pool=cfg.pool,
                                          draws=cfg.draws, seed=cfg.seed, purpose=f"features {split}", batch=cfg.batch):
                 for key, value in out.items():
+                    value = value.cpu().to(getattr(torch, cfg.dtype))
                     if not torch.isfinite(value).all():
-                        raise UserError(f"{key[0]} at t={key[1]}: non-finite features; is {state['file']} a healthy model?")
-                    write_rows(files[key], part_rows[0], value.cpu().numpy())
+                        raise UserError(f"{key[0]} at t={key[1]}: non-finite features; is {state['file']} a healthy model? (or too large for dtype={cfg.dtype})")
+                    write_rows(files[key], part_rows[0], value.numpy())
                 progress.update(len(part_rows) * run.world)
     run.wait()
     if run.rank == 0:

@@ -203,9 +203,12 @@ def consensus(ids):
 
 
 def rank_correlation(a, b):
-    """Spearman's rho of two lists."""
-    ra, rb = (np.argsort(np.argsort(v)).astype(float) for v in (a, b))
-    return float(np.corrcoef(ra, rb)[0, 1])
+    """Spearman's rho of two lists; equal values share a rank, and a constant list correlates with nothing."""
+    def ranks(v):
+        _, at, n = np.unique(v, return_inverse=True, return_counts=True)
+        return (n.cumsum() - n / 2)[at]
+    ra, rb = ranks(a), ranks(b)
+    return float(np.corrcoef(ra, rb)[0, 1]) if np.ptp(ra) and np.ptp(rb) else 0.0
 
 
 def heat_map(path, values, rows, columns, title, marks=()):
@@ -369,7 +372,7 @@ def boxes(run, cfg, net, state, context):
 
 def train_supervised(run, cfg, state, data, name, classes):
     """A network of the same architecture and size, trained with labels on clean images up to activation `name`: what labels would give."""
-    net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed).to(run.device)
+    net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed).to(run.device).eval()   # no dropout
     with tapped(net, [name]) as got:
         size = 0
         try:
@@ -379,7 +382,7 @@ def train_supervised(run, cfg, state, data, name, classes):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(cfg.seed, "supervised head"))
             head = nn.Linear(size, classes).to(run.device)
-        context, batch = autocast(run, cfg.precision)[0], 128
+        context, batch = autocast(run, "auto" if cfg.precision == "fp16" else cfg.precision)[0], 128         # fp16 would need scaled gradients
         steps = max(1, cfg.supervised_images // batch)
         opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps + 1)
@@ -398,7 +401,7 @@ def train_supervised(run, cfg, state, data, name, classes):
                 opt.zero_grad()
                 schedule.step()
                 progress.update(1)
-    return net.eval().requires_grad_(False)
+    return net.requires_grad_(False)
 
 
 def random_network(run, cfg, state):
@@ -412,12 +415,12 @@ def random_network(run, cfg, state):
 
 
 def one_activation(run, cfg, net):
-    """The (activation, time) that protocol=linear reads: the label-free choice of a sweep, or what was named."""
+    """The (activation, time) that protocol=linear reads: the label-free choice of a sweep, at another time if one is named, or what was named."""
     if cfg.activations == ["blocks"]:
         choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")
         if "label_free" not in choice:
             raise UserError(f"choice={cfg.choice}: probe/{cfg.choice}.json is no sweep")
-        return choice["label_free"]["activation"], cfg.t[0] if cfg.t else choice["label_free"]["t"]
+        return choice["label_free"]["activation"], cfg.t[0] if len(cfg.t) == 1 else choice["label_free"]["t"]     # several times are the sweep's grid
     names = matching(net, cfg.activations)
     if len(names) != 1 or len(cfg.t) != 1:
         raise UserError(f"protocol=linear reads one activation at one time; got {len(names)} and t={cfg.t}")
@@ -587,6 +590,10 @@ class Tuned(nn.Module):
         super().__init__()
         self.head, self.net, self.names, self.context = head, copy.deepcopy(r.net).requires_grad_(True), r.names, context
 
+    def train(self, mode=True):                           # without the network's dropout, whose numbers belong to no seed
+        self.head.train(mode)
+        return self
+
     def forward(self, maps, x_t, t):
         with self.context():
             maps = look(self.net, self.names, x_t, t)
@@ -724,12 +731,10 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
 
 
 def labelled(y, rows, share, per_class, seed):
-    """The rows whose labels may be used: a share of each class, at least one, or so many of each; of one seed, smaller sets lie inside larger ones."""
+    """The rows whose labels may be used: a share of each class, at least one, or up to so many of each; of one seed, smaller sets lie inside larger ones."""
     rows, keep = np.random.default_rng(seed_of(seed, "labelled rows")).permutation(rows), []
     for k in np.unique(y[rows]):
         of = rows[y[rows] == k]
-        if len(of) < per_class:
-            raise UserError(f"per_class={per_class}: class {k} has only {len(of)} images to take from")
         keep.append(of[:per_class or max(1, round(share * len(of)))])
     return np.sort(np.concatenate(keep))
 
@@ -738,12 +743,12 @@ def places(run, cfg, net):
     """(names, times) that protocol=head reads."""
     if cfg.activations == ["blocks"]:
         name, t = one_activation(run, cfg, net)
-        return [name], cfg.t or [t]
+        return [name], cfg.t if cfg.head == "difformer" and cfg.protocol == "head" and len(cfg.t) > 1 else [t]
     return matching(net, cfg.activations), cfg.t
 
 
-def check_head(cfg):
-    """UserErrors for impossible settings of protocol=head."""
+def check_head(cfg, latents, size):
+    """UserErrors for impossible settings of the protocols that train heads, on images or latents of this size."""
     require(0 < cfg.labels_share <= 1 and cfg.per_class >= 0 and (cfg.labels_share == 1 or not cfg.per_class), cfg, "labels_share per_class",
             "a share above 0 and up to 1, or a number of images per class, not both")
     require(min(cfg.width, cfg.depth, cfg.heads, cfg.side, cfg.grid, cfg.images, *cfg.hidden) >= 1 and cfg.width % cfg.heads == 0, cfg,
@@ -757,7 +762,8 @@ def check_head(cfg):
             "protocol head finetune", "head=linear, mlp, cnn or attention can be fine-tuned, at a positive multiple of lr")
     require(cfg.head != "diffeed" and not cfg.finetune or cfg.precision != "fp16", cfg, "head finetune precision",
             "gradients go through the network here: use bf16 or fp32")
-    require(cfg.head_batch >= 2 and cfg.crop >= 0, cfg, "head_batch crop", "head_batch is at least 2, crop at least 0")
+    require(cfg.head_batch >= 2 and 0 <= cfg.crop < size, cfg, "head_batch crop", f"head_batch is at least 2, crop at least 0 and below the image size, {size}")
+    require(not (latents and (cfg.flip or cfg.crop)), cfg, "flip crop", "belong to pixels: latents are not mirrored and shifted with their images (data.latents)")
 
 
 def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times):
@@ -807,6 +813,8 @@ def head(run, cfg, net, state, context):
     held, where = min(cfg.validation, len(order) // 5), dict(device=run.device, context=context)
     for seed in cfg.seeds:
         fit, val = (labelled(y.numpy(), part, cfg.labels_share, cfg.per_class, seed) for part in (order[held:], order[:held]))
+        few = int(np.bincount(y[fit].numpy(), minlength=int(y.max()) + 1).min())
+        require(few >= max(1, cfg.per_class) and len(fit) >= 2, cfg, "per_class labels_share", f"a class has only {few} images to learn from")
         own = replace(cfg, seed=seed)
         for what, r in readings(run, own, net, state, context, names, times, train.inputs, y, fit, val).items():
             with bar(run, max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
@@ -1028,9 +1036,10 @@ def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=null
         loss.backward()
         opt.step()
         opt.zero_grad()
-        best, stale = (loss.item(), 0) if loss.item() < best else (best, stale + 1)
-        if stale > 50 and step > 5 * per_epoch:
-            break
+        if step >= 5 * per_epoch:
+            best, stale = (loss.item(), 0) if loss.item() < best else (best, stale + 1)
+            if stale > 50:
+                break
     return net.eval()
 
 
@@ -1330,6 +1339,9 @@ def detector(cfg, r, path, size, classes, seed, device, context):
     x, w = torch.zeros(1, 3, size, size, device=device), cfg.width
     shapes = [m.shape[1:] for m in r.views(path, x, [x], nullcontext)[0][0]]
     strides = sorted(size / h for _, h, _ in shapes)
+    if any(b != 2 * a for a, b in itertools.pairwise(strides)):
+        raise UserError(f"protocol=detect: activations={r.names} have maps of {sorted({h for _, h, _ in shapes})} positions a side; "
+                        "name one activation per size, each size twice the one before")
     pool = lambda n: MultiScaleRoIAlign([str(i) for i in range(len(shapes))], n, 2, canonical_scale=size, canonical_level=round(math.log2(strides[-1])))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "detector"))
@@ -1533,8 +1545,10 @@ def main():
     context = autocast(run, cfg.precision)[0]
     if cfg.protocol in ("sweep", "boxes", "select", "correspond", "cka") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and min(cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points) >= 1 and cfg.K >= 2,
-            cfg, "t boxed draws batch neighbours pairs points K", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
+    require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and cfg.K >= 2
+            and min(cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points, cfg.fit, cfg.validation, cfg.supervised_images) >= 1,
+            cfg, "t boxed K draws batch neighbours pairs points fit validation supervised_images", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
+    require(len({f"{t:g}" for t in cfg.t}) == len(cfg.t), cfg, "t", "times must differ within six digits")
     require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect", "cka")), cfg, "protocol", "is defined on pixels, not with data.latents")
     require(not (run.data.latents and cfg.transfer), cfg, "transfer", "other images are probed as pixels; this run's models (data.latents) see latents")
     path, other = run.dir / "probe" / f"{cfg.name}.json", set().union(*KEYS.values()) - KEYS.get(cfg.protocol, set())
@@ -1545,7 +1559,7 @@ def main():
     if cfg.protocol == "linear":
         recipe["reads"] = list(one_activation(run, cfg, net))
     if cfg.protocol in ("head", "segment", "detect"):
-        check_head(cfg)
+        check_head(cfg, run.data.latents, state["size"])
         recipe["reads"] = list(places(run, cfg, net))
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")

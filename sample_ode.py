@@ -51,7 +51,7 @@ class SampleOde:
     select: int = 1_000                                   # samples per candidate when several w are given; from another seed than the report
     interval: list[float] = field(default_factory=lambda: [0.0, 1.0])    # guide only while t is inside; outside w = 1
     autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label
-    labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or label ids to cycle through
+    labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or ids to cycle through: labels, or places in the bank
     boxes: list[list[float]] = field(default_factory=list)    # models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in pixels
     mask: str = ""                                        # models with mask conditions: a PNG whose pixel values are the ids
     layouts: Literal["train", "test"] = "train"           # models with box or mask conditions: layouts of the bank in the checkpoint, or of the test images
@@ -244,15 +244,23 @@ def straightness(velocity, x, label, steps=32):
     return ((t[1:] + t[:-1]) / 2).tolist(), deviation.tolist(), float(deviation.mean())
 
 
+def kinds_of(state):
+    """How many labels the model of a checkpoint knows: not the size of its bank of maps or sets, whose positions are what samples are labelled with."""
+    given, kind = state.get("conditions") or {}, state.get("condition", "label")
+    return given.get({"set": "vector_dim", "patch": "layout_channels"}.get(kind, "num_labels")) or state["num_labels"]
+
+
 def sample_labels(cfg, state, indices, seed):
     """Label of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
     K = state["num_labels"]
     if not K:
         return None
+    if cfg.labels == ["marginal"] and state["marginal"] is None:
+        raise UserError(f"{state['file']}: its training is not finished, so how common its labels are is not known yet; use labels=uniform or ids")
     if cfg.labels in (["marginal"], ["uniform"]):
         p = state["marginal"].double() if cfg.labels == ["marginal"] else torch.full((K,), 1 / K, dtype=torch.float64)
         u, _ = draw(seed, "sample label", indices, (0,), 1)
-        return torch.searchsorted(p.cumsum(0), u[:, 0].double() * p.sum()).clamp(max=K - 1)
+        return torch.searchsorted(p.cumsum(0), u[:, 0].double() * p.sum(), right=True).clamp(max=K - 1)      # right: never a label that has no mass
     try:
         ids = [int(v) for v in cfg.labels]
     except ValueError:
@@ -585,7 +593,7 @@ def table(run):
             m = json.loads(path.read_text())
             if "scores" not in m or m["recipe"]["sweep"]:        # a sweep is a picture, not a row
                 continue
-            s, K = m["scores"], m["num_labels"]
+            s, K = m["scores"], m.get("K", m["num_labels"])
             kind = "fid" if "fid" in s else "frechet"
             plain = m.get("scores_w1", s if m["w"] == 1 else {})
             chosen = "chosen on other samples and other real images" if "selection" in m else "given" if K else "-"
@@ -639,7 +647,7 @@ def read_like(run, cfg, net, state, context):
         if run.vae is not None:
             latents = [to_latents(run.vae, as_input(torch.from_numpy(x[None])).to(run.device)) for x in images]
             inputs = torch.cat(latents)[:, None].half().cpu().numpy()            # [n, 1, 2C, h, w]
-    ids, _, _ = label_images(net, side, inputs, np.arange(len(images)), context, "like")
+    ids, *_ = label_images(net, side, inputs, np.arange(len(images)), context, "like")
     if state.get("condition") == "patch":                 # their maps take the place of those from training
         maps = ids.reshape(len(ids), math.isqrt(ids.shape[1]), -1).to(state["maps"].dtype)
         state |= dict(maps=torch.cat([maps, torch.full_like(maps[:1], state["map_labels"])]), num_labels=len(maps))
@@ -660,7 +668,9 @@ def read_layouts(run, cfg, state):
         for b in cfg.boxes:
             if len(b) not in (4, 5) or not (0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size) or len(b) == 5 and not 0 <= b[4] <= K:
                 raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, and perhaps a label in 0 ... {K} ({K} is null)")
-        maps, labels = draw_boxes(np.array([[b[:4] for b in cfg.boxes]]), size), [int(cfg.boxes[0][4]) if len(cfg.boxes[0]) == 5 else K]
+        if len({b[4] for b in cfg.boxes if len(b) == 5}) > 1:
+            raise UserError(f"boxes={cfg.boxes}: an image has one label; name the same in every box, or in one")
+        maps, labels = draw_boxes(np.array([[b[:4] for b in cfg.boxes]]), size), [next((int(b[4]) for b in cfg.boxes if len(b) == 5), K)]
     elif cfg.mask:
         try:
             picture = Image.open(cfg.mask)
@@ -695,7 +705,7 @@ def open_finder(run, cfg, state):
     name = cfg.finder or state["label_file"]
     while (run.dir / "labels" / f"{name}.json").exists() or cfg.finder:
         info = load_labels(run, name)[1]
-        how = info["recipe"]
+        how = info.get("recipe", {})                      # other programs may write label files, too
         if how.get("method") == "random" and not cfg.finder:                     # shuffled layouts: the labeller of their reference
             name = how["reference"]
             continue
@@ -866,7 +876,8 @@ def main():
     cfg = run.cfg
     if "--table" in run.flags:
         return table(run)
-    require(cfg.n >= 2 and min(cfg.steps, cfg.batch) >= 1 and cfg.tol > 0 and cfg.guidance, cfg, "n steps batch tol guidance", "n must be at least 2, the others positive")
+    require(cfg.n >= 2 and min(cfg.steps, cfg.batch, cfg.neighbours) >= 1 and cfg.tol > 0 and cfg.guidance, cfg, "n steps batch neighbours tol guidance",
+            "n must be at least 2, the others positive")
     require(len(cfg.interval) == 2 and cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
             "sweeps and a choice of w need evaluate=true and at least two samples")
@@ -917,7 +928,7 @@ def main():
     run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, {cfg.weights} weights); {why}")
     metrics = dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"], seen=state["seen"], num_labels=state["num_labels"],
                    total_seen=state["seen"] + (state.get("init") or {}).get("seen", 0),      # with the training that the initial weights come from
-                   label_file=state.get("label_file"), label_scores=state.get("label_scores"), solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
+                   K=kinds_of(state), label_file=state.get("label_file"), label_scores=state.get("label_scores"), solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
     judge = Evaluation(run, cfg) if cfg.evaluate and cfg.direction == "generate" else None
 
     if cfg.direction == "encode":

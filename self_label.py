@@ -336,7 +336,7 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
 
 def balanced_assign(features, c, g, eps, chunk=8192):
     """(ids int64 [N], probability float32 [N]) of each row's best cluster under prices g. CPU tensors."""
-    out = [torch.softmax(rows_of(features, slice(i, i + chunk), "cosine", c.device) @ c.T / eps - g, 1).max(1) for i in range(0, len(features), chunk)]
+    out = [torch.softmax(rows_of(features, slice(i, i + chunk), "cosine", c.device) @ c.T / eps - g, 1).max(1) for i in range(0, max(len(features), 1), chunk)]
     return torch.cat([o.indices for o in out]).cpu(), torch.cat([o.values for o in out]).cpu()
 
 
@@ -608,7 +608,7 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
 
 def segment(x, grid, size, c, g=None, metric="cosine", eps=0.05, smooth=0.3):
     """Segment ids uint8 [n, H, W] of patch features [n, P, d]: each pixel's best of the centroids c [K, d] (under prices g), by upsampled, smoothed scores."""
-    x = rows_of(x.reshape(-1, x.shape[-1]), slice(None), metric, c.device)
+    x = rows_of(x.reshape(-1, x.shape[-1]), slice(None), metric if g is None else "cosine", c.device)       # prices belong to cosines
     score = x @ c.T - (0.5 * c.square().sum(1) if g is None else eps * g)        # its argmax is that of `assign` and `balanced_assign`
     score = score.T.reshape(len(c), -1, *grid).transpose(0, 1)                   # [n, K, h, w]
     score = (1 - smooth) * score + smooth * F.avg_pool2d(score, 3, 1, 1, count_include_pad=False)

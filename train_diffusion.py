@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -713,6 +713,11 @@ class Squared(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image, label = self.items[i]
+            image = ImageOps.exif_transpose(image)            # photographs say how they were held
+            if image.mode.startswith("I;16"):             # 16 bits of grey; convert() would clip them to 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no known range; store 8 or 16 bits")
             image = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             name = getattr(self.items, "files", {i: f"image {i}"})[i]
@@ -1262,6 +1267,7 @@ class UNet(nn.Module):
                  num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
         super().__init__()
         self.channels, self.stem, self.num_labels, self.layout_channels, self.clock = channels, stem, num_labels, layout_channels, clock
+        self.vector_dim = vector_dim
         mult, fixed = [int(m * channels) for m in mult], heads
         width, size, c = 4 * channels, size // stem, mult[0]
         heads = lambda c: fixed or max(1, c // head_channels)
@@ -1300,8 +1306,8 @@ class UNet(nn.Module):
         emb = self.time_embed(time_embedding(time, self.channels, self.clock))   # [B, width]
         if self.num_labels:
             emb = emb + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
-        if vector is not None:
-            emb = emb + self.vector_emb(vector)
+        if self.vector_dim:                               # what is not given is null
+            emb = emb + self.vector_emb(vector if vector is not None else emb.new_zeros(len(x), self.vector_dim))
         if self.layout_channels:
             x = torch.cat([x, layout if layout is not None else x.new_zeros(len(x), self.layout_channels, *x.shape[2:])], 1)
 
@@ -1384,7 +1390,7 @@ class UViT(nn.Module):
     def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0,
                  clock=(0, 1000), registers=0):
         super().__init__()
-        self.registers = registers
+        self.registers, self.vector_dim, self.layout_channels = registers, vector_dim, layout_channels
         self.clock, self.channels, self.patch, self.num_labels, self.out_channels, self.grid = clock, channels, patch, num_labels, out_channels, size // patch
         self.patch_embed = PatchEmbed(patch, in_channels, channels)
         if num_labels:
@@ -1412,15 +1418,17 @@ class UViT(nn.Module):
 
     def forward(self, x, time, label=None, vector=None, layout=None):
         tokens = self.patch_embed(x)                                             # [B, L, D]
-        if layout is not None:
-            tokens = tokens + self.layout_embed(layout)
+        if self.layout_channels:                          # what is not given is null
+            tokens = tokens + self.layout_embed(layout if layout is not None else x.new_zeros(len(x), self.layout_channels, *x.shape[2:]))
         front = [time_embedding(time, self.channels, self.clock).to(tokens.dtype)]
         front += [torch.zeros_like(front[0])] * self.registers
         if self.extras > len(front):
             cond = torch.zeros_like(front[0])
             if self.num_labels:
                 cond = cond + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
-            front.insert(0, cond if vector is None else cond + self.vector_emb(vector))
+            if self.vector_dim:
+                cond = cond + self.vector_emb(vector if vector is not None else cond.new_zeros(len(x), self.vector_dim))
+            front.insert(0, cond)
         x = torch.cat([torch.stack(front, 1), tokens], 1) + self.pos_embed
         skips = []
         through = again if self.recompute else lambda block, *tokens: block(*tokens)
@@ -1838,7 +1846,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     parts, weights, averages = dict(net=net, ema=ema), list(net.parameters()), list(ema.parameters())
     beside = list(side.parameters()) if side else []
     if side:
-        side_ema = copy.deepcopy(side).eval().requires_grad_(False)
+        side_ema = copy.deepcopy(side, {id(side.inputs): side.inputs}).eval().requires_grad_(False)          # not the images
         parts |= dict(side=side, side_ema=side_ema)
     decay, rest = [p for p in weights + beside if p.dim() > 1], [p for p in weights + beside if p.dim() <= 1]
     opt = torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)], lr=cfg.lr, fused=True)

@@ -30,7 +30,7 @@ from torch import nn
 from extract_features import feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
-                             input_shape, load_checkpoint, load_data, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
+                             input_shape, load_checkpoint, load_data, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
@@ -160,12 +160,12 @@ def layout_maps(run, cfg, labels, split, kinds=0):
     if cfg.condition == "box":
         return np.concatenate([draw_boxes(b.reshape(len(b), -1, 4), size) for b in np.array_split(np.asarray(there), math.ceil(len(there) / 4096))]), 1
     there = np.asarray(there).astype(np.uint8)
-    if size % there.shape[1]:
-        raise UserError(f"labels/{cfg.labels}.npz: masks of {there.shape[1]} positions a side do not divide images of {size}")
+    if there.shape[1] != there.shape[2] or size % there.shape[1]:
+        raise UserError(f"labels/{cfg.labels}.npz: masks of {there.shape[1]} x {there.shape[2]} positions do not divide images of {size}")
     there = there.repeat(size // there.shape[1], 1).repeat(size // there.shape[2], 2)
     void = there == 255 if cfg.labels == "classes" else np.zeros(there.shape, bool)
     kinds = kinds or max(int(there[~void].max(initial=0)) + 1, 2)
-    there[void] = kinds                                   # nothing there
+    there[void | (there >= kinds)] = kinds                # nothing there, or an id that no training image has
     return there, kinds
 
 
@@ -215,6 +215,7 @@ class Labeller(nn.Module):
         self.to(p.device)
         self.sums, self.images, self.classes = torch.zeros(3, dtype=torch.float64, device=p.device), None, None
         self.rows, self.inputs, self.settled = None, None, None    # all training images; their labels int16 [N, patches], once they stay
+        self.prices = None                                # of the labels, once training is finished
 
     def get_extra_state(self):
         """What a checkpoint holds besides parameters and buffers: the settled labels."""
@@ -354,11 +355,11 @@ class Labeller(nn.Module):
         sums = over_ranks(self.sums.clone())
         self.sums.zero_()
         with alone():
-            ids, _, alike = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
+            ids, _, alike, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
         K, flat = self.cfg.K, ids.flatten()
         counts = torch.bincount(flat, minlength=K)
         before = self.watched[:len(ids)]
-        now = ids[:, ids.shape[1] // 2]                   # of a map: the label in the middle
+        now = ids[:, math.isqrt(ids.shape[1]) // 2 * (math.isqrt(ids.shape[1]) + 1)]              # of a map: the label in the middle
         line = dict(sk_loss=float(sums[0] / sums[2]), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2]),
                     used=float((counts > 0).float().mean()), label_entropy=size_entropy(counts.numpy()),
                     churn=float((before.cpu() != now).float().mean()) if (before >= 0).all() else None)
@@ -379,7 +380,7 @@ class Labeller(nn.Module):
         size, no = row_shape(self.images)[1:], torch.zeros(120, dtype=torch.bool, device=self.mean.device)
         if self.cfg.condition == "patch":
             with alone():
-                ids = label_images(ema, teacher, self.images, np.arange(min(12, len(self.images))), context, "watched")[0].repeat_interleave(10, 0)
+                ids = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")[0][:12].repeat_interleave(10, 0)
         else:
             ids = torch.from_numpy(np.unique(np.linspace(0, self.cfg.K - 1, min(12, self.cfg.K)).round().astype(int)).repeat(10))[:, None]
         return self.condition(ids.to(no.device), size, no[:len(ids)], teacher)
@@ -399,7 +400,7 @@ def rows_of_map(f):
 
 def layout_of(ids, K, size):
     """Maps of labels int64 [B, h, w] (K = null) -> one-hot float [B, K, H, W]; the null label is all zeros."""
-    onehot = F.one_hot(ids.long(), K + 1)[..., :K].permute(0, 3, 1, 2).float()
+    onehot = torch.zeros(len(ids), K + 1, *ids.shape[1:], device=ids.device).scatter_(1, ids.long()[:, None], 1)[:, :K]
     return F.interpolate(onehot, size=tuple(size), mode="nearest")
 
 
@@ -445,21 +446,22 @@ def bank_of(maps, kinds, seed, labels=None, K=0, size=2000):
 
 @torch.no_grad()
 def label_images(net, labeller, images, rows, context, purpose):
-    """(labels int64 [n, patches], their scores float32 [n, patches], mean cosine between embeddings) of the images at `rows`; CPU.
+    """(labels int64 [n, patches], their scores float32 [n, patches], mean cosine between embeddings, prices [K]) of the images at `rows`; CPU.
 
-    By an averaged network and labeller: at sk_t, without a condition.
+    By an averaged network and labeller: at sk_t, without a condition. With assign=sinkhorn labels are balanced over all images of this call, on
+    all ranks, unless the labeller has prices: one image alone, or other images, cannot be balanced.
     """
-    cfg, scores, g, total = labeller.cfg, [], torch.zeros(labeller.cfg.K), 0
+    cfg, h, g, eps = labeller.cfg, [], labeller.prices, labeller.cfg.sk_eps
     for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=labeller.mean.device, context=context,
                             pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}"):
-        h = labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t]))
-        scores.append(labeller.scores(h).reshape(len(part), -1, cfg.K).cpu())
-        total = total + h.sum(0).cpu()
-    scores = torch.cat(scores) if scores else torch.zeros(0, 1, cfg.K)           # [n, patches, K]
-    if cfg.assign == "sinkhorn":                          # balanced over all these images, on all ranks
-        g = prices(lambda: scores.flatten(0, 1).split(512), cfg.sk_eps, 50)
-    ids = (scores / cfg.sk_eps - g).argmax(2)
-    return ids, scores.gather(2, ids[..., None])[..., 0], float((total / max(ids.numel(), 1)).square().sum()) if len(ids) else 0.0
+        h.append(labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1)))
+    h = torch.cat(h) if h else labeller.mean.new_zeros(0, 1, cfg.sk_dim)         # [n, patches, d]; their scores, [n, patches, K], are never held at once
+    blocks = lambda: (labeller.scores(part) for part in h.flatten(0, 1).split(2048))
+    if g is None:
+        g = prices(blocks, eps, 50) if cfg.assign == "sinkhorn" else h.new_zeros(cfg.K)
+    best = [(k := (S / eps - g).argmax(1), S.gather(1, k[:, None])[:, 0]) for S in blocks()]
+    ids, score = (torch.cat(v).view(h.shape[:2]).cpu() for v in zip(*best))
+    return ids, score, float(h.mean((0, 1)).square().sum()) if len(h) else 0.0, g
 
 
 def load_labeller(run, net, state):
@@ -467,8 +469,11 @@ def load_labeller(run, net, state):
     if "side_ema" not in state:
         raise UserError(f"{state['file']}: was not trained with labels=online, so it cannot tell the labels of new images")
     cfg = fill("train_guided", TrainGuided, state["config"]["train_guided"])
+    if state.get("prices") is None:
+        raise UserError(f"{state['file']}: has no prices of its labels, as its training is not finished; run train_guided.py again, with overwrite=true if it says done")
     side = Labeller(cfg, net, state["sk_activation"], state["size"], channels=state["channels"])
     side.load_state_dict(state["side_ema"])
+    side.prices = state["prices"].to(side.mean.device)
     return side.eval().requires_grad_(False)
 
 
@@ -477,7 +482,7 @@ def check_online(run, cfg):
     require(not cfg.recompute or cfg.sk_grad == "head", cfg, "recompute sk_grad", "features with gradients stop inside the network: use recompute=false")
     require(not (cfg.sk_augment and run.data.latents), cfg, "sk_augment", "views differ in colour, which latents do not have; use sk_augment=0 with data.latents")
     share, every = cfg.batch // run.world, round(1 / cfg.sk_share) if 0 < cfg.sk_share <= 1 else 0
-    if not every or share % every:
+    if not every or share % every or abs(every * cfg.sk_share - 1) > 0.01:
         raise UserError(f"sk_share={cfg.sk_share}: must be 1 / n with n a divisor of the {share} images per process and update")
     w = cfg.sk_window
     require(len(w) == 2 and 0 <= w[0] <= w[1] <= 1 and 0 <= cfg.sk_t <= 1, cfg, "sk_window sk_t", "times lie between 0 and 1, a window has two in order")
@@ -485,6 +490,7 @@ def check_online(run, cfg):
             cfg, "K sk_eps sk_temperature sk_iterations sk_dim sk_hidden sk_patches", "must be positive, K 2 ... 32767")
     require(min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_until, cfg.sk_augment, cfg.switch) >= 0,
             cfg, "sk_queue sk_weight sk_ramp sk_freeze sk_until sk_augment switch", "must not be negative")
+    require(cfg.condition == "none" or cfg.switch < cfg.images, cfg, "switch images", "labels would never be used: switch comes before images, or condition=none")
     if cfg.condition == "patch" and cfg.sk_augment:
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
 
@@ -498,7 +504,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
     labels, typical = {}, None
     for split, d in splits.items():
         rows = np.arange(len(d) * run.rank // run.world, len(d) * (run.rank + 1) // run.world)
-        ids, score, _ = label_images(net, side, d.inputs, rows, context, split)
+        ids, score, _, side.prices = label_images(net, side, d.inputs, rows, context, split)    # test images under the prices of the training images
         side_ = math.isqrt(ids.shape[1])
         ids, score = (np.concatenate(gather(run, v.numpy())) for v in (ids, score))
         ids = ids if settled is None or split == "test" else settled.cpu().numpy().astype(ids.dtype)
@@ -510,7 +516,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
         if run.rank == 0:
             colours = np.random.default_rng(3).integers(40, 256, (cfg.K, 3)).astype(np.uint8)
             zoom = data.images.shape[2] // side_
-            shown = [v for i in range(40) for v in (data.images[i], colours[labels["train"][i].repeat(zoom, 0).repeat(zoom, 1)].transpose(2, 0, 1))]
+            shown = [v for i in range(min(40, len(data))) for v in (data.images[i], colours[labels["train"][i].repeat(zoom, 0).repeat(zoom, 1)].transpose(2, 0, 1))]
             save_grid(folder / "segments.png", np.stack(shown), 10, head=f"{cfg.name}: images and the labels of their patches")
     else:
         save_labels(run, cfg.name, splits, labels, cfg.K, typical, dict(online=state["weights"]), {}, about, cfg.seed)
@@ -519,7 +525,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
     if run.rank == 0:
         with atomic(folder / "labels.npz") as f:
             np.savez(f, num_labels=cfg.K, **labels)
-    state["label_digest"] = digest(labels["train"])
+    state |= dict(label_digest=digest(labels["train"]), prices=side.prices)
     save_checkpoint(run, folder, {k: v for k, v in state.items() if k != "file"})
 
 
@@ -557,11 +563,14 @@ def main():
             maps, kinds = layout_maps(run, cfg, labels, "train")
             condition, conditions = layout_condition(labels["train"], maps, K, kinds, cfg, run.device), conditions | dict(layout_channels=kinds)
             sampling, layout = bank_of(maps, kinds, cfg.seed, labels["train"], K), digest(maps)
-            shown = torch.arange(12).repeat_interleave(10)
+            shown = torch.arange(min(12, len(maps))).repeat_interleave(10)
             grid = dict(label=sampling["bank_labels"][shown].to(run.device), layout=layout_of(sampling["maps"][shown], kinds, maps.shape[1:]).to(run.device))
     if online:
         require(cfg.condition not in ("box", "mask", "set"), cfg, "condition labels", "boxes, masks and sets come from a label file")
         check_online(run, cfg)
+        file = run.dir / "labels" / f"{cfg.name}.json"    # written at the end; labels that were not found online are not ours to replace
+        if cfg.condition != "patch" and not cfg.overwrite and file.exists() and "online" not in read_json(file, "delete it").get("recipe", {}):
+            raise UserError(f"{file}: labels of this name were made by another program; choose another name=, or overwrite=true")
         K = cfg.K if cfg.condition in ("label", "prototype") else 0
         sampling = dict(num_labels=K)
         conditions = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
@@ -591,7 +600,7 @@ def main():
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
     net, side = net.to(run.device), None
     state = dict(kind="guided", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions=conditions, num_labels=0,
-                 path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init, condition=cfg.condition,
+                 path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init, condition=cfg.condition if conditions else "none",
                  labels=digest(labels["train"]) if guided else None, layout=layout, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=None,
                  config={k: run.sections[k] for k in ("data", "model", run.stage)}) | sampling
     if online:
@@ -601,7 +610,7 @@ def main():
         state["sk_activation"] = name
     if run.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    state = fit(run, cfg, net, folder, data, state, condition, grid, side, columns=10 if guided or K else 8)
+    state = fit(run, cfg, net, folder, data, state, condition, grid, side, columns=10 if conditions else 8)
     if guided and run.rank == 0:
         with atomic(folder / "labels.npz") as f:
             np.savez(f, **labels)
@@ -609,7 +618,7 @@ def main():
         finish_online(run, cfg, net, side, state, folder, data)
 
     # close
-    run.say(f"model in {folder}, sample grids{' (one row per label)' if guided or K else ''} in {folder / 'samples'}")
+    run.say(f"model in {folder}, sample grids{' (one row per label)' if conditions else ''} in {folder / 'samples'}")
     run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}" + (" guidance=1,1.5,2,3" if conditions else ""))
 
 

@@ -113,7 +113,9 @@ def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
 
 def test_linear_protocol_with_controls(chain, tiny):
     stage("probe", tiny, f"run={chain}", "protocol=linear")
-    rows = json.loads((chain / "probe/linear.json").read_text())["rows"]
+    found = json.loads((chain / "probe/linear.json").read_text())
+    rows, choice = found["rows"], json.loads((chain / "probe/sweep.json").read_text())["label_free"]
+    assert (found["activation"], found["t"]) == (choice["activation"], choice["t"])        # the YAML's t is the grid of the sweep
     assert {"features", "random weights", "supervised, same size", "raw pixels"} == set(rows)
     assert all(0 <= r["linear"] <= 1 and 0 <= r["knn"] <= 1 for r in rows.values())
 

@@ -41,6 +41,21 @@ def test_flat_folder_is_cropped_and_held_out(tiny, tmp_path):
     assert out["train"][0].shape[1:] == (3, 32, 32) and (out["train"][0] == 200).all() and (out["train"][1] == -1).all()
 
 
+def test_photographs_are_turned_and_16_bits_kept(tmp_path):
+    """EXIF orientation 6 means that the top row of the file is the right edge; 16-bit grey becomes 8-bit grey."""
+    from train_diffusion import Squared
+    x = np.zeros((8, 8, 3), np.uint8)
+    x[:2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(x).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray((np.arange(64).reshape(8, 8) * 1024).astype(np.uint16)).save(tmp_path / "deep.png")
+    turned, deep = Squared([(Image.open(tmp_path / f"{n}.png"), 0) for n in ("turned", "deep")], 8)
+    assert (turned[0][:, :, -2:] == 255).all() and (turned[0][:, :, :-2] == 0).all()
+    assert np.array_equal(deep[0][1], np.arange(64).reshape(8, 8) * 4)
+    assert "mode F" in Squared([(Image.fromarray(np.zeros((8, 8), np.float32)), 0)], 8)[0][2]
+
+
 def test_arrays_of_every_layout(tiny, tmp_path):
     x, y = picture(0, (300, 32, 32, 3)), np.arange(300) % 7
     boxes = np.tile(np.array([[1, 2, 3, 4.5]], np.float32), (300, 1))

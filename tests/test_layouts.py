@@ -57,6 +57,12 @@ def test_layout_models_train_and_sample(run, tiny, kind, channels):
     assert all((run / f"samples/{kind}{end}/grid.png").stat().st_size > 500 for end in ("", "-test"))
 
 
+def test_the_unconditional_row_of_the_same_configuration(run, tiny):
+    """A YAML that says condition=box serves labels=none, too."""
+    stage("train_guided", tiny, f"run={run}", "labels=none", "condition=box", "images=64")
+    stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/unconditional", "n=2", "name=plain", "evaluate=false")
+
+
 def test_hand_drawn_layouts(run, tiny, tmp_path):
     stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/box", "guidance=2", "n=4", "name=drawn", "boxes=[[4,4,20,28,3],[22,2,30,9]]", "evaluate=false")
     assert (np.load(run / "samples/drawn/labels.npy") == 0).all()                # one layout
@@ -66,6 +72,7 @@ def test_hand_drawn_layouts(run, tiny, tmp_path):
 
 @pytest.mark.parametrize("words, part", [
     (["checkpoint=guided/box", "boxes=[[4,4,40,28]]"], "boxes=[4"), (["checkpoint=guided/box", "boxes=[[20,4,4,28]]"], "x0 < x1"), (["checkpoint=guided/box", "boxes=[[4,4,8,8,77]]"], "label"),
+    (["checkpoint=guided/box", "boxes=[[4,4,8,8,1],[9,9,12,12,2]]"], "one label"),
     (["checkpoint=guided/mask", "boxes=[[4,4,8,8]]"], "needs box"), (["checkpoint=guided/mask", "mask=/nowhere.png"], "cannot be read"), (["checkpoint=diffusion/base", "layouts=test"], "condition=label")],
     ids=lambda v: v[-1] if isinstance(v, list) else "")
 def test_impossible_layouts_are_refused(run, tiny, capsys, monkeypatch, words, part):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import stage
+from PIL import Image
 
 from extract_features import matching
 from train_diffusion import Data, Model, UserError, build_model, draw_shapes
@@ -193,7 +194,7 @@ def test_layouts_are_one_hot_with_a_null():
 
 
 @pytest.mark.parametrize("keys", [dict(sk_share=0.3), dict(sk_share=0), dict(sk_window=[0.9, 0.8]), dict(sk_t=1.5), dict(K=1), dict(sk_eps=0.0), dict(sk_queue=-1),
-                                  dict(condition="patch", sk_augment=0.5)], ids=str)
+                                  dict(condition="patch", sk_augment=0.5), dict(sk_share=0.7), dict(switch=10 ** 9)], ids=str)
 def test_impossible_requests(keys):
     class OneProcess:
         world, data = 1, Data()
@@ -249,6 +250,34 @@ def test_like_these_images(toy):
     given, x = np.load(folder / "run/data/test/classes.npy")[:20], np.load(folder / "run/samples/like/images.npy").astype(float)
     red = (x[:, 0] - x[:, 2]).mean((1, 2)) > 0
     assert np.mean(red == (given == 0)) > 0.85
+
+
+def test_the_label_of_an_image_does_not_depend_on_the_others(toy):
+    """Balanced labels of one image alone would be a matter of rounding: new images are labelled under the prices of the training images."""
+    folder, words = toy
+    images, labels = np.load(folder / "run/data/test/images.npy"), np.load(folder / "run/labels/online.npz")["test"]
+    (alone := folder / "alone").mkdir()
+    for k in (0, 1):
+        Image.fromarray(images[np.flatnonzero(labels == k)[0]].transpose(1, 2, 0)).save(alone / "one.png")
+        stage("sample_ode", *words, "checkpoint=guided/online", f"name=alone{k}", f"like={alone}", "n=2")
+        assert (np.load(folder / f"run/samples/alone{k}/labels.npy") == k).all()
+
+
+def test_labels_of_another_program_are_not_replaced(toy):
+    folder, words = toy
+    stage("self_label", *words, "method=classes", "name=mine")
+    refused = stage("train_guided", *words, "name=mine", ok=False)
+    assert refused.returncode == 2 and "labels/mine.json" in refused.stderr and "overwrite=true" in refused.stderr
+
+
+def test_two_ranks_before_the_switch(toy):
+    """Prototypes come into use later: until then DDP must not wait for their gradients."""
+    folder, words = toy
+    keys = ["condition=prototype", "images=160", "switch=96", "log_every=160"]
+    for ranks in (1, 2):
+        stage("train_guided", *words, *keys, f"name=vectors{ranks}", ranks=ranks)
+    one, two = (torch.load(folder / f"run/guided/vectors{n}/checkpoint.pt", weights_only=True)["ema"] for n in (1, 2))
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-3
 
 
 @pytest.mark.parametrize("condition", ["prototype", "patch", "none"])

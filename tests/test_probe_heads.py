@@ -12,14 +12,15 @@ import pytest
 import torch
 import yaml
 from conftest import stage
+from scipy.stats import spearmanr
 from test_features import inputs, network
 
 import extract_features
 import probe
 from extract_features import catalogue
 from probe import (DifFeed, DifFormer, Probe, Reading, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, look, measure, mirrors,
-                   noise_sensitivity, readings, verdicts)
-from train_diffusion import PATHS, Data, Model, UNet, UserError, build_model, time_embedding
+                   noise_sensitivity, rank_correlation, readings, verdicts)
+from train_diffusion import PATHS, Data, Model, UNet, build_model, time_embedding
 
 CV, HEADS = PATHS["cv"], ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
 SMALL = Probe(width=32, depth=1, heads=4, side=4, hidden=[64], images=2_000, head_batch=50, lr=[1e-5, 1e-2], l2=[0.0], batch=64)
@@ -167,8 +168,12 @@ def test_labelled_subsets():
     assert [np.bincount(y[s]).tolist() for s in sets] == [[1, 1, 1], [9, 5, 1], [45, 25, 5]] and all(set(a) <= set(b) <= set(rows) for a, b in pairwise(sets))
     few = [labelled(y, rows, 1.0, 4, seed) for seed in (0, 1)]
     assert np.bincount(y[few[0]]).tolist() == [4, 4, 4] and set(few[0]) != set(few[1])
-    with pytest.raises(UserError, match="per_class=11: class 2"):
-        labelled(y, rows, 1.0, 11, 0)
+    assert np.bincount(y[labelled(y, rows, 1.0, 11, 0)]).tolist() == [11, 11, 10]          # all there are
+
+
+@pytest.mark.parametrize("a, b", [([1, 2, 3, 4], [1, 1, 1, 2]), ([0] * 20 + [1, 2, 3, 4, 5], [*range(25)]), ([3, 1, 2], [1, 3, 2]), ([1, 2, 2, 5], [4, 3, 3, 1])])
+def test_rank_correlation_with_ties(a, b):
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic) and rank_correlation(a, [7] * len(a)) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def test_list_and_pca(monkeypatch, capsys, tiny, run):
 @pytest.mark.parametrize("words, said", [
     (["labels_share=0"], "labels_share=0"), (["labels_share=0.1", "per_class=2"], "not both"), (["width=30"], "multiple of heads"), (["lr="], "lr=[]"),
     (["seeds="], "seeds=[]"), (["head_batch=1"], "head_batch=1"), (["head=resnet"], "cnn, attention"), (["head=difformer"], "more than one"), (["t="], "t=[]"),
-    (["per_class=400"], "per_class=400: class"), (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"), (["head=diffeed", "precision=fp16"], "bf16"),
+    (["per_class=400"], "only"), (["crop=32"], "crop=32"), (["validation=0"], "validation=0"), (["t=0.5,0.5000001"], "six digits"), (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"), (["head=diffeed", "precision=fp16"], "bf16"),
     (["protocol=select", "activations=mid*self-q"], "block outputs"), (["protocol=select", "noisy=0"], "loosen")])
 def test_bad_input(refuse, tiny, run, words, said):
     assert said in refuse("probe", tiny, f"run={run}", "protocol=head", "activations=mid-repeat1-res-out", "t=0.5", "name=bad", *words)
