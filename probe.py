@@ -1547,7 +1547,8 @@ def main():
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and cfg.K >= 2
             and min(cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points, cfg.fit, cfg.validation, cfg.supervised_images) >= 1,
-            cfg, "t boxed K draws batch neighbours pairs points fit validation supervised_images", "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
+            cfg, "t boxed K draws batch neighbours pairs points fit validation supervised_images",
+            "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
     require(len({f"{t:g}" for t in cfg.t}) == len(cfg.t), cfg, "t", "times must differ within six digits")
     require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect", "cka")), cfg, "protocol", "is defined on pixels, not with data.latents")
     require(not (run.data.latents and cfg.transfer), cfg, "transfer", "other images are probed as pixels; this run's models (data.latents) see latents")

@@ -51,11 +51,11 @@ class SampleOde:
     select: int = 1_000                                   # samples per candidate when several w are given; from another seed than the report
     interval: list[float] = field(default_factory=lambda: [0.0, 1.0])    # guide only while t is inside; outside w = 1
     autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label
-    labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or ids to cycle through: labels, or places in the bank
+    labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or ids (places in the bank, if any)
     boxes: list[list[float]] = field(default_factory=list)    # models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in pixels
     mask: str = ""                                        # models with mask conditions: a PNG whose pixel values are the ids
     layouts: Literal["train", "test"] = "train"           # models with box or mask conditions: layouts of the bank in the checkpoint, or of the test images
-    finder: str = ""                                      # models with box or mask conditions: whose labeller looks for the layout in the samples; empty = the model's
+    finder: str = ""                                      # models with box or mask conditions: whose labeller looks for layouts in samples; empty = the model's
     like: str = ""                                        # models with online labels: a folder of images (or "test") whose labels to use, cycling through them
     direction: Literal["generate", "encode"] = "generate"  # encode: test images back to noise and forth again
     evaluate: bool = True                                 # compare with real images
@@ -65,7 +65,7 @@ class SampleOde:
     sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
     against: list[str] = field(default_factory=list)      # nfe sweep: further checkpoints to draw into the same figures, such as one of the other path
     sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead
-    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])    # likewise
+    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])
     features: list[str] = field(default_factory=list)     # also save these activations of the network, names and globs, while it samples
     features_at: list[int] = field(default_factory=lambda: [0])     # at these evaluations of a fixed-step solver, from 0
     features_pool: str = "mean"                           # mean, none, or a number g: average over a grid of g x g
@@ -601,7 +601,8 @@ def table(run):
                 "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind),
                 "chosen w": m["w"] if K else None, "distance": s[kind], "kind": kind, "w": chosen, "precision": s["precision"], "recall": s["recall"],
                 "coverage": s["coverage"], "memorisation": s["memorisation"], "head": s.get("head", {}).get(kind), "tail": s.get("tail", {}).get(kind),
-                "layout IoU": m.get("layout", {}).get("layout_iou"), "exact IoU": m.get("layout", {}).get("exact_iou"), "network calls": m["network_calls"], "training images": m["total_seen"],
+                "layout IoU": m.get("layout", {}).get("layout_iou"), "exact IoU": m.get("layout", {}).get("exact_iou"),
+                 "network calls": m["network_calls"], "training images": m["total_seen"],
                 "evaluator": s["evaluator"], "reference": s["reference"], "samples": s["samples"], "solver": f"{m['solver']} {m['steps']}",
                 "weights": m["weights"], "seed": m["seed"]})
     if not rows:
@@ -667,7 +668,8 @@ def read_layouts(run, cfg, state):
     if cfg.boxes:
         for b in cfg.boxes:
             if len(b) not in (4, 5) or not (0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size) or len(b) == 5 and not 0 <= b[4] <= K:
-                raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, and perhaps a label in 0 ... {K} ({K} is null)")
+                raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, "
+                                f"and perhaps a label in 0 ... {K} ({K} is null)")
         if len({b[4] for b in cfg.boxes if len(b) == 5}) > 1:
             raise UserError(f"boxes={cfg.boxes}: an image has one label; name the same in every box, or in one")
         maps, labels = draw_boxes(np.array([[b[:4] for b in cfg.boxes]]), size), [next((int(b[4]) for b in cfg.boxes if len(b) == 5), K)]
@@ -678,7 +680,8 @@ def read_layouts(run, cfg, state):
         except OSError as e:
             raise UserError(f"mask={cfg.mask}: cannot be read ({e})") from None
         if ids.shape != (size, size) or ids.max() > state["map_labels"]:
-            raise UserError(f"mask={cfg.mask}: is {ids.shape[1]}x{ids.shape[0]} with values up to {ids.max()}; expected {size}x{size}, ids 0 ... {state['map_labels']} (nothing there)")
+            raise UserError(f"mask={cfg.mask}: is {ids.shape[1]}x{ids.shape[0]} with values up to {ids.max()}; "
+                            f"expected {size}x{size}, ids 0 ... {state['map_labels']} (nothing there)")
         maps, labels = ids[None].astype(np.uint8), [K]
     else:
         then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
@@ -734,8 +737,8 @@ def find_layouts(run, finder, images, rows, boxes, context):
     how, info, size, out = finder["how"], finder["info"], images.shape[2:], []
     of = info["features"]
     places = [(a["activation"], a["t"]) for a in of["arrays"]]
-    for part, got in stream(finder["net"], finder["state"], images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}), device=run.device,
-                            context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=64):
+    for part, got in stream(finder["net"], finder["state"], images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}),
+                            device=run.device, context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=64):
         maps = [got[k] if of["pool"] == "none" else got[k].unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for k in places]
         shown = torch.from_numpy(np.array(images[part])).to(run.device) if how["guide"] else None
         found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"], how["objects"], how["tau"], how["contrast"],
@@ -928,7 +931,8 @@ def main():
     run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, {cfg.weights} weights); {why}")
     metrics = dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"], seen=state["seen"], num_labels=state["num_labels"],
                    total_seen=state["seen"] + (state.get("init") or {}).get("seen", 0),      # with the training that the initial weights come from
-                   K=kinds_of(state), label_file=state.get("label_file"), label_scores=state.get("label_scores"), solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
+                   K=kinds_of(state), label_file=state.get("label_file"), label_scores=state.get("label_scores"),
+                   solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
     judge = Evaluation(run, cfg) if cfg.evaluate and cfg.direction == "generate" else None
 
     if cfg.direction == "encode":

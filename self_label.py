@@ -2,8 +2,9 @@
 
 Reads   features/<features>/ (extract_features.py); for control labels only data/
 Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroids), .json (recipe and scores), .png (contact sheet)
-        lost, ncut, masks with a foreground: also boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels, right and bottom exclusive; -1 = none), confidence_<split> [N, objects],
-        ids_<split> int64 [N, objects] (cluster of each box, -1 = none); lost, ncut, masks: masks_<split> uint8 [N, H, W] (object 1 ..., or segment id)
+        lost, ncut, masks with a foreground: also boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels, right and bottom exclusive; -1 = none),
+        confidence_<split> [N, objects], ids_<split> int64 [N, objects] (cluster of each box, -1 = none);
+        lost, ncut, masks: masks_<split> uint8 [N, H, W] (object 1 ..., or segment id)
 
     python self_label.py configs/shapes.yaml method=kmeans                       # CPU, seconds
     python self_label.py configs/cifar10.yaml method=sinkhorn K=100              # one GPU
@@ -54,7 +55,7 @@ class SelfLabel:
     sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
     rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
     objects: int = 1                                      # lost, ncut: at most so many boxes per image
-    contrast: float = 0.5                                 # lost, ncut: objects after the first must differ from the rest (squared) by at least this share of what it does
+    contrast: float = 0.5                                 # lost, ncut: a further object must differ from the rest (squared) by this share of what the first does
     tau: float = 0.2                                      # ncut: patches of at least this cosine are joined
     refine: bool = True                                   # lost, ncut: outline in pixels from upsampled features, not in patches
     guide: bool = True                                    # lost, ncut: the refined outline follows the edges of the image
@@ -760,7 +761,8 @@ def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed
                                                    scores=scores, sizes=sizes.tolist() if K <= 1000 else None, **about))
     run.wait()
     run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K" + (
-        f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""))
+        f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, "
+        f"accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""))
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
     return scores
 
@@ -958,7 +960,8 @@ def main():
             cfg, "restarts rounds sk_iterations iterations groups eps pca", "must be positive")
     require(cfg.method != "masks" or cfg.foreground == "none" or cfg.K <= 254, cfg, "method foreground K", "masks hold ids up to 255, so K is at most 254")
     require(1 <= cfg.objects <= 254 and cfg.cells >= 1 and 2 <= cfg.segments <= 255 and 0 <= cfg.smooth <= 1 and -1 <= cfg.tau <= 1 and 0 <= cfg.contrast <= 1,
-            cfg, "objects cells segments smooth tau contrast", "1 ... 254 objects, at least 1 cell, 2 ... 255 segments, smooth and contrast in 0 ... 1, tau a cosine")
+            cfg, "objects cells segments smooth tau contrast",
+            "1 ... 254 objects, at least 1 cell, 2 ... 255 segments, smooth and contrast in 0 ... 1, tau a cosine")
     spatial = cfg.method in ("lost", "ncut", "masks")
     if spatial or cfg.method in ("kmeans", "sinkhorn"):
         reader(run, cfg, "train", spatial)                # complains about features that do not fit before anything is done

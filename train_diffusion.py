@@ -61,7 +61,7 @@ class Data:
     root: str = ""                                        # folder (torchvision, folder) or .npz/.npy file (arrays) that holds the images
     download: bool = False                                # let torchvision download what is not under root
     size: int = 32                                        # images become size x size: centre crop, then resize
-    latents: str = ""                                     # encode them once by this diffusers AutoencoderKL (folder or Hugging Face id), train on latents; empty = pixels
+    latents: str = ""                                     # encode once by this diffusers AutoencoderKL (folder or Hugging Face id), train on latents; empty = pixels
     train: int = 0                                        # keep the first so many training images (class folders: the first classes); 0 = all (shapes: 20,000)
     classes: list[str] = field(default_factory=list)      # folder, ImageNet, CIFAR...: keep these classes only, by name (ImageNet: synset such as n01440764)
     test: int = 0                                         # images to keep for testing; 0 = all (shapes: 5,000)
@@ -97,7 +97,7 @@ class Published:
     size: int = 0                                         # adm: side of the images
     heads: int = 0                                        # attention heads; adm: at every level
     head_channels: int = 0                                # adm: or channels per attention head
-    order: Literal["", "heads", "qkv"] = ""               # adm: rows of qkv: by head, each with its q, k, v; or by q, k, v, each with its heads (new attention order)
+    order: Literal["", "heads", "qkv"] = ""               # adm: rows of qkv: by head, each with its q, k, v; or by q, k, v, each with its heads
     path: Literal["", "cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = ""    # noise path
     clock: list[float] = field(default_factory=list)      # a, b: the network is told the time as a + b t
     predict: Literal["", "v", "eps", "x"] = ""            # what the network predicts
@@ -110,7 +110,7 @@ class Training:
     images: int = 20_000_000                              # images seen in all; more may be asked for later
     batch: int = 128                                      # images per update over all processes
     micro: int = 0                                        # images per forward pass and process; 0 = no gradient accumulation
-    path: Literal["cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = "cv"    # constant velocity, or variance preserving: linear, cosine, Stable Diffusion's betas, score SDE
+    path: Literal["cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = "cv"    # constant velocity; variance preserving: linear, cosine, Stable Diffusion's betas, score SDE
     predict: Literal["v", "eps", "x"] = "v"               # what the network predicts
     times: Literal["uniform", "logit_normal"] = "uniform"  # how t is drawn
     min_snr: float = 0.0                                  # > 0: min-SNR loss weighting with this gamma
@@ -296,7 +296,8 @@ def start(stage, cls, doc, flags=()):
         raise UserError(f"{stage}.name={name}: must be a name of letters, digits, and . _ + -")
     data = own["data"]
     require(data.imbalance >= 1, data, "imbalance", "must be at least 1 (1 = as it is)")
-    require(min(data.train, data.test) >= 0 and 0 < data.test_fraction < 1, data, "train test test_fraction", "counts must not be negative (0 = all), the share lies between 0 and 1")
+    require(min(data.train, data.test) >= 0 and 0 < data.test_fraction < 1, data, "train test test_fraction",
+            "counts must not be negative (0 = all), the share lies between 0 and 1")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -911,7 +912,8 @@ def autoencoder_kl():
     try:
         from diffusers import AutoencoderKL
     except (ImportError, RuntimeError) as e:
-        raise UserError(f"data.latents needs the package diffusers (pip install diffusers): {str(e).splitlines()[0]}; or leave data.latents empty to work on pixels") from None
+        raise UserError(f"data.latents needs the package diffusers (pip install diffusers): {str(e).splitlines()[0]}; "
+                        "or leave data.latents empty to work on pixels") from None
     return AutoencoderKL
 
 
@@ -925,7 +927,8 @@ def open_autoencoder(run):
             try:
                 run.vae = kind.from_pretrained(run.data.latents, use_safetensors=True).eval().requires_grad_(False).to(run.device)
             except Exception as e:                        # no such folder or id, no network, damaged or foreign files
-                raise UserError(f"data.latents={run.data.latents}: not a readable AutoencoderKL of safetensors ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from None
+                raise UserError(f"data.latents={run.data.latents}: not a readable AutoencoderKL of safetensors "
+                                f"({type(e).__name__}: {' '.join(str(e).split())[:150]})") from None
         run.wait()
     return run.vae
 
@@ -1511,7 +1514,8 @@ def load_checkpoint(run, name):
         return load_published(run, kind, file)
     path = next((p for p in (run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)) if p.is_file()), None)
     if path is None:
-        raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first" + (f" (published weights: {', '.join(PUBLISHED)})" if file else ""))
+        raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first"
+                        + (f" (published weights: {', '.join(PUBLISHED)})" if file else ""))
     state = read_torch(path)
     if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
         what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
@@ -1601,7 +1605,8 @@ def load_published(run, kind, file):
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     except (KeyError, ValueError, IndexError, RuntimeError) as e:
-        raise UserError(f"{path}: not the weights of a published {kind} model ({type(e).__name__}: {str(e)[:100]}); its first keys: {', '.join(sorted(w)[:3])}") from None
+        raise UserError(f"{path}: not the weights of a published {kind} model ({type(e).__name__}: {str(e)[:100]}); "
+                        f"its first keys: {', '.join(sorted(w)[:3])}") from None
     K, size = 0, s["size"]
     if "label_emb.weight" in w:
         if s["null_row"] == "none":                       # no row was trained as null: the mean of all classes is the nearest thing to no class
@@ -1776,7 +1781,8 @@ def resume(run, cfg, folder, state, parts):
         was = {section: dataclasses.asdict(cls()) | old["config"].get(section, {}) for section, cls in (("model", Model), (run.stage, type(cfg)))}
         other = [f"{section}.{key}={was[section].get(key)}, now {value}" for section in was
                  for key, value in state["config"][section].items() if was[section].get(key) != value and key not in RESUMABLE]
-        other += [f"other {what}" for key, what in dict(data="images", labels="labels", layout="layouts", init="initial weights").items() if old.get(key) != state.get(key)]
+        names = dict(data="images", labels="labels", layout="layouts", init="initial weights")
+        other += [f"other {what}" for key, what in names.items() if old.get(key) != state.get(key)]
         if other and not cfg.overwrite:
             raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true to start again")
         if not other:

@@ -42,9 +42,10 @@ class TrainGuided(Training):
     init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:, uvit:, sgfm:FILE); empty = from scratch
     # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
-    condition: Literal["label", "box", "mask", "set", "prototype", "patch", "none"] = "label"      # label id; with the file's boxes or masks beside it; set = the clusters of
-                                                          # all boxes of an image (labels made with objects=2 or more); online also:
-                                                          # prototype vector, map of patch labels, none = Sinkhorn loss without guidance
+    condition: Literal["label", "box", "mask", "set", "prototype", "patch", "none"] = "label"      # what the network is told of an image:
+                                                          # label id; with the file's boxes or masks beside it; set = the clusters of all boxes
+                                                          # of an image (labels made with objects=2 or more); online also: prototype vector, map of
+                                                          # patch labels, none = Sinkhorn loss without guidance
     switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
     assign: Literal["sinkhorn", "argmax"] = "sinkhorn"    # online: balanced with batch and queue, or nearest prototype
     sk_activation: str = "mid*-out"                       # online: the feature's name; of several that match the last one
@@ -130,7 +131,8 @@ def set_condition(sets, drop, device):
 def label_sets(labels, K, name):
     """The clusters of each training image's boxes as bool [N, K], from a label file's ids_train [N, objects] (-1 = none)."""
     if "ids_train" not in labels:
-        raise UserError(f"condition=set: labels/{name}.npz has no ids_train, several labels per image; make them with self_label.py objects=2 and method=lost, ncut or masks")
+        raise UserError(f"condition=set: labels/{name}.npz has no ids_train, several labels per image; "
+                        "make them with self_label.py objects=2 and method=lost, ncut or masks")
     ids = np.asarray(labels["ids_train"])
     if len(ids) != len(labels["train"]) or ids.max() >= K:
         raise UserError(f"labels/{name}.npz: ids_train must have {len(labels['train'])} rows of ids below {K}; make the labels again")
@@ -470,7 +472,8 @@ def load_labeller(run, net, state):
         raise UserError(f"{state['file']}: was not trained with labels=online, so it cannot tell the labels of new images")
     cfg = fill("train_guided", TrainGuided, state["config"]["train_guided"])
     if state.get("prices") is None:
-        raise UserError(f"{state['file']}: has no prices of its labels, as its training is not finished; run train_guided.py again, with overwrite=true if it says done")
+        raise UserError(f"{state['file']}: has no prices of its labels, as its training is not finished; "
+                        "run train_guided.py again, with overwrite=true if it says done")
     side = Labeller(cfg, net, state["sk_activation"], state["size"], channels=state["channels"])
     side.load_state_dict(state["side_ema"])
     side.prices = state["prices"].to(side.mean.device)
