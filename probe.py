@@ -498,13 +498,17 @@ class Single(nn.Sequential):
         return super().forward(maps[0][0])
 
 
-def pooled_head(channels, classes, grid, hidden=()):
-    """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2), normalised per feature."""
-    sizes = [channels * grid ** 2, *hidden, classes]
-    layers = [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.BatchNorm1d(sizes[0], affine=False)]
-    for a, b in itertools.pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return Single(*layers[:-1])
+class PooledHead(nn.Sequential):
+    """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2) of all maps side by side, normalised per feature. channels: of all maps."""
+
+    def __init__(self, channels, classes, grid, hidden=()):
+        sizes = [channels * grid ** 2, *hidden, classes]
+        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        super().__init__(nn.BatchNorm1d(sizes[0], affine=False), *layers[:-1])
+        self.grid = grid
+
+    def forward(self, maps, *_):
+        return super().forward(torch.cat([F.adaptive_avg_pool2d(m, self.grid).flatten(1) for blocks in maps for m in blocks], 1))
 
 
 def cnn_head(channels, classes, width):
@@ -649,7 +653,8 @@ def build_head(cfg, r, path, shape, classes, seed, device="cpu", context=nullcon
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator
         torch.manual_seed(seed_of(seed, "head"))
         if r.kind in ("linear", "mlp"):
-            h = pooled_head(shapes[0][0], classes, cfg.grid if r.net else size, cfg.hidden if r.kind == "mlp" else ())
+            channels = len(r.times) * sum(c for c, _, _ in shapes)
+            h = PooledHead(channels, classes, cfg.grid if r.net else size, cfg.hidden if r.kind == "mlp" else ())
         elif r.kind in ("segment", "uper"):
             h = (UPer if r.kind == "uper" else LinearMap)(shapes, len(r.times), classes, size, cfg.width)
         elif r.kind == "ensemble":
@@ -790,6 +795,8 @@ def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     if fused:
         one, spare = Reading(plain, net, [name], [t]), cfg.depth * (2 * cfg.width + 1)       # spare: parameters of one more hidden unit in every block
         out["best single (block, t)"] = one
+        if cfg.head == "difformer":
+            out["side by side, linear"] = Reading("linear", net, *where)
         out["equal passes, averaged"] = Reading(plain, net, [name], [t], draws=out[cfg.head].passes)
         out["equal parameters"] = Reading(plain, net, [name], [t], hidden=4 * cfg.width + round((count(out[cfg.head]) - count(one)) / spare))
     if "random" in cfg.controls:

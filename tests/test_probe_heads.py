@@ -147,7 +147,7 @@ def test_heads_read_latents():
     rows, y, latents = np.arange(40), torch.arange(40) % 3, np.random.default_rng(0).normal(size=(40, 2, 8, 8, 8)).astype(np.float16)
     cfg, here = replace(SMALL, head="difformer", images=100, lr=[1e-3], controls=["pixels"]), SimpleNamespace(device=torch.device("cpu"), data=Data(latents="x"))
     found = readings(here, cfg, net, dict(path="cv", size=8, channels=4), nullcontext, NAMES[:2], [0.5, 0.9], latents, y, rows[:30], rows[30:])
-    assert set(found) == {"difformer", "raw latents"} | FUSION
+    assert set(found) == {"difformer", "raw latents", "side by side, linear"} | FUSION
     assert all(0 <= fit_head(cfg, r, CV, latents, y, rows[:30], rows[30:], 0)[2] <= 1 for r in found.values())
 
 
@@ -236,7 +236,7 @@ def called(monkeypatch, module, *words):
 FUSION = {"best single (block, t)", "equal passes, averaged", "equal parameters"}
 
 
-@pytest.mark.parametrize("kind, more", [("mlp", {"random weights", "raw pixels", "supervised, same size"}), ("difformer", FUSION), ("diffeed", FUSION | {"random weights"})])
+@pytest.mark.parametrize("kind, more", [("mlp", {"random weights", "raw pixels", "supervised, same size"}), ("difformer", FUSION | {"side by side, linear"}), ("diffeed", FUSION | {"random weights"})])
 def test_protocol_head(monkeypatch, tiny, run, kind, more):
     controls = {"mlp": "pixels,random,supervised", "difformer": "", "diffeed": "random"}[kind]
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=head", f"head={kind}", f"name={kind}", "activations=mid-repeat?-res-out", "t=0.5,0.8", "images=100",
@@ -247,6 +247,8 @@ def test_protocol_head(monkeypatch, tiny, run, kind, more):
     assert all(r["parameters"] > 0 and len(r["results"]) == 2 and 0 <= r["accuracy"] <= 1 and {"std", "noise_std"} <= set(r) for r in rows.values())
     if kind != "mlp":
         assert rows["equal passes, averaged"]["passes"] == rows[kind]["passes"] == 2 and rows["best single (block, t)"]["passes"] == 1
+        if kind == "difformer":                           # two maps of equal channels at two times on a grid of 2 x 2, a line on top: weights and offsets of ten classes
+            assert rows["side by side, linear"]["passes"] == 2 and (rows["side by side, linear"]["parameters"] / 10 - 1) % 16 == 0
         assert abs(rows["equal parameters"]["parameters"] - rows[kind]["parameters"]) <= 17 and rows["best single (block, t)"]["parameters"] < rows[kind]["parameters"]
     else:
         assert rows["raw pixels"]["passes"] == 0
