@@ -1507,11 +1507,14 @@ def read_torch(path):
         raise UserError(f"{path}: not a readable checkpoint ({why}); it may be truncated or of another program") from None
 
 
+PUBLISHED = {}                                            # prefix: function (run, file) -> checkpoint dict; extract_features.py reads other people's weights
+
+
 def load_checkpoint(run, name):
     """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights: adm:, uvit:, sgfm:FILE) as a dict on the CPU."""
     kind, _, file = name.partition(":")
     if kind in PUBLISHED:
-        return load_published(run, kind, file)
+        return PUBLISHED[kind](run, file)
     path = next((p for p in (run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)) if p.is_file()), None)
     if path is None:
         raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first"
@@ -1523,116 +1526,6 @@ def load_checkpoint(run, name):
     if state["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
     return state | {"file": str(path)}
-
-
-ADM_SETTINGS = {                                          # by channel multiples: what differs from 64 channels per head, rows of qkv by head, linear betas
-    (1, 2, 3, 4): dict(order="qkv", path="vp-cosine"),    # ImageNet 64 x 64
-    (1, 1, 2, 3, 4): dict(heads=4, head_channels=0),      # ImageNet 128 x 128
-}
-
-
-def read_adm(w, given):
-    """guided-diffusion's U-Net (arXiv 2105.05233) from its tensors: (Model, settings, channels of the input, tensors by the names of our `UNet`)."""
-    channels, count = w["time_embed.0.weight"].shape[1], 1 + max(int(k.split(".")[1]) for k in w if k.startswith("input_blocks."))
-    levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", k) is not None for k in w)            # one upsampler between two levels
-    blocks = count // levels - 1                          # each level has so many residual blocks and a downsampler, or at the start the first convolution
-    firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
-    mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in firsts]
-    if min(mult) * channels < 128:
-        raise UserError("has fewer than 128 channels; with the 32 groups of these networks such layers are not supported")
-    s = dict(size=8 * 2 ** (levels - 1), heads=8, head_channels=64, order="heads", path="vp", clock=[999.0, -1000.0], predict="eps", null_row="none")
-    s |= ADM_SETTINGS.get(tuple(mult), {}) | (dict(head_channels=0) if given.get("heads") else {}) | given
-    model = Model("unet", channels, mult, blocks, [s["size"] >> level for level, f in enumerate(firsts) if f"{f}.1.qkv.weight" in w], s["head_channels"],
-                  heads=s["heads"], clock=s["clock"])
-    if s["order"] == "qkv":                               # ours are by head: the same function with its rows in another order
-        for k in (k for k in w if ".qkv." in k):
-            h = s["heads"] if not s["head_channels"] else max(1, len(w[k]) // 3 // s["head_channels"])
-            w[k] = w[k].unflatten(0, (3, h, -1)).transpose(0, 1).flatten(0, 2)
-    if len(w["out.2.weight"]) == 6:                       # the second half parametrises a variance, which an ODE does not need
-        w |= {k: w[k][:3] for k in ("out.2.weight", "out.2.bias")}
-    return model, s, 3, w
-
-
-def read_uvit(w, given):
-    """U-ViT (arXiv 2209.12152) from its tensors: (Model, settings, channels of the input, tensors)."""
-    (_, tokens, width), (_, channels, patch, _) = w["pos_embed"].shape, w["patch_embed.proj.weight"].shape
-    depth, latent = 2 * sum(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", k) is not None for k in w), channels == 4
-    s = dict(size=patch * math.isqrt(tokens - 1 - ("label_emb.weight" in w)), heads=16 if width == 1152 else max(1, width // 64), predict="eps")
-    s |= dict(path="vp-sd", clock=[1000.0, -1000.0], null_row="last") if latent else dict(path="vp-sde", clock=[999.0, -999.0], null_row="none")
-    s |= given
-    return Model("uvit", width, patch=patch, depth=depth, heads=s["heads"], final_conv="final_layer.weight" in w, clock=s["clock"]), s, channels, w
-
-
-def read_sgfm(w, given):
-    """U-ViT trained with labels found online (arXiv 2312.08825; nnet.pth, nnet_ema.pth in the folder of a step) from its tensors, as `read_uvit`.
-
-    Its tokens are class, time, condition, patches; with labels of patches: class, time, patches, and the condition is added to each patch. It is a prototype,
-    `null_cfg_embed` for none, or `unconditional_embed`, which stands in its place until training uses labels, and whenever labels are looked for. The class
-    token becomes a register, and so does a condition that is always the same (that of patches joins their positions). The head that finds labels is not read.
-    """
-    classes, null, alone = (w.pop(k)[0] for k in ("cls_token", "null_cfg_embed", "unconditional_embed"))         # [1, D] each
-    c, pos, labelled = w.pop("prototypes.weight"), w["pos_embed"][0], given.get("null_row") != "none"
-    if not w["projection_head.1.num_batches_tracked"]:    # averaging begins where training starts to use labels
-        raise UserError("holds averages from before averaging began, the initial weights; name the nnet.pth beside it, with published.null_row=none")
-    w, first, note = {k: v for k, v in w.items() if not k.startswith("projection_head.")}, [pos[1:2], pos[:1] + classes], "its tensors are read without labels"
-    if math.isqrt(len(pos) - 2) ** 2 == len(pos) - 2:     # labels of patches
-        pos = torch.cat([*first, pos[2:] + (null if labelled else alone)])
-    elif labelled:
-        pos, w["label_emb.weight"] = torch.cat([pos[2:3], *first, pos[3:]]), torch.cat([c, null])
-        note = f"is read with its {len(c)} prototypes as labels; published.null_row=none reads it without, as it was before training used them"
-    else:
-        pos = torch.cat([*first, pos[2:3] + alone, pos[3:]])
-    model, s, channels, w = read_uvit(w | {"pos_embed": pos[None]}, dict(path="cv", predict="v", clock=[0.0, 1.0], null_row="last") | given)
-    note += "; by default such models start from weights trained with classes: if so, what is found in its features is not free of annotation"
-    registers = len(pos) - (s["size"] // model.patch) ** 2 - 1 - ("label_emb.weight" in w)
-    return dataclasses.replace(model, registers=registers), s | dict(note=note), channels, w
-
-
-PUBLISHED = {"adm": read_adm, "uvit": read_uvit, "sgfm": read_sgfm}
-
-
-def load_published(run, kind, file):
-    """Published weights as a checkpoint dict: the architecture from the tensors, the rest as published or as section `published` says."""
-    path, given = Path(file), {k: v for k, v in dataclasses.asdict(run.published).items() if v}
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of published weights")
-    w = read_torch(path)
-    if not isinstance(w, dict) or not w or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in w.items()):
-        what = f"a dict of {', '.join(map(str, list(w)[:5]))}" if isinstance(w, dict) else type(w).__name__
-        raise UserError(f"{path}: expected a dict of tensors as published, found {what}")
-    try:
-        model, s, channels, w = PUBLISHED[kind](dict(w), given)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    except (KeyError, ValueError, IndexError, RuntimeError) as e:
-        raise UserError(f"{path}: not the weights of a published {kind} model ({type(e).__name__}: {str(e)[:100]}); "
-                        f"its first keys: {', '.join(sorted(w)[:3])}") from None
-    K, size = 0, s["size"]
-    if "label_emb.weight" in w:
-        if s["null_row"] == "none":                       # no row was trained as null: the mean of all classes is the nearest thing to no class
-            w["label_emb.weight"] = torch.cat([w["label_emb.weight"], w["label_emb.weight"].mean(0, keepdim=True)])
-        K = len(w["label_emb.weight"]) - 1
-        s.setdefault("note", f"was trained with {K} classes: what is found in its features is not free of annotation")
-    if note := s.pop("note", ""):
-        run.say(f"note: {path} {note}")
-    w = {k: v.float() for k, v in w.items()}
-    try:
-        with torch.device("meta"):
-            own = build_model(model, size, channels, num_labels=K).state_dict()
-    except UserError as e:
-        raise UserError(f"{path}: {e}; heads and size may be set in section published") from None
-    bad = [f"{k} is missing" for k in own if k not in w] + [f"{k} is unknown" for k in w if k not in own]
-    bad += [f"{k} is {list(w[k].shape)}, expected {list(own[k].shape)}" for k in own if k in w and own[k].shape != w[k].shape]
-    if bad:
-        raise UserError(f"{path}: does not fit the {kind} model that it resembles: {'; '.join(bad[:3])}" + (f"; and {len(bad) - 3} more" if len(bad) > 3 else ""))
-    if (channels, size) != (there := input_shape(run)):
-        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; "
-                        "set data.size or data.latents in another run=" + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
-    return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
-                conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
-                null=s["null_row"] == "last", labels="published" if K else None, condition="label",
-                label_file=f"published {'prototypes' if kind == 'sgfm' else 'classes'}" if K else None,
-                path=s["path"], predict=s["predict"], data=None, config={}, seen=0, weights=digest(weights_hash(w), s), file=str(path))
 
 
 def load_model(run, name, weights="ema"):

@@ -10,7 +10,8 @@ import torch
 from conftest import stage
 from test_model import inputs
 
-from train_diffusion import PATHS, PUBLISHED, Data, Model, Published, UNet, UserError, UViT, load_checkpoint, load_model
+from extract_features import READERS
+from train_diffusion import PATHS, Data, Model, Published, UNet, UserError, UViT, load_model
 
 # Digests of all names and shapes, taken from the original programs with their published settings. Their class tables have K rows, ours K + 1.
 ADM = {                                                   # size: channels, mult, blocks, classes, attention order and heads, path, digest
@@ -50,7 +51,7 @@ def test_adm_is_read_from_its_tensors(name):
     with torch.device("meta"):
         w = layout(UNet(size, 3, 6, channels, mult, blocks, [32, 16, 8], 64, num_labels=rows), rows)
     assert pinned(w) == expected
-    model, s, c, w = PUBLISHED["adm"](w, {})
+    model, s, c, w = READERS["adm"](w, {})
     assert model == Model("unet", channels, mult, blocks, [32, 16, 8], clock=[999, -1000], **heads) and (c, s["size"], s["path"], s["predict"]) == (3, size, path, "eps")
     assert len(w["out.2.weight"]) == len(w["out.2.bias"]) == 3
 
@@ -61,7 +62,7 @@ def test_uvit_is_read_from_its_tensors(name):
     with torch.device("meta"):
         w = layout(UViT(size, c, c, width, patch, depth, heads, conv, num_labels=rows), rows)
     assert pinned(w) == expected
-    model, s, channels, _ = PUBLISHED["uvit"](w, {})
+    model, s, channels, _ = READERS["uvit"](w, {})
     clock = [1000, -1000] if c == 4 else [999, -999]
     assert model == Model("uvit", width, patch=patch, depth=depth, heads=heads, final_conv=conv, clock=clock)
     assert (channels, s["size"], s["path"], s["predict"], s["null_row"]) == (c, size, path, "eps", "last" if c == 4 else "none")

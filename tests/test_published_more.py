@@ -11,7 +11,8 @@ from test_foreign import through
 from test_model import inputs
 from test_published import opened, pinned
 
-from train_diffusion import PATHS, PUBLISHED, AttentionBlock, Model, UserError, build_model, torchvision_datasets
+from extract_features import READERS
+from train_diffusion import PATHS, AttentionBlock, Model, UserError, build_model, torchvision_datasets
 
 
 def layout(width=64, depth=4, patch=2, channels=3, side=8, K=5, per_patch=False):
@@ -51,7 +52,7 @@ def test_self_guided_flow_is_read_from_its_tensors(per_patch, expected):
     w["projection_head.1.num_batches_tracked"] = torch.tensor(1)
     assert pinned(w) == expected
     for null_row, registers in (("", 1), ("none", 1 if per_patch else 2)):
-        model, s, channels, got = PUBLISHED["sgfm"](dict(w), {"null_row": null_row} if null_row else {})
+        model, s, channels, got = READERS["sgfm"](dict(w), {"null_row": null_row} if null_row else {})
         assert model == Model("uvit", 1024, patch=2, depth=20, heads=16, registers=registers, clock=[0, 1])
         assert (channels, s["size"], s["path"], s["predict"]) == (4, 32, "cv", "v")
         labels = 0 if per_patch or null_row else 300
