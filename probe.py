@@ -279,7 +279,7 @@ def sweep(run, cfg, net, state, context):
                                      knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
                 progress.update(1)
             table += [r | dict(consensus=float(c)) for r, c in zip(rows, consensus(clusters))]
-    table = sorted(itertools.chain(*gather(run, table)), key=lambda r: (names.index(r["activation"]), r["t"]))
+    table = sorted(itertools.chain(*gather(table)), key=lambda r: (names.index(r["activation"]), r["t"]))
     pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
     # the noisiest time at which the blocks still agree about as well as anywhere, and there the block that agrees most
     # (one or two activations have nothing to agree with: then the most stable under new noise)
@@ -335,7 +335,7 @@ def boxes(run, cfg, net, state, context):
                             got = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), size, "lost")["boxes"][:, 0]
                             mine.setdefault((name, t), [[], []])[noise].append(got.cpu().numpy())
             progress.update(1)
-    found = {k: [np.concatenate(v) for v in pair] for some in gather(run, mine) for k, pair in some.items()}
+    found = {k: [np.concatenate(v) for v in pair] for some in gather(mine) for k, pair in some.items()}
     found = {(n, t): found[n, t] for n in names for t in times if (n, t) in found}
     truth = None if data.boxes is None else np.asarray(data.boxes[rows]).reshape(len(rows), -1, 4)
     mutual, table = np.array([[box_agreement(a[0], b[0]) for b in found.values()] for a in found.values()]), []

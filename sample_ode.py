@@ -479,32 +479,30 @@ class Evaluation:
         sets, self.groups = {}, head_and_tail(load_data(run, "train").classes) if cfg.evaluator == "judge" and run.data.imbalance > 1 else {}
         for split in ("train", "test"):
             data = load_data(run, split)
-            cache = run.dir / "samples" / ".reference" / f"{digest(cfg.evaluator, self.text, data.info['fingerprint'])}.npy"
-            if not run.agreed(cache.exists()):
-                features = features_of(run, self.net, data.images, f"evaluator on {split} images")
-                if run.rank == 0:
-                    with atomic(cache) as f:
-                        np.save(f, features.numpy())
-            if run.rank:
-                continue
-            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))     # scores that look at some rows only: not those of one class
-            sets[split] = torch.from_numpy(np.load(cache, allow_pickle=False)[order])
+            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))    # some scores look at the first rows only: not those of one class
+            features = self.cached(data.images, f"evaluator on {split} images", data.info["fingerprint"])
+            sets[split] = features[order] if run.rank == 0 else None
         self.real, self.unreported = (sets.get(s) for s in (("test", "train") if cfg.reference == "test" else ("train", "test")))
         self.decoded = None
         if run.vae is not None:                           # what the autoencoder alone costs: up to 10,000 reference images there and back, against all of them
             data = load_data(run, cfg.reference)
-            cache = run.dir / "samples" / ".reference" / f"{digest(cfg.evaluator, self.text, data.info['fingerprint'], run.data.latents)}-decoded.npy"
-            if not run.agreed(cache.exists()):
-                order = np.random.default_rng(seed_of(0, "decoded")).permutation(len(data))[:10_000]
-                features = features_of(run, self.net, Decoded(run, data.inputs, np.sort(order)), "evaluator on decoded images")
-                if run.rank == 0:
-                    with atomic(cache) as f:
-                        np.save(f, features.numpy())
+            order = np.random.default_rng(seed_of(0, "decoded")).permutation(len(data))[:10_000]
+            features = self.cached(Decoded(run, data.inputs, np.sort(order)), "evaluator on decoded images", data.info["fingerprint"], run.data.latents)
             if run.rank == 0:
-                self.decoded = frechet(torch.from_numpy(np.load(cache, allow_pickle=False)), self.real)
+                self.decoded = frechet(features, self.real)
                 run.say(f"{self.kind} of decoded {cfg.reference} images against the images themselves: {self.decoded:.3f}")
         if run.rank == 0:
             self.train, self.to_train = sets["train"], nearest(sets["test"][:2000], sets["train"])
+
+    def cached(self, images, what, *key):
+        """Evaluator features [N, D] of images, computed once and kept in the run folder; None beside the first process."""
+        file = self.run.dir / "samples" / ".reference" / f"{digest(self.cfg.evaluator, self.text, *key)}.npy"
+        if not self.run.agreed(file.exists()):
+            features = features_of(self.run, self.net, images, what)
+            if self.run.rank == 0:
+                with atomic(file) as f:
+                    np.save(f, features.numpy())
+        return torch.from_numpy(np.load(file, allow_pickle=False)) if self.run.rank == 0 else None
 
     def distance(self, images, unreported=False):
         """Frechet distance alone (every rank passes its own samples), to the reference or to the real images that the report does not use."""
@@ -772,7 +770,7 @@ def layout_fidelity(run, finder, state, images, rows, labels, context):
     for key, found in got.items():
         either = (asked | found).sum((1, 2))
         each = np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)    # nothing asked for, nothing there
-        out[key] = float(np.concatenate(gather(run, each)).mean())
+        out[key] = float(np.concatenate(gather(each)).mean())
     return out | (dict(finder=finder["name"]) if finder else {})
 
 
@@ -814,19 +812,23 @@ def layout_sheet(path, run, cfg, models, state, w, context, rows=10, columns=9):
     save_grid(path, np.stack(cells), columns + 1, head=f"{cfg.name}: w = {w:g}; rows: one layout, columns: one noise")
 
 
+def write_share(run, file, n, rows, values):
+    """One array of n rows as a .npy, of which every process writes its `rows`."""
+    if run.rank == 0:
+        create_rows(file, values.dtype, (n, *values.shape[1:]))
+    run.wait()
+    write_rows(file, rows[0], values)
+    run.wait()
+
+
 def save_features(run, cfg, state, folder, rows, seen):
     """Activations seen while sampling as features-<activation>-at<evaluation>.npy, row i is sample i; what they are, for metrics.json."""
     about = []
     for name, number, t in run.agreed(list(seen)):
-        values, file = np.concatenate(seen.get((name, number, t), [[]])), folder / f"features-{name}-at{number}.npy"
-        if run.rank == 0:
-            create_rows(file, "f4", (cfg.n, *values.shape[1:]))
-        run.wait()
-        if len(rows):
-            write_rows(file, rows[0], values)
+        values, file = np.concatenate(seen[name, number, t]), folder / f"features-{name}-at{number}.npy"
+        write_share(run, file, cfg.n, rows, values.astype(np.float32))
         about.append(dict(file=file.name, activation=name, evaluation=number, **noise_level(state["path"], t), pool=cfg.features_pool,
                           shape=list(values.shape[1:])))
-    run.wait()
     return about
 
 
@@ -879,8 +881,8 @@ def main():
     cfg = run.cfg
     if "--table" in run.flags:
         return table(run)
-    require(cfg.n >= 2 and min(cfg.steps, cfg.batch, cfg.neighbours) >= 1 and cfg.tol > 0 and cfg.guidance, cfg, "n steps batch neighbours tol guidance",
-            "n must be at least 2, the others positive")
+    require(cfg.n >= max(2, run.world) and min(cfg.steps, cfg.batch, cfg.neighbours) >= 1 and cfg.tol > 0 and cfg.guidance, cfg,
+            "n steps batch neighbours tol guidance", "n must be at least 2, and one for every process, the others positive")
     require(len(cfg.interval) == 2 and cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
             "sweeps and a choice of w need evaluate=true and at least two samples")
@@ -955,15 +957,9 @@ def main():
         metrics |= dict(w=w) | report
         if cfg.features:
             metrics["features"] = save_features(run, cfg, state, aside, rows, seen)
-        for kind, values in (("images", images), ("labels", labels)):
-            if kind == "images" or state["num_labels"]:
-                shape = (cfg.n, *images.shape[1:]) if kind == "images" else (cfg.n,)
-                if run.rank == 0:
-                    create_rows(aside / f"{kind}.npy", "u1" if kind == "images" else "i8", shape)
-                run.wait()
-                if len(rows):
-                    write_rows(aside / f"{kind}.npy", rows[0], values)
-                run.wait()
+        write_share(run, aside / "images.npy", cfg.n, rows, images)
+        if state["num_labels"]:
+            write_share(run, aside / "labels.npy", cfg.n, rows, labels)
         if state.get("condition") in ("box", "mask"):
             every, asked = np.load(aside / "images.npy", mmap_mode="r"), np.zeros(0, np.int64) if labels is None else labels
             metrics["layout"] = layout_fidelity(run, finder, state, every, rows, asked, context)

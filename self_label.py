@@ -107,34 +107,26 @@ def over_ranks(x, op="SUM"):
     return x
 
 
-def gather(run, value):
+def gather(value):
     """Every rank's value, in order of rank."""
-    if run.world == 1:
+    if not together():
         return [value]
-    every = [None] * run.world
+    every = [None] * dist.get_world_size()
     dist.all_gather_object(every, value)
     return every
 
 
 def offsets(n):
     """(first global row of this rank's slice, rows of all slices together)."""
-    if not together():
-        return 0, n
-    counts = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, n)
-    return sum(counts[:dist.get_rank()]), sum(counts)
+    counts = gather(n)
+    return sum(counts[:dist.get_rank()]) if together() else 0, sum(counts)
 
 
 def pick_rows(features, chosen, metric, device):
     """The rows with global numbers `chosen` (sorted, distinct), [len(chosen), D], equal on every rank however the rows are split."""
     first, _ = offsets(len(features))
     mine = chosen[(chosen >= first) & (chosen < first + len(features))] - first
-    x = rows_of(features, mine, metric, device)
-    if not together():
-        return x
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x.cpu())
-    return torch.cat(parts).to(device)
+    return torch.cat(gather(rows_of(features, mine, metric, device).cpu())).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,10 +240,7 @@ def farthest(features, c, n, metric, chunk):
             every = torch.cat(found)
             found = [every[every[:, 0].topk(min(n, len(every))).indices]]
     found = torch.cat(found).cpu() if found else torch.zeros(0, c.shape[1] + 1)
-    if together():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, found)
-        found = torch.cat(parts)
+    found = torch.cat(gather(found))
     found = found[found[:, 0].argsort(descending=True, stable=True)]
     found = found[found[:, 0] > 1e-6 * found[:1, 0].abs()][:, 1:]
     keep = np.sort(np.unique(found.numpy(), axis=0, return_index=True)[1])[:n]   # a row twice would leave one cluster empty again

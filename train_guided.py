@@ -281,7 +281,7 @@ class Labeller(nn.Module):
         n = len(self.inputs)
         rows = np.arange(n * self.rank // self.world, n * (self.rank + 1) // self.world)
         ids = label_images(ema, teacher, self.inputs, rows, context, "settle")[0]
-        self.settled = torch.from_numpy(np.concatenate(gather(self, ids.numpy().astype(np.int16)))).to(self.mean.device)
+        self.settled = torch.from_numpy(np.concatenate(gather(ids.numpy().astype(np.int16)))).to(self.mean.device)
 
     def step(self, net, ema, teacher, index, x, z, u, seen, context):
         """(weighted Sinkhorn loss to be differentiated, condition of the batch). index: [b], the images' rows; x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
@@ -509,7 +509,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
         rows = np.arange(len(d) * run.rank // run.world, len(d) * (run.rank + 1) // run.world)
         ids, score, _, side.prices = label_images(net, side, d.inputs, rows, context, split)    # test images under the prices of the training images
         side_ = math.isqrt(ids.shape[1])
-        ids, score = (np.concatenate(gather(run, v.numpy())) for v in (ids, score))
+        ids, score = (np.concatenate(gather(v.numpy())) for v in (ids, score))
         ids = ids if settled is None or split == "test" else settled.cpu().numpy().astype(ids.dtype)
         labels[split] = ids[:, 0] if ids.shape[1] == 1 else ids.reshape(-1, side_, side_).astype(np.int16)
         typical = score.mean(1) if split == "train" else typical
