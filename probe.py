@@ -146,19 +146,29 @@ def ridge(x, y, classes, l2):
     return torch.linalg.solve(x.T @ x + torch.diag(penalty), x.T @ F.one_hot(y, classes).double()).float()
 
 
-def logistic(x, y, classes, l2, iterations=100):
-    """Multinomial logistic regression by L-BFGS. x [N, D], y [N] -> weights [D + 1, classes]; l2 on the weights, not the bias."""
-    x = torch.cat([x, torch.ones(len(x), 1)], 1)
-    w = torch.zeros(x.shape[1], classes, requires_grad=True)
-    opt = torch.optim.LBFGS([w], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-5)
+def logistic(x, y, classes, l2, iterations=300, tolerance=1e-4):
+    """Multinomial logistic regression. x [N, D], y [N] -> weights [D + 1, classes]; l2 on the weights, not the bias.
 
-    def closure():
-        opt.zero_grad()
-        loss = F.cross_entropy(x @ w, y) + 0.5 * l2 * w[:-1].square().sum()
-        loss.backward()
-        return loss
-    opt.step(closure)
-    return w.detach()
+    The Hessian of each class is nowhere above X'X / 2N + l2 (Boehning 1992), so steps by the inverse of that, computed once, always go down. They
+    are accelerated, and restarted when they point uphill (arXiv 1204.3982). An iteration costs two products with X and is done in the layout
+    [classes, N], in which a softmax is cheap: many times faster than general solvers.
+    """
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).T.contiguous()                  # [D + 1, N]
+    penalty = torch.full((len(x),), l2, dtype=torch.float64)
+    penalty[-1] = 0
+    step = torch.linalg.inv((x @ x.T).double() / (2 * len(y)) + torch.diag(penalty + 1e-6)).float()
+    target, penalty = F.one_hot(y, classes).T.float(), penalty.float()
+    w = ahead = torch.zeros(classes, len(x))
+    momentum = 1.0
+    for _ in range(iterations):
+        slope = (torch.softmax(ahead @ x, 0) - target) @ x.T / len(y) + penalty * ahead
+        new = ahead - slope @ step
+        momentum = 1.0 if (slope * (new - w)).sum() > 0 else momentum
+        following = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
+        ahead, w, momentum = new + (momentum - 1) / following * (new - w), new, following
+        if slope.abs().max() < tolerance:
+            break
+    return w.T
 
 
 def accuracy(w, x, y):
@@ -275,7 +285,7 @@ def sweep(run, cfg, net, state, context):
                 clusters.append(ids)
                 if known:
                     fa, fv = standardise(a[n], v[n])
-                    rows[-1] |= dict(nmi=nmi(ids, y_fit.numpy()), linear=accuracy(ridge(fa, y_fit, count, 1e-3), fv, y_val),
+                    rows[-1] |= dict(nmi=nmi(ids, y_fit.numpy()), linear=accuracy(logistic(fa, y_fit, count, 1e-3), fv, y_val),
                                      knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
                 progress.update(1)
             table += [r | dict(consensus=float(c)) for r, c in zip(rows, consensus(clusters))]
@@ -461,9 +471,10 @@ def linear(run, cfg, net, state, context):
 
     def score(a, b):                                      # a: train features, b: test features -> accuracies and what was selected
         f, v, te = standardise(a[fit], a[val], b)
-        best = max((1e-5, 1e-4, 1e-3, 1e-2), key=lambda l2: accuracy(logistic(f, y[fit], classes, l2), v, y[val]))
+        fits = {l2: logistic(f, y[fit], classes, l2) for l2 in (1e-5, 1e-4, 1e-3, 1e-2)}
+        best = max(fits, key=lambda l2: accuracy(fits[l2], v, y[val]))
         k = max((1, 5, 20, 50), key=lambda k: knn(f, y[fit], v, y[val], k, classes))
-        return dict(linear=accuracy(logistic(f, y[fit], classes, best), te, y_test), knn=knn(f, y[fit], te, y_test, k, classes), l2=best, k=k)
+        return dict(linear=accuracy(fits[best], te, y_test), knn=knn(f, y[fit], te, y_test, k, classes), l2=best, k=k)
 
     rows, tick = {}, time.time()
     sources = {"features": (net, t)}

@@ -10,16 +10,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import stage
 from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
 from test_features import inputs, network
 
 import extract_features
 import probe
 from extract_features import catalogue
-from probe import (DifFeed, DifFormer, Probe, Reading, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, look, measure, mirrors,
-                   noise_sensitivity, rank_correlation, readings, verdicts)
+from probe import (DifFeed, DifFormer, Probe, Reading, accuracy, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, logistic, look,
+                   measure, mirrors, noise_sensitivity, rank_correlation, readings, verdicts)
 from train_diffusion import PATHS, Data, Model, UNet, build_model, time_embedding
 
 CV, HEADS = PATHS["cv"], ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
@@ -169,6 +171,20 @@ def test_labelled_subsets():
     few = [labelled(y, rows, 1.0, 4, seed) for seed in (0, 1)]
     assert np.bincount(y[few[0]]).tolist() == [4, 4, 4] and set(few[0]) != set(few[1])
     assert np.bincount(y[labelled(y, rows, 1.0, 11, 0)]).tolist() == [11, 11, 10]          # all there are
+
+
+@pytest.mark.parametrize("N, D, K, l2, spread", [(600, 20, 5, 1e-3, 1.0), (300, 40, 3, 1e-2, 0.3), (400, 10, 2, 1e-5, 3.0), (50, 80, 4, 1e-3, 1.0)])
+def test_logistic_regression(N, D, K, l2, spread):
+    """Loss and answers of scikit-learn's solver; overlapping, separable and under-determined classes."""
+    g = torch.Generator().manual_seed(N)
+    y = torch.randint(K, (N,), generator=g)
+    x = spread * torch.randn(K, D, generator=g)[y] / math.sqrt(D / 4) + torch.randn(N, D, generator=g)
+    w, oracle = logistic(x, y, K, l2), LogisticRegression(C=1 / (l2 * N), max_iter=5000, tol=1e-8).fit(x.numpy(), y.numpy())
+    coef, bias = ((torch.from_numpy(v).float() for v in (oracle.coef_, oracle.intercept_)) if K > 2 else
+                  (torch.from_numpy(np.concatenate([-v, v])).float() / 2 for v in (oracle.coef_, oracle.intercept_)))        # two classes: one row there
+    theirs = torch.cat([coef.T, bias[None]])
+    loss = lambda w: float(F.cross_entropy(x @ w[:-1] + w[-1], y) + 0.5 * l2 * w[:-1].square().sum())
+    assert loss(w) < loss(theirs) + 2e-3 and (accuracy(w, x, y) - oracle.score(x.numpy(), y.numpy())) > -0.01
 
 
 @pytest.mark.parametrize("a, b", [([1, 2, 3, 4], [1, 1, 1, 2]), ([0] * 20 + [1, 2, 3, 4, 5], [*range(25)]), ([3, 1, 2], [1, 3, 2]), ([1, 2, 2, 5], [4, 3, 3, 1])])
