@@ -296,8 +296,7 @@ def sweep(run, cfg, net, state, context):
     best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in cfg.t}
     noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
     chosen = max((r for r in table if r["t"] == noisiest), key=lambda r: r["consensus"]) if len(names) > 2 else max(table, key=lambda r: r["stability"])
-    result = dict(protocol="sweep", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], K=K, fit=len(fit_rows), validation=len(val_rows),
-                  seed=cfg.seed, criterion="consensus of blocks, noisiest time within 3 %" if len(names) > 2 else "stability",
+    result = dict(K=K, fit=len(fit_rows), validation=len(val_rows), criterion="consensus of blocks, noisiest time within 3 %" if len(names) > 2 else "stability",
                   label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "consensus", "stability")})
     if known:
         result |= dict(label_free_scores={k: chosen[k] for k in ("nmi", "knn", "linear")}, oracle={k: pick(k) for k in ("nmi", "knn", "linear")},
@@ -355,8 +354,8 @@ def boxes(run, cfg, net, state, context):
         if truth is not None:
             table[-1] |= dict(corloc=corloc(a[:, None], truth), iou=float(iou(a[:, None], truth).max(1).mean()))
     chosen = max(table, key=lambda r: r["agreement"])
-    result = dict(protocol="boxes", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, images=len(rows), method="lost",
-                  criterion="stability + consensus", label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "agreement", "stability", "consensus")})
+    result = dict(images=len(rows), method="lost", criterion="stability + consensus",
+                  label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "agreement", "stability", "consensus")})
     if truth is not None:
         best = max(table, key=lambda r: r["iou"])
         tracks = {k: {s: rank_correlation([r[k] for r in table], [r[s] for r in table]) for s in ("corloc", "iou")}
@@ -437,6 +436,12 @@ def one_activation(run, cfg, net):
     return names[0], cfg.t[0]
 
 
+def split_rows(cfg, n):
+    """(training rows to learn from, rows to select on), a fifth of the n rows at most; a function of the seed."""
+    order, held = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(n), min(cfg.validation, n // 5)
+    return order[held:], order[:held]
+
+
 def check_classes(y, y_test, protocol):
     """A UserError if the test part has classes that nothing can be learnt about: none of the training part. Below 0 = void."""
     new = np.setdiff1d(y_test[y_test >= 0], y)
@@ -460,8 +465,7 @@ def linear(run, cfg, net, state, context):
     """Linear probe and kNN of one activation: select on the validation part, report the test part once; controls beside it."""
     train, test, y, y_test = known_classes(run, "linear")
     name, t = one_activation(run, cfg, net)
-    classes, order = int(y.max()) + 1, np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train))
-    val, fit = np.sort(order[:min(cfg.validation, len(order) // 5)]), np.sort(order[min(cfg.validation, len(order) // 5):])
+    classes, (fit, val) = int(y.max()) + 1, map(np.sort, split_rows(cfg, len(train)))
 
     def read(model, split, d, level):                     # features [N, D] of one noise draw
         images = (train if split == "train" else test).inputs
@@ -476,7 +480,7 @@ def linear(run, cfg, net, state, context):
         k = max((1, 5, 20, 50), key=lambda k: knn(f, y[fit], v, y[val], k, classes))
         return dict(linear=accuracy(fits[best], te, y_test), knn=knn(f, y[fit], te, y_test, k, classes), l2=best, k=k)
 
-    rows, tick = {}, time.time()
+    rows = {}
     sources = {"features": (net, t)}
     if "random" in cfg.controls:
         sources["random weights"] = random_network(run, cfg, state), t
@@ -494,9 +498,7 @@ def linear(run, cfg, net, state, context):
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"],
                  f"test accuracy, {name} at t={t:g}")
-    return dict(protocol="linear", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, activation=name, t=t,
-                parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows,
-                seconds=round(time.time() - tick, 1))
+    return dict(activation=name, t=t, parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -827,10 +829,9 @@ def head(run, cfg, net, state, context):
     require(times, cfg, "t", "name one or more noise times")
     require(cfg.head != "difformer" or len(names) * len(times) > 1, cfg, "head activations t", "needs more than one activation or time")
     require(cfg.head != "diffeed" or all(n.startswith(("mid", "up")) for n in names) and mirrors(net), cfg, "head activations", "reads the middle or the way up")
-    path, order, rows, tick = PATHS[state["path"]], np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
-    held, where = min(cfg.validation, len(order) // 5), dict(device=run.device, context=context)
+    path, parts, rows, where = PATHS[state["path"]], split_rows(cfg, len(train)), {}, dict(device=run.device, context=context)
     for seed in cfg.seeds:
-        fit, val = (labelled(y.numpy(), part, cfg.labels_share, cfg.per_class, seed) for part in (order[held:], order[:held]))
+        fit, val = (labelled(y.numpy(), part, cfg.labels_share, cfg.per_class, seed) for part in parts)
         few = int(np.bincount(y[fit].numpy(), minlength=int(y.max()) + 1).min())
         require(few >= max(1, cfg.per_class) and len(fit) >= 2, cfg, "per_class labels_share", f"a class has only {few} images to learn from")
         own = replace(cfg, seed=seed)
@@ -849,8 +850,7 @@ def head(run, cfg, net, state, context):
                 f"{row['parameters']:,} trained parameters, {row['passes']} pass(es) per image")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["accuracy"]] for r in rows.values()], list(rows), ["test"], f"test accuracy, {cfg.head} head")
-    return dict(protocol="head", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, seeds=cfg.seeds, fresh_noise=True,
-                train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows, seconds=round(time.time() - tick, 1))
+    return dict(head=cfg.head, seeds=cfg.seeds, fresh_noise=True, train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -944,8 +944,7 @@ def select(run, cfg, net, state, context):
         cell = {(r["activation"], r["t"]): r["linear"] for r in table}
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[cell[n, t] for t in times] for n in shown], shown, [f"t={t:g}" for t in times],
                  "validation accuracy of a linear probe; activations that pass", [(shown.index(r["activation"]), times.index(r["t"]), "*") for r in best.values()])
-    return dict(protocol="select", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, measured=min(cfg.measured, len(fit)),
-                chosen=chosen, table=table)
+    return dict(measured=min(cfg.measured, len(fit)), chosen=chosen, table=table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1104,13 +1103,12 @@ def segment(run, cfg, net, state, context):
     names, times = places(run, cfg, net)
     require(times, cfg, "t", "name one or more noise times")
     path, classes, where = PATHS[state["path"]], int(y.max()) + 1, dict(device=run.device, context=context)
-    order, rows, tick = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
-    held, few, chunk = min(cfg.validation, len(order) // 5), cfg.masks or None, chunk_of(train.images)
+    parts, rows, few, chunk = split_rows(cfg, len(train)), {}, cfg.masks or None, chunk_of(train.images)
     kind, uncertain = "segment" if cfg.head == "linear" else cfg.head, [[], []]
-    for what, r in dense_readings(run, cfg, net, state, kind, names, times, train, order[held:]).items():
+    for what, r in dense_readings(run, cfg, net, state, kind, names, times, train, parts[0]).items():
         results = []
         for seed in cfg.seeds:
-            fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in (order[held:], order[:held]))
+            fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in parts)
             if kind == "ensemble":
                 best, chosen = fit_ensemble(cfg, r, path, train.images, y, fit, seed, **where), {}
             else:
@@ -1141,8 +1139,7 @@ def segment(run, cfg, net, state, context):
                           miou=float(np.mean(scores)), std=float(np.std(scores)), results=results)
         run.say(f"{what:24} mIoU {rows[what]['miou']:.4f} +- {rows[what]['std']:.4f} over {len(scores)} seed(s); "
                 f"{rows[what]['parameters']:,} trained parameters")
-    result = dict(protocol="segment", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], head=cfg.head, classes=classes, rows=rows,
-                  train_images=len(fit), validation_images=0 if kind == "ensemble" else len(val), test_images=len(test), seconds=round(time.time() - tick, 1))
+    result = dict(head=cfg.head, classes=classes, train_images=len(fit), validation_images=0 if kind == "ensemble" else len(val), test_images=len(test), rows=rows)
     if kind == "ensemble":                                # mean divergence of the members at pixels that are found rightly and wrongly
         result["uncertainty"] = {k: float(torch.cat(v).mean().nan_to_num()) for k, v in zip(("right", "wrong"), uncertain)}
     return result
@@ -1269,7 +1266,7 @@ def correspond(run, cfg, net, state, context):
     """PCK of every (activation, t) on warped training images; the best and all together on test images, warped and paired by class; controls beside it."""
     train, test = (probed(run, split) for split in ("train", "test"))
     names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
-    options, shares, tick = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2), time.time()
+    options, shares = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2)
     rows = lambda data: np.sort(np.random.default_rng(seed_of(cfg.seed, "pairs")).permutation(len(data))[:cfg.pairs])
     warped = lambda data, r: warped_pairs(data.images[r], None if data.masks is None else data.masks[r], cfg.points, cfg.seed)
     pairs = warped(train, rows(train))
@@ -1298,9 +1295,8 @@ def correspond(run, cfg, net, state, context):
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", grid, names, [f"t={t:g}" for t in cfg.t], "PCK@0.1 on warped training images; * = chosen",
                  [(names.index(name), cfg.t.index(t), "*")])
-    return dict(protocol="correspond", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, chosen=dict(activation=name, t=t),
-                pairs={k: len(v[0]) for k, v in tasks.items()}, points=cfg.points, scores=scores,
-                table=[dict(activation=n, t=t, pck=v) for n, line in zip(names, grid) for t, v in zip(cfg.t, line)], seconds=round(time.time() - tick, 1))
+    return dict(chosen=dict(activation=name, t=t), pairs={k: len(v[0]) for k, v in tasks.items()}, points=cfg.points, scores=scores,
+                table=[dict(activation=n, t=t, pck=v) for n, line in zip(names, grid) for t, v in zip(cfg.t, line)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1451,13 +1447,13 @@ def detect(run, cfg, net, state, context):
     train, test, y, _ = known_masks(run, "detect")
     names, times = places(run, cfg, net)
     require(len(times) == 1 and not cfg.flip and not cfg.crop, cfg, "t flip crop", "detect reads one time and does not augment")
-    path, order, rows, tick = PATHS[state["path"]], np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(len(train)), {}, time.time()
-    held, few, truth = min(cfg.validation, len(order) // 5), cfg.masks or None, [instances(torch.from_numpy(np.array(m))) for m in test.masks]
+    path, parts, rows, few = PATHS[state["path"]], split_rows(cfg, len(train)), {}, cfg.masks or None
+    truth = [instances(torch.from_numpy(np.array(m))) for m in test.masks]
     summary = lambda ap: dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]))
-    for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train, order[held:]).items():
+    for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train, parts[0]).items():
         results = []
         for seed in cfg.seeds:
-            fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in (order[held:], order[:held]))
+            fit, val = (np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:few]) for part in parts)
             trials, best = list(itertools.product(cfg.lr, cfg.l2)), (-1.0, None, None)
             with bar(run, len(trials) * max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
                 for trial in trials:
@@ -1476,9 +1472,8 @@ def detect(run, cfg, net, state, context):
                           boxes_ap_std=float(np.std([s["boxes"]["ap"] for s in results])), masks_ap_std=float(np.std([s["masks"]["ap"] for s in results])))
         run.say(f"{what:24} AP of boxes {rows[what]['boxes_ap']:.3f} +- {rows[what]['boxes_ap_std']:.3f} (AP50 {rows[what]['boxes_ap50']:.3f}), of masks "
                 f"{rows[what]['masks_ap']:.3f} +- {rows[what]['masks_ap_std']:.3f}; {rows[what]['parameters']:,} trained parameters")
-    return dict(protocol="detect", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seeds=cfg.seeds, train_images=len(fit),
-                validation_images=len(val), test_images=len(test), objects=sum(len(t["labels"]) for t in truth), rows=rows,
-                seconds=round(time.time() - tick, 1))
+    return dict(seeds=cfg.seeds, train_images=len(fit), validation_images=len(val), test_images=len(test),
+                objects=sum(len(t["labels"]) for t in truth), rows=rows)
 
 
 def draw_objects(path, images, truth, found, n=12, zoom=4):
@@ -1551,7 +1546,7 @@ def cka(run, cfg, net, state, context):
         heat_map(run.dir / "probe" / f"{cfg.name}.png", matrix, [label(i) for i in range(len(keys))], [str(i) for i in range(len(keys))], "linear CKA")
     for r in table:
         run.say(f"{r['model']:20} {r['activation']:36} t={r['t']:<5g} alignment {r['alignment']:.4f}  uniformity {r['uniformity']:.3f}")
-    return dict(protocol="cka", checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed, images=len(rows), table=table, cka=matrix)
+    return dict(images=len(rows), table=table, cka=matrix)
 
 
 def main():
@@ -1586,9 +1581,11 @@ def main():
     if run.agreed(finished(run, path, recipe)):
         return
     protocols = dict(sweep=sweep, boxes=boxes, linear=linear, head=head, select=select, segment=segment, correspond=correspond, detect=detect, cka=cka)
+    tick = time.time()
     result = protocols[cfg.protocol](run, cfg, net, state, context)
     if run.rank == 0:
-        write_json(path, result | dict(recipe=recipe))
+        what = dict(protocol=cfg.protocol, checkpoint=cfg.checkpoint, hash=state["weights"], seen=state["seen"], seed=cfg.seed)
+        write_json(path, what | result | dict(seconds=round(time.time() - tick, 1), recipe=recipe))
     run.wait()
     run.say(f"result in {path}, picture in {path.with_suffix('.png')}")
     if cfg.protocol == "select":

@@ -479,7 +479,7 @@ class Evaluation:
         sets, self.groups = {}, head_and_tail(load_data(run, "train").classes) if cfg.evaluator == "judge" and run.data.imbalance > 1 else {}
         for split in ("train", "test"):
             data = load_data(run, split)
-            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))    # some scores look at the first rows only: not those of one class
+            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))    # some scores look at the first rows only
             features = self.cached(data.images, f"evaluator on {split} images", data.info["fingerprint"])
             sets[split] = features[order] if run.rank == 0 else None
         self.real, self.unreported = (sets.get(s) for s in (("test", "train") if cfg.reference == "test" else ("train", "test")))
