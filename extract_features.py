@@ -193,14 +193,17 @@ class _Enough(Exception):
 
 
 @contextmanager
-def tapped(net, names, stop=True):
-    """Within this context, calls of `net` fill the yielded dict name -> map [B, C, H, W] and stop after the deepest name, or go on."""
+def tapped(net, names, stop=True, then=lambda x: x):
+    """Within this context, calls of `net` fill the yielded dict name -> then(map [B, C, H, W]) and stop after the deepest name, or go on.
+
+    `then` is called at once, while the map is in the cache, so that no more maps are kept than it keeps.
+    """
     known, got, hooks = catalogue(net), {}, []
     deepest = max(names, key=list(known).index)
 
     def hook(name, pick):
         def take(module, args, output):
-            got[name] = pick(output, args)
+            got[name] = then(pick(output, args))
             if stop and name == deepest:
                 raise _Enough
         return take
@@ -224,12 +227,11 @@ def pooled(x, pool):
 
 def feature(net, name, x_t, t, pool="mean"):
     """One activation of noised images x_t [B, C, H, W] at times t [B], with gradients where they are enabled; condition: null."""
-    with tapped(net, [name]) as got:
+    with tapped(net, [name], then=lambda x: pooled(x, pool)) as got:
         try:
             net(x_t, 1000 * t)
         except _Enough:
-            pass
-    return pooled(got[name], pool)
+            return got[name]
 
 
 @torch.no_grad()
@@ -240,7 +242,7 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
     batch size nor number of processes changes the result.
     """
     path = PATHS[state["path"]]
-    with tapped(net, names) as got:
+    with tapped(net, names, then=lambda x: pooled(x, pool)) as got:
         for i in range(0, len(rows), batch):
             part = rows[i:i + batch]
             x = encoded(net, as_input(torch.from_numpy(np.ascontiguousarray(images[part])).to(device)))
@@ -255,7 +257,7 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
                     except _Enough:
                         pass
                     for name in names:
-                        value = pooled(got[name], pool) / draws
+                        value = got[name] / draws if draws > 1 else got[name]
                         out[name, t] = out[name, t] + value if d else value
                     got.clear()
             yield part, out
