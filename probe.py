@@ -87,8 +87,8 @@ class Probe:
     hidden: list[int] = field(default_factory=lambda: [512])        # head: hidden sizes of mlp
     images: int = 100_000                                 # head: images that every head sees
     head_batch: int = 128                                 # head: images per update
-    lr: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])   # head: AdamW, one cycle; selected on the validation part
-    l2: list[float] = field(default_factory=lambda: [0.0, 0.05])          # head: weight decay; selected with lr
+    lr: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])   # head, segment, detect: AdamW, one cycle; selected on the validation part
+    l2: list[float] = field(default_factory=lambda: [0.0, 0.05])          # head, segment, detect: weight decay; selected with lr
     finetune: float = 0.0                                 # head: above 0, the network is trained, too, at so many times the head's lr
     flip: bool = False                                    # head: mirror images at random
     crop: int = 0                                         # head: shift images by up to so many pixels

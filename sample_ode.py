@@ -1,12 +1,12 @@
 """Sample: a model in, images along the ODE out, and how good they are.
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt; for evaluation also data/{train,test}
-Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; with sweep= also nfe.png or guidance.png
+Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png of several w; with sweep=nfe nfe.png and straightness.png
 Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0.
 Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write v_c + s (v_c - v_0) have s = w - 1.
 
     python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans-w guidance=1,1.5,2,3   # picks w on other samples than it reports
-    python sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k evaluator=inception       # one GPU; FID proper
+    python sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k evaluator=inception       # one GPU; FID proper (the YAML compares with train)
     torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k      # the same images, eight GPUs
     python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=base-nfe sweep=nfe              # distance against network evaluations
     python sample_ode.py configs/shapes.yaml --table                                                   # all results of the run side by side
@@ -50,7 +50,7 @@ class SampleOde:
     guidance: list[float] = field(default_factory=lambda: [1.0])    # w; several: the best on `select` other samples is taken
     select: int = 1_000                                   # samples per candidate when several w are given; from another seed than the report
     interval: list[float] = field(default_factory=lambda: [0.0, 1.0])    # guide only while t is inside; outside w = 1
-    autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label
+    autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label if they know labels
     labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or ids (places in the bank, if any)
     boxes: list[list[float]] = field(default_factory=list)    # models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in pixels
     mask: str = ""                                        # models with mask conditions: a PNG whose pixel values are the ids

@@ -54,10 +54,10 @@ class SelfLabel:
     eps: float = 0.05                                     # sinkhorn: entropic regularisation; larger = softer
     sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
     rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
-    objects: int = 1                                      # lost, ncut: at most so many boxes per image
-    contrast: float = 0.5                                 # lost, ncut: a further object must differ from the rest (squared) by this share of what the first does
+    objects: int = 1                                      # lost, ncut, masks: at most so many boxes per image
+    contrast: float = 0.5                                 # the same: a further object differs from the rest (squared) by at least this share of what the first does
     tau: float = 0.2                                      # ncut: patches of at least this cosine are joined
-    refine: bool = True                                   # lost, ncut: outline in pixels from upsampled features, not in patches
+    refine: bool = True                                   # lost, ncut, masks: outline in pixels from upsampled features, not in patches
     guide: bool = True                                    # lost, ncut: the refined outline follows the edges of the image
     cells: int = 4                                        # lost, ncut: what is clustered is a region's features on a grid of so many cells a side; 1 = their mean
     foreground: Literal["lost", "ncut", "none"] = "lost"  # masks: what finds the objects; none = cluster all patches

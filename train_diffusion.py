@@ -4,7 +4,7 @@ Reads   images: procedural `shapes`, a torchvision set, a folder, or uint8 array
 Writes  runs/<run>/config.yaml, data/{train,test}/ (uint8 arrays) and diffusion/<name>/ (checkpoint.pt, metrics.jsonl, samples/)
 Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t) x + sigma(t) z.
 
-    python train_diffusion.py configs/shapes.yaml                                # CPU, about two minutes
+    python train_diffusion.py configs/shapes.yaml                                # CPU, about three minutes
     python train_diffusion.py configs/cifar10.yaml                               # one GPU
     torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml          # eight GPUs, the same global batch
     python train_diffusion.py configs/imagenet256-adm.yaml --prepare             # the data alone, for runs that start from published weights
