@@ -370,9 +370,9 @@ class Labeller(nn.Module):
             line["settled"] = float((ids == self.settled[self.rows].cpu()).float().mean())
         if self.classes is not None and ids.shape[1] == 1:
             line["nmi"] = nmi(now.numpy(), self.classes)
-        line["mean_cosine"] = alike                       # balanced assignment hides a head that maps all images to one place; this does not:
-        together = 1 - alike < self.cfg.sk_eps ** 2       # embeddings spread less (their variance is 1 - alike) than Sinkhorn-Knopp resolves
-        line["collapsed"] = together or math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)          # effective number of labels
+        line["mean_cosine"] = alike
+        # balanced assignment hides a head that maps all images to one place: then the targets are uniform. Or few labels hold nearly all images
+        line["collapsed"] = line["target_entropy"] > 0.95 * line["ln_K"] or math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)
         return line
 
     def grid(self, ema, teacher, context):
@@ -391,8 +391,12 @@ class Labeller(nn.Module):
         """The same for the screen."""
         text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}"
         text += "".join(f"  {name} {line[key]:.2f}" for key, name in (("churn", "churn"), ("nmi", "NMI"), ("settled", "as settled")) if line.get(key) is not None)
+        if not line["collapsed"]:
+            return text
+        if line["target_entropy"] > 0.95 * line["ln_K"]:
+            return text + "\nWARNING: the labels have collapsed: the targets do not tell images apart. Try a smaller sk_eps or sk_weight, or another sk_t"
         return text + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, a smaller sk_weight or K, "
-                       "or another sk_t" if line["collapsed"] else "")
+                       "or another sk_t")
 
 
 def rows_of_map(f):

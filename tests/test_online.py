@@ -144,7 +144,22 @@ def test_report_tells_health_from_collapse():
     parts[4].head[-1].bias.fill_(1.0)                     # every image has nearly the same embedding
     line = watched(parts)
     assert line["mean_cosine"] > 0.999
-    assert line["collapsed"] and "WARNING" in parts[3].words(line) and line["used"] < 0.11
+    assert line["collapsed"] and "share a few" in parts[3].words(line) and line["used"] < 0.11
+
+
+def test_collapse_under_balanced_labels_is_seen():
+    parts = online(assign="sinkhorn")
+    step(parts)
+    line = watched(parts)
+    assert not line["collapsed"] and line["target_entropy"] < 0.9 * line["ln_K"]
+    for p in parts[4].head.parameters():
+        p.mul_(1e-3)
+    parts[4].head[-1].bias.fill_(1.0)                     # all scores alike: balanced labels use all of them, and mean nothing
+    for i in range(1, 10):                                # until the queue holds nothing else
+        step(parts, seen=32 * i)
+    watched(parts), step(parts, seen=320)
+    line = watched(parts)
+    assert line["target_entropy"] > 0.99 * line["ln_K"] and line["collapsed"] and "do not tell images apart" in parts[3].words(line)
 
 
 @pytest.mark.parametrize("condition", ["label", "prototype", "patch", "none"])
