@@ -504,18 +504,24 @@ def ncut(similarity, left, grid, tau=0.2):
 def largest_component(mask, grid):
     """The largest 4-connected component of bool masks [n, P] on the grid; of equal ones that of the last position. Empty masks stay empty.
 
-    A patch's own number spreads until every component bears its greatest.
+    Each position's own number spreads over its whole run in the column, then over that in the row, until every component bears its greatest.
     """
-    free = mask.float().unflatten(1, (1, *grid))
-    number = free * torch.arange(1, mask.shape[1] + 1, device=mask.device).view(1, 1, *grid)
-    while True:
-        grown = torch.maximum(F.max_pool2d(number, (3, 1), 1, (1, 0)), F.max_pool2d(number, (1, 3), 1, (0, 1))) * free
-        if torch.equal(grown, number):
-            break
-        number = grown
-    number = number.flatten(1).long()
-    sizes = torch.zeros(len(mask), mask.shape[1] + 1, device=mask.device).scatter_add_(1, number, mask.float())
-    return mask & (number == mask.shape[1] - sizes.flip(1).argmax(1, keepdim=True))
+    P, turned = mask.shape[1], torch.arange(mask.shape[1], device=mask.device).view(grid).T.flatten()          # column by column
+
+    def runs(m, length):                                  # m [n, P] in lines of this length -> int64 [n, P], the number of each position's run; 0 = outside
+        begins = m.unflatten(1, (-1, length)) & ~F.pad(m.unflatten(1, (-1, length)), (1, 0))[..., :-1]
+        return begins.flatten(1).cumsum(1) * m
+
+    def spread(v, run):
+        return v.new_zeros(len(v), P + 1).scatter_reduce(1, run, v, "amax").gather(1, run)
+
+    down, across, back = runs(mask[:, turned], grid[0]), runs(mask, grid[1]), turned.argsort()
+    number, before = mask * torch.arange(1.0, P + 1, device=mask.device), None
+    while before is None or not torch.equal(number, before):
+        before, number = number, spread(spread(number[:, turned], down)[:, back], across)
+    number = number.long()
+    sizes = torch.zeros(len(mask), P + 1, device=mask.device).scatter_add_(1, number, mask.float())
+    return mask & (number == P - sizes.flip(1).argmax(1, keepdim=True))
 
 
 def guided_filter(p, image, radius, eps=1e-3):
@@ -523,8 +529,13 @@ def guided_filter(p, image, radius, eps=1e-3):
 
     In every window of 2 radius + 1 pixels p is fitted by a linear function of the colour (He, Sun and Tang 2010); a pixel takes the mean of its windows' fits.
     """
-    side = 2 * radius + 1
-    mean = lambda v: F.avg_pool2d(F.avg_pool2d(v, (side, 1), 1, (radius, 0), count_include_pad=False), (1, side), 1, (0, radius), count_include_pad=False)
+    def mean(v):                                          # along x, then y: differences of running sums cost the same for any radius
+        for _ in range(2):
+            at, n = torch.arange(v.shape[3], device=v.device), v.shape[3]
+            sums = F.pad(F.pad(v.cumsum(3), (1, 0)), (radius, radius, 0, 0), mode="replicate")
+            v = ((sums[..., 2 * radius + 1:] - sums[..., :n]) / ((at + radius + 1).clamp(max=n) - (at - radius).clamp(min=0))).transpose(2, 3)
+        return v
+
     (m, q), C = (mean(image), mean(p)), image.shape[1]
     spread = mean((image[:, :, None] * image[:, None]).flatten(1, 2)).unflatten(1, (C, C)) - m[:, :, None] * m[:, None]          # [n, C, C, H, W]
     common = mean(image * p) - m * q                                                                                             # [n, C, H, W]
