@@ -658,39 +658,53 @@ def read_like(run, cfg, net, state, context):
 
 
 def read_layouts(run, cfg, state):
-    """Put the layouts that `boxes`, `mask` or `layouts` ask for in place of the bank in `state`."""
+    """Put the layouts that `boxes`, `mask` or `layouts` ask for in place of the bank in `state`.
+
+    In training a layout never stands without a label. Boxes without one take all labels, as often as in training; a mask those of the training masks in
+    which the same object is the largest.
+    """
     size, kind = state["size"], state.get("condition", "label")
     if cfg.boxes and kind != "box" or cfg.mask and kind != "mask" or cfg.layouts != "train" and kind not in ("box", "mask"):
         raise UserError(f"{state['file']} was trained with condition={kind}: boxes= needs box, mask= needs mask, layouts= either")
-    K, labels = int(state["bank_labels"][-1]), None
+    K, bank, kinds = int(state["bank_labels"][-1]), state["bank_labels"][:-1].numpy(), state["map_labels"]
     if cfg.boxes:
         for b in cfg.boxes:
-            if len(b) not in (4, 5) or not (0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size) or len(b) == 5 and not 0 <= b[4] <= K:
+            if len(b) not in (4, 5) or not (0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size) or len(b) == 5 and not 0 <= b[4] < K:
                 raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, "
-                                f"and perhaps a label in 0 ... {K} ({K} is null)")
+                                f"and perhaps a label in 0 ... {K - 1}")
         if len({b[4] for b in cfg.boxes if len(b) == 5}) > 1:
             raise UserError(f"boxes={cfg.boxes}: an image has one label; name the same in every box, or in one")
-        maps, labels = draw_boxes(np.array([[b[:4] for b in cfg.boxes]]), size), [next((int(b[4]) for b in cfg.boxes if len(b) == 5), K)]
+        maps, named = draw_boxes(np.array([[b[:4] for b in cfg.boxes]]), size), [int(b[4]) for b in cfg.boxes if len(b) == 5]
+        labels = named[:1] or bank
     elif cfg.mask:
         try:
             picture = Image.open(cfg.mask)
             ids = np.asarray(picture if picture.mode in ("L", "P") else picture.convert("L"))
         except OSError as e:
             raise UserError(f"mask={cfg.mask}: cannot be read ({e})") from None
-        if ids.shape != (size, size) or ids.max() > state["map_labels"]:
+        if ids.shape != (size, size) or ids.max() > kinds:
             raise UserError(f"mask={cfg.mask}: is {ids.shape[1]}x{ids.shape[0]} with values up to {ids.max()}; "
-                            f"expected {size}x{size}, ids 0 ... {state['map_labels']} (nothing there)")
-        maps, labels = ids[None].astype(np.uint8), [K]
+                            f"expected {size}x{size}, ids 0 ... {kinds - 1} as in the label file's masks (0 = no object), {kinds} = whatever")
+
+        def largest(m):                                   # object of a mask; 0 = there is none
+            return np.append(0.5, np.bincount(m[m < kinds].astype(int), minlength=2)[1:]).argmax()
+
+        maps, alike = ids[None].astype(np.uint8), np.array([largest(m) == largest(ids) for m in state["maps"][:-1].numpy()])
+        labels = bank[alike] if alike.any() else bank
     else:
         then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
         arrays, _ = load_labels(run, then.labels)
         if digest(arrays["train"]) != state["labels"]:
             raise UserError(f"layouts=test: labels/{then.labels}.npz is not what {state['file']} was trained with; train again, or use layouts=train")
-        maps, _ = layout_maps(run, then, arrays, "test", state["map_labels"])
+        maps, _ = layout_maps(run, then, arrays, "test", kinds)
         labels = arrays["test"]
-    null = np.full_like(maps[:1], state["map_labels"])
+    share = np.full(len(labels), 1 / len(labels))
+    if len(maps) == 1:                                    # one layout, once with each of its labels
+        labels, share = np.unique(labels, return_counts=True)
+        maps, share = maps.repeat(len(labels), 0), share / share.sum()
+    null = np.full_like(maps[:1], kinds)
     state |= dict(maps=torch.from_numpy(np.concatenate([maps, null])), bank_labels=torch.tensor([*map(int, labels), K]), num_labels=len(maps),
-                  marginal=torch.full((len(maps),), 1 / len(maps), dtype=torch.float64))
+                  marginal=torch.from_numpy(share))
 
 
 def chromatic(images):

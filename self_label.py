@@ -4,13 +4,13 @@ Reads   features/<features>/ (extract_features.py); for control labels only data
 Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroids), .json (recipe and scores), .png (contact sheet)
         lost, ncut, masks with a foreground: also boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels, right and bottom exclusive; -1 = none),
         confidence_<split> [N, objects], ids_<split> int64 [N, objects] (cluster of each box, -1 = none);
-        lost, ncut, masks: masks_<split> uint8 [N, H, W] (object 1 ..., or segment id)
+        lost, ncut, masks: masks_<split> uint8 [N, H, W] (lost, ncut: object 1 ...; masks: cluster 1 ... K of the object; 0 = none; without a foreground: segment id)
 
     python self_label.py configs/shapes.yaml method=kmeans                       # CPU, seconds
     python self_label.py configs/cifar10.yaml method=sinkhorn K=100              # one GPU
     torchrun --nproc_per_node=8 self_label.py configs/cifar10.yaml               # eight GPUs, the same labels
     python self_label.py configs/shapes.yaml method=random reference=kmeans      # control: the same marginal, nothing about the image
-    python self_label.py configs/shapes.yaml method=ncut features=dense objects=2         # boxes; extract features=dense with pool=none or a grid
+    python self_label.py configs/shapes.yaml method=ncut features=dense objects=2         # boxes; first extract_features.py name=dense pool=none
 
 kmeans      clusters of any size. sinkhorn: clusters of equal size, by optimal transport (arXiv 1911.05371, 2006.09882).
 lost, ncut  boxes of objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.11539), and clusters of the boxed regions.
@@ -56,10 +56,10 @@ class SelfLabel:
     rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
     objects: int = 1                                      # lost, ncut, masks: at most so many boxes per image
     contrast: float = 0.5                                 # the same: a further object differs from the rest (squared) by at least this share of what the first does
-    tau: float = 0.2                                      # ncut: patches of at least this cosine are joined
+    tau: float = 0.2                                      # ncut (also as foreground): patches of at least this cosine are joined
     refine: bool = True                                   # lost, ncut, masks: outline in pixels from upsampled features, not in patches
-    guide: bool = True                                    # lost, ncut: the refined outline follows the edges of the image
-    cells: int = 4                                        # lost, ncut: what is clustered is a region's features on a grid of so many cells a side; 1 = their mean
+    guide: bool = True                                    # lost, ncut, masks: the refined outline follows the edges of the image
+    cells: int = 4                                        # lost, ncut, masks: what is clustered is a region's features on a grid of so many cells a side; 1 = their mean
     foreground: Literal["lost", "ncut", "none"] = "lost"  # masks: what finds the objects; none = cluster all patches
     segments: int = 21                                    # masks with foreground=none: clusters of patches, background included
     smooth: float = 0.3                                   # masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none
@@ -771,7 +771,7 @@ def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed
 # From feature files to labels
 
 def reader(run, cfg, split, dense=False):
-    """(read, (h, w), info): read(i, j) is float32 [n, h * w, D], the activations of images i ... j - 1 side by side, each scaled to unit mean norm.
+    """(read, (h, w), info): read(i, j) is float32 [n, h * w, D], the activations of images i ... j - 1 side by side, scaled to unit mean norm where there are several.
 
     h = w = 1, or with dense=True the grid of the largest map, to which the others are resized.
     """

@@ -188,12 +188,15 @@ class Run:
 
 
 def comments(cls):
-    """Field name -> trailing comment, for a dataclass and its bases: the text of --help."""
-    found = {}
+    """Field name -> trailing comment and the lines that continue it, for a dataclass and its bases: the text of --help."""
+    found, name = {}, None
     for c in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(c).splitlines():
             if m := re.match(r"\s+(\w+)\s*:.*?#\s*(.*)$", line):
-                found[m[1]] = m[2]
+                name = m[1]
+                found[name] = m[2]
+            elif name and (m := re.match(r"\s{20,}#\s*(.*)$", line)):
+                found[name] += " " + m[1]
     return found
 
 

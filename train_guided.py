@@ -103,7 +103,7 @@ def label_condition(labels, K, drop, device):
 def layout_condition(labels, maps, K, kinds, cfg, device):
     """As `label_condition`, with each image's map beside its label: dict(label [b], layout [b, kinds, H, W]), mirrored with the image, dropped together.
 
-    maps: uint8 [N, H, W], ids 0 ... kinds - 1, kinds = nothing there.
+    maps: uint8 [N, H, W], ids 0 ... kinds - 1 (of masks 0 = no object, a channel of its own), kinds = no condition there.
     """
     table = torch.from_numpy(np.ascontiguousarray(labels)).to(device)
 
@@ -167,7 +167,7 @@ def layout_maps(run, cfg, labels, split, kinds=0):
     there = there.repeat(size // there.shape[1], 1).repeat(size // there.shape[2], 2)
     void = there == 255 if cfg.labels == "classes" else np.zeros(there.shape, bool)
     kinds = kinds or max(int(there[~void].max(initial=0)) + 1, 2)
-    there[void | (there >= kinds)] = kinds                # nothing there, or an id that no training image has
+    there[void | (there >= kinds)] = kinds                # void, or an id that no training image has: no condition there
     return there, kinds
 
 
@@ -175,7 +175,7 @@ def layout_maps(run, cfg, labels, split, kinds=0):
 # Online labels: head and prototypes beside the network
 
 def augment(x, u, strength, flip):
-    """A second view of images x [B, C, H, W]: random crop, perhaps a flip, gain per channel, brightness, contrast; u: uniforms [B, 8]."""
+    """A second view of images x [B, C, H, W]: random crop, perhaps a flip, gain per channel, brightness, contrast; u: uniforms [B, 8] (brightness takes two that others use)."""
     side, s = 1 - 0.6 * strength * u[:, 0], strength
     mirror = torch.where(u[:, 1] < 0.5, -1.0, 1.0) if flip else torch.ones_like(side)
     zero = torch.zeros_like(side)
@@ -316,7 +316,7 @@ class Labeller(nn.Module):
             self.remember(h[rows], updates)
         condition = self.condition(ids, x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
 
-        # the student: other noise, perhaps another view, less time
+        # the student: other noise, perhaps another view, a time in the window
         t = cfg.sk_window[0] + (cfg.sk_window[1] - cfg.sk_window[0]) * u[part, 3]
         view = augment(x[part], u[part, 4:12], cfg.sk_augment, cfg.flip) if cfg.sk_augment else x[part]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), context():
@@ -357,9 +357,10 @@ class Labeller(nn.Module):
         sums = over_ranks(self.sums.clone())
         self.sums.zero_()
         with alone():
-            ids, _, alike, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
-        K, flat = self.cfg.K, ids.flatten()
-        counts = torch.bincount(flat, minlength=K)
+            told, _, alike, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
+        ids = told if self.settled is None else self.settled.cpu()[self.rows].long()     # labels that stay are those that condition
+        K = self.cfg.K
+        counts = torch.bincount(ids.flatten(), minlength=K)
         before = self.watched[:len(ids)]
         now = ids[:, math.isqrt(ids.shape[1]) // 2 * (math.isqrt(ids.shape[1]) + 1)]              # of a map: the label in the middle
         line = dict(sk_loss=float(sums[0] / sums[2]), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2]),
@@ -367,7 +368,7 @@ class Labeller(nn.Module):
                     churn=float((before.cpu() != now).float().mean()) if (before >= 0).all() else None)
         self.watched[:len(ids)] = now.to(self.watched.device)
         if self.settled is not None:                      # does the head tell the labels that stay?
-            line["settled"] = float((ids == self.settled[self.rows].cpu()).float().mean())
+            line["settled"] = float((told == ids).float().mean())
         if self.classes is not None and ids.shape[1] == 1:
             line["nmi"] = nmi(now.numpy(), self.classes)
         line["mean_cosine"] = alike
@@ -498,6 +499,8 @@ def check_online(run, cfg):
     require(min(cfg.sk_queue, cfg.sk_weight, cfg.sk_ramp, cfg.sk_freeze, cfg.sk_until, cfg.sk_augment, cfg.switch) >= 0,
             cfg, "sk_queue sk_weight sk_ramp sk_freeze sk_until sk_augment switch", "must not be negative")
     require(cfg.condition == "none" or cfg.switch < cfg.images, cfg, "switch images", "labels would never be used: switch comes before images, or condition=none")
+    require(not cfg.sk_until or cfg.sk_freeze < cfg.sk_until < cfg.images, cfg, "sk_until sk_freeze images",
+            "labels settle after prototypes have moved (sk_freeze), and before training ends; sk_until=0 never settles them")
     if cfg.condition == "patch" and cfg.sk_augment:
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
 
@@ -625,7 +628,7 @@ def main():
         finish_online(run, cfg, net, side, state, folder, data)
 
     # close
-    run.say(f"model in {folder}, sample grids{' (one row per label)' if conditions else ''} in {folder / 'samples'}")
+    run.say(f"model in {folder}, sample grids{' (one row per label or layout)' if conditions else ''} in {folder / 'samples'}")
     run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}" + (" guidance=1,1.5,2,3" if conditions else ""))
 
 

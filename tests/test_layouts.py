@@ -5,6 +5,7 @@ import torch
 from conftest import complaint, stage
 from PIL import Image
 
+import sample_ode
 from train_guided import TrainGuided, bank_of, draw_boxes, layout_condition
 
 
@@ -66,8 +67,30 @@ def test_the_unconditional_row_of_the_same_configuration(run, tiny):
 def test_hand_drawn_layouts(run, tiny, tmp_path):
     stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/box", "guidance=2", "n=4", "name=drawn", "boxes=[[4,4,20,28,3],[22,2,30,9]]", "evaluate=false")
     assert (np.load(run / "samples/drawn/labels.npy") == 0).all()                # one layout
-    Image.fromarray(np.full((32, 32), 2, np.uint8)).save(tmp_path / "mask.png")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:20, 8:20] = 2
+    Image.fromarray(mask).save(tmp_path / "mask.png")
     stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/mask", "guidance=2", "n=4", "name=painted", f"mask={tmp_path / 'mask.png'}", "evaluate=false")
+
+
+def test_a_drawn_layout_never_stands_without_a_label(run, tmp_path):
+    """In training both are dropped together: the null label beside a layout would be a condition that the network has never seen."""
+    bank = np.zeros((4, 8, 8), np.uint8)
+    bank[0, :4], bank[1, :4], bank[2, 2:6], bank[3] = 1, 2, 2, 3                  # the last is null: kinds = 3
+    state = lambda condition, maps: dict(size=8, condition=condition, file="x", map_labels=3 if condition == "mask" else 1, maps=torch.from_numpy(maps.copy()),
+                                         bank_labels=torch.tensor([4, 2, 2, 5]))
+    mask = np.zeros((8, 8), np.uint8)
+    mask[5:, 5:] = 2
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    asked = state("mask", bank)
+    sample_ode.read_layouts(None, sample_ode.SampleOde(mask=str(tmp_path / "mask.png")), asked)
+    assert asked["bank_labels"].tolist() == [2, 5] and (asked["maps"][0].numpy() == mask).all() and (asked["maps"][-1] == 3).all()
+    asked = state("box", np.minimum(bank, 1))
+    sample_ode.read_layouts(None, sample_ode.SampleOde(boxes=[[1, 1, 4, 6]]), asked)
+    assert asked["bank_labels"].tolist() == [2, 4, 5] and asked["marginal"].tolist() == [2 / 3, 1 / 3] and asked["num_labels"] == 2
+    asked = state("box", np.minimum(bank, 1))
+    sample_ode.read_layouts(None, sample_ode.SampleOde(boxes=[[1, 1, 4, 6, 3], [5, 5, 8, 8]]), asked)
+    assert asked["bank_labels"].tolist() == [3, 5] and asked["num_labels"] == 1
 
 
 @pytest.mark.parametrize("words, part", [
