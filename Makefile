@@ -32,7 +32,7 @@ demo: .venv/demo
 	$(PY) sample_ode.py       $(CFG) $(ARGS) --table
 
 test: .venv/dev
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 bench: .venv/dev
 	for f in tests/bench_*.py; do $(PY) $$f || exit $$?; done

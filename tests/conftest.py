@@ -1,4 +1,4 @@
-"""Tests import the stages from the repository root and run on two threads; `tiny` is a configuration that trains in seconds."""
+"""Tests import the stages from the repository root and run on two threads, or on one in each of two processes; `tiny` is a configuration that trains in seconds."""
 import os
 import signal
 import subprocess
@@ -11,7 +11,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:                   # two processes side by side, each with its children on one thread
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TINY = """
 data: {source: shapes, train: 512, test: 256}
