@@ -42,7 +42,7 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import catalogue, matching, noise_level, stream, tapped, _Enough
+from extract_features import catalogue, load_features, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished,
                              load_checkpoint, load_data, load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, start, write_json)
@@ -61,6 +61,7 @@ class Probe:
     checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, uvit:, sgfm:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
+    features: str = ""                                    # linear, head: stored features/<name>, of any model that extract_features.py reads, in place of the checkpoint
     t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9 for sweep and select, else the label-free choice for linear
     choice: str = "sweep"                                 # linear: which sweep to take the default activation and time from
     fit: int = 2_000                                      # sweep: training images to fit on
@@ -462,9 +463,9 @@ def known_classes(run, protocol):
 
 
 def linear(run, cfg, net, state, context):
-    """Linear probe and kNN of one activation: select on the validation part, report the test part once; controls beside it."""
+    """Linear probe and kNN of one activation, or of stored ones side by side: select on the validation part, report the test part once; controls beside it."""
     train, test, y, y_test = known_classes(run, "linear")
-    name, t = one_activation(run, cfg, net)
+    name, t = (None, None) if cfg.features else one_activation(run, cfg, net)
     classes, (fit, val) = int(y.max()) + 1, map(np.sort, split_rows(cfg, len(train)))
 
     def read(model, split, d, level):                     # features [N, D] of one noise draw
@@ -480,11 +481,19 @@ def linear(run, cfg, net, state, context):
         k = max((1, 5, 20, 50), key=lambda k: knn(f, y[fit], v, y[val], k, classes))
         return dict(linear=accuracy(fits[best], te, y_test), knn=knn(f, y[fit], te, y_test, k, classes), l2=best, k=k)
 
-    rows = {}
-    sources = {"features": (net, t)}
-    if "random" in cfg.controls:
+    def stored(split):
+        s = Stored(run, cfg.features, split)
+        return torch.from_numpy(np.concatenate([np.asarray(m, np.float32).mean((2, 3)) if s.info["pool"] == "none" else m.reshape(len(m), -1)
+                                                for maps in s.maps for m in maps], 1).astype(np.float32)), s
+
+    rows, sources = {}, {} if cfg.features else {"features": (net, t)}
+    if cfg.features:
+        (a, s), (b, _) = stored("train"), stored("test")
+        rows["features"] = score(a, b) | dict(activations=s.names, t=s.times, columns=a.shape[1])
+        run.say(f"{'features':24} linear {rows['features']['linear']:.4f}             kNN {rows['features']['knn']:.4f}")
+    elif "random" in cfg.controls:
         sources["random weights"] = random_network(run, cfg, state), t
-    if "supervised" in cfg.controls:
+    if "supervised" in cfg.controls and not cfg.features:
         sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.inputs, y=y, rows=fit), name, classes), 1.0
     for what, (model, level) in sources.items():
         scores = [score(read(model, "train", d, level), read(model, "test", d, level)) for d in range(cfg.draws if level < 1 else 1)]
@@ -497,7 +506,7 @@ def linear(run, cfg, net, state, context):
         run.say(f"{'raw pixels':24} linear {rows['raw pixels']['linear']:.4f}             kNN {rows['raw pixels']['knn']:.4f}")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"],
-                 f"test accuracy, {name} at t={t:g}")
+                 "test accuracy, " + (f"features/{cfg.features}" if cfg.features else f"{name} at t={t:g}"))
     return dict(activation=name, t=t, parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
 
 
@@ -629,7 +638,7 @@ def look(net, names, x_t, t):
 
 @dataclass
 class Reading:
-    """A kind of head and what it reads: names x times of a frozen network, maps averaged over noise draws; raw pixels if there is no network."""
+    """A kind of head and what it reads: names x times of a frozen network, maps averaged over noise draws; without a network raw pixels, or stored maps."""
     kind: str
     net: nn.Module | None
     names: list
@@ -637,14 +646,20 @@ class Reading:
     draws: int = 1
     hidden: int = 0                                       # of the transformer's feed-forward parts; 0 = 4 x width
     tuned: float = 0.0                                    # above 0: the head trains a copy of the network with itself, at so many times its lr
+    stored: bool = False                                  # the maps come from a file
 
     @property
     def passes(self):                                     # of the network, per image
-        return (self.net is not None) * len(self.times) * self.draws * (1 + (self.kind == "diffeed"))
+        return (self.net is not None or self.stored) * len(self.times) * self.draws * (1 + (self.kind == "diffeed"))
 
     @torch.no_grad()
     def views(self, path, x, z, context):
-        """Images x [B, 3, H, W], noises z, one [B, 3, H, W] per draw -> what heads are called with: maps [T][n] of [B, C, h, w], the last x_t, its t [B]."""
+        """Images x [B, 3, H, W], noises z, one [B, 3, H, W] per draw -> what heads are called with: maps [T][n] of [B, C, h, w], the last x_t, its t [B].
+
+        Stored maps stand in place of images.
+        """
+        if self.stored:
+            return x, None, None
         if self.net is None:
             return [[x]], x, None
         if self.tuned:                                    # the head makes the pass
@@ -659,15 +674,27 @@ class Reading:
         return maps, x_t, t
 
 
-def build_head(cfg, r, path, shape, classes, seed, device="cpu", context=nullcontext):
-    """A fresh head for reading `r` of images, or latents, of this shape (C, H, W)."""
-    x, size = torch.zeros(1, *shape, device=device), shape[1]
+class Stored:
+    """features/<name> of one part of the data, read by row like images: what heads see in place of passes through a network."""
+
+    def __init__(self, run, name, split):
+        arrays, self.info = load_features(run, name, split)
+        entries, grid = self.info["arrays"], int(self.info["pool"]) if self.info["pool"].isdigit() else 1
+        self.names, self.times = (list(dict.fromkeys(e[k] for e in entries)) for k in ("activation", "t"))
+        maps = [a if a.ndim == 4 else a.reshape(len(a), -1, grid, grid) for a in arrays]
+        self.maps = [[m for m, e in zip(maps, entries) if e["t"] == t] for t in self.times]                  # [T][n] of [N, C, h, w]
+
+
+def build_head(cfg, r, path, images, classes, seed, device="cpu", context=nullcontext):
+    """A fresh head for reading `r` of such images, or latents, or stored maps."""
+    x = scaled(images, np.arange(1), device)
+    size = None if r.stored else x.shape[2]
     shapes, common = [m.shape[1:] for m in replace(r, tuned=0).views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator
         torch.manual_seed(seed_of(seed, "head"))
         if r.kind in ("linear", "mlp"):
             channels = len(r.times) * sum(c for c, _, _ in shapes)
-            h = PooledHead(channels, classes, cfg.grid if r.net else size, cfg.hidden if r.kind == "mlp" else ())
+            h = PooledHead(channels, classes, cfg.grid if r.net or r.stored else size, cfg.hidden if r.kind == "mlp" else ())
         elif r.kind in ("segment", "uper"):
             h = (UPer if r.kind == "uper" else LinearMap)(shapes, len(r.times), classes, size, cfg.width)
         elif r.kind == "ensemble":
@@ -694,7 +721,9 @@ def augmented(x, flip, crop, g):
 
 
 def scaled(images, rows, device):
-    """Rows of uint8 images as float [B, C, H, W] in [-1, 1], or means of latents."""
+    """Rows of uint8 images as float [B, C, H, W] in [-1, 1], or means of latents; of stored maps [T][n] of [B, C, h, w]."""
+    if isinstance(images, Stored):
+        return [[torch.from_numpy(np.asarray(m[rows], np.float32)).to(device) for m in maps] for maps in images.maps]
     return as_input(torch.from_numpy(np.ascontiguousarray(images[rows])).to(device))
 
 
@@ -704,7 +733,7 @@ def evaluate(heads, r, path, images, y, rows, batch, seed, purpose, device="cpu"
     score, tables = torch.zeros(len(heads), 2), [0] * len(heads)
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
-        z = [draw(seed, f"{purpose} {d}", part, row_shape(images)).to(device) for d in range(r.draws)]
+        z = [draw(seed, f"{purpose} {d}", part, row_shape(images)).to(device) for d in range(r.draws)] if r.net else []
         seen, target = r.views(path, scaled(images, part, device), z, context), y[part].to(device).long()
         for j, h in enumerate(heads):
             out = h.eval()(*seen)
@@ -722,7 +751,7 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
     AdamW with one cycle. (2307.08702 and 2311.17921: SGD without momentum, lr 1e-2 or 5e-2, times 0.1 every 7 of 28 epochs.)
     """
     trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
-    steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, row_shape(images), int(y.max()) + 1, seed, device, context) for _ in trials]
+    steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, images, int(y.max()) + 1, seed, device, context) for _ in trials]
     groups = lambda h, lr: [dict(params=[*m.parameters()], lr=v) for m, v in ([(h.head, lr), (h.net, r.tuned * lr)] if r.tuned else [(h, lr)])]
     opts = [torch.optim.AdamW(groups(h, lr), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
     plans = [torch.optim.lr_scheduler.OneCycleLR(o, [g["lr"] for g in o.param_groups], steps + 1) for o in opts]
@@ -732,9 +761,9 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
         x, target = scaled(images, rows, device), y[rows].to(device).long()
         if y.dim() > 1:                                   # masks move with their images
             x, target = (xy := augmented(torch.cat([x, target[:, None]], 1), cfg.flip, cfg.crop, g))[:, :-1], xy[:, -1].long()
-        else:
+        elif not r.stored:
             x = augmented(x, cfg.flip, cfg.crop, g)
-        seen = r.views(path, x, torch.randn(r.draws, *x.shape, generator=g).to(device), context)
+        seen = r.views(path, x, torch.randn(r.draws, *x.shape, generator=g).to(device) if r.net else [], context)
         for h, o, p in zip(heads, opts, plans):
             F.cross_entropy(h.train()(*seen), target).backward()
             if not step:                                  # parts of a network behind the activation are not trained
@@ -795,10 +824,16 @@ def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, tim
     return score
 
 
+def raw(run, cfg):
+    """The control that reads no features: {what: Reading}, or nothing."""
+    what = "latents" if run.data.latents else "pixels"
+    return {f"raw {what}": Reading("attention" if cfg.head in ("difformer", "diffeed") else cfg.head, None, [what], [1.0])} if "pixels" in cfg.controls else {}
+
+
 def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     """The head that was asked for, and its controls: {what: Reading}, for the seed cfg.seed. A ridge classifier finds the best single place, on rows `val`."""
-    path, shape, classes, fused = PATHS[state["path"]], row_shape(images), int(y.max()) + 1, cfg.head in ("difformer", "diffeed")
-    count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, shape, classes, 0, run.device).parameters())
+    path, classes, fused = PATHS[state["path"]], int(y.max()) + 1, cfg.head in ("difformer", "diffeed")
+    count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, images, classes, 0, run.device).parameters())
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
     name, t = max(score, key=score.get)
     where, plain = (names, times) if cfg.head == "difformer" else ([name], [t]), "attention" if fused else cfg.head
@@ -816,30 +851,33 @@ def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
         out["random weights"] = Reading(cfg.head, random_network(run, cfg, state), *where, tuned=cfg.finetune)
     if "supervised" in cfg.controls:
         out["supervised, same size"] = Reading(plain, train_supervised(run, cfg, state, dict(images=images, y=y, rows=fit), name, classes), [name], [1.0])
-    if "pixels" in cfg.controls:
-        what = "latents" if run.data.latents else "pixels"
-        out[f"raw {what}"] = Reading(plain, None, [what], [1.0])
-    return out
+    return out | raw(run, cfg)
 
 
 def head(run, cfg, net, state, context):
-    """Train heads on the fly: select on the validation part, report the test part once per seed; controls beside it."""
+    """Train heads on the fly, or on stored features: select on the validation part, report the test part once per seed; controls beside it."""
     train, test, y, y_test = known_classes(run, "head")
-    names, times = places(run, cfg, net)
+    stored = {split: Stored(run, cfg.features, split) for split in ("train", "test")} if cfg.features else {}
+    names, times = (stored["train"].names, stored["train"].times) if stored else places(run, cfg, net)
     require(times, cfg, "t", "name one or more noise times")
+    require(not stored or cfg.head in ("linear", "mlp", "difformer") or len(names) * len(times) == 1, cfg, "features head",
+            f"this head reads one map, and {cfg.features} holds {len(names) * len(times)}")
     require(cfg.head != "difformer" or len(names) * len(times) > 1, cfg, "head activations t", "needs more than one activation or time")
     require(cfg.head != "diffeed" or all(n.startswith(("mid", "up")) for n in names) and mirrors(net), cfg, "head activations", "reads the middle or the way up")
-    path, parts, rows, where = PATHS[state["path"]], split_rows(cfg, len(train)), {}, dict(device=run.device, context=context)
+    path, parts, rows, where = PATHS[state["path"]] if net else None, split_rows(cfg, len(train)), {}, dict(device=run.device, context=context)
     for seed in cfg.seeds:
         fit, val = (labelled(y.numpy(), part, cfg.labels_share, cfg.per_class, seed) for part in parts)
         few = int(np.bincount(y[fit].numpy(), minlength=int(y.max()) + 1).min())
         require(few >= max(1, cfg.per_class) and len(fit) >= 2, cfg, "per_class labels_share", f"a class has only {few} images to learn from")
         own = replace(cfg, seed=seed)
-        for what, r in readings(run, own, net, state, context, names, times, train.inputs, y, fit, val).items():
+        kinds = ({cfg.head: Reading(cfg.head, None, names, times, stored["train"].info["draws"], stored=True)} | raw(run, cfg) if stored else
+                 readings(run, own, net, state, context, names, times, train.inputs, y, fit, val))
+        for what, r in kinds.items():
+            seen, unseen = (stored["train"], stored["test"]) if r.stored else (train.inputs, test.inputs)
             with bar(run, max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
-                best, (lr, l2), score = fit_head(own, r, path, train.inputs, y, fit, val, seed, tick=lambda: progress.update(1), **where)
+                best, (lr, l2), score = fit_head(own, r, path, seen, y, fit, val, seed, tick=lambda: progress.update(1), **where)
             draws = cfg.draws if r.net and r.times != [1.0] else 1               # without noise all draws are equal
-            tested = [evaluate([best], r, path, test.inputs, y_test, np.arange(len(test)), cfg.batch, seed, f"head test {d}", **where)[0][0] for d in range(draws)]
+            tested = [evaluate([best], r, path, unseen, y_test, np.arange(len(test)), cfg.batch, seed, f"head test {d}", **where)[0][0] for d in range(draws)]
             row = rows.setdefault(what, dict(head=r.kind, passes=r.passes, results=[],
                                              parameters=sum(p.numel() for p in best.parameters() if p.requires_grad)))
             row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
@@ -850,7 +888,7 @@ def head(run, cfg, net, state, context):
                 f"{row['parameters']:,} trained parameters, {row['passes']} pass(es) per image")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["accuracy"]] for r in rows.values()], list(rows), ["test"], f"test accuracy, {cfg.head} head")
-    return dict(head=cfg.head, seeds=cfg.seeds, fresh_noise=True, train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
+    return dict(head=cfg.head, seeds=cfg.seeds, fresh_noise=not stored, train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1039,7 +1077,7 @@ def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=null
     """PixelMlps trained on all pixels of `rows` under one noise draw per image, as published (arXiv 2112.03126): Adam 1e-3, 64 pixels per update, up to 100 epochs,
     stopped when from epoch 5 on the loss has not fallen for 50 updates. Ours: all members stop together, and each image has its own noise.
     """
-    net, chunk = build_head(cfg, r, path, row_shape(images), int(y.max()) + 1, seed, device), chunk_of(images)
+    net, chunk = build_head(cfg, r, path, images, int(y.max()) + 1, seed, device), chunk_of(images)
     noise = lambda part: [draw(seed, f"ensemble {d}", part, images.shape[1:]).to(device) for d in range(r.draws)]
     with torch.no_grad():
         seen = [r.views(path, scaled(images, part, device), noise(part), context)[0] for part in np.array_split(rows, math.ceil(len(rows) / chunk))]
@@ -1554,7 +1592,15 @@ def main():
     run = start("probe", Probe, __doc__)
     cfg = run.cfg
     cfg.name = cfg.name or cfg.protocol
-    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    if cfg.features:
+        require(cfg.protocol == "linear" or cfg.protocol == "head" and cfg.head != "diffeed", cfg, "features protocol head",
+                "stored features serve protocol=linear, and head with any head but diffeed")
+        require(not (cfg.transfer or cfg.finetune or cfg.flip or cfg.crop), cfg, "features transfer finetune flip crop", "what is stored cannot be changed")
+        info = load_features(run, cfg.features, "train")[1]
+        net, state = None, dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None)
+        cfg.controls = [c for c in cfg.controls if c == "pixels"]                 # the others need a network
+    else:
+        net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context = autocast(run, cfg.precision)[0]
     if cfg.protocol in ("sweep", "boxes", "select", "correspond", "cka") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -1566,15 +1612,18 @@ def main():
     require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect", "cka")), cfg, "protocol", "is defined on pixels, not with data.latents")
     require(not (run.data.latents and cfg.transfer), cfg, "transfer", "other images are probed as pixels; this run's models (data.latents) see latents")
     path, other = run.dir / "probe" / f"{cfg.name}.json", set().union(*KEYS.values()) - KEYS.get(cfg.protocol, set())
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer"} | other} | dict(hash=state["weights"])
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer", "features"} | other} | dict(hash=state["weights"])
     recipe["transfer"] = prepare_transfer(run, state["size"]) if cfg.transfer else None
     if cfg.protocol == "cka":                             # models of the same name may have been trained anew
         recipe["hashes"] = {name: load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"} or None
-    if cfg.protocol == "linear":
+    if cfg.features:
+        recipe["reads"] = info
+    elif cfg.protocol == "linear":
         recipe["reads"] = list(one_activation(run, cfg, net))
     if cfg.protocol in ("head", "segment", "detect"):
-        check_head(cfg, run.data.latents, state["size"])
-        recipe["reads"] = list(places(run, cfg, net))
+        check_head(cfg, run.data.latents, state.get("size", math.inf))
+        if not cfg.features:
+            recipe["reads"] = list(places(run, cfg, net))
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         return

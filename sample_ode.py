@@ -65,7 +65,7 @@ class SampleOde:
     sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
     against: list[str] = field(default_factory=list)      # nfe sweep: further checkpoints to draw into the same figures, such as one of the other path
     sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead
-    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])
+    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])   # of the nfe sweep
     features: list[str] = field(default_factory=list)     # also save these activations of the network, names and globs, while it samples
     features_at: list[int] = field(default_factory=lambda: [0])     # at these evaluations of a fixed-step solver, from 0
     features_pool: str = "mean"                           # mean, none, or a number g: average over a grid of g x g

@@ -1,4 +1,6 @@
 """Bad input gets one line that names the file or key and exit code 2, and nothing that was there is lost."""
+import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +11,8 @@ import pytest
 import torch
 from conftest import stage
 from PIL import Image
+
+from train_diffusion import comments
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,15 @@ def test_configuration(refuse, tiny, tmp_path, words, said):
     if "fp16" in words[0] and torch.cuda.is_available():
         pytest.skip("this machine can do it")
     assert said in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)
+
+
+def test_help_explains_every_key():
+    for module, section in [("train_diffusion", "TrainDiffusion"), ("probe", "Probe"), ("extract_features", "ExtractFeatures"), ("self_label", "SelfLabel"),
+                            ("train_guided", "TrainGuided"), ("sample_ode", "SampleOde"), ("train_diffusion", "Data"), ("train_diffusion", "Model")]:
+        cls = getattr(importlib.import_module(module), section)
+        for f in dataclasses.fields(cls):
+            assert len(comments(cls).get(f.name, "")) > 4, f"{module}: {section}.{f.name}"
+    assert "map of patch labels" in comments(importlib.import_module("train_guided").TrainGuided)["condition"]              # the fourth line of it
 
 
 def test_yaml(refuse, tmp_path):

@@ -209,7 +209,8 @@ def test_layouts_are_one_hot_with_a_null():
 
 
 @pytest.mark.parametrize("keys", [dict(sk_share=0.3), dict(sk_share=0), dict(sk_window=[0.9, 0.8]), dict(sk_t=1.5), dict(K=1), dict(sk_eps=0.0), dict(sk_queue=-1),
-                                  dict(condition="patch", sk_augment=0.5), dict(sk_share=0.7), dict(switch=10 ** 9)], ids=str)
+                                  dict(condition="patch", sk_augment=0.5), dict(sk_share=0.7), dict(switch=10 ** 9),
+                                  dict(sk_until=5_000), dict(sk_until=10 ** 9)], ids=str)
 def test_impossible_requests(keys):
     class OneProcess:
         world, data = 1, Data()

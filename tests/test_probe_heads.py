@@ -58,7 +58,7 @@ def test_shapes_and_reach_of_gradients(kind):
     """Every parameter that is trained gets a gradient, the network none, in DifFeed although gradients go through it."""
     net, (x, _) = network("unet"), inputs()
     r = reading(net, kind)
-    head = build_head(SMALL, r, CV, (3, 16, 16), 5, seed=0)
+    head = build_head(SMALL, r, CV, np.zeros((1, 3, 16, 16), np.uint8), 5, seed=0)
     out = head(*r.views(CV, x, [torch.randn(x.shape)], nullcontext))
     assert out.shape == (3, 5) and r.passes == {"difformer": 2, "diffeed": 2}.get(kind, 1)
     out.square().sum().backward()
@@ -268,6 +268,37 @@ def test_protocol_head(monkeypatch, tiny, run, kind, more):
         assert abs(rows["equal parameters"]["parameters"] - rows[kind]["parameters"]) <= 17 and rows["best single (block, t)"]["parameters"] < rows[kind]["parameters"]
     else:
         assert rows["raw pixels"]["passes"] == 0
+
+
+@pytest.mark.parametrize("pool", ["none", "2", "mean"])
+def test_stored_features_score_as_the_network_does(monkeypatch, tiny, run, pool):
+    """At t = 1 nothing is random: heads and linear probe on stored maps, or on the averages that they would make, equal those on the fly."""
+    at = ["activations=mid-repeat1-res-out", "t=1"]
+    called(monkeypatch, extract_features, tiny, f"run={run}", f"pool={pool}", f"name=clean-{pool}", *at)
+    head, result = ["protocol=head", "head=linear", f"grid={1 if pool == 'mean' else 2}", "images=2000", "lr=3e-2", "l2=0", "seeds=0", "controls=pixels"], {}
+    for name, source in (("passes", at), ("stored", [f"features=clean-{pool}"])):
+        for protocol in (head, ["protocol=linear", "controls=", "draws=1"]):
+            called(monkeypatch, probe, tiny, f"run={run}", *protocol, f"name={name}-{protocol[0][9:]}-{pool}", *source)
+            result[name, protocol[0][9:]] = json.loads((run / f"probe/{name}-{protocol[0][9:]}-{pool}.json").read_text())
+    a, b = (result[n, "head"]["rows"] for n in ("passes", "stored"))
+    assert a["linear"]["results"][0]["test"][0] == b["linear"]["results"][0]["test"][0] > 0.15 and a["raw pixels"] == b["raw pixels"]
+    assert a["linear"]["passes"] == b["linear"]["passes"] == 1 and a["linear"]["parameters"] == b["linear"]["parameters"]
+    a, b = (result[n, "linear"]["rows"]["features"] for n in ("passes", "stored"))
+    assert b["columns"] == (128 if pool == "2" else 32) and (pool == "2" or abs(a["linear"] - b["linear"]) < 0.01 and abs(a["knn"] - b["knn"]) < 0.01)
+
+
+def test_several_stored_maps(monkeypatch, refuse, tiny, run):
+    called(monkeypatch, extract_features, tiny, f"run={run}", "activations=mid-repeat?-res-out", "t=0.5,0.8", "pool=none", "dtype=float16", "draws=2", "name=four")
+    base = [tiny, f"run={run}", "protocol=head", "features=four", "images=100", "width=16", "heads=4", "depth=1", "lr=1e-3", "l2=0", "seeds=0"]
+    called(monkeypatch, probe, *base, "head=difformer", "name=four")
+    row = json.loads((run / "probe/four.json").read_text())["rows"]["difformer"]
+    assert row["passes"] == 4 and len(row["results"][0]["activations"]) == 2 and row["results"][0]["t"] == [0.5, 0.8]
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=linear", "features=four", "name=side-by-side")
+    assert json.loads((run / "probe/side-by-side.json").read_text())["rows"]["features"]["columns"] == 4 * 32
+    assert "holds 4" in refuse("probe", *base, "head=cnn", "name=bad")
+    assert "features=four" in refuse("probe", *base, "head=mlp", "flip=true", "name=bad")
+    assert "features=four" in refuse("probe", tiny, f"run={run}", "protocol=sweep", "features=four", "name=bad")
+    assert "features/none" in refuse("probe", tiny, f"run={run}", "protocol=linear", "features=none", "name=bad")
 
 
 def test_protocol_select_writes_yaml_that_others_read(monkeypatch, tiny, run):

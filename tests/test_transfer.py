@@ -39,9 +39,9 @@ def test_fine_tuning_trains_a_copy():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     frozen, tuned = (Reading("linear", net, ["mid-repeat1-res-out"], [0.95], tuned=v) for v in (0.0, 0.1))
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    a, b = (build_head(SMALL, r, CV, (3, 16, 16), 4, 0).eval()(*r.views(CV, x, [x], probe.nullcontext)) for r in (frozen, tuned))
+    a, b = (build_head(SMALL, r, CV, np.zeros((1, 3, 16, 16), np.uint8), 4, 0).eval()(*r.views(CV, x, [x], probe.nullcontext)) for r in (frozen, tuned))
     assert torch.equal(a, b) and frozen.passes == tuned.passes == 1
-    half = build_head(SMALL, tuned, CV, (3, 16, 16), 4, 0, context=lambda: torch.autocast("cpu", torch.bfloat16)).eval()(None, x, torch.full((4,), 0.95))
+    half = build_head(SMALL, tuned, CV, np.zeros((1, 3, 16, 16), np.uint8), 4, 0, context=lambda: torch.autocast("cpu", torch.bfloat16)).eval()(None, x, torch.full((4,), 0.95))
     assert half.dtype == torch.float32 and 0 < (half - a).abs().max() < 0.1 * a.abs().max()                     # the network in bf16, the head not
     head, _, _ = fit_head(probe.replace(SMALL, images=500, lr=[1e-3]), tuned, CV, images, y, rows, rows, 0)
     moved = {k.split(".")[0] for k, v in head.net.state_dict().items() if not torch.equal(v, before[k])}
