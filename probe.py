@@ -501,7 +501,7 @@ def linear(run, cfg, net, state, context):
                           **{f"{k}_std": float(np.std([s[k] for s in scores])) for k in ("linear", "knn")}, l2=scores[0]["l2"], k=scores[0]["k"])
         run.say(f"{what:24} linear {rows[what]['linear']:.4f} +- {rows[what]['linear_std']:.4f}   kNN {rows[what]['knn']:.4f} +- {rows[what]['knn_std']:.4f}")
     if "pixels" in cfg.controls:
-        flat = lambda d: torch.from_numpy(np.ascontiguousarray(d.images)).flatten(1).float() / 127.5 - 1
+        flat = lambda d: torch.from_numpy(np.array(d.images)).flatten(1).float() / 127.5 - 1
         rows["raw pixels"] = score(flat(train), flat(test))
         run.say(f"{'raw pixels':24} linear {rows['raw pixels']['linear']:.4f}             kNN {rows['raw pixels']['knn']:.4f}")
     if run.rank == 0:

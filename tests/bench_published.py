@@ -5,6 +5,7 @@
 
 Same batch, precision, loss and AdamW; names and shapes of all parameters are equal. Each network lives in a process of its own; they make their steps in turns.
 Time is that of the fastest step; memory the process's peak less what it held with the code loaded and no network (GPU: what PyTorch allocated at its peak).
+--profile says what a step is made of: matrix products and fused attention are calls to the same library on both sides.
 Goals, to two digits: fp32 time and all memory at most theirs; bf16 (autocast) 0.85 of their time.
 """
 import argparse
@@ -33,8 +34,21 @@ def resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def worker(kind, folder, precision, batch):
-    """One network: ours if `folder` is empty. Answers every line with the seconds of a training step, the end with the peak memory in MiB."""
+def made_of(step, steps=2):
+    """Seconds per step of matrix products (convolutions too), of attention and of all else, by PyTorch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(steps):
+            step()
+    total = dict(matrix=0.0, attention=0.0, other=0.0)
+    for e in seen.key_averages():
+        kind = "attention" if "attention" in e.key else "matrix" if any(w in e.key for w in ("mm", "matmul", "linear", "conv")) else "other"
+        total[kind] += e.self_cpu_time_total / 1e6 / steps
+    return total
+
+
+def worker(kind, folder, precision, batch, profiled):
+    """One network: ours if `folder` is empty. Answers every line with the seconds of a training step, the end with the peak memory in MiB and, if asked, a profile."""
     sys.path.insert(0, folder or str(ROOT))
     import torch
     device, size = torch.device("cuda" if torch.cuda.is_available() else "cpu"), SIZE[kind]
@@ -57,23 +71,29 @@ def worker(kind, folder, precision, batch):
     x, z, t = torch.randn(2, batch, 3, size, size, device=device).unbind() + (1000 * torch.rand(batch, device=device),)
     context = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
     print(json.dumps([[name, list(p.shape)] for name, p in net.named_parameters()]), flush=True)
-    for _ in sys.stdin:
-        tick = time.perf_counter()
+
+    def step():
         with context():                                   # their recomputed attention needs it on the way back, too
             (net(x, t).float() - z).square().mean().backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
+
+    for _ in sys.stdin:
+        tick = time.perf_counter()
+        step()
         print(time.perf_counter() - tick, flush=True)
-    print(torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else resident() - before)
+    print(torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else resident() - before, flush=True)
+    if profiled:
+        print(json.dumps(made_of(step)))
 
 
-def compare(kind, folder, precision, batch, steps):
-    """(ratio of times, ratio of memory), ours to theirs; prints both with what they are made of."""
+def compare(kind, folder, precision, batch, steps, profiled):
+    """{ratios of time and memory, ours to theirs; shares of a step, if profiled}; prints them with what they are made of."""
     sides, seconds = {}, {"ours": [], "theirs": []}
     for side, where in (("ours", ""), ("theirs", folder)):
-        command = [sys.executable, __file__, "--worker", kind, where, precision, "--batch", str(batch)]
+        command = [sys.executable, __file__, "--worker", kind, where, precision, "--batch", str(batch)] + ["--profile"] * profiled
         sides[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | KEEP)
     ours, theirs = (dict(json.loads(p.stdout.readline() or sys.exit(f"{kind}: a network could not be built, for the reason above"))) for p in sides.values())
     assert ours == theirs, f"not the same network: {sorted(set(ours) ^ set(theirs))[:3] or 'shapes differ'}"
@@ -81,17 +101,22 @@ def compare(kind, folder, precision, batch, steps):
         for side, p in sides.items():
             print(file=p.stdin, flush=True)
             seconds[side].append(float(p.stdout.readline()))
-    peak = {}
-    for side, p in sides.items():
+    peak, parts = {}, {}
+    for side, p in sides.items():                         # one after the other: a profile must not disturb the other's
         p.stdin.close()
         peak[side] = float(p.stdout.readline())
+        parts[side] = json.loads(p.stdout.readline() or "{}")
         p.wait()
     s = {side: min(v[1:]) for side, v in seconds.items()}                        # the first one warms up: allocations, choice of kernels
     for what, v, goal, unit in (("time", s, GOAL[precision], "s"), ("memory", peak, 1.0, "MiB")):
         ratio = v["ours"] / v["theirs"]
         print(f"{kind:5}{precision:5} {what:7}{ratio:6.3f}  (goal {goal:.2f} {'met' if round(ratio, 2) <= goal else 'MISSED'}; ours / theirs "
               f"{v['ours']:.4g} / {v['theirs']:.4g} {unit})", flush=True)
-    return round(s["ours"] / s["theirs"], 3), round(peak["ours"] / peak["theirs"], 3)
+    out = dict(time=round(s["ours"] / s["theirs"], 3), memory=round(peak["ours"] / peak["theirs"], 3))
+    for side, seconds in parts.items() if profiled else ():
+        out[f"{side}, share of their step"] = {k: round(v / sum(parts["theirs"].values()), 3) for k, v in seconds.items()}
+        print(f"{kind:5}{precision:5} {side:7}" + ", ".join(f"{k} {v:.2f}" for k, v in out[f"{side}, share of their step"].items()) + " of their step")
+    return out
 
 
 def main():
@@ -100,16 +125,17 @@ def main():
         parser.add_argument(f"--{kind}", default="", help=f"checkout of github.com/{where}")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="what a step is made of (CPU)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(*args.worker, args.batch)
+        return worker(*args.worker, args.batch, args.profile)
     results = {}
     for kind, where in WHERE.items():
         if not getattr(args, kind):
             print(f"{kind}: skipped; {HOW.format(where, kind)}")
         for precision in GOAL if getattr(args, kind) else ():
-            results[f"{kind} {precision}"] = dict(zip(("time", "memory"), compare(kind, getattr(args, kind), precision, args.batch, args.steps)))
+            results[f"{kind} {precision}"] = compare(kind, getattr(args, kind), precision, args.batch, args.steps, args.profile)
     print(json.dumps(dict(batch=args.batch, **results)))
 
 
