@@ -160,7 +160,7 @@ def cost_shares(net, x, t):
         net(x, 1000 * t)
     for h in hooks:
         h.remove()
-    return {n: v / counter.get_total_flops() for n, v in done.items()}
+    return {n: v / max(counter.get_total_flops(), 1) for n, v in done.items()}
 
 
 def pca_rgb(x):
@@ -483,7 +483,7 @@ def open_diffusers(cfg, device):
         raise
     except Exception as e:                                # missing files, packages, connections, classes: all are the user's to know
         raise complain(cfg, e) from None
-    net, vae, plan = parts.get("unet") or parts.get("transformer"), parts.get("vae"), parts.get("scheduler") or diffusers.DDPMScheduler()
+    net, vae, plan = parts.get("unet") or parts.get("transformer"), parts.get("vae") or parts.get("vqvae"), parts.get("scheduler") or diffusers.DDPMScheduler()
     kind, abar = type(net).__name__, getattr(plan, "alphas_cumprod", None)
     further = any(getattr(net, f"{what}_embedding", None) is not None for what in ("class", "add"))
     if kind not in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel") or further:
@@ -638,8 +638,8 @@ def main():
         names, times = matching(net, [choice["activation"]]), times or [choice["t"]]
     else:
         names = matching(net, cfg.activations)
-    if not times or not all(0 <= t <= 1 for t in times):
-        raise UserError(f"t={times}: name one or more noise times between 0 and 1")
+    if not times or not all(0 <= t <= 1 for t in times) or len({f"{t:g}" for t in times}) < len(times):
+        raise UserError(f"t={times}: name one or more noise times between 0 and 1 that differ within six digits")
     if "--pca" in run.flags and not run.dry_run:
         test, file, n = load_data(run, "test"), run.dir / "features" / f"{cfg.name}-pca.png", len(cfg.shown)
         require(n and all(0 <= i < len(test) for i in cfg.shown), cfg, "shown", f"name test images, 0 to {len(test) - 1}")

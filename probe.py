@@ -425,16 +425,11 @@ def random_network(run, cfg, state):
 
 
 def one_activation(run, cfg, net):
-    """The (activation, time) that protocol=linear reads: the label-free choice of a sweep, at another time if one is named, or what was named."""
-    if cfg.activations == ["blocks"]:
-        choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")
-        if "label_free" not in choice:
-            raise UserError(f"choice={cfg.choice}: probe/{cfg.choice}.json is no sweep")
-        return choice["label_free"]["activation"], cfg.t[0] if len(cfg.t) == 1 else choice["label_free"]["t"]     # several times are the sweep's grid
-    names = matching(net, cfg.activations)
-    if len(names) != 1 or len(cfg.t) != 1:
-        raise UserError(f"protocol=linear reads one activation at one time; got {len(names)} and t={cfg.t}")
-    return names[0], cfg.t[0]
+    """The label-free choice of a sweep, (activation, time); at another time if one is named."""
+    choice = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py protocol=sweep first, or name activations= and t=")
+    if "label_free" not in choice:
+        raise UserError(f"choice={cfg.choice}: probe/{cfg.choice}.json is no sweep")
+    return matching(net, [choice["label_free"]["activation"]])[0], cfg.t[0] if len(cfg.t) == 1 else choice["label_free"]["t"]    # several times are the sweep's grid
 
 
 def split_rows(cfg, n):
@@ -465,14 +460,15 @@ def known_classes(run, protocol):
 def linear(run, cfg, net, state, context):
     """Linear probe and kNN of one activation, or of stored ones side by side: select on the validation part, report the test part once; controls beside it."""
     train, test, y, y_test = known_classes(run, "linear")
-    name, t = (None, None) if cfg.features else one_activation(run, cfg, net)
+    names, times = ([], []) if cfg.features else places(run, cfg, net)
+    require(times or cfg.features, cfg, "t", "name one or more noise times")
     classes, (fit, val) = int(y.max()) + 1, map(np.sort, split_rows(cfg, len(train)))
 
-    def read(model, split, d, level):                     # features [N, D] of one noise draw
+    def read(model, split, d, levels):                    # features [N, D] of one noise draw, all side by side
         images = (train if split == "train" else test).inputs
-        parts = [out[name, level].cpu() for _, out in stream(model, state, images, np.arange(len(images)), [name], [level], device=run.device, context=context,
-                                                             seed=cfg.seed, purpose=f"linear {split} {d}", batch=cfg.batch)]
-        return torch.cat(parts)
+        parts = stream(model, state, images, np.arange(len(images)), names, levels, device=run.device, context=context, seed=cfg.seed,
+                       purpose=f"linear {split} {d}", batch=cfg.batch)
+        return torch.cat([torch.cat([out[key] for key in itertools.product(names, levels)], 1).cpu() for _, out in parts])
 
     def score(a, b):                                      # a: train features, b: test features -> accuracies and what was selected
         f, v, te = standardise(a[fit], a[val], b)
@@ -481,23 +477,27 @@ def linear(run, cfg, net, state, context):
         k = max((1, 5, 20, 50), key=lambda k: knn(f, y[fit], v, y[val], k, classes))
         return dict(linear=accuracy(fits[best], te, y_test), knn=knn(f, y[fit], te, y_test, k, classes), l2=best, k=k)
 
-    def stored(split):
-        s = Stored(run, cfg.features, split)
-        return torch.from_numpy(np.concatenate([np.asarray(m, np.float32).mean((2, 3)) if s.info["pool"] == "none" else m.reshape(len(m), -1)
-                                                for maps in s.maps for m in maps], 1).astype(np.float32)), s
+    def stored(split):                                    # the same from features/<name>
+        part = Stored(run, cfg.features, split)
+        mean = lambda m: np.asarray(m, np.float32).mean((2, 3)) if part.info["pool"] == "none" else m.reshape(len(m), -1).astype(np.float32)
+        return torch.from_numpy(np.concatenate([np.concatenate([mean(m[i:i + 4096]) for i in range(0, len(m), 4096)]) for maps in part.maps for m in maps], 1)), part
 
-    rows, sources = {}, {} if cfg.features else {"features": (net, t)}
+    rows, sources = {}, {} if cfg.features else {"features": (net, times)}
     if cfg.features:
-        (a, s), (b, _) = stored("train"), stored("test")
-        rows["features"] = score(a, b) | dict(activations=s.names, t=s.times, columns=a.shape[1])
+        (a, part), (b, _) = stored("train"), stored("test")
+        rows["features"] = score(a, b) | dict(activation=part.names, t=part.times, passes=len(part.times) * part.info["draws"], parameters=(a.shape[1] + 1) * classes)
         run.say(f"{'features':24} linear {rows['features']['linear']:.4f}             kNN {rows['features']['knn']:.4f}")
     elif "random" in cfg.controls:
-        sources["random weights"] = random_network(run, cfg, state), t
+        sources["random weights"] = random_network(run, cfg, state), times
     if "supervised" in cfg.controls and not cfg.features:
-        sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.inputs, y=y, rows=fit), name, classes), 1.0
-    for what, (model, level) in sources.items():
-        scores = [score(read(model, "train", d, level), read(model, "test", d, level)) for d in range(cfg.draws if level < 1 else 1)]
-        rows[what] = dict(activation=name, t=level, draws=len(scores), **{k: float(np.mean([s[k] for s in scores])) for k in ("linear", "knn")},
+        sources["supervised, same size"] = train_supervised(run, cfg, state, dict(images=train.inputs, y=y, rows=fit), names[-1], classes), [1.0]
+    for what, (model, levels) in sources.items():
+        scores, noisy = [], levels != [1.0]
+        for d in range(cfg.draws if noisy else 1):
+            a, b = (read(model, split, d, levels) for split in ("train", "test"))
+            scores.append(score(a, b))
+        rows[what] = dict(activation=names, t=levels, passes=len(levels), parameters=(a.shape[1] + 1) * classes, draws=len(scores),
+                          **{k: float(np.mean([s[k] for s in scores])) for k in ("linear", "knn")},
                           **{f"{k}_std": float(np.std([s[k] for s in scores])) for k in ("linear", "knn")}, l2=scores[0]["l2"], k=scores[0]["k"])
         run.say(f"{what:24} linear {rows[what]['linear']:.4f} +- {rows[what]['linear_std']:.4f}   kNN {rows[what]['knn']:.4f} +- {rows[what]['knn_std']:.4f}")
     if "pixels" in cfg.controls:
@@ -506,8 +506,8 @@ def linear(run, cfg, net, state, context):
         run.say(f"{'raw pixels':24} linear {rows['raw pixels']['linear']:.4f}             kNN {rows['raw pixels']['knn']:.4f}")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"],
-                 "test accuracy, " + (f"features/{cfg.features}" if cfg.features else f"{name} at t={t:g}"))
-    return dict(activation=name, t=t, parameters_trained="(D + 1) x classes", train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
+                 "test accuracy, " + (f"features/{cfg.features}" if cfg.features else f"{', '.join(names)} at t = {', '.join(map(str, times))}"))
+    return dict(train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,16 +521,20 @@ class Single(nn.Sequential):
 
 
 class PooledHead(nn.Sequential):
-    """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2) of all maps side by side, normalised per feature. channels: of all maps."""
+    """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2) of all maps side by side, normalised per feature. shapes: (C, H, W) of all maps.
 
-    def __init__(self, channels, classes, grid, hidden=()):
-        sizes = [channels * grid ** 2, *hidden, classes]
+    The grid is no finer than a map.
+    """
+
+    def __init__(self, shapes, classes, grid, hidden=()):
+        sizes = [sum(c * min(grid, h) * min(grid, w) for c, h, w in shapes), *hidden, classes]
         layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         super().__init__(nn.BatchNorm1d(sizes[0], affine=False), *layers[:-1])
         self.grid = grid
 
     def forward(self, maps, *_):
-        return super().forward(torch.cat([F.adaptive_avg_pool2d(m, self.grid).flatten(1) for blocks in maps for m in blocks], 1))
+        grids = [F.adaptive_avg_pool2d(m, (min(self.grid, m.shape[2]), min(self.grid, m.shape[3]))) for blocks in maps for m in blocks]
+        return super().forward(torch.cat([g.flatten(1) for g in grids], 1))
 
 
 def cnn_head(channels, classes, width):
@@ -693,8 +697,7 @@ def build_head(cfg, r, path, images, classes, seed, device="cpu", context=nullco
     with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator
         torch.manual_seed(seed_of(seed, "head"))
         if r.kind in ("linear", "mlp"):
-            channels = len(r.times) * sum(c for c, _, _ in shapes)
-            h = PooledHead(channels, classes, cfg.grid if r.net or r.stored else size, cfg.hidden if r.kind == "mlp" else ())
+            h = PooledHead(len(r.times) * shapes, classes, cfg.grid if r.net or r.stored else size, cfg.hidden if r.kind == "mlp" else ())
         elif r.kind in ("segment", "uper"):
             h = (UPer if r.kind == "uper" else LinearMap)(shapes, len(r.times), classes, size, cfg.width)
         elif r.kind == "ensemble":
@@ -787,7 +790,7 @@ def labelled(y, rows, share, per_class, seed):
 
 
 def places(run, cfg, net):
-    """(names, times) that protocol=head reads."""
+    """(names, times) that the protocols linear, head, segment and detect read."""
     if cfg.activations == ["blocks"]:
         name, t = one_activation(run, cfg, net)
         return [name], cfg.t if cfg.head == "difformer" and cfg.protocol == "head" and len(cfg.t) > 1 else [t]
@@ -836,7 +839,8 @@ def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, images, classes, 0, run.device).parameters())
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
     name, t = max(score, key=score.get)
-    where, plain = (names, times) if cfg.head == "difformer" else ([name], [t]), "attention" if fused else cfg.head
+    together = cfg.head == "difformer" or cfg.head in ("linear", "mlp") and not cfg.finetune        # the other heads read one map
+    where, plain = (names, times) if together else ([name], [t]), "attention" if fused else cfg.head
     out = {cfg.head: Reading(cfg.head, net, *where, tuned=cfg.finetune)}
     if cfg.finetune:
         out["frozen network"] = Reading(cfg.head, net, *where)
@@ -867,7 +871,7 @@ def head(run, cfg, net, state, context):
     path, parts, rows, where = PATHS[state["path"]] if net else None, split_rows(cfg, len(train)), {}, dict(device=run.device, context=context)
     for seed in cfg.seeds:
         fit, val = (labelled(y.numpy(), part, cfg.labels_share, cfg.per_class, seed) for part in parts)
-        few = int(np.bincount(y[fit].numpy(), minlength=int(y.max()) + 1).min())
+        few = int(np.unique(y[fit].numpy(), return_counts=True)[1].min())
         require(few >= max(1, cfg.per_class) and len(fit) >= 2, cfg, "per_class labels_share", f"a class has only {few} images to learn from")
         own = replace(cfg, seed=seed)
         kinds = ({cfg.head: Reading(cfg.head, None, names, times, stored["train"].info["draws"], stored=True)} | raw(run, cfg) if stored else
@@ -883,8 +887,9 @@ def head(run, cfg, net, state, context):
             row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
     for what, row in rows.items():
         means = [np.mean(s["test"]) for s in row["results"]]
-        row |= dict(accuracy=float(np.mean(means)), std=float(np.std(means)), noise_std=float(np.mean([np.std(s["test"]) for s in row["results"]])))
-        run.say(f"{what:24} {row['accuracy']:.4f} +- {row['std']:.4f} over {len(means)} seed(s), +- {row['noise_std']:.4f} over noise; "
+        noise = None if stored and what == cfg.head else float(np.mean([np.std(s["test"]) for s in row["results"]]))             # one draw is stored
+        row |= dict(accuracy=float(np.mean(means)), std=float(np.std(means)), noise_std=noise)
+        run.say(f"{what:24} {row['accuracy']:.4f} +- {row['std']:.4f} over {len(means)} seed(s){'' if noise is None else f', +- {noise:.4f} over noise'}; "
                 f"{row['parameters']:,} trained parameters, {row['passes']} pass(es) per image")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["accuracy"]] for r in rows.values()], list(rows), ["test"], f"test accuracy, {cfg.head} head")
@@ -926,12 +931,13 @@ def measure(net, state, images, rows, names, times, device="cpu", context=nullco
     """{(name, t): dict of the three properties and the map's size}, over `rows` of the images, a few at a time."""
     out = {}
     for part in np.array_split(rows, math.ceil(len(rows) / 16)):
-        a, b = (next(stream(net, state, images, part, names, times, device=device, context=context, pool="none", seed=seed, purpose=f"select {d}"))[1]
-                for d in (0, 1))
-        for key in a:
-            x, z, total = a[key].cpu(), b[key].cpu(), out.setdefault(key, dict(size=a[key].shape[3], sensitivity=0.0, granularity=0.0, locality=0.0))
-            for k, v in dict(sensitivity=noise_sensitivity(x, z), granularity=granularity(x, state["size"]), locality=locality(x)).items():
-                total[k] += v * len(part) / len(rows)
+        for t in times:                                   # one after the other: whole maps of all activations are held at once
+            a, b = (next(stream(net, state, images, part, names, [t], device=device, context=context, pool="none", seed=seed, purpose=f"select {d}"))[1]
+                    for d in (0, 1))
+            for key in a:
+                x, z, total = a[key].cpu(), b[key].cpu(), out.setdefault(key, dict(size=a[key].shape[3], sensitivity=0.0, granularity=0.0, locality=0.0))
+                for k, v in dict(sensitivity=noise_sensitivity(x, z), granularity=granularity(x, state["size"]), locality=locality(x)).items():
+                    total[k] += v * len(part) / len(rows)
     return out
 
 
@@ -1229,15 +1235,16 @@ def warped_pairs(images, masks, points, seed):
 def class_pairs(data, rows, points, seed):
     """The same for two images of one class: a point of an object, and the same place relative to the box of the other. Parts correspond as far as poses do.
     limit: the longer side of the target's box."""
+    boxes = data.boxes.reshape(len(data), -1, 4)[:, 0]    # of several objects the first
     last, order, size = {}, [], data.images.shape[2]
-    for i in np.random.default_rng(seed_of(seed, "class pairs")).permutation(rows[data.boxes[rows][:, 2] > data.boxes[rows][:, 0]]):
+    for i in np.random.default_rng(seed_of(seed, "class pairs")).permutation(rows[boxes[rows][:, 2] > boxes[rows][:, 0]]):
         k = int(data.classes[i])
         order += [(i, last[k])] if k in last else []      # the previous image of the same class is the partner
         last[k] = i
     if not order:
         raise UserError(f"pairs={len(rows)}: no two of these test images have a class in common; ask for more")
     a, b = np.array(order).T
-    box, other = (torch.from_numpy(data.boxes[v]) for v in (a, b))
+    box, other = (torch.from_numpy(boxes[v]) for v in (a, b))
     centre = torch.arange(size) + 0.5
     inside = lambda lo, hi: (centre > lo[:, None]) & (centre < hi[:, None])       # [N, size]
     valid = inside(box[:, 1], box[:, 3])[:, :, None] & inside(box[:, 0], box[:, 2])[:, None]
@@ -1306,12 +1313,12 @@ def correspond(run, cfg, net, state, context):
     names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
     options, shares = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2)
     rows = lambda data: np.sort(np.random.default_rng(seed_of(cfg.seed, "pairs")).permutation(len(data))[:cfg.pairs])
-    warped = lambda data, r: warped_pairs(data.images[r], None if data.masks is None else data.masks[r], cfg.points, cfg.seed)
-    pairs = warped(train, rows(train))
+    warped = lambda data, r, part: warped_pairs(data.images[r], None if data.masks is None else data.masks[r], cfg.points, seed_of(cfg.seed, f"warps {part}"))
+    pairs = warped(train, rows(train), "train")
     found = matches(net, state, pairs, names, cfg.t, **options)
     grid = [[pck(found[n, t], *pairs[3:], 0.1) for t in cfg.t] for n in names]
     name, t = max(itertools.product(names, cfg.t), key=lambda k: grid[names.index(k[0])][cfg.t.index(k[1])])
-    tasks, scores = {"warps": warped(test, rows(test))}, {}
+    tasks, scores = {"warps": warped(test, rows(test), "test")}, {}
     if test.boxes is not None and (test.classes >= 0).all():
         tasks["classes"] = class_pairs(test, rows(test), cfg.points, cfg.seed)
     random = random_network(run, cfg, state) if "random" in cfg.controls else None
@@ -1570,7 +1577,7 @@ def cka(run, cfg, net, state, context):
             seen = [{}, {}]                               # of two noise draws
             for draw_number, out in enumerate(seen):
                 for m, (model, s) in models.items():
-                    got = next(stream(model, s, data.images, part, places[m], cfg.t, device=run.device, context=context, pool=str(cfg.grid), seed=cfg.seed,
+                    got = next(stream(model, s, data.inputs, part, places[m], cfg.t, device=run.device, context=context, pool=str(cfg.grid), seed=cfg.seed,
                                       purpose=f"cka {draw_number}", batch=len(part)))[1]
                     out |= {(m, *k): v.flatten(1) for k, v in got.items()}
             total = total + hsic([seen[0][k] for k in keys]) * len(part) / len(rows)
@@ -1595,10 +1602,13 @@ def main():
     if cfg.features:
         require(cfg.protocol == "linear" or cfg.protocol == "head" and cfg.head != "diffeed", cfg, "features protocol head",
                 "stored features serve protocol=linear, and head with any head but diffeed")
-        require(not (cfg.transfer or cfg.finetune or cfg.flip or cfg.crop), cfg, "features transfer finetune flip crop", "what is stored cannot be changed")
+        require(not (cfg.transfer or cfg.finetune or cfg.flip or cfg.crop or cfg.activations != ["blocks"]), cfg,
+                "features activations transfer finetune flip crop", "what is stored cannot be changed, and all of it is read")
         info = load_features(run, cfg.features, "train")[1]
-        net, state = None, dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None)
-        cfg.controls = [c for c in cfg.controls if c == "pixels"]                 # the others need a network
+        net, state, cfg.checkpoint = None, dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None), info["checkpoint"]
+        if set(cfg.controls) - {"pixels"}:
+            run.say("controls: with features= there is no network for random and supervised; probe the checkpoint itself for these")
+            cfg.controls = [c for c in cfg.controls if c == "pixels"]
     else:
         net, state = load_model(run, cfg.checkpoint, cfg.weights)
     context = autocast(run, cfg.precision)[0]
@@ -1609,21 +1619,18 @@ def main():
             cfg, "t boxed K draws batch neighbours pairs points fit validation supervised_images",
             "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
     require(len({f"{t:g}" for t in cfg.t}) == len(cfg.t), cfg, "t", "times must differ within six digits")
-    require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect", "cka")), cfg, "protocol", "is defined on pixels, not with data.latents")
+    require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect")), cfg, "protocol", "is defined on pixels, not with data.latents")
     require(not (run.data.latents and cfg.transfer), cfg, "transfer", "other images are probed as pixels; this run's models (data.latents) see latents")
     path, other = run.dir / "probe" / f"{cfg.name}.json", set().union(*KEYS.values()) - KEYS.get(cfg.protocol, set())
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer", "features"} | other} | dict(hash=state["weights"])
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer", "features"} | other}
+    recipe |= dict(hash=state["weights"], checkpoint=cfg.checkpoint)
     recipe["transfer"] = prepare_transfer(run, state["size"]) if cfg.transfer else None
     if cfg.protocol == "cka":                             # models of the same name may have been trained anew
         recipe["hashes"] = {name: load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"} or None
-    if cfg.features:
-        recipe["reads"] = info
-    elif cfg.protocol == "linear":
-        recipe["reads"] = list(one_activation(run, cfg, net))
     if cfg.protocol in ("head", "segment", "detect"):
         check_head(cfg, run.data.latents, state.get("size", math.inf))
-        if not cfg.features:
-            recipe["reads"] = list(places(run, cfg, net))
+    if cfg.protocol in ("linear", "head", "segment", "detect"):
+        recipe["reads"] = info if cfg.features else list(places(run, cfg, net))
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         return

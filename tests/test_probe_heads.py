@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import yaml
 from conftest import stage
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier
 from test_features import inputs, network
 
 import extract_features
@@ -187,6 +188,16 @@ def test_logistic_regression(N, D, K, l2, spread):
     assert loss(w) < loss(theirs) + 2e-3 and (accuracy(w, x, y) - oracle.score(x.numpy(), y.numpy())) > -0.01
 
 
+def test_ridge_and_nearest_neighbours_against_scikit_learn():
+    g = np.random.default_rng(0)
+    x, y, new, truth = (torch.from_numpy(v) for v in (g.normal(size=(300, 7)).astype(np.float32), g.integers(4, size=300), g.normal(size=(90, 7)).astype(np.float32), g.integers(4, size=90)))
+    oracle = Ridge(alpha=0.02 * 300).fit(x, F.one_hot(y, 4))
+    assert torch.allclose(probe.ridge(x, y, 4, 0.02), torch.from_numpy(np.concatenate([oracle.coef_.T, oracle.intercept_[None]])).float(), atol=1e-5)
+    for k in (1, 5, 300):                                 # ties are broken otherwise there: odd votes of four classes may tie
+        votes = KNeighborsClassifier(k, metric="cosine", weights=lambda d: 1 + 1e-3 * (1 - d)).fit(x, y).score(new, truth)
+        assert abs(probe.knn(x, y, new, truth, k, 4) - votes) < 1e-9
+
+
 @pytest.mark.parametrize("a, b", [([1, 2, 3, 4], [1, 1, 1, 2]), ([0] * 20 + [1, 2, 3, 4, 5], [*range(25)]), ([3, 1, 2], [1, 3, 2]), ([1, 2, 2, 5], [4, 3, 3, 1])])
 def test_rank_correlation_with_ties(a, b):
     assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic) and rank_correlation(a, [7] * len(a)) == 0
@@ -275,16 +286,17 @@ def test_stored_features_score_as_the_network_does(monkeypatch, tiny, run, pool)
     """At t = 1 nothing is random: heads and linear probe on stored maps, or on the averages that they would make, equal those on the fly."""
     at = ["activations=mid-repeat1-res-out", "t=1"]
     called(monkeypatch, extract_features, tiny, f"run={run}", f"pool={pool}", f"name=clean-{pool}", *at)
-    head, result = ["protocol=head", "head=linear", f"grid={1 if pool == 'mean' else 2}", "images=2000", "lr=3e-2", "l2=0", "seeds=0", "controls=pixels"], {}
+    head, result = ["protocol=head", "head=linear", "images=2000", "lr=3e-2", "l2=0", "seeds=0", "controls=pixels"], {}
     for name, source in (("passes", at), ("stored", [f"features=clean-{pool}"])):
-        for protocol in (head, ["protocol=linear", "controls=", "draws=1"]):
+        for protocol in (head + ["grid=1"] * (pool == "mean" and name == "passes"), ["protocol=linear", "controls=", "draws=1"]):      # stored vectors have no grid
             called(monkeypatch, probe, tiny, f"run={run}", *protocol, f"name={name}-{protocol[0][9:]}-{pool}", *source)
             result[name, protocol[0][9:]] = json.loads((run / f"probe/{name}-{protocol[0][9:]}-{pool}.json").read_text())
     a, b = (result[n, "head"]["rows"] for n in ("passes", "stored"))
     assert a["linear"]["results"][0]["test"][0] == b["linear"]["results"][0]["test"][0] > 0.15 and a["raw pixels"] == b["raw pixels"]
-    assert a["linear"]["passes"] == b["linear"]["passes"] == 1 and a["linear"]["parameters"] == b["linear"]["parameters"]
+    assert a["linear"]["passes"] == b["linear"]["passes"] == 1 and a["linear"]["parameters"] == b["linear"]["parameters"] == (32 if pool == "mean" else 128) * 10 + 10
+    assert b["linear"]["noise_std"] is None and "diffusion/base" == result["stored", "head"]["checkpoint"]
     a, b = (result[n, "linear"]["rows"]["features"] for n in ("passes", "stored"))
-    assert b["columns"] == (128 if pool == "2" else 32) and (pool == "2" or abs(a["linear"] - b["linear"]) < 0.01 and abs(a["knn"] - b["knn"]) < 0.01)
+    assert b["parameters"] == ((128 if pool == "2" else 32) + 1) * 10 and (pool == "2" or abs(a["linear"] - b["linear"]) < 0.01 and abs(a["knn"] - b["knn"]) < 0.01)
 
 
 def test_several_stored_maps(monkeypatch, refuse, tiny, run):
@@ -294,11 +306,26 @@ def test_several_stored_maps(monkeypatch, refuse, tiny, run):
     row = json.loads((run / "probe/four.json").read_text())["rows"]["difformer"]
     assert row["passes"] == 4 and len(row["results"][0]["activations"]) == 2 and row["results"][0]["t"] == [0.5, 0.8]
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=linear", "features=four", "name=side-by-side")
-    assert json.loads((run / "probe/side-by-side.json").read_text())["rows"]["features"]["columns"] == 4 * 32
+    assert json.loads((run / "probe/side-by-side.json").read_text())["rows"]["features"]["parameters"] == (4 * 32 + 1) * 10
     assert "holds 4" in refuse("probe", *base, "head=cnn", "name=bad")
     assert "features=four" in refuse("probe", *base, "head=mlp", "flip=true", "name=bad")
     assert "features=four" in refuse("probe", tiny, f"run={run}", "protocol=sweep", "features=four", "name=bad")
     assert "features/none" in refuse("probe", tiny, f"run={run}", "protocol=linear", "features=none", "name=bad")
+
+
+def test_linear_probe_of_several_activations(monkeypatch, tiny, run):
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=linear", "activations=mid-repeat?-res-out", "t=0.5,0.8", "controls=random", "draws=2", "name=wide")
+    rows = json.loads((run / "probe/wide.json").read_text())["rows"]
+    assert all(r["parameters"] == (4 * 32 + 1) * 10 and r["passes"] == 2 and r["draws"] == 2 for r in (rows["features"], rows["random weights"]))
+
+
+def test_class_numbers_may_have_gaps(monkeypatch, tiny, tmp_path):
+    g, y = np.random.default_rng(0), np.repeat([1, 3, 7], 20)
+    np.savez(tmp_path / "gaps.npz", images=g.integers(256, size=(60, 16, 16, 3), dtype=np.uint8), classes=y, test_images=g.integers(256, size=(6, 16, 16, 3), dtype=np.uint8), test_classes=y[::10])
+    words = [tiny, f"run={tmp_path}/run", "data.source=arrays", f"data.root={tmp_path}/gaps.npz", "data.size=16", "model.attention="]
+    stage("train_diffusion", *words, "images=64")
+    called(monkeypatch, probe, *words, "protocol=head", "head=linear", "activations=mid-repeat1-res-out", "t=0.5", "images=100", "validation=12", "seeds=0", "controls=", "draws=1")
+    assert json.loads((tmp_path / "run/probe/head.json").read_text())["rows"]["linear"]["accuracy"] >= 0
 
 
 def test_protocol_select_writes_yaml_that_others_read(monkeypatch, tiny, run):
