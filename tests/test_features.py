@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from extract_features import catalogue, cost_shares, describe, matching, pca_rgb, pooled, stream, tapped
-from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UserError, build_model, diffuse, draw
+from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UserError, build_model, diffuse, draw, time_embedding
 
 MODELS = {"unet": Model(channels=32, mult=[1, 2], blocks=2, attention=[8], head_channels=16), "stem": Model(channels=16, mult=[1, 2, 2], blocks=1, attention=[4], head_channels=16, stem=2),
           "uvit": Model("uvit", channels=32, depth=4, heads=4)}
@@ -154,6 +154,30 @@ def test_parts_of_the_unet_fit_together():
     w = block.qkv.weight.reshape(4, 3, 16, 64)            # which rows of the weights are keys, directly
     keys = torch.einsum("hdc,bcyx->bhdyx", w[:, 1], block.norm(a[f"{name}-res-out"])).flatten(1, 2) + block.qkv.bias.reshape(4, 3, 16)[:, 1].reshape(1, 64, 1, 1)
     assert torch.allclose(a[f"{name}-vit-block0-self-k"], keys, atol=1e-4)
+
+
+def test_residual_blocks_and_resamplers_by_hand():
+    """Increments and resampled maps equal the block's formula, written out from its weights and the stored activation before it."""
+    net, (x, t) = network("unet"), inputs()
+    a, w, modules = maps(net, x, t), dict(net.named_parameters()), {id(m): n for n, m in net.named_modules()}
+    emb = net.time_embed(time_embedding(t, net.channels, net.clock))
+
+    def branch(name, x, resized):
+        m = modules[id(catalogue(net)[name][0])].rsplit(".out_layers", 1)[0]
+        p = lambda layer: (w[f"{m}.{layer}.weight"], w[f"{m}.{layer}.bias"])
+        groups = dict(net.named_modules())[f"{m}.out_layers.0"].num_groups        # of both norms, where both see the same number of channels
+        h = F.conv2d(resized(F.silu(F.group_norm(x, groups, *p("in_layers.0")))), *p("in_layers.2"), padding=1)
+        scale, shift = F.linear(F.silu(emb), *p("emb_layers.1"))[:, :, None, None].chunk(2, 1)
+        h = F.group_norm(h, groups, *p("out_layers.0")) * (1 + scale) + shift
+        return F.conv2d(F.silu(h), *p("out_layers.3"), padding=1)
+
+    same, half, twice = lambda v: v, lambda v: F.avg_pool2d(v, 2), lambda v: v.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    names = list(a)
+    before = lambda name: a[[n for n in names[:names.index(name)] if n.endswith(("res-out", "vit-out"))][-1]]
+    assert torch.allclose(a["down-level0-repeat0-res-increment"], branch("down-level0-repeat0-res-increment", a["unet-after-conv-in"], same), atol=1e-4)
+    for name, resized in [("down-level0-downsampler-out", half), ("up-level0-upsampler-out", twice)]:
+        x = before(name)
+        assert torch.allclose(a[name], resized(x) + branch(name, x, resized), atol=1e-4), name
 
 
 @pytest.mark.parametrize("conditions", [{}, dict(num_labels=4)], ids=["plain", "labels"])
