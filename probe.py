@@ -223,14 +223,15 @@ def rank_correlation(a, b):
 
 
 def heat_map(path, values, rows, columns, title, marks=()):
-    """Matrix as PNG with Pillow: values [R][C] (None = blank), captions, `marks` [(row, column, letter)]."""
-    cell_w, cell_h, left, top = 62, 18, 8 + 7 * max(map(len, rows)), 46
+    """Matrix as PNG with Pillow: values [R][C] (None = blank), captions, `marks` [(row, column, letter)]. Colours alone where there are many columns."""
+    many = len(columns) > 30
+    cell_w, cell_h, left, top = 18 if many else 62, 18, 8 + 7 * max(map(len, rows)), 46
     sheet = Image.new("RGB", (left + cell_w * len(columns) + 12, top + cell_h * len(rows) + 12), "white")
     pen, flat = ImageDraw.Draw(sheet), [v for r in values for v in r if v is not None]
     lo, hi = min(flat), max(flat)
     pen.text((8, 8), title, "black")
     for c, name in enumerate(columns):
-        pen.text((left + c * cell_w + 12, top - 16), name, "black")
+        pen.text((left + c * cell_w + (2 if many else 12), top - 16), name, "black")
     for r, name in enumerate(rows):
         pen.text((6, top + r * cell_h + 3), name, "black")
         for c, v in enumerate(values[r]):
@@ -241,7 +242,8 @@ def heat_map(path, values, rows, columns, title, marks=()):
             box = [left + c * cell_w, top + r * cell_h, left + (c + 1) * cell_w - 2, top + (r + 1) * cell_h - 2]
             pen.rectangle(box, fill=colour)
             mark = "".join(f" {m}" for i, j, m in marks if (i, j) == (r, c))
-            pen.text((box[0] + 8, box[1] + 2), f"{v:.3f}{mark}", "white" if q > 0.5 else "black")
+            if not many:
+                pen.text((box[0] + 8, box[1] + 2), f"{v:.3f}{mark}", "white" if q > 0.5 else "black")
     with atomic(path) as f:
         sheet.save(f, "PNG")
 
@@ -1569,7 +1571,7 @@ def cka(run, cfg, net, state, context):
     for name in cfg.against:
         models[name] = (random_network(run, cfg, state), state) if name == "random" else load_model(run, name, cfg.weights)
     places = {m: block_outputs(n) if cfg.activations == ["blocks"] else matching(n, cfg.activations) for m, (n, _) in models.items()}
-    keys, rows = [(m, n, t) for m in models for n in places[m] for t in cfg.t], np.arange(min(cfg.compared, len(data)))
+    keys, rows = [(m, n, t) for m in models for t in cfg.t for n in places[m]], np.arange(min(cfg.compared, len(data)))
     require(len(rows) >= 8 and len(keys) > 1, cfg, "compared activations t", f"at least 8 images (of {len(data)}), and two things to compare")
     total, spread, batches = 0, np.zeros((len(keys), 2)), [b for b in np.array_split(rows, math.ceil(len(rows) / 128))]
     with bar(run, len(rows), "comparing") as progress:
