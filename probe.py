@@ -15,10 +15,11 @@ sweep   scores every block x time by NMI of k-means (on the images it clusters),
         criteria that need no labels; no features are stored. `label_free` is what extract_features.py reads; `oracle`, the choice made with labels, is only
         reported beside it.
 boxes   finds a box in `boxed` training images by every block x time; those that agree with the boxes of all others and of other noise are best. No labels.
-linear  trains on the training images outside the validation part, selects on that part, reports the test images once; with raw pixels, the same network with
-        random weights and a supervised network of the same size beside it.
+linear  (of one activation, or several side by side) trains on the training images outside the validation part, selects on that part, reports the test
+        images once; with raw pixels, the same network with random weights and a supervised network of the same size beside it.
 head    trains a head on the fly: fresh noise for every image seen, flips and crops if asked for; linear, MLP, CNN, attention (arXiv 2307.08702), DifFormer and
         DifFeed (2311.17921). Learning rate and l2 are selected on the validation part, the test images are reported once; several seeds; controls beside it.
+        Of several activations and times linear, MLP and DifFormer read all, the others the best one (ridge classifier, validation part).
 select  measures noise sensitivity, granularity and locality of activations, filters them by the rules of 2410.03558, ranks the rest with a linear probe.
 segment semantic segmentation from frozen maps by head=linear, uper, or ensemble (pixel MLPs from few masks, with uncertainty: arXiv 2112.03126); mean IoU.
 correspond  nearest neighbours between an image and its known warp, and between objects of one class with the same place in their boxes; PCK.
