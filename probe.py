@@ -22,7 +22,7 @@ head    trains a head on the fly: fresh noise for every image seen, flips and cr
         Of several activations and times linear, MLP and DifFormer read all, the others the best one (ridge classifier, validation part).
 select  measures noise sensitivity, granularity and locality of activations, filters them by the rules of 2410.03558, ranks the rest with a linear probe.
 segment semantic segmentation from frozen maps by head=linear, uper, or ensemble (pixel MLPs from few masks, with uncertainty: arXiv 2112.03126); mean IoU.
-correspond  nearest neighbours between an image and its known warp, and between objects of one class with the same place in their boxes; PCK.
+correspond  nearest neighbours between an image and its known warp, and between objects of one class: parts known to `shapes`, else places in their boxes; PCK.
 detect  boxes and masks of objects by torchvision's Mask R-CNN on a pyramid of frozen maps; average precision.
 cka     how alike activations are, across blocks, times and models (against=), and how they spread: alignment and uniformity. Needs no labels.
 """
@@ -46,7 +46,7 @@ from torch import nn
 from extract_features import catalogue, load_features, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished,
-                             load_checkpoint, load_data, load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, start, write_json)
+                             load_checkpoint, load_data, load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, shape_parts, start, write_json)
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
@@ -1235,9 +1235,11 @@ def warped_pairs(images, masks, points, seed):
     return images[some.numpy()], target[some.numpy()], source[some], goal[some], torch.full((int(some.sum()),), float(size))
 
 
-def class_pairs(data, rows, points, seed):
-    """The same for two images of one class: a point of an object, and the same place relative to the box of the other. Parts correspond as far as poses do.
-    limit: the longer side of the target's box."""
+def class_pairs(data, rows, points, seed, parts=None):
+    """The same for two images of one class: a point of an object, and the same part of the other's. limit: the longer side of the target's box.
+
+    parts (origin [N, 2], axes [N, 2, 2]): of each image's object, as of `shape_parts`. Where they are not known: the same place relative to the box.
+    """
     boxes = data.boxes.reshape(len(data), -1, 4)[:, 0]    # of several objects the first
     last, order, size = {}, [], data.images.shape[2]
     for i in np.random.default_rng(seed_of(seed, "class pairs")).permutation(rows[boxes[rows][:, 2] > boxes[rows][:, 0]]):
@@ -1254,8 +1256,9 @@ def class_pairs(data, rows, points, seed):
     if data.masks is not None:
         valid &= torch.from_numpy((data.masks[a] > 0) & (data.masks[a] < 255))
     at, some = pick_points(valid, points, seed)
-    p = centres(at, size)
-    goal = other[:, None, :2] + (p - box[:, None, :2]) / (box[:, None, 2:] - box[:, None, :2]) * (other[:, None, 2:] - other[:, None, :2])
+    p, (origin, axes) = centres(at, size), parts or (boxes[:, :2], np.einsum("nd,de->nde", boxes[:, 2:] - boxes[:, :2], np.eye(2)))
+    origin, axes = (torch.tensor(v, dtype=torch.float32) for v in (origin, axes))
+    goal = origin[b][:, None] + torch.linalg.solve(axes[a], (p - origin[a][:, None]).mT).mT @ axes[b].mT
     limit = (other[:, 2:] - other[:, :2]).amax(1)
     keep = some.numpy()
     return data.images[a[keep]], data.images[b[keep]], (2 * p / size - 1)[some], goal[some], limit[some]
@@ -1321,15 +1324,22 @@ def correspond(run, cfg, net, state, context):
     found = matches(net, state, pairs, names, cfg.t, **options)
     grid = [[pck(found[n, t], *pairs[3:], 0.1) for t in cfg.t] for n in names]
     name, t = max(itertools.product(names, cfg.t), key=lambda k: grid[names.index(k[0])][cfg.t.index(k[1])])
-    tasks, scores = {"warps": warped(test, rows(test), "test")}, {}
-    if test.boxes is not None and (test.classes >= 0).all():
-        tasks["classes"] = class_pairs(test, rows(test), cfg.points, cfg.seed)
-    random = random_network(run, cfg, state) if "random" in cfg.controls else None
+    tasks, scores, others, known = {"warps": warped(test, rows(test), "test")}, {}, {}, (train.classes >= 0).all() and (test.classes >= 0).all()
+    if run.data.source == "shapes" and not cfg.transfer:
+        drawn = shape_parts(seed_of(run.data.seed, "test"), np.arange(len(test)), run.data.size, run.data.two_objects)
+        tasks["parts"] = class_pairs(test, rows(test), cfg.points, cfg.seed, drawn)
+    elif test.boxes is not None and known:
+        tasks["boxes"] = class_pairs(test, rows(test), cfg.points, cfg.seed)
+    if "random" in cfg.controls:
+        others["random weights"] = random_network(run, cfg, state), t
+    if "supervised" in cfg.controls and known:
+        data = dict(images=train.images, y=torch.from_numpy(np.array(train.classes)), rows=np.setdiff1d(np.arange(len(train)), rows(train)))
+        others["supervised, same size"] = train_supervised(run, cfg, state, data, name, int(data["y"].max()) + 1), 1.0
     for task, pairs in tasks.items():
         size, every = pairs[0].shape[2], matches(net, state, pairs, names, cfg.t, **options)
         ways = {f"{name}, t={t:g}": every[name, t], f"all {len(names)} x {len(cfg.t)} together": every["together"]}
-        if random:
-            ways["random weights"] = matches(random, state, pairs, [name], [t], **options)[name, t]
+        for what, (other, level) in others.items():
+            ways[what] = matches(other, state, pairs, [name], [level], **options)[name, level]
         if "pixels" in cfg.controls:
             a, b = (scaled(v, slice(None), "cpu") for v in pairs[:2])
             at = torch.cat([similarity(a[i:i + 32], b[i:i + 32], pairs[2][i:i + 32], size).argmax(2) for i in range(0, len(a), 32)])

@@ -540,22 +540,10 @@ def _rgb(hue, saturation, value):
     return value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
-def draw_shapes(seed, index, size=32, two=0.2):
-    """Draw images `index` of the endless set `seed`: a bright shape (or two of one class) on a plain grey ground.
-
-    Image i depends on (seed, i) only, whatever is drawn with it. Every step is integer arithmetic or one of + - * / sqrt, which
-    IEEE 754 rounds in one way only (sin or exp may differ between machines), so the bits are the same everywhere.
-
-    index: ints [B]; two: share of images with a second, smaller object of the same class. Returns images uint8 [B, 3, size, size],
-    classes int64 [B] (positions in SHAPES_CLASSES), boxes float32 [B, 4] (x0 y0 x1 y1 in pixels of the larger object, right and bottom
-    exclusive), masks uint8 [B, size, size] (0 on the background, 1 + class on an object). An image shows the same scene at every size.
-    """
-    index = np.asarray(index).astype(np.uint64)
-    if len(index) > 128:  # small pieces stay in the processor's cache, which is faster, and need little memory
-        pieces = [draw_shapes(seed, index[i:i + 128], size, two) for i in range(0, len(index), 128)]
-        return tuple(np.concatenate(p) for p in zip(*pieces))
-
-    B = len(index)
+def _scene(seed, index, size, two):
+    """What images `index` show: (hash key [B, 1], uniform numbers [B, 32], classes, shape, is there a second object [B]; of both objects reach [B, 2] in pixels,
+    centre [B, 2, xy] and tangent of the turn [B, 2])."""
+    index, B = np.asarray(index).astype(np.uint64), len(index)
     key = _hash(_hash(np.array([seed], np.uint64), np.uint64(0)), index)[:, None]  # [B, 1]
     u = (_hash(key, np.arange(1, 33, dtype=np.uint64)) >> np.uint64(11)) * 2.0 ** -53  # [B, 32] uniform in [0, 1)
     classes = (u[:, 0] * 10).astype(np.int64)  # [B]
@@ -574,8 +562,38 @@ def draw_shapes(seed, index, size=32, two=0.2):
     lined = paired[:, None] & (np.arange(2) == (u[:, 10:11] < 0.5))  # [B, xy] a pair stands side by side or one above the other
     centre = np.where(lined[:, None], line[..., None], centre)
     tilt = 0.9 * u[:, 11:13] - 0.45  # [B, 2] tangent of the angle, at most 24 degrees: a square never stands on its corner
-    cos = 1 / np.sqrt(1 + tilt * tilt)
+    return key, u, classes, shape, paired, reach, centre, tilt
 
+
+def shape_parts(seed, index, size=32, two=0.2):
+    """Where the parts of the main objects of images `index` are: (origin [B, 2], axes [B, 2, 2]), in pixels.
+
+    The point origin + axes @ p shows the same part of all objects of one class, for any p in [-1, 1]^2. Discs and rings are taken as upright: nobody sees their turn.
+    """
+    _, _, _, shape, _, reach, centre, tilt = _scene(seed, index, size, two)
+    t = np.where((shape == 0) | (shape == 3), 0, tilt[:, 0])
+    turn = np.stack([np.ones_like(t), -t, t, np.ones_like(t)], 1).reshape(-1, 2, 2)
+    return centre[:, 0], turn * (reach[:, 0] / np.sqrt(1 + t * t))[:, None, None]
+
+
+def draw_shapes(seed, index, size=32, two=0.2):
+    """Draw images `index` of the endless set `seed`: a bright shape (or two of one class) on a plain grey ground.
+
+    Image i depends on (seed, i) only, whatever is drawn with it. Every step is integer arithmetic or one of + - * / sqrt, which
+    IEEE 754 rounds in one way only (sin or exp may differ between machines), so the bits are the same everywhere.
+
+    index: ints [B]; two: share of images with a second, smaller object of the same class. Returns images uint8 [B, 3, size, size],
+    classes int64 [B] (positions in SHAPES_CLASSES), boxes float32 [B, 4] (x0 y0 x1 y1 in pixels of the larger object, right and bottom
+    exclusive), masks uint8 [B, size, size] (0 on the background, 1 + class on an object). An image shows the same scene at every size.
+    """
+    index = np.asarray(index).astype(np.uint64)
+    if len(index) > 128:  # small pieces stay in the processor's cache, which is faster, and need little memory
+        pieces = [draw_shapes(seed, index[i:i + 128], size, two) for i in range(0, len(index), 128)]
+        return tuple(np.concatenate(p) for p in zip(*pieces))
+
+    B = len(index)
+    key, u, classes, shape, paired, reach, centre, tilt = _scene(seed, index, size, two)
+    cos = 1 / np.sqrt(1 + tilt * tilt)
     hue = (HUES[classes // 2][:, None] + 0.10 * u[:, 13:15] - 0.05) % 1  # [B, 2] varies inside its family
     colour = _rgb(hue, 0.65 + 0.25 * u[:, 15:17], 0.75 + 0.25 * u[:, 17:19])  # [B, 2, 3]
     ground = 0.16 + 0.08 * u[:, 19:20] + 0.03 * u[:, 20:23]  # [B, 3] varies little: the object must be what tells images apart

@@ -14,7 +14,7 @@ from test_probe_heads import called
 import probe
 from probe import (LinearMap, PixelMlps, Probe, Reading, UPer, box_overlap, coco_ap, confusion_matrix, fit_ensemble, fit_head, instances, mask_overlap, matches, mean_iou,
                    pck, pick_points, similarity, vote, warped_pairs, warps)
-from train_diffusion import PATHS, Data, draw_shapes, load_data
+from train_diffusion import PATHS, Data, Split, draw_shapes, load_data, shape_parts
 
 CV = PATHS["cv"]
 noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -208,11 +208,11 @@ def test_protocol_segment(monkeypatch, tiny, run, head, more):
 def test_protocol_correspond(monkeypatch, tiny, run):
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=correspond", "pairs=30", "t=0.8,0.95", *WORDS[:2], "activations=unet-in,mid-repeat1-res-out")
     got = result(run, "correspond")
-    assert got["pairs"]["warps"] == 30 and 5 < got["pairs"]["classes"] < 30 and len(got["table"]) == 4
+    assert got["pairs"]["warps"] == 30 and 5 < got["pairs"]["parts"] < 30 and len(got["table"]) == 4
     chosen = max(got["table"], key=lambda r: r["pck"])
-    assert got["chosen"] == {k: chosen[k] for k in ("activation", "t")} and len(got["scores"]) == 5
+    assert got["chosen"] == {k: chosen[k] for k in ("activation", "t")} and len(got["scores"]) == 6
     assert all(s["warps"]["pck@0.05"] <= s["warps"]["pck@0.2"] for s in got["scores"].values())
-    assert all((run / f"probe/correspond{e}.png").exists() for e in ("", "-warps", "-classes"))
+    assert all((run / f"probe/correspond{e}.png").exists() for e in ("", "-warps", "-parts"))
 
 
 def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
@@ -229,6 +229,27 @@ def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
         a, b, p = torch.tensor(data.boxes[i]), torch.tensor(data.boxes[j]), (p + 1) * 16
         assert data.classes[i] == data.classes[j] and i != j and l == (b[2:] - b[:2]).max()
         assert torch.allclose((p - a[:2]) / (a[2:] - a[:2]), (q - b[:2]) / (b[2:] - b[:2]), atol=1e-4) and all(0 < masks[i][int(y), int(x)] < 255 for x, y in p)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_parts_of_shapes(size):
+    """The mask of one object, moved by its parts, is that of the other; the goals of pairs are moved in the same way."""
+    images, classes, boxes, masks = draw_shapes(5, np.arange(300), size, two=0)
+    origin, axes = shape_parts(5, np.arange(300), size, two=0)
+    for k in range(10):
+        i, j = np.flatnonzero(classes == k)[:2]
+        y, x = np.mgrid[:size, :size] + 0.5
+        at = (np.stack([x, y], -1) - origin[j]) @ np.linalg.inv(axes[j]).T @ axes[i].T + origin[i]          # of every pixel of j, where it is in i
+        col, row = np.floor(at).astype(int).clip(0, size - 1).transpose(2, 0, 1)
+        moved, there = masks[i][row, col] > 0, masks[j] > 0
+        assert (moved & there).sum() / (moved | there).sum() > (0.8 if size == 32 else 0.9)
+    data = Split(images, classes, boxes, masks, {}, None)
+    source, target, points, goal, limit = probe.class_pairs(data, np.arange(300), 6, 0, (origin, axes))
+    where = {x.tobytes(): i for i, x in enumerate(images)}
+    for s, t, p, q in zip(source, target, points, goal):
+        i, j = where[s.tobytes()], where[t.tobytes()]
+        local = [np.linalg.solve(a, v.double().numpy().T - o[:, None]) for v, o, a in (((p + 1) * size / 2, origin[i], axes[i]), (q, origin[j], axes[j]))]
+        assert classes[i] == classes[j] and np.allclose(*local, atol=1e-4)
 
 
 @pytest.fixture
