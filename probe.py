@@ -23,7 +23,7 @@ head    trains a head on the fly: fresh noise for every image seen, flips and cr
 select  measures noise sensitivity, granularity and locality of activations, filters them by the rules of 2410.03558, ranks the rest with a linear probe.
 segment semantic segmentation from frozen maps by head=linear, uper, or ensemble (pixel MLPs from few masks, with uncertainty: arXiv 2112.03126); mean IoU.
 correspond  nearest neighbours between an image and its known warp, and between objects of one class: parts known to `shapes`, else places in their boxes; PCK.
-detect  boxes and masks of objects by torchvision's Mask R-CNN on a pyramid of frozen maps; average precision.
+detect  objects by torchvision's Mask R-CNN, or where only boxes are known Faster R-CNN, on a pyramid of frozen maps; average precision.
 cka     how alike activations are, across blocks, times and models (against=), and how they spread: alignment and uniformity. Needs no labels.
 """
 import copy
@@ -1358,7 +1358,7 @@ def correspond(run, cfg, net, state, context):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objects from frozen maps: torchvision's Mask R-CNN
+# Objects from frozen maps: torchvision's Mask R-CNN and Faster R-CNN
 
 def instances(mask, least=4):
     """Objects of a mask int [H, W]: the 4-connected pieces of every class above 0 with at least so many pixels, as torchvision's targets:
@@ -1373,6 +1373,25 @@ def instances(mask, least=4):
                 labels, pieces = [*labels, k], [*pieces, piece]
     pieces = torch.stack(pieces) if pieces else torch.zeros(0, *mask.shape, dtype=torch.bool)
     return dict(labels=torch.tensor(labels, dtype=torch.long), masks=pieces.to(torch.uint8), boxes=bounds(pieces) if len(labels) else torch.zeros(0, 4))
+
+
+def known_objects(run):
+    """(training part, test part, function from a part and a row to its true objects, number of classes with the background, are there masks).
+
+    The objects are the pieces of the masks; without masks they are the boxes, all of the image's class."""
+    parts = [probed(run, split) for split in ("train", "test")]
+    if all(p.masks is not None and p.masks.shape[1:] == p.images.shape[2:] for p in parts):
+        train, test, y, _ = known_masks(run, "detect")
+        return train, test, lambda part, i: instances(torch.from_numpy(np.array(part.masks[i]))), int(y.max()) + 1, True
+    if any(p.boxes is None for p in parts):
+        raise UserError("protocol=detect needs masks or boxes, and this data has none (data.source=shapes, or arrays with masks or boxes)")
+    train, test, y, _ = known_classes(run, "detect")
+
+    def boxed(part, i):
+        boxes = torch.from_numpy(np.array(part.boxes[i], np.float32)).view(-1, 4)
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]                      # empty ones fill up images with fewer objects
+        return dict(labels=torch.full((len(boxes),), 1 + int(part.classes[i])), boxes=boxes)
+    return train, test, boxed, int(y.max()) + 2, False
 
 
 class Pyramid(nn.Module):
@@ -1394,11 +1413,11 @@ class Pyramid(nn.Module):
         return {str(i): f(v) for i, (f, v) in enumerate(zip(self.smooth, levels))}
 
 
-def detector(cfg, r, path, size, classes, seed, device, context):
-    """Mask R-CNN (arXiv 1703.06870) for size x size images on the maps of `r`; classes counts the background."""
+def detector(cfg, r, path, size, classes, masked, seed, device, context):
+    """Mask R-CNN (arXiv 1703.06870), or without masks Faster R-CNN (1506.01497), for size x size images on the maps of `r`; classes counts the background."""
     try:
         from torchvision.extension import _has_ops
-        from torchvision.models.detection import MaskRCNN
+        from torchvision.models.detection import FasterRCNN, MaskRCNN
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -1418,22 +1437,23 @@ def detector(cfg, r, path, size, classes, seed, device, context):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "detector"))
         anchors = AnchorGenerator(tuple((4 * s, 6 * s) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-        net = MaskRCNN(Pyramid(r, path, shapes, w, context), min_size=size, max_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, size_divisible=1,
-                       rpn_anchor_generator=anchors, box_roi_pool=pool(7), mask_roi_pool=pool(14), box_head=TwoMLPHead(49 * w, w), box_detections_per_img=20,
-                       rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
-                       box_batch_size_per_image=64,
-                       box_predictor=FastRCNNPredictor(w, classes), mask_head=MaskRCNNHeads(w, (w, w), 1), mask_predictor=MaskRCNNPredictor(w, w, classes))
+        common = dict(min_size=size, max_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, size_divisible=1, rpn_anchor_generator=anchors, box_roi_pool=pool(7),
+                      box_head=TwoMLPHead(49 * w, w), box_predictor=FastRCNNPredictor(w, classes), box_detections_per_img=20, box_batch_size_per_image=64,
+                      rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100)
+        if masked:
+            common |= dict(mask_roi_pool=pool(14), mask_head=MaskRCNNHeads(w, (w, w), 1), mask_predictor=MaskRCNNPredictor(w, w, classes))
+        net = (MaskRCNN if masked else FasterRCNN)(Pyramid(r, path, shapes, w, context), **common)
     return net.to(device)
 
 
-def fit_detector(cfg, r, path, images, masks, rows, lr, l2, seed, device, context, tick):
-    """A detector trained on `rows` with its own losses, fresh noise for every image; AdamW, one cycle."""
-    net, batch = detector(cfg, r, path, images.shape[2], int(masks.max()) + 1, seed, device, context).train(), min(cfg.head_batch, len(rows))
+def fit_detector(cfg, r, path, images, objects, classes, masked, rows, lr, l2, seed, device, context, tick):
+    """A detector trained on `rows` with its own losses, fresh noise for every image; AdamW, one cycle. objects: from a row to the true objects there."""
+    net, batch = detector(cfg, r, path, images.shape[2], classes, masked, seed, device, context).train(), min(cfg.head_batch, len(rows))
     steps, opt = max(1, cfg.images // batch), torch.optim.AdamW(net.parameters(), lr, weight_decay=l2)
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps + 1)
     for step in range(steps):
         part = np.sort(np.random.default_rng(seed_of(seed, "head rows", step)).choice(rows, batch, replace=False))
-        targets = [instances(masks[i]) for i in part]
+        targets = [objects(i) for i in part]
         some = [i for i, t in enumerate(targets) if len(t["labels"])]
         x, g = (scaled(images, part[some], device) + 1) / 2, torch.Generator().manual_seed(seed_of(seed, "head noise", step))
         if some:
@@ -1452,7 +1472,7 @@ def fit_detector(cfg, r, path, images, masks, rows, lr, l2, seed, device, contex
 
 @torch.no_grad()
 def detections(net, images, rows, batch, seed, purpose, device):
-    """Found objects of each image: [dict(labels, scores, boxes, masks bool [n, H, W])], on the CPU."""
+    """Found objects of each image: [dict(labels, scores, boxes, of Mask R-CNN masks bool [n, H, W])], on the CPU."""
     out = []
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
@@ -1501,12 +1521,12 @@ def coco_ap(found, truth, overlap, thresholds=np.linspace(0.5, 0.95, 10)):
 
 
 def detect(run, cfg, net, state, context):
-    """Boxes and instance masks on a frozen pyramid: lr and l2 selected on the validation part, AP of the test part once per seed; controls beside it."""
-    train, test, y, _ = known_masks(run, "detect")
+    """Boxes, and masks where they are known, on a frozen pyramid: lr and l2 selected on the validation part, AP of the test part once per seed; controls beside it."""
+    train, test, objects, classes, masked = known_objects(run)
     names, times = places(run, cfg, net)
     require(len(times) == 1 and not cfg.flip and not cfg.crop, cfg, "t flip crop", "detect reads one time and does not augment")
-    path, parts, rows, few = PATHS[state["path"]], split_rows(cfg, len(train)), {}, cfg.masks or None
-    truth = [instances(torch.from_numpy(np.array(m))) for m in test.masks]
+    path, parts, rows, few, here = PATHS[state["path"]], split_rows(cfg, len(train)), {}, cfg.masks or None, lambda i: objects(train, i)
+    truth, overlaps = [objects(test, i) for i in range(len(test))], dict(boxes=box_overlap) | (dict(masks=mask_overlap) if masked else {})
     summary = lambda ap: dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]))
     for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train, parts[0]).items():
         results = []
@@ -1515,31 +1535,34 @@ def detect(run, cfg, net, state, context):
             trials, best = list(itertools.product(cfg.lr, cfg.l2)), (-1.0, None, None)
             with bar(run, len(trials) * max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
                 for trial in trials:
-                    model, score = fit_detector(cfg, r, path, train.images, y, fit, *trial, seed, run.device, context, lambda: progress.update(1)), 0.0
+                    model = fit_detector(cfg, r, path, train.images, here, classes, masked, fit, *trial, seed, run.device, context, lambda: progress.update(1))
+                    score = 0.0
                     if len(trials) > 1:
                         tried = detections(model, train.images, val, cfg.batch, seed, "detect validation", run.device)
-                        score = coco_ap(tried, [instances(y[i]) for i in val], box_overlap).mean()
+                        score = coco_ap(tried, [here(i) for i in val], box_overlap).mean()
                     best = max(best, (score, trial, model), key=lambda v: v[0])
             _, (lr, l2), best = best
             found = detections(best, test.images, np.arange(len(test)), cfg.batch, seed, "detect test", run.device)
-            results.append(dict(seed=seed, lr=lr, l2=l2, boxes=summary(coco_ap(found, truth, box_overlap)), masks=summary(coco_ap(found, truth, mask_overlap))))
+            results.append(dict(seed=seed, lr=lr, l2=l2, **{k: summary(coco_ap(found, truth, overlap)) for k, overlap in overlaps.items()}))
             if not rows and seed == cfg.seeds[0] and run.rank == 0:
                 draw_objects(run.dir / "probe" / f"{cfg.name}.png", test.images, truth, found)
-        rows[what] = dict(activations=r.names, t=r.times, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()), results=results,
-                          **{f"{k}_{m}": float(f([s[k][m] for s in results])) for k in ("boxes", "masks") for m, f in (("ap", np.mean), ("ap50", np.mean))},
-                          boxes_ap_std=float(np.std([s["boxes"]["ap"] for s in results])), masks_ap_std=float(np.std([s["masks"]["ap"] for s in results])))
-        run.say(f"{what:24} AP of boxes {rows[what]['boxes_ap']:.3f} +- {rows[what]['boxes_ap_std']:.3f} (AP50 {rows[what]['boxes_ap50']:.3f}), of masks "
-                f"{rows[what]['masks_ap']:.3f} +- {rows[what]['masks_ap_std']:.3f}; {rows[what]['parameters']:,} trained parameters")
+        rows[what] = row = dict(activations=r.names, t=r.times, passes=r.passes, parameters=sum(p.numel() for p in best.parameters()), results=results)
+        for k, m in itertools.product(overlaps, ("ap", "ap50")):
+            row |= {f"{k}_{m}": float(np.mean([s[k][m] for s in results])), f"{k}_{m}_std": float(np.std([s[k][m] for s in results]))}
+        run.say(f"{what:24} " + ", ".join(f"AP of {k} {row[f'{k}_ap']:.3f} +- {row[f'{k}_ap_std']:.3f} (AP50 {row[f'{k}_ap50']:.3f})" for k in overlaps)
+                + f"; {row['parameters']:,} trained parameters")
     return dict(seeds=cfg.seeds, train_images=len(fit), validation_images=len(val), test_images=len(test),
                 objects=sum(len(t["labels"]) for t in truth), rows=rows)
 
 
 def draw_objects(path, images, truth, found, n=12, zoom=4):
-    """The first images with true boxes in white and found ones (score above 0.5) in red, their masks tinted."""
+    """The first images with true boxes in white and found ones (score above 0.5) in red, their masks, if any, tinted."""
     tiles = []
     for i in range(min(n, len(images))):
         sure = found[i]["scores"] > 0.5
-        tint = (found[i]["masks"][sure].any(0).numpy() * np.array([255, 0, 0])[:, None, None] // 2 + images[i] // 2).astype(np.uint8)
+        tint = images[i]
+        if "masks" in found[i]:
+            tint = (found[i]["masks"][sure].any(0).numpy() * np.array([255, 0, 0])[:, None, None] // 2 + images[i] // 2).astype(np.uint8)
         tile = Image.fromarray(np.ascontiguousarray(tint.transpose(1, 2, 0))).resize([images.shape[3] * zoom] * 2, Image.NEAREST)
         pen = ImageDraw.Draw(tile)
         for boxes, colour in ((truth[i]["boxes"], "white"), (found[i]["boxes"][sure], "red")):

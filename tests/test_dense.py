@@ -14,7 +14,7 @@ from test_probe_heads import called
 import probe
 from probe import (LinearMap, PixelMlps, Probe, Reading, UPer, box_overlap, coco_ap, confusion_matrix, fit_ensemble, fit_head, instances, mask_overlap, matches, mean_iou,
                    pck, pick_points, similarity, vote, warped_pairs, warps)
-from train_diffusion import PATHS, Data, Split, draw_shapes, load_data, shape_parts
+from train_diffusion import PATHS, Data, Split, UserError, draw_shapes, load_data, shape_parts
 
 CV = PATHS["cv"]
 noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -274,13 +274,33 @@ def operators(monkeypatch):
     monkeypatch.setattr(torch.ops, "torchvision", fake, raising=False)
 
 
-def test_protocol_detect(monkeypatch, tiny, run, operators):
-    first = lambda data: replace(data, images=data.images[:3], masks=data.masks[:3])
+@pytest.mark.parametrize("kinds", [{"boxes", "masks"}, {"boxes"}])
+def test_protocol_detect(monkeypatch, tiny, run, operators, kinds):
+    """With masks Mask R-CNN, with boxes alone Faster R-CNN."""
+    masks = lambda data: data.masks[:3] if "masks" in kinds else None
+    first = lambda data: replace(data, images=data.images[:3], masks=masks(data), boxes=data.boxes[:3], classes=data.classes[:3])
     monkeypatch.setattr(probe, "load_data", lambda r, split: first(load_data(r, split)) if split == "test" else load_data(r, split))
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=2", "head_batch=2", "masks=2", "seeds=0", "lr=1e-3,3e-3")
-    got = result(run, "detect")
-    assert set(got["rows"]) == {"detect"} and (run / "probe/detect.png").exists() and got["objects"] >= 3
-    assert all(0 <= r["boxes_ap"] <= 1 and 0 <= r["masks_ap"] <= 1 and r["results"][0]["lr"] in (1e-3, 3e-3) for r in got["rows"].values())
+    name = "-".join(sorted(kinds))
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=2", "head_batch=2", "masks=2", "seeds=0", "lr=1e-3,3e-3", f"name={name}")
+    got = result(run, name)
+    assert set(got["rows"]) == {"detect"} and (run / f"probe/{name}.png").exists() and got["objects"] >= 3
+    assert all(0 <= r[f"{k}_ap"] <= 1 and r["results"][0]["lr"] in (1e-3, 3e-3) for r in got["rows"].values() for k in kinds)
+    assert set(got["rows"]["detect"]["results"][0]) & {"boxes", "masks"} == kinds
+
+
+def test_objects_of_boxes(monkeypatch, tiny, run):
+    """Without masks every box that is not empty is an object of the image's class; no boxes either is an error."""
+    class Here:
+        dir, data, cfg = run, Data(), Probe()
+    part = load_data(Here, "test")
+    boxes = np.stack([part.boxes, np.zeros_like(part.boxes)], 1)                 # one object, and room for another
+    monkeypatch.setattr(probe, "load_data", lambda r, split: replace(part, masks=None, boxes=boxes))
+    _, _, objects, classes, masked = probe.known_objects(Here)
+    got = objects(replace(part, masks=None, boxes=boxes), 7)
+    assert classes == 11 and not masked and got["labels"].tolist() == [1 + part.classes[7]] and torch.equal(got["boxes"], torch.tensor(part.boxes[7:8]))
+    monkeypatch.setattr(probe, "load_data", lambda r, split: replace(part, masks=None, boxes=None))
+    with pytest.raises(UserError, match="needs masks or boxes"):
+        probe.known_objects(Here)
 
 
 @pytest.mark.parametrize("words, said", [
