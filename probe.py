@@ -482,8 +482,7 @@ def linear(run, cfg, net, state, context):
 
     def stored(split):                                    # the same from features/<name>
         part = Stored(run, cfg.features, split)
-        mean = lambda m: np.asarray(m, np.float32).mean((2, 3)) if part.info["pool"] == "none" else m.reshape(len(m), -1).astype(np.float32)
-        return torch.from_numpy(np.concatenate([np.concatenate([mean(m[i:i + 4096]) for i in range(0, len(m), 4096)]) for maps in part.maps for m in maps], 1)), part
+        return torch.cat([part.pooled(n, t, np.arange(len(part.maps[0][0]))) for n, t in itertools.product(part.names, part.times)], 1), part
 
     rows, sources = {}, {} if cfg.features else {"features": (net, times)}
     if cfg.features:
@@ -691,6 +690,19 @@ class Stored:
         maps = [a if a.ndim == 4 else a.reshape(len(a), -1, grid, grid) for a in arrays]
         self.maps = [[m for m, e in zip(maps, entries) if e["t"] == t] for t in self.times]                  # [T][n] of [N, C, h, w]
 
+    def only(self, names, times):
+        """These names and times alone."""
+        part = copy.copy(self)
+        part.names, part.times = names, times
+        part.maps = [[self.maps[self.times.index(t)][self.names.index(n)] for n in names] for t in times]
+        return part
+
+    def pooled(self, name, t, rows):
+        """Rows of one activation as vectors, float32 [len(rows), D]: whole maps are averaged over positions."""
+        m = self.maps[self.times.index(t)][self.names.index(name)]
+        read = lambda part: torch.from_numpy(np.asarray(m[part], np.float32)).flatten(2)
+        return torch.cat([v.mean(2) if self.info["pool"] == "none" else v.flatten(1) for v in map(read, np.array_split(rows, math.ceil(len(rows) / 4096)))])
+
 
 def build_head(cfg, r, path, images, classes, seed, device="cpu", context=nullcontext):
     """A fresh head for reading `r` of such images, or latents, or stored maps."""
@@ -820,12 +832,14 @@ def check_head(cfg, latents, size):
 
 
 def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times):
-    """{(name, t): validation accuracy of a ridge classifier on the pooled activation}."""
-    a, b = ([out for _, out in stream(net, state, images, rows, names, times, device=run.device, context=context, seed=cfg.seed, purpose="ranking", batch=cfg.batch)]
-            for rows in (fit, val))
+    """{(name, t): validation accuracy of a ridge classifier on the pooled activation}, of images or of stored features."""
+    if not isinstance(images, Stored):
+        a, b = ([out for _, out in stream(net, state, images, rows, names, times, device=run.device, context=context, seed=cfg.seed, purpose="ranking", batch=cfg.batch)]
+                for rows in (fit, val))
     score = {}
     for key in itertools.product(names, times):
-        fa, fb = standardise(*(torch.cat([out[key] for out in part]).cpu() for part in (a, b)))
+        pair = [images.pooled(*key, rows) for rows in (fit, val)] if isinstance(images, Stored) else [torch.cat([out[key] for out in part]).cpu() for part in (a, b)]
+        fa, fb = standardise(*pair)
         score[key] = accuracy(ridge(fa, y[fit], int(y.max()) + 1, 1e-3), fb, y[val])
     return score
 
@@ -837,25 +851,30 @@ def raw(run, cfg):
 
 
 def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
-    """The head that was asked for, and its controls: {what: Reading}, for the seed cfg.seed. A ridge classifier finds the best single place, on rows `val`."""
-    path, classes, fused = PATHS[state["path"]], int(y.max()) + 1, cfg.head in ("difformer", "diffeed")
-    count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, images, classes, 0, run.device).parameters())
+    """The head that was asked for, and its controls: {what: Reading}, for the seed cfg.seed. A ridge classifier finds the best single place, on rows `val`.
+
+    Of stored features (images: a Stored) there are only the controls that need no further pass.
+    """
+    path, classes, fused, stored = PATHS.get(state.get("path")), int(y.max()) + 1, cfg.head in ("difformer", "diffeed"), isinstance(images, Stored)
+    read = lambda kind, *where, **more: Reading(kind, net, *where, **(dict(stored=True, draws=images.info["draws"]) if stored else {}) | more)
+    count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, images.only(r.names, r.times) if stored else images, classes, 0, run.device).parameters())
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
     name, t = max(score, key=score.get)
     together = cfg.head == "difformer" or cfg.head in ("linear", "mlp") and not cfg.finetune        # the other heads read one map
     where, plain = (names, times) if together else ([name], [t]), "attention" if fused else cfg.head
-    out = {cfg.head: Reading(cfg.head, net, *where, tuned=cfg.finetune)}
+    out = {cfg.head: read(cfg.head, *where, tuned=cfg.finetune)}
     if cfg.finetune:
-        out["frozen network"] = Reading(cfg.head, net, *where)
+        out["frozen network"] = read(cfg.head, *where)
     if fused:
-        one, spare = Reading(plain, net, [name], [t]), cfg.depth * (2 * cfg.width + 1)       # spare: parameters of one more hidden unit in every block
+        one, spare = read(plain, [name], [t]), cfg.depth * (2 * cfg.width + 1)                      # spare: parameters of one more hidden unit in every block
         out["best single (block, t)"] = one
         if cfg.head == "difformer":
-            out["side by side, linear"] = Reading("linear", net, *where)
-        out["equal passes, averaged"] = Reading(plain, net, [name], [t], draws=out[cfg.head].passes)
-        out["equal parameters"] = Reading(plain, net, [name], [t], hidden=4 * cfg.width + round((count(out[cfg.head]) - count(one)) / spare))
+            out["side by side, linear"] = read("linear", *where)
+        if not stored:
+            out["equal passes, averaged"] = read(plain, [name], [t], draws=out[cfg.head].passes)
+        out["equal parameters"] = read(plain, [name], [t], hidden=4 * cfg.width + round((count(out[cfg.head]) - count(one)) / spare))
     if "random" in cfg.controls:
-        out["random weights"] = Reading(cfg.head, random_network(run, cfg, state), *where, tuned=cfg.finetune)
+        out["random weights"] = replace(out[cfg.head], net=random_network(run, cfg, state))
     if "supervised" in cfg.controls:
         out["supervised, same size"] = Reading(plain, train_supervised(run, cfg, state, dict(images=images, y=y, rows=fit), name, classes), [name], [1.0])
     return out | raw(run, cfg)
@@ -867,8 +886,6 @@ def head(run, cfg, net, state, context):
     stored = {split: Stored(run, cfg.features, split) for split in ("train", "test")} if cfg.features else {}
     names, times = (stored["train"].names, stored["train"].times) if stored else places(run, cfg, net)
     require(times, cfg, "t", "name one or more noise times")
-    require(not stored or cfg.head in ("linear", "mlp", "difformer") or len(names) * len(times) == 1, cfg, "features head",
-            f"this head reads one map, and {cfg.features} holds {len(names) * len(times)}")
     require(cfg.head != "difformer" or len(names) * len(times) > 1, cfg, "head activations t", "needs more than one activation or time")
     require(cfg.head != "diffeed" or all(n.startswith(("mid", "up")) for n in names) and mirrors(net), cfg, "head activations", "reads the middle or the way up")
     path, parts, rows, where = PATHS[state["path"]] if net else None, split_rows(cfg, len(train)), {}, dict(device=run.device, context=context)
@@ -877,10 +894,8 @@ def head(run, cfg, net, state, context):
         few = int(np.unique(y[fit].numpy(), return_counts=True)[1].min())
         require(few >= max(1, cfg.per_class) and len(fit) >= 2, cfg, "per_class labels_share", f"a class has only {few} images to learn from")
         own = replace(cfg, seed=seed)
-        kinds = ({cfg.head: Reading(cfg.head, None, names, times, stored["train"].info["draws"], stored=True)} | raw(run, cfg) if stored else
-                 readings(run, own, net, state, context, names, times, train.inputs, y, fit, val))
-        for what, r in kinds.items():
-            seen, unseen = (stored["train"], stored["test"]) if r.stored else (train.inputs, test.inputs)
+        for what, r in readings(run, own, net, state, context, names, times, stored.get("train", train.inputs), y, fit, val).items():
+            seen, unseen = (stored[split].only(r.names, r.times) for split in ("train", "test")) if r.stored else (train.inputs, test.inputs)
             with bar(run, max(1, cfg.images // min(cfg.head_batch, len(fit))), f"{what}, seed {seed}", "step") as progress:
                 best, (lr, l2), score = fit_head(own, r, path, seen, y, fit, val, seed, tick=lambda: progress.update(1), **where)
             draws = cfg.draws if r.net and r.times != [1.0] else 1               # without noise all draws are equal
@@ -890,7 +905,7 @@ def head(run, cfg, net, state, context):
             row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
     for what, row in rows.items():
         means = [np.mean(s["test"]) for s in row["results"]]
-        noise = None if stored and what == cfg.head else float(np.mean([np.std(s["test"]) for s in row["results"]]))             # one draw is stored
+        noise = None if stored and row["passes"] else float(np.mean([np.std(s["test"]) for s in row["results"]]))             # one draw is stored
         row |= dict(accuracy=float(np.mean(means)), std=float(np.std(means)), noise_std=noise)
         run.say(f"{what:24} {row['accuracy']:.4f} +- {row['std']:.4f} over {len(means)} seed(s){'' if noise is None else f', +- {noise:.4f} over noise'}; "
                 f"{row['parameters']:,} trained parameters, {row['passes']} pass(es) per image")

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 import yaml
 from conftest import stage
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from test_features import inputs, network
 
 import extract_features
 import probe
 from extract_features import catalogue
-from probe import (DifFeed, DifFormer, Probe, Reading, accuracy, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, logistic, look,
-                   measure, mirrors, noise_sensitivity, rank_correlation, readings, verdicts)
-from train_diffusion import PATHS, Data, Model, UNet, build_model, time_embedding
+from probe import (DifFeed, DifFormer, Probe, Reading, Stored, accuracy, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, logistic, look,
+                   measure, mirrors, noise_sensitivity, rank_correlation, readings, ridge_ranking, verdicts)
+from train_diffusion import PATHS, Data, Model, UNet, build_model, load_data, time_embedding
 
 CV, HEADS = PATHS["cv"], ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
 SMALL = Probe(width=32, depth=1, heads=4, side=4, hidden=[64], images=2_000, head_batch=50, lr=[1e-5, 1e-2], l2=[0.0], batch=64)
@@ -303,11 +303,24 @@ def test_several_stored_maps(monkeypatch, refuse, tiny, run):
     called(monkeypatch, extract_features, tiny, f"run={run}", "activations=mid-repeat?-res-out", "t=0.5,0.8", "pool=none", "dtype=float16", "draws=2", "name=four")
     base = [tiny, f"run={run}", "protocol=head", "features=four", "images=100", "width=16", "heads=4", "depth=1", "lr=1e-3", "l2=0", "seeds=0"]
     called(monkeypatch, probe, *base, "head=difformer", "name=four")
-    row = json.loads((run / "probe/four.json").read_text())["rows"]["difformer"]
+    rows = json.loads((run / "probe/four.json").read_text())["rows"]
+    row, one = rows["difformer"], rows["best single (block, t)"]
     assert row["passes"] == 4 and len(row["results"][0]["activations"]) == 2 and row["results"][0]["t"] == [0.5, 0.8]
+    assert set(rows) == ({"difformer", "raw pixels", "side by side, linear"} | FUSION) - {"equal passes, averaged"} and one["passes"] == 2       # no further pass can be made
+    assert len(one["results"][0]["activations"]) == len(one["results"][0]["t"]) == 1 and abs(rows["equal parameters"]["parameters"] - row["parameters"]) <= 17
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=linear", "features=four", "name=side-by-side")
     assert json.loads((run / "probe/side-by-side.json").read_text())["rows"]["features"]["parameters"] == (4 * 32 + 1) * 10
-    assert "holds 4" in refuse("probe", *base, "head=cnn", "name=bad")
+    called(monkeypatch, probe, *base, "head=cnn", "controls=", "name=best")
+    best = json.loads((run / "probe/best.json").read_text())["rows"]
+    assert set(best) == {"cnn"} and best["cnn"]["results"][0]["activations"] == one["results"][0]["activations"] and best["cnn"]["results"][0]["t"] == one["results"][0]["t"]
+    part = Stored(here := SimpleNamespace(dir=run, data=Data()), "four", "train")
+    fit, val, y = np.arange(100), np.arange(100, 150), torch.from_numpy(np.array(load_data(here, "train").classes))
+    scores = ridge_ranking(here, Probe(), None, {}, None, part, y, fit, val, part.names, part.times)
+    images = {key: np.load(run / f"features/four/train-{key[0]}-t{key[1]:g}.npy").astype(np.float64).mean((2, 3)) for key in scores}
+    for key, x in images.items():                         # against scikit-learn's ridge classifier
+        x = (x - x[fit].mean(0)) / x[fit].std(0, ddof=1)
+        theirs = RidgeClassifier(alpha=0.1).fit(x[fit], y[fit]).score(x[val], y[val])
+        assert abs(scores[key] - theirs) <= 0.021
     assert "features=four" in refuse("probe", *base, "head=mlp", "flip=true", "name=bad")
     assert "features=four" in refuse("probe", tiny, f"run={run}", "protocol=sweep", "features=four", "name=bad")
     assert "features/none" in refuse("probe", tiny, f"run={run}", "protocol=linear", "features=none", "name=bad")
