@@ -18,6 +18,7 @@ up-path's lowest resolution. They are read by plain forward hooks; the forward s
 import dataclasses
 import difflib
 import fnmatch
+import inspect
 import math
 import os
 import re
@@ -404,8 +405,14 @@ def encoded(net, x):
 
 
 def as_map(out, _=()):
-    """A module's output as a map [B, C, H, W]: tokens [B, L, C] form a square behind up to 8 extra ones, a vector [B, C] is one position; None for all else."""
-    out = out[0] if isinstance(out, (tuple, list)) and out else getattr(out, "sample", out)
+    """A module's output as a map [B, C, H, W]: tokens [B, L, C] form a square behind up to 8 extra ones, a vector [B, C] is one position; None for all else.
+
+    Of several outputs the first of those with the fewest extra tokens: beside an image's tokens there may be those of its text.
+    """
+    if isinstance(out, (tuple, list)):
+        found = [(o.numel() - m.numel(), m) for o in out if torch.is_tensor(o) and (m := as_map(o)) is not None]
+        return min(found, key=lambda f: f[0])[1] if found else None
+    out = getattr(out, "sample", out)
     if not torch.is_tensor(out) or out.dim() not in (2, 3, 4):
         return None
     if out.dim() == 3:
@@ -417,7 +424,7 @@ def as_map(out, _=()):
 SPELLINGS = [(r"\.", "-"), (r"^(down|up)_blocks-(\d+)", r"\1-level\2"), ("^mid_block", "mid"), (r"resnets-(\d+)-conv2$", r"repeat\1-res-increment"),
              (r"resnets-(\d+)$", r"repeat\1-res-out"), (r"resnets-(\d+)", r"repeat\1-res"), (r"attentions-(\d+)$", r"repeat\1-vit-out"),
              (r"attentions-(\d+)-(?!transformer)", r"repeat\1-vit-block0-"), (r"attentions-(\d+)-transformer_blocks-(\d+)", r"repeat\1-vit-block\2"),
-             (r"^transformer_blocks-(\d+)", r"vit-block\1"), (r"(vit-block\d+)$", r"\1-out"), (r"(attn1-)?to_([qkv])$", r"self-\2"), ("attn1$", "self-out"),
+             (r"^transformer_blocks-(\d+)", r"vit-block\1"), (r"(vit-block\d+)$", r"\1-out"), (r"(attn1?-)?to_([qkv])$", r"self-\2"), ("attn1?$", "self-out"),
              ("attn2-self-q$", "cross-q"), ("attn2$", "cross-out"), ("ff-net-0$", "ffn-inner"), ("ff$", "ffn-out"), (r"(down|up)samplers-0$", r"\1sampler-out"),
              ("^conv_in$", "unet-after-conv-in")]             # module paths of diffusers -> our names; what matches nothing keeps its path
 
@@ -465,8 +472,11 @@ def complain(cfg, e):
     return UserError(f"model={cfg.model}: cannot be loaded ({text[:160]})")
 
 
+TEXT = {"UNet2DConditionModel": "cross_attention_dim", "PixArtTransformer2DModel": "caption_channels", "SD3Transformer2DModel": "joint_attention_dim"}      # its width
+
+
 def open_diffusers(cfg, device):
-    """(network, encode, call, path, image size) of a pipeline folder, a model folder, or an id of the hub: U-Nets with and without text, and DiT."""
+    """(network, encode, call, path, image size) of a pipeline folder, a model folder, or an id of the hub: U-Nets with and without text, DiT, PixArt, SD3."""
     where = cfg.model.partition(":")[2]
     torchvision_datasets()                                # diffusers imports torchvision, which beside a CPU-only torch takes some care
     try:
@@ -476,31 +486,28 @@ def open_diffusers(cfg, device):
     try:
         if (Path(where) / "config.json").is_file() and not (Path(where) / "model_index.json").is_file():         # older pipelines of one network have both
             kind = getattr(diffusers, read_json(Path(where) / "config.json", "a folder that save_pretrained wrote").get("_class_name", "none"))
-            parts = dict(unet=kind.from_pretrained(where))
+            pipe, parts = None, dict(unet=kind.from_pretrained(where))
         else:
-            parts = diffusers.DiffusionPipeline.from_pretrained(where).components
+            pipe = diffusers.DiffusionPipeline.from_pretrained(where)
+            parts = pipe.components
     except UserError:
         raise
     except Exception as e:                                # missing files, packages, connections, classes: all are the user's to know
         raise complain(cfg, e) from None
     net, vae, plan = parts.get("unet") or parts.get("transformer"), parts.get("vae") or parts.get("vqvae"), parts.get("scheduler") or diffusers.DDPMScheduler()
-    kind, abar = type(net).__name__, getattr(plan, "alphas_cumprod", None)
-    further = any(getattr(net, f"{what}_embedding", None) is not None for what in ("class", "add"))
-    if kind not in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel") or further:
-        raise UserError(f"model={cfg.model}: is a {kind}{' with further conditions' * further}; what can be read is UNet2DModel, UNet2DConditionModel (both without "
-                        "classes or further conditions) and DiTTransformer2DModel")
-    if abar is None or len(abar) != 1000:
-        raise UserError(f"model={cfg.model}: its scheduler {type(plan).__name__} has no 1000 values of alphas_cumprod")
+    kind, abar, flow = type(net).__name__, getattr(plan, "alphas_cumprod", None), "FlowMatch" in type(plan).__name__
+    further = getattr(net, "class_embedding", None) is not None or getattr(net.config, "addition_embed_type", None) not in (None, "text_time")
+    if kind not in ("UNet2DModel", "DiTTransformer2DModel", *TEXT) or further:
+        raise UserError(f"model={cfg.model}: is a {kind}{' with further conditions' * further}; what can be read is UNet2DModel, {', '.join(TEXT)} (without classes or "
+                        "further conditions) and DiTTransformer2DModel")
+    if not flow and (abar is None or len(abar) != 1000):
+        raise UserError(f"model={cfg.model}: its scheduler {type(plan).__name__} is no flow and has no 1000 values of alphas_cumprod")
     channels = net.config.in_channels
     if vae is None and channels != 3:
         raise UserError(f"model={cfg.model}: has {channels} input channels and no autoencoder; name the folder of the whole pipeline")
-    more = {}
-    if kind == "DiTTransformer2DModel":
-        more = dict(class_labels=net.config.num_embeds_ada_norm)                 # the row of the null label
-    if kind == "UNet2DConditionModel":
-        more = dict(encoder_hidden_states=text_embedding(cfg, parts, net.config.cross_attention_dim).to(device))
     side = net.config.sample_size if isinstance(net.config.sample_size, int) else 64 if vae else 32
     side = cfg.resize or side * (2 ** (len(vae.config.block_out_channels) - 1) if vae else 1)
+    told = conditions(cfg, pipe, net, side)
     if vae:
         vae.eval().requires_grad_(False).to(device)
 
@@ -512,14 +519,33 @@ def open_diffusers(cfg, device):
         code = code.latent_dist.mean if hasattr(code, "latent_dist") else code.latents
         return (code - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
-    def call(net, x, time):                               # their step i, from 0, is t_ddpm = i + 1 = 1000 - time
-        condition = {k: torch.full((len(x),), v, device=x.device) if isinstance(v, int) else v.expand(len(x), -1, -1) for k, v in more.items()}
-        return net(x, (999 - time).clamp(min=0), return_dict=False, **condition)[0]
-    return net, encode, call, Tabulated(abar.cpu()), side
+    def call(net, x, time):                               # a flow's clock is the share of noise; step i of the others, from 0, is t_ddpm = i + 1 = 1000 - time
+        every = lambda v: {k: every(u) for k, u in v.items()} if isinstance(v, dict) else v.to(x.device).expand(len(x), *v.shape[1:])
+        return net(x, timestep=1000 - time if flow else (999 - time).clamp(min=0), return_dict=False, **every(told))[0]
+    return net, encode, call, PATHS["cv"] if flow else Tabulated(abar.cpu()), side
 
 
-def text_embedding(cfg, parts, width):
-    """What a text-conditional U-Net attends to, float32 [1, tokens, width]: the given array, or the text encoder's output for the empty prompt."""
+def conditions(cfg, pipe, net, side):
+    """What a network of diffusers asks for besides image and time, one row each: the null label; the text, its summary or mask; that the image is square and whole."""
+    kind, c, more = type(net).__name__, net.config, {}
+    if kind == "DiTTransformer2DModel":
+        return dict(class_labels=torch.tensor([c.num_embeds_ada_norm]))
+    if kind not in TEXT:
+        return {}
+    text, mask, summary = text_embedding(cfg, pipe, getattr(c, TEXT[kind]), kind)
+    if kind == "SD3Transformer2DModel":
+        more = dict(pooled_projections=torch.zeros(1, c.pooled_projection_dim) if summary is None else summary)
+    if kind == "PixArtTransformer2DModel":
+        more = dict(encoder_attention_mask=mask, added_cond_kwargs=dict(resolution=torch.tensor([[float(side)] * 2]), aspect_ratio=torch.ones(1, 1)))
+    if getattr(c, "addition_embed_type", None):           # SDXL: size, corner of the crop, size aimed at
+        summary = torch.zeros(1, c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim) if summary is None else summary
+        more = dict(added_cond_kwargs=dict(text_embeds=summary, time_ids=torch.tensor([[side, side, 0, 0, side, side]])))
+    return dict(encoder_hidden_states=text) | more
+
+
+def text_embedding(cfg, pipe, width, kind):
+    """What a network with text attends to: (float32 [1, tokens, width], mask [1, tokens], the text's summary [1, D] or None), of the given array, whose summary
+    is not known, or of the empty prompt by the pipeline's own text encoders."""
     if cfg.embedding:
         try:
             e = torch.from_numpy(np.load(cfg.embedding, allow_pickle=False)).float()
@@ -527,13 +553,15 @@ def text_embedding(cfg, parts, width):
             raise UserError(f"embedding={cfg.embedding}: cannot be read ({err})") from None
         if e.dim() != 2 or e.shape[1] != width:
             raise UserError(f"embedding={cfg.embedding}: is {list(e.shape)}, must be [tokens, {width}]")
-        return e[None]
-    if not parts.get("tokenizer") or not parts.get("text_encoder"):
+        return e[None], torch.ones(1, len(e)), None
+    if getattr(pipe, "text_encoder", None) is None:
         raise UserError(f"model={cfg.model}: attends to a text, and there is no text encoder; name the whole pipeline (needs the package transformers), "
                         "or embedding=FILE.npy")
-    tokens = parts["tokenizer"]("", padding="max_length", max_length=parts["tokenizer"].model_max_length, return_tensors="pt").input_ids
+    empty = {k: "" for k in inspect.signature(pipe.encode_prompt).parameters if re.fullmatch(r"prompt(_[23])?", k)}
     with torch.no_grad():
-        return parts["text_encoder"](tokens)[0].float()
+        text, *rest = pipe.encode_prompt(**empty, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    pixart = kind == "PixArtTransformer2DModel"
+    return text.float(), rest[0] if pixart else torch.ones(text.shape[:2]), rest[1].float() if len(rest) == 3 and not pixart else None
 
 
 def open_encoder(cfg, device):

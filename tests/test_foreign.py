@@ -3,6 +3,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_dense import WORDS, run  # noqa: F401  (run is a fixture)
 from test_probe_heads import called
 
 import extract_features
-from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, stream, tapped, text_embedding
+from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, stream, tapped
 from train_diffusion import PATHS, diffuse, torchvision_datasets
 
 BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
@@ -95,24 +96,105 @@ def test_unet_with_text(monkeypatch, folder, tmp_path, refuse, tiny, run):  # no
     assert "embedding" in refuse("extract_features", *words).split("made with")[1].split(".")[0]                 # another text in a file of the same name
 
 
-def test_empty_prompt():
-    """Without embedding= the text encoder of the pipeline says what the empty prompt is (stand-ins with the interface of transformers)."""
-    asked = []
-
-    class Tokenizer:
-        model_max_length = 4
-
-        def __call__(self, text, **options):
-            asked.append((text, options))
-            return type("Tokens", (), dict(input_ids=torch.tensor([[1, 2, 0, 0]])))
-
-    e = text_embedding(ExtractFeatures(model="diffusers:x"), dict(tokenizer=Tokenizer(), text_encoder=torch.nn.Sequential(table := torch.nn.Embedding(3, 12), AsTuple())), 12)
-    assert torch.equal(e[0], table.weight[[1, 2, 0, 0]]) and asked == [("", dict(padding="max_length", max_length=4, return_tensors="pt"))]
+TEXT = dict(vocab_size=4, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=6, bos_token_id=0, eos_token_id=1, pad_token_id=1)
 
 
-class AsTuple(torch.nn.Module):
-    def forward(self, x):
-        return (x,)
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory):
+    """Tiny pipelines with text encoders, saved to disk: {name: (folder, width of the text)}."""
+    torchvision_datasets()
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("prompted")
+    (path / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    words = transformers.CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=6)
+    clip, vae = transformers.CLIPTextConfig(**TEXT, projection_dim=8), dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **BLOCKS)
+    plain, projected = transformers.CLIPTextModel(clip), [transformers.CLIPTextModelWithProjection(clip) for _ in range(2)]
+    unet = dict(sample_size=8, in_channels=4, out_channels=4, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **BLOCKS)
+    noise, flow = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vit = dict(num_attention_heads=2, attention_head_dim=8, num_layers=3, sample_size=8)
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=8, d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1)).eval()
+    return {
+        "sd": diffusers.StableDiffusionPipeline(diffusers.AutoencoderKL(latent_channels=4, **vae), plain, words, diffusers.UNet2DConditionModel(cross_attention_dim=12, **unet), noise, None, None,
+                                                requires_safety_checker=False),
+        "sdxl": diffusers.StableDiffusionXLPipeline(diffusers.AutoencoderKL(latent_channels=4, **vae), plain, projected[0], words, words, diffusers.UNet2DConditionModel(
+            cross_attention_dim=24, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=8 + 24, **unet), noise),
+        "sd3": diffusers.StableDiffusion3Pipeline(diffusers.SD3Transformer2DModel(in_channels=4, out_channels=4, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=16,
+                                                                                 pos_embed_max_size=8, **vit), flow, diffusers.AutoencoderKL(latent_channels=4, shift_factor=0.1, **vae),
+                                                  projected[0], words, projected[1], words, None, None),
+        "pixart": diffusers.PixArtAlphaPipeline(Words(), t5, diffusers.AutoencoderKL(latent_channels=4, **vae), diffusers.PixArtTransformer2DModel(
+            in_channels=4, out_channels=8, cross_attention_dim=24, caption_channels=12, use_additional_conditions=True, **vit | dict(num_attention_heads=3)), noise)}, path
+
+
+class Words:
+    """A tokenizer for T5 with the interface of transformers: of the empty prompt an end and padding."""
+    model_max_length = 120
+
+    def __call__(self, text, max_length=120, **_):
+        ids = torch.zeros(len(text), max_length, dtype=torch.long)
+        ids[:, 0] = 1
+        return SimpleNamespace(input_ids=ids, attention_mask=(ids > 0).long())
+
+    def batch_decode(self, ids):
+        return [""]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart"])
+def test_pipelines_with_text(monkeypatch, prompted, name):
+    """The network is called as the pipeline calls it for the empty prompt: its output equals a call written out by hand."""
+    pipes, path = prompted
+    pipe, net = pipes[name], (pipes[name].unet if name.startswith("sd") and name != "sd3" else pipes[name].transformer).eval()
+    if name in ("sd3", "pixart"):                         # without a third text encoder, with a stand-in tokenizer: such parts are not saved
+        import diffusers
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda where: pipe)
+    else:
+        pipe.save_pretrained(path / name)
+    own, state = opened(f"diffusers:{path / name}")
+    x, time = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 250.0])
+    text, *rest = pipe.encode_prompt(**dict(prompt="", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False) | (dict(prompt_2="", prompt_3="") if name == "sd3" else {}))
+    twice = lambda v: torch.cat([v, v])
+    with torch.no_grad():
+        if name == "sd":
+            want = net(x, 999 - time, twice(text)).sample
+        if name == "sdxl":
+            want = net(x, 999 - time, twice(text), added_cond_kwargs=dict(text_embeds=twice(rest[1]), time_ids=torch.tensor([[16, 16, 0, 0, 16, 16]] * 2))).sample
+        if name == "sd3":
+            want = net(x, encoder_hidden_states=twice(text), pooled_projections=twice(rest[1]), timestep=1000 - time).sample
+        if name == "pixart":
+            assert rest[0].sum() == 1 < rest[0].numel()   # padding is masked
+            more = dict(resolution=torch.full((2, 2), 16.0), aspect_ratio=torch.ones(2, 1))
+            want = net(x, encoder_hidden_states=twice(text), timestep=999 - time, added_cond_kwargs=more, encoder_attention_mask=twice(rest[0])).sample
+        assert torch.allclose(own(x, time), want, atol=1e-5) and want.std() > 0
+    level, names = PATHS[state["path"]], list(catalogue(own))
+    if name == "sd3":                                     # its clock is the share of noise of a straight path
+        assert float(level.alpha(torch.tensor(0.3))) == pytest.approx(0.3) and float(level.sigma(torch.tensor(0.3))) == pytest.approx(0.7, abs=1e-4)
+        image = torch.rand(1, 3, 16, 16) * 2 - 1
+        with torch.no_grad():
+            assert torch.allclose(encoded(own, image), (pipe.vae.eval().encode(image).latent_dist.mean - 0.1) * pipe.vae.config.scaling_factor, atol=1e-5)
+    if name in ("sd3", "pixart"):
+        assert {"vit-block0-out", "vit-block1-self-q", "vit-block1-ffn-out"} <= set(names)
+        block, kept = net.transformer_blocks[1], []
+        hook = block.register_forward_hook(lambda m, args, out: kept.append(out[1] if name == "sd3" else out))
+        with torch.no_grad():
+            if name == "sd3":
+                net(x, encoder_hidden_states=twice(text), pooled_projections=twice(rest[1]), timestep=1000 - time)
+            else:
+                net(x, encoder_hidden_states=twice(text), timestep=999 - time, added_cond_kwargs=more, encoder_attention_mask=twice(rest[0]))
+        hook.remove()
+        assert torch.allclose(through(own, x, time, ["vit-block1-out"])["vit-block1-out"], kept[0].transpose(1, 2).unflatten(2, (4, 4)), atol=1e-5)
+
+
+def test_given_text_in_place_of_the_empty_prompt(prompted, tmp_path):
+    """Of a given text no summary is known: zeros."""
+    pipes, path = prompted
+    np.save(tmp_path / "e.npy", e := np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32))
+    own, _ = opened(f"diffusers:{path / 'sdxl'}", embedding=str(tmp_path / "e.npy"))
+    x, time = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 250.0])
+    with torch.no_grad():
+        more = dict(text_embeds=torch.zeros(2, 8), time_ids=torch.tensor([[16, 16, 0, 0, 16, 16]] * 2))
+        want = pipes["sdxl"].unet.eval()(x, 999 - time, torch.from_numpy(e).expand(2, -1, -1), added_cond_kwargs=more).sample
+        assert torch.allclose(own(x, time), want, atol=1e-5)
 
 
 def test_transformer_with_autoencoder(folder):
