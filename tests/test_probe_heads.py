@@ -1,10 +1,12 @@
 """Heads trained on the fly: sizes, gradients, feedback, protocols; properties of activations and the selection by them."""
 import json
 import math
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -368,3 +370,19 @@ def test_list_and_pca(monkeypatch, capsys, tiny, run):
     (["protocol=select", "activations=mid*self-q"], "block outputs"), (["protocol=select", "noisy=0"], "loosen")])
 def test_bad_input(refuse, tiny, run, words, said):
     assert said in refuse("probe", tiny, f"run={run}", "protocol=head", "activations=mid-repeat1-res-out", "t=0.5", "name=bad", *words)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_memory_does_not_grow_with_the_images(monkeypatch, tiny, run, tmp_path):
+    """Extraction holds neither the images nor the features: 120 MB are read and 160 MB written within 30 MB of what the first batches need."""
+    np.savez(tmp_path / "many.npz", images=np.random.default_rng(0).integers(256, size=(40_000, 32, 32, 3), dtype=np.uint8), test_images=np.zeros((2, 32, 32, 3), np.uint8))
+    words, anonymous, write = [tiny, f"run={tmp_path}/run", "data.source=arrays", f"data.root={tmp_path}/many.npz", "data.train=0"], [], extract_features.write_rows
+    stage("train_diffusion", *words, "--prepare")
+
+    def watched(*a):
+        write(*a)
+        anonymous.append(int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000)
+    monkeypatch.setattr(extract_features, "write_rows", watched)
+    called(monkeypatch, extract_features, *words, f"checkpoint={run}/diffusion/base/checkpoint.pt", "activations=unet-after-conv-in", "t=0.5", "pool=none", "splits=train")
+    file = next((tmp_path / "run/features/base").glob("train-*.npy"))
+    assert file.stat().st_size > 160e6 and len(anonymous) > 100 and max(anonymous) < max(anonymous[:10]) + 30
