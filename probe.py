@@ -441,12 +441,10 @@ def split_rows(cfg, n):
     return order[held:], order[:held]
 
 
-def check_classes(y, y_test, protocol):
-    """A UserError if the test part has classes that nothing can be learnt about: none of the training part. Below 0 = void."""
+def unlearnt(y, y_test):
+    """The classes of the test part that the training part lacks, as text, or nothing. Below 0 = void."""
     new = np.setdiff1d(y_test[y_test >= 0], y)
-    if len(new):
-        raise UserError(f"protocol={protocol}: the test images have class {', '.join(map(str, new[:10]))}{', ...' * (len(new) > 10)}, the training images do not; "
-                        "keep the same classes in both (data.classes, data.train)")
+    return ", ".join(map(str, new[:10])) + ", ..." * (len(new) > 10)
 
 
 def known_classes(run, protocol):
@@ -455,8 +453,8 @@ def known_classes(run, protocol):
     y = [torch.from_numpy(np.array(p.classes)) for p in parts]
     if any((c < 0).any() for c in y):
         raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
-    if protocol != "select":                              # reads the training part alone
-        check_classes(*y, protocol)
+    if protocol != "select" and (new := unlearnt(*y)):    # it reads the training part alone
+        raise UserError(f"protocol={protocol}: the test images have class {new}, the training images do not; keep the same classes in both (data.classes, data.train)")
     return *parts, *y                                     # two Splits, two int64 [N]
 
 
@@ -1134,7 +1132,8 @@ def known_masks(run, protocol):
         raise UserError(f"protocol={protocol} needs a mask for every image, and this data has none (data.source=shapes, or arrays with masks)")
     y = [np.array(p.masks).astype(np.int16) for p in parts]
     y = [torch.from_numpy(np.where(m == 255, np.int16(-100), m)) for m in y]
-    check_classes(*y, protocol)
+    if new := unlearnt(*y):
+        run.say(f"note: class {new} is in test masks, but in none of training: it cannot be found, and counts as such")
     return *parts, *y
 
 
@@ -1164,7 +1163,7 @@ def segment(run, cfg, net, state, context):
     train, test, y, y_test = known_masks(run, "segment")
     names, times = places(run, cfg, net)
     require(times, cfg, "t", "name one or more noise times")
-    path, classes, where = PATHS[state["path"]], int(y.max()) + 1, dict(device=run.device, context=context)
+    path, classes, where = PATHS[state["path"]], 1 + int(max(y.max(), y_test.max())), dict(device=run.device, context=context)
     parts, rows, few, chunk = split_rows(cfg, len(train)), {}, cfg.masks or None, chunk_of(train.images)
     kind, uncertain = "segment" if cfg.head == "linear" else cfg.head, [[], []]
     for what, r in dense_readings(run, cfg, net, state, kind, names, times, train, parts[0]).items():

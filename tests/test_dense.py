@@ -205,6 +205,16 @@ def test_protocol_segment(monkeypatch, tiny, run, head, more):
     assert head != "ensemble" or set(got["uncertainty"]) == {"right", "wrong"}
 
 
+def test_a_class_that_no_training_mask_shows_counts_as_missed(monkeypatch, capsys, tiny, run):
+    def other(r, split):
+        data = load_data(r, split)
+        return replace(data, masks=np.where(np.array(data.masks) == 3, 14, data.masks).astype(np.uint8)) if split == "test" else data
+    monkeypatch.setattr(probe, "load_data", other)
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=segment", "head=linear", "name=unseen", *WORDS, "controls=", "seeds=0")
+    got = result(run, "unseen")
+    assert "class 14 is in test masks" in capsys.readouterr().out and got["classes"] == 15 and got["rows"]["linear"]["miou"] < 0.95
+
+
 def test_protocol_correspond(monkeypatch, tiny, run):
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=correspond", "pairs=30", "t=0.8,0.95", *WORDS[:2], "activations=unet-in,mid-repeat1-res-out")
     got = result(run, "correspond")
