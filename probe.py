@@ -192,15 +192,17 @@ def knn(fit, y, x, truth, k, classes):
 # Scores of features without labels
 
 def label_free_scores(a, b, K, seed):
-    """Scores that see no label, from two noise draws a, b [N, D] of the same images: (dict of numbers, cluster ids int64 [N] under draw a).
+    """Scores that see no label, of features a [N, D] and, unless b is None, the same images under other noise: (dict of numbers, cluster ids int64 [N] of a).
 
-    stability   NMI between k-means of draw a and k-means of draw b, started from a's centroids: clusters that are about the image survive other noise
     silhouette  mean simplified silhouette (distance to own centroid against the next one), cosine
+    stability   with b: NMI between k-means of a and k-means of b, started from a's centroids: clusters that are about the image survive other noise
     """
     c, _, _ = kmeans(a, K, metric="cosine", seed=seed)
-    ids, other = assign(a, c, "cosine")[0], assign(b, kmeans(b, K, metric="cosine", start=c)[0], "cosine")[0]
-    d = (1 - F.normalize(a, dim=1) @ c.T).clamp(min=0).topk(2, 1, largest=False).values                          # [N, 2] own, next
-    return dict(stability=nmi(ids.numpy(), other.numpy()), silhouette=float((1 - d[:, 0] / d[:, 1].clamp(min=1e-9)).mean())), ids.numpy()
+    d, ids = (1 - F.normalize(a, dim=1) @ c.T).clamp(min=0).topk(2, 1, largest=False).values, assign(a, c, "cosine")[0].numpy()       # d [N, 2]: own, next
+    scores = dict(silhouette=float((1 - d[:, 0] / d[:, 1].clamp(min=1e-9)).mean()))
+    if b is not None:
+        scores["stability"] = nmi(ids, assign(b, kmeans(b, K, metric="cosine", start=c)[0], "cosine")[0].numpy())
+    return scores, ids
 
 
 def consensus(ids):
@@ -267,7 +269,8 @@ def sweep(run, cfg, net, state, context):
     if K >= len(fit_rows):
         raise UserError(f"K={K}: must be below fit={len(fit_rows)}")
     y_fit, y_val = torch.from_numpy(classes[fit_rows]), torch.from_numpy(classes[val_rows])
-    table, mine = [], cfg.t[run.rank::run.world]
+    table, mine, few = [], cfg.t[run.rank::run.world], len(names) <= 2           # one or two activations have nothing to agree with: the most stable is chosen
+    criterion = "stability" if few else "consensus"
 
     def read(rows, t, draw_number):                       # {name: [N, D]} for all names from one pass
         parts = {n: [] for n in names}
@@ -279,12 +282,12 @@ def sweep(run, cfg, net, state, context):
 
     with bar(run, len(mine) * len(names), "sweep", "cell") as progress:
         for t in mine:
-            a, b, v = read(fit_rows, t, 0), read(fit_rows, t, 1), read(val_rows, t, 0)
+            a, b, v = read(fit_rows, t, 0), read(fit_rows, t, 1) if few else {}, read(val_rows, t, 0)
             rows, clusters = [], []
             for n in names:
                 mean = a[n].mean(0)                       # centred: activations share a large common direction
                 with alone():
-                    free, ids = label_free_scores(a[n] - mean, b[n] - mean, K, cfg.seed)
+                    free, ids = label_free_scores(a[n] - mean, b[n] - mean if few else None, K, cfg.seed)
                 rows.append(dict(activation=n, **noise_level(state["path"], t), **free))
                 clusters.append(ids)
                 if known:
@@ -296,27 +299,26 @@ def sweep(run, cfg, net, state, context):
     table = sorted(itertools.chain(*gather(table)), key=lambda r: (names.index(r["activation"]), r["t"]))
     pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
     # the noisiest time at which the blocks still agree about as well as anywhere, and there the block that agrees most
-    # (one or two activations have nothing to agree with: then the most stable under new noise)
     best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in cfg.t}
     noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
-    chosen = max((r for r in table if r["t"] == noisiest), key=lambda r: r["consensus"]) if len(names) > 2 else max(table, key=lambda r: r["stability"])
-    result = dict(K=K, fit=len(fit_rows), validation=len(val_rows), criterion="consensus of blocks, noisiest time within 3 %" if len(names) > 2 else "stability",
-                  label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", "consensus", "stability")})
+    chosen = max((r for r in table if few or r["t"] == noisiest), key=lambda r: r[criterion])
+    result = dict(K=K, fit=len(fit_rows), validation=len(val_rows), criterion=criterion + ", noisiest time within 3 %" * (not few),
+                  label_free={k: chosen[k] for k in ("activation", "t", "rho", "log_snr", criterion)})
     if known:
         result |= dict(label_free_scores={k: chosen[k] for k in ("nmi", "knn", "linear")}, oracle={k: pick(k) for k in ("nmi", "knn", "linear")},
-                       tracks_nmi={k: rank_correlation([r[k] for r in table], [r["nmi"] for r in table]) for k in ("consensus", "stability", "silhouette")})
+                       tracks_nmi={k: rank_correlation([r[k] for r in table], [r["nmi"] for r in table]) for k in (criterion, "silhouette")})
     result["table"] = table
     if run.rank == 0:
-        shown = "nmi" if known else "consensus"
+        shown = "nmi" if known else criterion
         grid = [[next((r[shown] for r in table if r["activation"] == n and r["t"] == t), None) for t in sorted(set(cfg.t))] for n in names]
         where = lambda c, m: (names.index(c["activation"]), sorted(set(cfg.t)).index(c["t"]), m)
         marks = [where(result["label_free"], "F")] + ([where(result["oracle"]["nmi"], "O")] if known else [])
         heat_map(run.dir / "probe" / f"{cfg.name}.png", grid, names, [f"t={t:g}" for t in sorted(set(cfg.t))],
                  f"{shown} of k-means (K={K}) by block and time; F = label-free choice" + (", O = best with labels" if known else ""), marks)
-    run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} (consensus {chosen['consensus']:.3f})" + (
+    run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} ({criterion} {chosen[criterion]:.3f})" + (
         f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} "
-        f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of consensus with NMI "
-        f"{result['tracks_nmi']['consensus']:.2f}" if known else ""))
+        f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of {criterion} with NMI "
+        f"{result['tracks_nmi'][criterion]:.2f}" if known else ""))
     return result
 
 

@@ -328,6 +328,17 @@ def test_several_stored_maps(monkeypatch, refuse, tiny, run):
     assert "features/none" in refuse("probe", tiny, f"run={run}", "protocol=linear", "features=none", "name=bad")
 
 
+@pytest.mark.parametrize("pattern, criterion, passes", [("mid*-out", "consensus", 1), ("mid-repeat?-res-out", "stability", 2)])
+def test_sweep_reads_images_once_unless_stability_decides(monkeypatch, tiny, run, pattern, criterion, passes):
+    seen, read = [], probe.stream
+    monkeypatch.setattr(probe, "stream", lambda net, state, images, rows, *a, **k: seen.append(len(rows)) or read(net, state, images, rows, *a, **k))
+    called(monkeypatch, probe, tiny, f"run={run}", f"activations={pattern}", "t=0.5,0.8", "fit=100", "validation=40", f"name=sweep-{criterion}")
+    got = json.loads((run / f"probe/sweep-{criterion}.json").read_text())
+    assert sum(seen) == 2 * (100 * passes + 40) and got["criterion"].startswith(criterion) and set(got["tracks_nmi"]) == {criterion, "silhouette"}
+    best = max((r for r in got["table"] if passes == 2 or r["t"] == got["label_free"]["t"]), key=lambda r: r[criterion])
+    assert got["label_free"] == {k: best[k] for k in ("activation", "t", "rho", "log_snr", criterion)}
+
+
 def test_linear_probe_of_several_activations(monkeypatch, tiny, run):
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=linear", "activations=mid-repeat?-res-out", "t=0.5,0.8", "controls=random", "draws=2", "name=wide")
     rows = json.loads((run / "probe/wide.json").read_text())["rows"]
