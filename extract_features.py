@@ -212,6 +212,8 @@ def tapped(net, names, stop=True, then=lambda x: x):
     try:
         for name in sorted(names, key=list(known).index):  # hooks of one module fire in the order of registration
             module, pick = known[name]
+            if hasattr(pick, "before"):                   # it needs another module's output, too
+                hooks.append(pick.before[0].register_forward_hook(pick.before[1]))
             hooks.append(module.register_forward_hook(hook(name, pick)))
         yield got
     finally:
@@ -429,23 +431,49 @@ SPELLINGS = [(r"\.", "-"), (r"^(down|up)_blocks-(\d+)", r"\1-level\2"), ("^mid_b
              ("^conv_in$", "unet-after-conv-in")]             # module paths of diffusers -> our names; what matches nothing keeps its path
 
 
+def spelled(path):
+    """Our name of a module path of diffusers."""
+    for pattern, ours in SPELLINGS:
+        path = re.sub(pattern, ours, path)
+    return path
+
+
+def scores_of(attention):
+    """Function for a hook on to_k of an attention of diffusers -> where each position looks, [B, heads * keys, H, W]; the query is noted by a hook before it."""
+    noted, head = [], lambda x, norm: (norm or (lambda v: v))(x.unflatten(2, (attention.heads, -1)).transpose(1, 2)).float()          # [B, heads, L, d]
+
+    def pick(k, _):
+        q, k = head(noted.pop(), attention.norm_q), head(k, attention.norm_k)
+        a = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)           # [B, heads, queries, keys]
+        return as_map(a.transpose(1, 2).flatten(2))
+    pick.before = attention.to_q, lambda _, args, out: noted.append(out)
+    return pick
+
+
 @torch.no_grad()
 def discover(net, images):
-    """Catalogue of a network that we know nothing about: every module that returns a map or tokens, once, in the order of a pass over two images."""
+    """Catalogue of a network that we know nothing about: every module that returns a map or tokens, once, in the order of a pass over two images.
+
+    Of networks of diffusers also where attention looks (text has no place of its own: of joint attention it is left out), and what skips bring to the way up.
+    """
     fired, hooks = [], []
     for path, m in net.net.named_modules():
-        if path and not isinstance(m, (nn.Dropout, nn.Identity)) and not re.search(r"attn2\.to_[kv]$", path):         # repetitions; tokens of a text
+        if path and not isinstance(m, (nn.Dropout, nn.Identity)):                # these repeat what comes before
             hooks.append(m.register_forward_hook(lambda m, _, out, path=path: fired.append((path, m, out))))
     net(x := net.encode(images), torch.full((2,), 500.0, device=x.device))
     for h in hooks:
         h.remove()
-    found, count = {}, [id(m) for _, m, _ in fired]
+    found, count, width = {}, [id(m) for _, m, _ in fired], 0
     for path, m, out in fired:
-        shape = getattr(as_map(out), "shape", [0])
-        if shape[0] == 2 and shape[-1] > 1 and count.count(id(m)) == 1:
-            for pattern, ours in SPELLINGS:
-                path = re.sub(pattern, ours, path)
-            found[path] = m, as_map
+        above = net.net.get_submodule(path.rpartition(".")[0])
+        if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+\.norm1", path):        # it sees what comes from below and the skip, side by side
+            found[spelled(path).replace("res-norm1", "skip")] = m, lambda _, args, c=width: args[0][:, c:]
+        width = m.out_channels if re.search(r"resnets\.\d+$", path) else width
+        shape, once = getattr(as_map(out), "shape", [0]), count.count(id(m)) == 1
+        if shape[0] == 2 and shape[-1] > 1 and once and not re.search(r"attn2\.to_[kv]$", path):                # keys and values of a text have no place in the image
+            found[spelled(path)] = m, as_map
+        if path.endswith("to_k") and once and hasattr(above, "norm_k") and getattr(above, "add_q_proj", None) is None:
+            found[f"{spelled(path[:-1] + 'q')[:-1]}map"] = m, scores_of(above)
     return found
 
 
@@ -640,12 +668,14 @@ def main():
     blank = np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8)
     if "--list" in run.flags:
         every = list(catalogue(net))
-        _, out = next(stream(net, state, blank, np.arange(1), every, [0.5], device=run.device, context=context, pool="none"))
-        share = cost_shares(net, torch.zeros(blank.shape, device=run.device), torch.full((1,), 0.5, device=run.device))
+        x, t = torch.zeros(blank.shape, device=run.device), torch.full((1,), 0.5, device=run.device)
+        with torch.no_grad(), context(), tapped(net, every, stop=False, then=lambda m: m.shape[1:]) as sizes:      # no map is kept: those of scores are large
+            net(encoded(net, x), 1000 * t)
+        share = cost_shares(net, x, t)
         run.say(f"{'name':44} {'kind':18} {'stage':5} {'channels':>8}  {'size':9} cost")
         for name in every:
             kind, where = describe(name)
-            c, h, w = out[name, 0.5].shape[1:]
+            c, h, w = sizes[name]
             run.say(f"{name:44} {kind:18} {where:5} {c:8}  {f'{h} x {w}':9} {share[name]:4.0%}")
         return
 

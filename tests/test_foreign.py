@@ -76,6 +76,32 @@ def test_unet_of_diffusers(folder):
     assert torch.allclose(path.alpha(1 - (i + 1) / 1000), abar.sqrt(), atol=1e-5) and torch.allclose(path.sigma(1 - (i + 1) / 1000), (1 - abar).sqrt(), atol=1e-4)
 
 
+def test_score_maps_and_skips_of_diffusers(folder, tmp_path):
+    """Softmax of the scores by hand from their own projections, for image and text; a skip is what the mirrored place of the way down gave."""
+    np.save(tmp_path / "e.npy", e := np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32))
+    for model, options in ((folder / "unet", {}), (folder / "text", dict(embedding=str(tmp_path / "e.npy")))):
+        net, _ = opened(f"diffusers:{model}", **options)
+        names, side = list(catalogue(net)), net.net.config.sample_size
+        x, t = torch.randn(2, 3, side, side), torch.full((2,), 700.0)
+        maps = [n for n in names if n.endswith("-map")]
+        got = through(net, x, t, names)
+        assert len(maps) == (4 if not options else 8) and len([n for n in names if n.endswith("-skip")]) == 4
+        for name in maps:
+            q, a = got[f"{name[:-3]}q"], got[name]
+            k = got[f"{name[:-3]}k"] if "self" in name else None
+            path = next(p for p, m in net.net.named_modules() if m is catalogue(net)[name][0])
+            heads = net.net.get_submodule(path[:-5]).heads
+            if k is None:
+                with torch.no_grad():
+                    k = net.net.get_submodule(path)(torch.from_numpy(e).expand(2, -1, -1)).transpose(1, 2)      # [B, C, tokens]
+            split = lambda v: v.flatten(2).unflatten(1, (heads, -1))
+            want = torch.einsum("bhdq,bhdk->bhkq", split(q), split(k)) / (q.shape[1] // heads) ** 0.5
+            assert torch.allclose(a, want.softmax(2).flatten(1, 2).unflatten(2, a.shape[2:]), atol=1e-5)
+            assert torch.equal(through(net, x, t, [name])[name], a)
+        assert torch.equal(got["up-level1-repeat1-skip"], got["unet-after-conv-in"])
+        assert torch.equal(got["up-level0-repeat0-skip"], got["down-level1-repeat0-vit-out" if not options else "down-level1-repeat0-res-out"])
+
+
 def test_unet_with_text(monkeypatch, folder, tmp_path, refuse, tiny, run):  # noqa: F811
     """A given embedding is what it attends to; without one, or with a wrong one, it is an error."""
     import diffusers
