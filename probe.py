@@ -503,8 +503,9 @@ def linear(run, cfg, net, state, context):
                           **{f"{k}_std": float(np.std([s[k] for s in scores])) for k in ("linear", "knn")}, l2=scores[0]["l2"], k=scores[0]["k"])
         run.say(f"{what:24} linear {rows[what]['linear']:.4f} +- {rows[what]['linear_std']:.4f}   kNN {rows[what]['knn']:.4f} +- {rows[what]['knn_std']:.4f}")
     if "pixels" in cfg.controls:
-        flat = lambda d: torch.from_numpy(np.array(d.images)).flatten(1).float() / 127.5 - 1
-        rows["raw pixels"] = score(flat(train), flat(test))
+        side = min(32, train.images.shape[2])             # larger images are averaged: many columns cost much and tell little
+        flat = lambda d: torch.cat([F.adaptive_avg_pool2d(scaled(d.images, slice(i, i + 1000), "cpu"), side).flatten(1) for i in range(0, len(d), 1000)])
+        rows["raw pixels"] = score(flat(train), flat(test)) | dict(side=side)
         run.say(f"{'raw pixels':24} linear {rows['raw pixels']['linear']:.4f}             kNN {rows['raw pixels']['knn']:.4f}")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"],

@@ -345,6 +345,19 @@ def test_linear_probe_of_several_activations(monkeypatch, tiny, run):
     assert all(r["parameters"] == (4 * 32 + 1) * 10 and r["passes"] == 2 and r["draws"] == 2 for r in (rows["features"], rows["random weights"]))
 
 
+def test_raw_pixels_of_large_images_are_averaged(monkeypatch, tiny, tmp_path):
+    """Fine noise that means nothing, and a coarse pattern that is the class: neighbours in averages of 32 x 32 know it."""
+    g, y = np.random.default_rng(0), np.arange(120) % 3
+    coarse = np.kron(g.integers(100, 156, (3, 8, 8, 3)), np.ones((1, 8, 8, 1)))[y]
+    images = (coarse + g.integers(-90, 91, (120, 64, 64, 3))).astype(np.uint8)
+    np.savez(tmp_path / "large.npz", images=images[:90], classes=y[:90], test_images=images[90:], test_classes=y[90:])
+    words = [tiny, f"run={tmp_path}/run", "data.source=arrays", f"data.root={tmp_path}/large.npz", "data.size=64", "model.attention="]
+    stage("train_diffusion", *words, "images=32")
+    called(monkeypatch, probe, *words, "protocol=linear", "activations=mid-repeat1-res-out", "t=0.5", "controls=pixels", "draws=1")
+    row = json.loads((tmp_path / "run/probe/linear.json").read_text())["rows"]["raw pixels"]
+    assert row["side"] == 32 and row["knn"] == 1
+
+
 def test_class_numbers_may_have_gaps(monkeypatch, tiny, tmp_path):
     g, y = np.random.default_rng(0), np.repeat([1, 3, 7], 20)
     np.savez(tmp_path / "gaps.npz", images=g.integers(256, size=(60, 16, 16, 3), dtype=np.uint8), classes=y, test_images=g.integers(256, size=(6, 16, 16, 3), dtype=np.uint8), test_classes=y[::10])
