@@ -1555,11 +1555,11 @@ def detect(run, cfg, net, state, context):
                     model = fit_detector(cfg, r, path, train.images, here, classes, masked, fit, *trial, seed, run.device, context, lambda: progress.update(1))
                     score = 0.0
                     if len(trials) > 1:
-                        tried = detections(model, train.images, val, cfg.batch, seed, "detect validation", run.device)
+                        tried = detections(model, train.images, val, min(cfg.batch, 64), seed, "detect validation", run.device)
                         score = coco_ap(tried, [here(i) for i in val], box_overlap).mean()
                     best = max(best, (score, trial, model), key=lambda v: v[0])
             _, (lr, l2), best = best
-            found = detections(best, test.images, np.arange(len(test)), cfg.batch, seed, "detect test", run.device)
+            found = detections(best, test.images, np.arange(len(test)), min(cfg.batch, 64), seed, "detect test", run.device)
             results.append(dict(seed=seed, lr=lr, l2=l2, **{k: summary(coco_ap(found, truth, overlap)) for k, overlap in overlaps.items()}))
             if not rows and seed == cfg.seeds[0] and run.rank == 0:
                 draw_objects(run.dir / "probe" / f"{cfg.name}.png", test.images, truth, found)
