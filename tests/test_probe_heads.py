@@ -303,14 +303,14 @@ def test_stored_features_score_as_the_network_does(monkeypatch, tiny, run, pool)
 
 def test_several_stored_maps(monkeypatch, refuse, tiny, run):
     called(monkeypatch, extract_features, tiny, f"run={run}", "activations=mid-repeat?-res-out", "t=0.5,0.8", "pool=none", "dtype=float16", "draws=2", "name=four")
-    base = [tiny, f"run={run}", "protocol=head", "features=four", "images=100", "width=16", "heads=4", "depth=1", "lr=1e-3", "l2=0", "seeds=0"]
+    base = [tiny, f"run={run}", "protocol=head", "features=four", "images=100", "width=16", "heads=4", "depth=1", "lr=1e-3", "l2=0", "seeds=0", "side=4"]
     called(monkeypatch, probe, *base, "head=difformer", "name=four")
     rows = json.loads((run / "probe/four.json").read_text())["rows"]
     row, one = rows["difformer"], rows["best single (block, t)"]
     assert row["passes"] == 4 and len(row["results"][0]["activations"]) == 2 and row["results"][0]["t"] == [0.5, 0.8]
     assert set(rows) == ({"difformer", "raw pixels", "side by side, linear"} | FUSION) - {"equal passes, averaged"} and one["passes"] == 2       # no further pass can be made
     assert len(one["results"][0]["activations"]) == len(one["results"][0]["t"]) == 1 and abs(rows["equal parameters"]["parameters"] - row["parameters"]) <= 17
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=linear", "features=four", "name=side-by-side")
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=linear", "features=four", "name=side-by-side", "controls=")
     assert json.loads((run / "probe/side-by-side.json").read_text())["rows"]["features"]["parameters"] == (4 * 32 + 1) * 10
     called(monkeypatch, probe, *base, "head=cnn", "controls=", "name=best")
     best = json.loads((run / "probe/best.json").read_text())["rows"]
