@@ -35,7 +35,7 @@ test: .venv/dev
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 bench: .venv/dev
-	for f in tests/bench_*.py; do $(PY) $$f || exit $$?; done
+	$(PY) tests/bench.py
 
 clean:
 	rm -rf .venv

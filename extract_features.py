@@ -35,8 +35,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, Model, ResBlock, UNet, UserError, VariancePreserving, as_input, autocast, bar,
-                             build_model, cli, create_rows, diffuse, digest, draw, finished, input_shape, load_data, load_model, read_json, read_torch, require,
-                             save_grid, start, to_uint8, torchvision_datasets, weights_hash, write_json, write_rows)
+                             build_model, cli, cost, create_rows, diffuse, digest, draw, finished, footprint, input_shape, load_data, load_model, read_json,
+                             read_torch, require, save_grid, start, to_uint8, torchvision_datasets, weights_hash, write_json, write_rows)
 
 
 @dataclass
@@ -736,6 +736,11 @@ def main():
         _, one = next(stream(net, state, blank, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())
         run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)}; {size / 1e6:,.0f} MB in {folder}")
+        if not cfg.model:
+            flops, N = footprint(net, state["channels"], state["size"])[0], sum(map(len, data.values()))
+            share = max(cost_shares(net, torch.zeros(blank.shape, device=run.device), torch.zeros(1, device=run.device))[n] for n in names)
+            cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {share:.2f} (as far as is read) x {len(times)} time(s) x {cfg.draws} draw(s) x {N:,} images",
+                 flops * share * len(times) * cfg.draws * N)
         return
     if run.agreed(finished(run, folder / "info.json", recipe)):
         return

@@ -32,9 +32,9 @@ from torch import nn
 from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
-from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, create_rows, decode, digest, draw, estimates, fill,
-                             finished, load_checkpoint, load_data, load_model, open_autoencoder, require, save_grid, seed_of, start, to_latents, to_uint8,
-                             weights_hash, wide, write_json, write_rows)
+from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, cost, create_rows, decode, digest, draw,
+                             estimates, fill, finished, footprint, load_checkpoint, load_data, load_model, open_autoencoder, require, save_grid, seed_of, start,
+                             to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
 
 
 @dataclass
@@ -71,6 +71,7 @@ class SampleOde:
     features_pool: str = "mean"                           # mean, none, or a number g: average over a grid of g x g
     batch: int = 250                                      # images per network call and process
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network; the ODE state is float32 always
+    compile: bool = False                                 # torch.compile the network: a minute or so that pays where n is many batches
     seed: int = 0                                         # sample i is a function of (seed, i)
     runs: list[str] = field(default_factory=list)         # --table: further run folders (other seeds) to average with
     overwrite: bool = False                               # replace samples that another recipe left under this name
@@ -927,7 +928,10 @@ def main():
                 "solver direction features_at", f"activations are kept at evaluations 0 to {last} of a fixed-step solver, while generating")
         require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdigit() and cfg.features_pool != "0", cfg, "features_pool",
                 "must be mean, none or a number")
-    models = conditioned(net, state), conditioned(weak, other) if weak else None
+        require(not cfg.compile, cfg, "features compile", "activations are read from the network as it is: compile=false")
+    varying = cfg.solver == "dopri5" or cfg.sweep == "nfe"                       # dopri5 leaves out rows that have arrived
+    ready = lambda net, state: conditioned(torch.compile(net, dynamic=varying) if cfg.compile else net, state)
+    models = ready(net, state), ready(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs") and (cfg.features or not k.startswith("features"))}
@@ -936,6 +940,11 @@ def main():
     recipe |= dict(bank=digest(state["maps"].numpy())) if cfg.mask or cfg.layouts != "train" else {}
     recipe |= dict(others=[load_checkpoint(run, name)["weights"] for name in cfg.against]) if cfg.against else {}
     if run.dry_run:
+        each = 100 if cfg.solver == "dopri5" else cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0])
+        many = cfg.n + (cfg.select * len(cfg.guidance) + cfg.n if len(cfg.guidance) > 1 else 0)
+        twice, flops = 1 + any(w not in (0, 1) for w in cfg.guidance), footprint(net, state["channels"], state["size"])[0]
+        cost(run, f"{flops / 1e9:,.1f} GFLOP a network call x {each} evaluations{' (a guess for dopri5)' if cfg.solver == 'dopri5' else ''} x {twice} "
+             f"({'guided' if twice > 1 else 'not guided'}) x {many:,} samples{', those for the choice of w included' if many > cfg.n else ''}", flops * each * twice * many)
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
         return
     if run.agreed(finished(run, folder / "metrics.json", recipe)):
@@ -962,7 +971,7 @@ def main():
             w, metrics["selection"] = choose_w(run, cfg, models, state, context, judge, aside)
         if cfg.sweep == "nfe":
             others = {name: load_model(run, name, cfg.weights) for name in cfg.against}
-            every = {cfg.checkpoint: (models, state)} | {name: ((conditioned(*pair), None), pair[1]) for name, pair in others.items()}
+            every = {cfg.checkpoint: (models, state)} | {name: ((ready(*pair), None), pair[1]) for name, pair in others.items()}
             metrics["nfe_sweep"] = nfe_sweep(run, cfg, every, w, context, judge, aside)
 
         # the samples that are reported

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from extract_features import load_features
-from train_diffusion import (UserError, atomic, cli, create_rows, digest, finished, load_data, read_json, require, save_grid, seed_of, start, write_json,
+from train_diffusion import (UserError, atomic, cli, cost, create_rows, digest, finished, load_data, read_json, require, save_grid, seed_of, start, write_json,
                              write_rows)
 
 
@@ -853,6 +853,8 @@ def fit_clusters(run, cfg, x, method, K):
     zero = [int(i) for i in np.flatnonzero(~np.any(x[:100_000], axis=1))[:1]] if cfg.metric == "cosine" or method == "sinkhorn" else []
     if zero:
         raise UserError(f"features/{cfg.features}: row {zero[0]} is all zeros, which has no direction; use metric=euclidean or another activation")
+    if run.device.type == "cuda" and 2 * mine.nbytes < torch.cuda.mem_get_info(run.device)[0]:
+        mine = torch.from_numpy(np.array(mine)).to(run.device)                   # read often: once over the bus, not at every iteration
     if method == "kmeans":
         c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, seed=cfg.seed,
                                    batch=max(cfg.batch, 4 * K) if n > cfg.full else 0, device=run.device)
@@ -974,6 +976,10 @@ def main():
         recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))
     if run.dry_run:
         run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
+        if cfg.method in ("kmeans", "sinkhorn"):
+            N, D = len(data["train"]), cfg.pca or reader(run, cfg, "train")[0](0, 1).shape[2]
+            passes = cfg.restarts * (cfg.iterations + (N > cfg.full)) if cfg.method == "kmeans" else 10 + (cfg.rounds + 1) * (cfg.sk_iterations + 2)
+            cost(run, f"at most {passes} passes x 2 x {N:,} images x {cfg.K:,} clusters x {D:,} numbers", passes * 2 * N * cfg.K * D, "fp32")
         return
     if run.agreed(path.exists() and finished(run, path.with_suffix(".json"), recipe)):
         return

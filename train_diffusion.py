@@ -1491,6 +1491,12 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
                     model.dropout, model.stem, heads=0 if model.head_channels else model.heads, **condition)
 
 
+def placed(net, device):
+    """`net` on the device, in the memory layout that suits it: U-Nets on GPUs channels-last, which was measured to be slower on CPUs."""
+    net.to(device)
+    return net.to(memory_format=torch.channels_last) if isinstance(net, UNet) and torch.device(device).type == "cuda" else net
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: tensors and plain types only, so that weights_only=True reads them and they rebuild the model alone
 
@@ -1557,7 +1563,7 @@ def load_model(run, name, weights="ema"):
         net.load_state_dict(state[weights])
     except RuntimeError as e:
         raise UserError(f"{state['file']}: the weights do not fit the architecture it names: {str(e).splitlines()[1].strip()[:160]}") from None
-    return net.eval().requires_grad_(False).to(run.device), state
+    return placed(net.eval().requires_grad_(False), run.device), state
 
 
 def autocast(run, precision):
@@ -1649,17 +1655,23 @@ def footprint(net, channels, size):
     return counter.get_total_flops(), sum(kept.values())
 
 
+def cost(run, what, flops, precision="bf16"):
+    """Say what a number of operations is made of and how long GPUs take for it, for --dry-run. what: the factors, in words."""
+    run.say(f"work: {what} = {flops:.2e} FLOP")
+    for card, rates in (("H100", dict(bf16=989e12, fp32=67e12)), ("RTX 4090", dict(bf16=165e12, fp32=83e12))):
+        seconds = flops / (0.4 * rates[precision])
+        run.say(f"  at 40 % of the {rates[precision] / 1e12:.0f} TFLOP/s that an {card} does in {precision}: "
+                + (f"{seconds / 3600:,.1f} GPU-hours" if seconds >= 360 else f"{seconds:,.0f} GPU-seconds"))
+
+
 def announce(run, cfg, net, folder):
     """What a training would do and cost, with the arithmetic: for --dry-run."""
     parameters, (channels, size) = sum(p.numel() for p in net.parameters()), input_shape(run)
     run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
     flops, kept = footprint(net, channels, size)
     passes, micro = 4 if cfg.recompute else 3, cfg.micro or cfg.batch // run.world
-    total = passes * flops * cfg.images
-    run.say(f"work: {flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
-            f"x {cfg.images:,} images = {total:.2e} FLOP")
-    for card, rate in (("H100", 989e12), ("RTX 4090", 165e12)):
-        run.say(f"  at 40 % of the {rate / 1e12:.0f} TFLOP/s that an {card} does in bf16: {total / (0.4 * rate) / 3600:,.1f} GPU-hours")
+    cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
+         f"x {cfg.images:,} images", passes * flops * cfg.images)
     run.say(f"memory: {20 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW) + " + (
         f"activations of one block at a time and the inputs of all, {micro} images (recompute=true)" if cfg.recompute else
         f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32) = {20 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; "
@@ -1760,8 +1772,6 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     micro = cfg.micro or share
     context, kind, why = autocast(run, cfg.precision)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    if run.device.type == "cuda" and state["model"]["backbone"] == "unet":       # on CPUs channels-last was measured to be slower
-        net.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
     net.recompute = cfg.recompute
     parts, weights, averages = dict(net=net, ema=ema), list(net.parameters()), list(ema.parameters())
     beside = list(side.parameters()) if side else []
@@ -1898,7 +1908,7 @@ def main():
     # train; the checkpoint alone rebuilds the model
     state = dict(kind="diffusion", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions={}, num_labels=0, path=cfg.path,
                  predict=cfg.predict, data=data.info["fingerprint"], config={k: run.sections[k] for k in ("data", "model", run.stage)})
-    fit(run, cfg, net.to(run.device), folder, data, state)
+    fit(run, cfg, placed(net, run.device), folder, data, state)
 
     # close
     run.say(f"model in {folder}, sample grids in {folder / 'samples'}")

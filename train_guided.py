@@ -30,7 +30,7 @@ from torch import nn
 from extract_features import feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
-                             input_shape, load_checkpoint, load_data, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
+                             input_shape, load_checkpoint, load_data, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
@@ -608,7 +608,7 @@ def main():
         return announce(run, cfg, net, folder)
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
-    net, side = net.to(run.device), None
+    net, side = placed(net, run.device), None
     state = dict(kind="guided", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions=conditions, num_labels=0,
                  path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init, condition=cfg.condition if conditions else "none",
                  labels=digest(labels["train"]) if guided else None, layout=layout, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=None,

@@ -136,7 +136,8 @@ def main():
             print(f"{kind}: skipped; {HOW.format(where, kind)}")
         for precision in GOAL if getattr(args, kind) else ():
             results[f"{kind} {precision}"] = compare(kind, getattr(args, kind), precision, args.batch, args.steps, args.profile)
-    print(json.dumps(dict(batch=args.batch, **results)))
+    if results:
+        print(json.dumps(dict(batch=args.batch, **results)))
 
 
 if __name__ == "__main__":

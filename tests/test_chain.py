@@ -1,6 +1,8 @@
 """The whole chain as subprocesses at tiny size, on one and on two ranks: every stage runs, writes what the contracts say, and agrees across ranks."""
+import importlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +50,23 @@ def test_metrics_have_a_line_per_interval(chain):
     lines = [json.loads(line) for line in (chain / "diffusion/base/metrics.jsonl").read_text().splitlines()]
     assert [m["images"] for m in lines] == [128, 256, 384, 512]
     assert all(len(m["loss_by_t"]) == 10 and m["images_per_second"] > 0 for m in lines) and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_stages_tell_their_cost_beforehand(chain, tiny, monkeypatch, capsys):
+    """--dry-run: operations from factors that are checked by hand here."""
+    width = np.load(chain / "labels/kmeans.npz")["centroids"].shape[1]
+    said = {}
+    for name, *words in [("extract_features", "activations=unet-out", "t=0.5,0.7", "draws=3"), ("self_label",), ("self_label", "method=sinkhorn", "rounds=2"),
+                         ("sample_ode", "checkpoint=guided/kmeans", "guidance=1,2", "n=10", "solver=rk4"), ("sample_ode", "n=10", "solver=dopri5")]:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tiny), f"run={chain}", "--dry-run", "name=new", *words])
+        module.main()
+        said[name, len(said)] = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("work:"))
+    total = lambda line: float(line.split("=")[-1].split()[0])
+    read, kmeans, sinkhorn, guided, plain = map(total, said.values())
+    assert kmeans == pytest.approx(30 * 2 * 512 * 6 * width, rel=0.01) and sinkhorn == pytest.approx((10 + 3 * 22) * 2 * 512 * 6 * width, rel=0.01)
+    forward = read / (2 * 3 * 768)                        # two times, three draws, all images
+    assert guided == pytest.approx(forward * 8 * 2 * (10 + 2 * 64 + 10), rel=0.05) and plain == pytest.approx(forward * 100 * 10, rel=0.05)
 
 
 def test_the_same_commands_again_find_the_work_done(chain, tiny):

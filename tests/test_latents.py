@@ -191,7 +191,7 @@ def test_footprint_in_closed_form():
 def test_costs_are_printed(run, monkeypatch, capsys):
     inside(monkeypatch, "train_diffusion", run[0], f"run={run[1].parent / 'none'}", "--dry-run", "recompute=true")
     text = capsys.readouterr().out
-    for word in ("GFLOP forward an image x 4", "GPU-hours", "memory:", f"{3 * 16 * 16 + 8 * 4 * 8 * 8:,} bytes an image", "x 320"):
+    for word in ("GFLOP forward an image x 4", "GPU-seconds", "memory:", f"{3 * 16 * 16 + 8 * 4 * 8 * 8:,} bytes an image", "x 320"):
         assert word in text, word
     assert not (run[1].parent / "none").exists()
 

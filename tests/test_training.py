@@ -1,5 +1,7 @@
 """Parts of the training loop against what they promise: order, feeding, averaging, label dropping, loss bins, non-finite losses."""
 import dataclasses
+import json
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import sample_ode
 import train_diffusion as td
 from train_guided import label_condition
 
@@ -109,3 +112,21 @@ def test_bf16_training_saves_float32_weights(tmp_path):
     run.cfg.precision = "bf16"
     out = td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
     assert all(v.dtype == torch.float32 and not k.startswith("_orig_mod") for k, v in out["net"].items())
+
+
+def test_a_compiled_network_trains_and_samples_like_the_plain_one(tiny, tmp_path, monkeypatch):
+    compiled, compile = [], torch.compile                 # graphs are captured as for a GPU, then run as they are: generating C++ would take minutes
+    monkeypatch.setattr(torch, "compile", lambda net, **how: compiled.append(how) or compile(net, backend="aot_eager", **how))
+
+    def run(stage, folder, *words):
+        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", str(tiny), f"run={tmp_path / folder}", "data.train=128", "data.test=64", "model.mult=1", "model.attention=8", *words])
+        stage.main()
+    for how in ("true", "false"):
+        run(td, how, "images=128", f"compile={how}")
+    logs = [[json.loads(line)["loss"] for line in (tmp_path / how / "diffusion" / "base" / "metrics.jsonl").read_text().splitlines()] for how in ("true", "false")]
+    assert len(compiled) == 1 and len(logs[0]) == 1 and np.allclose(*logs, rtol=1e-4)
+    run(td, "true", "images=160", "compile=false")        # may change when a training goes on: names of weights are the same
+    for how in ("true", "false"):
+        run(sample_ode, "true", "evaluate=false", "n=16", "batch=8", "solver=euler", f"compile={how}", f"name={how}")
+    images = [np.load(tmp_path / "true" / "samples" / how / "images.npy").astype(int) for how in ("true", "false")]
+    assert compiled[1:] == [dict(dynamic=False)] and np.abs(images[0] - images[1]).max() <= 1

@@ -1,0 +1,38 @@
+"""All benchmarks, one after the other; writes results/bench-<machine>.json, where <machine> is cpu or the GPU's name.
+
+    python tests/bench.py                        # three quarters of an hour on two CPU cores that do nothing else
+    python tests/bench.py hardware scale         # only these; the entries of others stay
+    python tests/bench.py published --uvit DIR --adm DIR         # words from the first -- on go to the benchmark
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from train_diffusion import write_json                   # noqa: E402
+
+
+def main():
+    at = next((i for i, w in enumerate(sys.argv) if w.startswith("--")), len(sys.argv))
+    names = sys.argv[1:at] or sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
+    machine = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    file = HERE.parent / "results" / f"bench-{machine}.json"
+    for name in names:
+        print(f"--- {name}", flush=True)
+        p, last = subprocess.Popen([sys.executable, HERE / f"bench_{name}.py", *sys.argv[at:]], stdout=subprocess.PIPE, text=True), ""
+        for last in p.stdout:
+            print(last, end="", flush=True)
+        if p.wait():
+            raise SystemExit(f"bench_{name}.py failed; {file} has the others")
+        if last.startswith("{"):                          # every benchmark ends with a line of JSON, unless it had nothing to measure
+            known = json.loads(file.read_text()) if file.exists() else {}
+            write_json(file, known | {name: json.loads(last)})
+    print(f"numbers in {file}")
+
+
+if __name__ == "__main__":
+    main()
