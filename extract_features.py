@@ -151,9 +151,10 @@ def catalogue(net):
 
 
 def describe(name):
-    """(kind, stage) of an activation's name: up-level0-repeat1-res-out -> res-out, up; the ends of the network have stage end."""
-    stage = re.match(r"down|mid|up(?!\w)", name)
-    return re.sub(r"^(unet|vit|(down|mid|up)(-level\d+)?(-repeat\d+)?(-vit-block\d+)?)-", "", name), stage[0] if stage else "end"
+    """(kind, stage) of an activation's name: up-level0-repeat1-res-out -> res-out, up; the ends of the network have stage end, blocks of plain transformers flat."""
+    stage = re.match(r"down|mid|up(?!\w)|block", name)
+    kind = re.sub(r"^(unet|vit|block\d+|(down|mid|up)(-level\d+)?(-repeat\d+)?(-vit-block\d+)?)-", "", name)
+    return kind, {"block": "flat"}.get(stage[0], stage[0]) if stage else "end"                   # plain transformers have no levels
 
 
 @torch.no_grad()
@@ -226,6 +227,14 @@ def tapped(net, names, stop=True, then=lambda x: x):
             h.remove()
 
 
+def fired(got, names):
+    """The values of `names` in what `tapped` got; a UserError where a pass has not come by."""
+    if silent := [n for n in names if n not in got]:
+        like = [n for n in got if describe(n)[1] == describe(silent[0])[1]] or list(got)
+        raise UserError(f"activations={silent[0]}: the network has it, but a forward pass never computes it" + (f"; computed are {', '.join(like[:5])}" if like else ""))
+    return [got[n] for n in names]
+
+
 def pooled(x, pool):
     """Map [B, C, H, W] -> float32 [B, C] (mean), [B, C * g * g] (grid) or the map itself (none)."""
     if pool == "none":
@@ -264,8 +273,8 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
                             net(diffuse(path, x, z, tt), 1000 * tt)
                     except _Enough:
                         pass
-                    for name in names:
-                        value = got[name] / draws if draws > 1 else got[name]
+                    for name, value in zip(names, fired(got, names)):
+                        value = value / draws if draws > 1 else value
                         out[name, t] = out[name, t] + value if d else value
                     got.clear()
             yield part, out
@@ -487,7 +496,7 @@ class Tabulated(VariancePreserving):
     """The variance-preserving path of another program's 1000 steps: abar [1000]."""
 
     def __init__(self, abar):
-        self.table = torch.cat([torch.zeros(1, dtype=torch.float64), abar.double().clamp(min=1e-12).log()])
+        self.table, self.copies = torch.cat([torch.zeros(1, dtype=torch.float64), abar.double().clamp(min=1e-12).log()]), {}
 
 
 class Clean:
@@ -701,8 +710,8 @@ def main():
         require(times == [1.0], cfg, "model t", "an encoder sees clean images: t=1")
     if cfg.activations == ["auto"]:
         probed = read_json(run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t=")
-        if probed.get("protocol") not in ("sweep", "boxes") or probed["hash"] != state["weights"]:
-            raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} ({state['weights']}) but of {probed.get('checkpoint')} ({probed.get('hash')}); "
+        if probed.get("protocol") not in ("sweep", "boxes") or probed["hash"] != state["weights"] or probed["recipe"].get("weights", "ema") != cfg.weights:
+            raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} ({state['weights']}, {cfg.weights}) but of {probed.get('checkpoint')} ({probed.get('hash')}, {probed['recipe'].get('weights')}); "
                             "run probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
         choice = probed["label_free"]
         names, times = matching(net, [choice["activation"]]), times or [choice["t"]]

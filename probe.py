@@ -43,7 +43,7 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import catalogue, load_features, matching, noise_level, stream, tapped, _Enough
+from extract_features import catalogue, fired, load_features, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished,
                              load_checkpoint, load_data, load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, shape_parts, start, write_json)
@@ -310,11 +310,14 @@ def sweep(run, cfg, net, state, context):
     result["table"] = table
     if run.rank == 0:
         shown = "nmi" if known else criterion
-        grid = [[next((r[shown] for r in table if r["activation"] == n and r["t"] == t), None) for t in sorted(set(cfg.t))] for n in names]
+        surface = lambda key: [[next((r[key] for r in table if r["activation"] == n and r["t"] == t), None) for t in sorted(set(cfg.t))] for n in names]
         where = lambda c, m: (names.index(c["activation"]), sorted(set(cfg.t)).index(c["t"]), m)
         marks = [where(result["label_free"], "F")] + ([where(result["oracle"]["nmi"], "O")] if known else [])
-        heat_map(run.dir / "probe" / f"{cfg.name}.png", grid, names, [f"t={t:g}" for t in sorted(set(cfg.t))],
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", surface(shown), names, [f"t={t:g}" for t in sorted(set(cfg.t))],
                  f"{shown} of k-means (K={K}) by block and time; F = label-free choice" + (", O = best with labels" if known else ""), marks)
+        if known:
+            heat_map(run.dir / "probe" / f"{cfg.name}-linear.png", surface("linear"), names, [f"t={t:g}" for t in sorted(set(cfg.t))],
+                     f"validation accuracy of a linear probe by block and time; F = label-free choice, O = best", [marks[0], where(result["oracle"]["linear"], "O")])
     run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} ({criterion} {chosen[criterion]:.3f})" + (
         f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} "
         f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of {criterion} with NMI "
@@ -500,12 +503,14 @@ def linear(run, cfg, net, state, context):
             scores.append(score(a, b))
         rows[what] = dict(activation=names, t=levels, passes=len(levels), parameters=(a.shape[1] + 1) * classes, draws=len(scores),
                           **{k: float(np.mean([s[k] for s in scores])) for k in ("linear", "knn")},
-                          **{f"{k}_std": float(np.std([s[k] for s in scores])) for k in ("linear", "knn")}, l2=scores[0]["l2"], k=scores[0]["k"])
-        run.say(f"{what:24} linear {rows[what]['linear']:.4f} +- {rows[what]['linear_std']:.4f}   kNN {rows[what]['knn']:.4f} +- {rows[what]['knn_std']:.4f}")
+                          **{f"{k}_std": float(np.std([s[k] for s in scores])) if len(scores) > 1 else None for k in ("linear", "knn")},
+                          l2=scores[0]["l2"], k=scores[0]["k"])
+        spread = {k: f" +- {rows[what][f'{k}_std']:.4f}" if len(scores) > 1 else " " * 10 for k in ("linear", "knn")}
+        run.say(f"{what:24} linear {rows[what]['linear']:.4f}{spread['linear']}   kNN {rows[what]['knn']:.4f}{spread['knn']}")
     if "pixels" in cfg.controls:
         side = min(32, train.images.shape[2])             # larger images are averaged: many columns cost much and tell little
         flat = lambda d: torch.cat([F.adaptive_avg_pool2d(scaled(d.images, slice(i, i + 1000), "cpu"), side).flatten(1) for i in range(0, len(d), 1000)])
-        rows["raw pixels"] = score(flat(train), flat(test)) | dict(side=side)
+        rows["raw pixels"] = score(flat(train), flat(test)) | dict(side=side, passes=0, parameters=(3 * side ** 2 + 1) * classes)
         run.say(f"{'raw pixels':24} linear {rows['raw pixels']['linear']:.4f}             kNN {rows['raw pixels']['knn']:.4f}")
     if run.rank == 0:
         heat_map(run.dir / "probe" / f"{cfg.name}.png", [[r["linear"], r["knn"]] for r in rows.values()], list(rows), ["linear", "kNN"],
@@ -640,7 +645,7 @@ def look(net, names, x_t, t):
             net(x_t, 1000 * t)
         except _Enough:
             pass
-    return [got[n].float() for n in names]
+    return [v.float() for v in fired(got, names)]
 
 
 @dataclass
@@ -906,7 +911,7 @@ def head(run, cfg, net, state, context):
             row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
     for what, row in rows.items():
         means = [np.mean(s["test"]) for s in row["results"]]
-        noise = None if stored and row["passes"] else float(np.mean([np.std(s["test"]) for s in row["results"]]))             # one draw is stored
+        noise = float(np.mean([np.std(s["test"]) for s in row["results"]])) if all(len(s["test"]) > 1 for s in row["results"]) else None      # one draw tells nothing
         row |= dict(accuracy=float(np.mean(means)), std=float(np.std(means)), noise_std=noise)
         run.say(f"{what:24} {row['accuracy']:.4f} +- {row['std']:.4f} over {len(means)} seed(s){'' if noise is None else f', +- {noise:.4f} over noise'}; "
                 f"{row['parameters']:,} trained parameters, {row['passes']} pass(es) per image")
@@ -924,8 +929,11 @@ def noise_sensitivity(a, b):
 
 
 def granularity(a, size):
-    """Length at which the spatial autocorrelation of maps [N, C, H, W], averaged over channels, falls to 1/e, in pixels of the size x size image."""
-    a = a - a.mean((0, 2, 3), keepdim=True)
+    """Length at which the spatial autocorrelation of maps [N, C, H, W], averaged over channels, falls to 1/e, in pixels of the size x size image.
+
+    The mean of each map is taken away, so that what is equal all over an image does not count as coarse; lengths of half a map and more come out too small.
+    """
+    a = a - a.mean((2, 3), keepdim=True)
     a, before = a / a.square().mean((0, 2, 3), keepdim=True).sqrt().clamp(min=1e-9), 1.0
     for d in range(1, a.shape[3]):
         r = float((a[..., d:] * a[..., :-d]).mean() + (a[..., d:, :] * a[..., :-d, :]).mean()) / 2
@@ -1000,7 +1008,8 @@ def select(run, cfg, net, state, context):
     found = ", ".join(f"{r['activation']} ({r['size']} x {r['size']}, {r['linear']:.3f})" for r in best.values())
     run.say(f"{len(rest)} of {len(table)} (activation, t) pass; dropped: {gone}; chosen: {found} at t={rest[0]['t']:g}")
     if run.rank == 0:
-        sections = run.sections | dict(extract_features=run.sections.get("extract_features", {}) | chosen | dict(name="select"), probe=chosen)
+        whose = dict(checkpoint=cfg.checkpoint, weights=cfg.weights)
+        sections = run.sections | dict(extract_features=run.sections.get("extract_features", {}) | chosen | whose | dict(name=cfg.name), probe=chosen | whose)
         with atomic(run.dir / "probe" / f"{cfg.name}.yaml") as f:
             f.write(yaml.safe_dump(sections, sort_keys=False).encode())
         shown, times = [n for n in names if any(r["activation"] == n for r in rest)], sorted(set(cfg.t))

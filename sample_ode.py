@@ -185,11 +185,12 @@ class Field:
     def output(self, x, t, label):
         """The network's prediction, guided. x: [B, C, H, W]; t: [B], equal for all rows or not; label: [B] or None."""
         inside = (t >= self.interval[0]) & (t <= self.interval[1])               # [B]
-        if self.w == 1 or not inside.any() or self.weak is None and label is None:
+        always = self.interval[0] <= 0 and self.interval[1] >= 1                 # asking the tensor makes a GPU wait
+        if self.w == 1 or self.weak is None and label is None or not (always or inside.any()):
             return self.call(self.net, x, t, label)
         if self.weak is not None:
             good, bad = self.call(self.net, x, t, label), self.call(self.weak, x, t, label if getattr(self.weak, "num_labels", 0) else None)
-        elif self.w == 0 and inside.all():
+        elif self.w == 0 and (always or inside.all()):
             return self.call(self.net, x, t, torch.full_like(label, self.null))
         else:                                             # conditional and unconditional in one batch
             good, bad = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)])).chunk(2)
@@ -901,8 +902,8 @@ def main():
     require(len(cfg.interval) == 2 and cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
             "sweeps and a choice of w need evaluate=true and at least two samples")
-    net, state = load_model(run, cfg.checkpoint, cfg.weights)
-    weak, other = load_model(run, cfg.autoguide, cfg.weights) if cfg.autoguide else (None, None)
+    net, state = load_model(run, cfg.checkpoint, cfg.weights, cfg.compile)
+    weak, other = load_model(run, cfg.autoguide, cfg.weights, cfg.compile) if cfg.autoguide else (None, None)
     if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
         raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
     if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "layout", "label_digest", "condition")):
@@ -970,7 +971,7 @@ def main():
         if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
             w, metrics["selection"] = choose_w(run, cfg, models, state, context, judge, aside)
         if cfg.sweep == "nfe":
-            others = {name: load_model(run, name, cfg.weights) for name in cfg.against}
+            others = {name: load_model(run, name, cfg.weights, cfg.compile) for name in cfg.against}
             every = {cfg.checkpoint: (models, state)} | {name: ((ready(*pair), None), pair[1]) for name, pair in others.items()}
             metrics["nfe_sweep"] = nfe_sweep(run, cfg, every, w, context, judge, aside)
 

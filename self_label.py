@@ -77,7 +77,7 @@ def rows_of(features, rows, metric, device="cpu"):
     """features[rows] as float32 [n, D] on the device, of unit length under the cosine metric. features: tensor or (memory-mapped) array [N, D]."""
     x = features[rows]
     x = torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x
-    x = x.to(device, torch.float32)
+    x = x.to(device).float()                              # in this order fewer bytes cross the bus
     return F.normalize(x, dim=1) if metric == "cosine" else x
 
 

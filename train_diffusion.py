@@ -86,7 +86,7 @@ class Model:
     patch: int = 2                                        # uvit: patch size
     depth: int = 12                                       # uvit: blocks besides the middle one (half before, half after)
     heads: int = 8                                        # uvit: attention heads
-    final_conv: bool = True                               # uvit: 3x3 convolution after the last layer (pixels: yes, latents: no)
+    final_conv: bool = True                               # uvit: 3x3 convolution after the last layer (published: all but the H models)
     registers: int = 0                                    # uvit: learned tokens beside those of time and condition
     clock: list[float] = field(default_factory=lambda: [0, 1000])   # a, b: the network is told the time as a + b t; published weights count steps of noise
 
@@ -305,8 +305,7 @@ def start(stage, cls, doc, flags=()):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = stage in ("train_diffusion", "train_guided")   # not in k-means, metrics, ODEs
-        torch.backends.cudnn.benchmark = True
+        gpu_flags(training=stage in ("train_diffusion", "train_guided"))
     dry = "--dry-run" in given
     if world > 1 and not dry:                             # preparing a large data set may keep the other ranks waiting for hours
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
@@ -317,6 +316,12 @@ def start(stage, cls, doc, flags=()):
     else:
         check_run_folder(run)
     return run
+
+
+def gpu_flags(training):
+    """PyTorch's settings for GPUs: short float32 products (TF32) in training only, not in k-means, metrics and ODEs; convolutions by the fastest kernel tried."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training
+    torch.backends.cudnn.benchmark = True
 
 
 def check_run_folder(run):
@@ -1122,7 +1127,7 @@ class VariancePreserving:
 
     def __init__(self, schedule="linear"):
         """Other schedules on the same clock: cosine (arXiv 2102.09672), sd (Stable Diffusion: even steps in sqrt(beta)), sde (2011.13456: beta from 0.1 to 20)."""
-        u = torch.arange(1001, dtype=torch.float64) / 1000
+        u, self.copies = torch.arange(1001, dtype=torch.float64) / 1000, {}
         if schedule == "sde":
             self.table = -(0.1 * u + 9.95 * u ** 2)       # ln abar after 0, 1, ..., 1000 steps
             return
@@ -1131,11 +1136,17 @@ class VariancePreserving:
                  "cosine": (1 - falling[1:] / falling[:-1]).clamp(max=0.999)}[schedule]
         self.table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
 
+    def on(self, device):
+        """The table there; copied once, since a copy makes a GPU wait."""
+        if device not in self.copies:
+            self.copies[device] = self.table.to(device)
+        return self.copies[device]
+
     def log_abar(self, t):
         """ln of the product of (1 - beta), interpolated between the 1000 steps. t: [...] -> same shape, float64."""
         u = (1000 * (1 - t.double())).clamp(0, 1000)
         k = u.floor().clamp(max=999).long()
-        table = self.table.to(t.device)
+        table = self.on(t.device)
         return table[k] + (u - k) * (table[k + 1] - table[k])
 
     def alpha(self, t):
@@ -1158,7 +1169,7 @@ class VariancePreserving:
 
     def time(self, s):
         """Inverse of `clock`: ln abar = -ln(1 + rho^2), looked up in the (falling) table."""
-        table, y = self.table.to(s.device), -torch.log1p(s.double() ** 2)
+        table, y = self.on(s.device), -torch.log1p(s.double() ** 2)
         k = (torch.searchsorted(-table, -y) - 1).clamp(0, 999)
         return (1 - (k + (y - table[k]) / (table[k + 1] - table[k])) / 1000).clamp(0, 1).to(s.dtype)
 
@@ -1280,12 +1291,17 @@ def again(f, *args):
     return torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False) if torch.is_grad_enabled() else f(*args)
 
 
+def plainly(f, *args):
+    """f(*args): what `again` is instead of."""
+    return f(*args)
+
+
 class UNet(nn.Module):
     """The ADM U-Net (arXiv 2105.05233): scale-shift residual blocks, residual resampling, attention at chosen map sizes.
 
     A label row or a vector is added to the time embedding; a layout is concatenated to the input.
     """
-    recompute = False                                     # activation checkpointing, block by block
+    run_block = staticmethod(plainly)                     # or `again`: activation checkpointing, block by block
 
     def __init__(self, size, in_channels, out_channels, channels, mult, blocks, attention, head_channels, dropout=0.0, stem=1,
                  num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
@@ -1340,16 +1356,13 @@ class UNet(nn.Module):
                 x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
             return x
 
-        def through(block, x):
-            return again(layers, block, x, emb) if self.recompute else layers(block, x, emb)
-
         x, skips = F.pixel_unshuffle(x, self.stem), []
         for block in self.input_blocks:
-            x = through(block, x)
+            x = self.run_block(layers, block, x, emb)
             skips.append(x)
-        x = through(self.middle_block, x)
+        x = self.run_block(layers, self.middle_block, x, emb)
         for block in self.output_blocks:
-            x = through(block, torch.cat([x, skips.pop()], 1))
+            x = self.run_block(layers, block, torch.cat([x, skips.pop()], 1), emb)
         return F.pixel_shuffle(self.out(x), self.stem)
 
 
@@ -1409,7 +1422,7 @@ class UViT(nn.Module):
     Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens. Behind condition and time there may be
     registers: tokens that are the same for all inputs, a row of pos_embed each.
     """
-    recompute = False                                     # activation checkpointing, block by block
+    run_block = staticmethod(plainly)                     # or `again`: activation checkpointing, block by block
 
     def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0, vector_dim=0, layout_channels=0,
                  clock=(0, 1000), registers=0):
@@ -1455,13 +1468,12 @@ class UViT(nn.Module):
             front.insert(0, cond)
         x = torch.cat([torch.stack(front, 1), tokens], 1) + self.pos_embed
         skips = []
-        through = again if self.recompute else lambda block, *tokens: block(*tokens)
         for block in self.in_blocks:
-            x = through(block, x)
+            x = self.run_block(block, x)
             skips.append(x)
-        x = through(self.mid_block, x)
+        x = self.run_block(self.mid_block, x)
         for block in self.out_blocks:
-            x = through(block, x, skips.pop())
+            x = self.run_block(block, x, skips.pop())
         x = self.decoder_pred(self.norm(x)[:, self.extras:])                     # [B, L, patch * patch * C]
         x = x.reshape(len(x), self.grid, self.grid, self.patch, self.patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return self.final_layer(x.reshape(len(x), self.out_channels, self.grid * self.patch, self.grid * self.patch))
@@ -1491,10 +1503,13 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
                     model.dropout, model.stem, heads=0 if model.head_channels else model.heads, **condition)
 
 
-def placed(net, device):
-    """`net` on the device, in the memory layout that suits it: U-Nets on GPUs channels-last, which was measured to be slower on CPUs."""
+def placed(net, device, compiled=False):
+    """`net` on the device, in the memory layout that suits it: U-Nets that a GPU runs compiled are channels-last.
+
+    Not compiled they are not, since PyTorch's own group normalisation knows one layout on GPUs; on CPUs channels-last was measured to be slower.
+    """
     net.to(device)
-    return net.to(memory_format=torch.channels_last) if isinstance(net, UNet) and torch.device(device).type == "cuda" else net
+    return net.to(memory_format=torch.channels_last) if isinstance(net, UNet) and compiled and torch.device(device).type == "cuda" else net
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1555,7 +1570,7 @@ def load_checkpoint(run, name):
     return state | {"file": str(path)}
 
 
-def load_model(run, name, weights="ema"):
+def load_model(run, name, weights="ema", compiled=False):
     """(network in eval mode on the run's device, checkpoint dict) from the checkpoint alone."""
     state = load_checkpoint(run, name)
     net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], **state["conditions"])
@@ -1563,7 +1578,7 @@ def load_model(run, name, weights="ema"):
         net.load_state_dict(state[weights])
     except RuntimeError as e:
         raise UserError(f"{state['file']}: the weights do not fit the architecture it names: {str(e).splitlines()[1].strip()[:160]}") from None
-    return placed(net.eval().requires_grad_(False), run.device), state
+    return placed(net.eval().requires_grad_(False), run.device, compiled), state
 
 
 def autocast(run, precision):
@@ -1640,8 +1655,9 @@ def preview(net, path, predict, z, steps=25, **condition):
 
 
 def footprint(net, channels, size):
-    """(operations of one forward pass of one image, bytes that it keeps for the backward pass in float32), counted on a copy without data."""
-    net, kept, counter = copy.deepcopy(net).to("meta").train(), {}, FlopCounterMode(display=False)
+    """(operations of one forward pass of one image, bytes that it keeps for the backward pass in float32, the same when blocks are run `again`), counted on a
+    copy without data."""
+    net, kept, counter, inputs, inside = copy.deepcopy(net).to("meta").train(), {}, FlopCounterMode(display=False), {}, []
     own = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def keep(x):                                          # views share their storage
@@ -1649,10 +1665,19 @@ def footprint(net, channels, size):
             kept[storage._cdata] = storage.nbytes()
         return x
 
+    def watched(f, *args):                                # what a block keeps, and the inputs that would be kept in its place
+        before = sum(kept.values())
+        out = f(*args)
+        inside.append(sum(kept.values()) - before)
+        inputs.update({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in args if isinstance(x, torch.Tensor)})
+        return out
+
+    net.run_block = watched
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = net(torch.empty(1, channels, size, size, device="meta"), torch.empty(1, device="meta"))
     del out
-    return counter.get_total_flops(), sum(kept.values())
+    total = sum(kept.values())
+    return counter.get_total_flops(), total, total - sum(inside) + sum(inputs.values()) + max(inside)
 
 
 def cost(run, what, flops, precision="bf16"):
@@ -1668,19 +1693,23 @@ def announce(run, cfg, net, folder):
     """What a training would do and cost, with the arithmetic: for --dry-run."""
     parameters, (channels, size) = sum(p.numel() for p in net.parameters()), input_shape(run)
     run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
-    flops, kept = footprint(net, channels, size)
+    flops, *kept = footprint(net, channels, size)
+    kept = kept[cfg.recompute]
     passes, micro = 4 if cfg.recompute else 3, cfg.micro or cfg.batch // run.world
     cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
          f"x {cfg.images:,} images", passes * flops * cfg.images)
-    run.say(f"memory: {20 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW) + " + (
-        f"activations of one block at a time and the inputs of all, {micro} images (recompute=true)" if cfg.recompute else
-        f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32) = {20 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; "
-        "lower it by micro=, recompute=true"))
-    known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source, (0, 0))
-    count = 0 if run.data.classes else sum(getattr(run.data, s) or n for s, n in zip(("train", "test"), known))
+    run.say(f"memory: {22 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW; 2 for weights in bf16) + "
+            f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32{'; of one block, and the inputs of all' if cfg.recompute else ''}) = "
+            f"{22 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; lower it by micro={'' if cfg.recompute else ', recompute=true'}")
+    if run.data.source == "folder" and Path(run.data.root).is_dir():
+        known = [source_batches(run, split, [])[0] for split in ("train", "test")]
+    else:
+        known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source, (0, 0))
+        known = (0, 0) if run.data.classes else known
+    count = sum(getattr(run.data, s) or n for s, n in zip(("train", "test"), known)) if any(known) else 0
     each = 3 * run.data.size ** 2 + (8 * channels * size ** 2 if run.data.latents else 0)
     run.say(f"disk: {each:,} bytes an image (uint8 pixels" + (", float16 mean and std of latents, twice for the mirror image)" if run.data.latents else ")")
-            + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else ", as many as the source has"))
+            + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else f": {each / 1e3:,.1f} GB a million; counted where data.root is there"))
 
 
 def check_training(run, cfg):
@@ -1772,7 +1801,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     micro = cfg.micro or share
     context, kind, why = autocast(run, cfg.precision)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.recompute = cfg.recompute
+    net.run_block = again if cfg.recompute else plainly
     parts, weights, averages = dict(net=net, ema=ema), list(net.parameters()), list(ema.parameters())
     beside = list(side.parameters()) if side else []
     if side:
@@ -1908,7 +1937,7 @@ def main():
     # train; the checkpoint alone rebuilds the model
     state = dict(kind="diffusion", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions={}, num_labels=0, path=cfg.path,
                  predict=cfg.predict, data=data.info["fingerprint"], config={k: run.sections[k] for k in ("data", "model", run.stage)})
-    fit(run, cfg, placed(net, run.device), folder, data, state)
+    fit(run, cfg, placed(net, run.device, cfg.compile), folder, data, state)
 
     # close
     run.say(f"model in {folder}, sample grids in {folder / 'samples'}")

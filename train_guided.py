@@ -106,9 +106,11 @@ def layout_condition(labels, maps, K, kinds, cfg, device):
     maps: uint8 [N, H, W], ids 0 ... kinds - 1 (of masks 0 = no object, a channel of its own), kinds = no condition there.
     """
     table = torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+    resident = torch.from_numpy(np.ascontiguousarray(maps)).to(device) if torch.device(device).type == "cuda" and maps.nbytes < 2e9 else None
 
     def condition(rows, u):
-        ids, drop = torch.from_numpy(maps[rows.cpu().numpy()]).to(device).long(), u[:, 2] < cfg.drop
+        ids = (torch.from_numpy(maps[rows.cpu().numpy()]).to(device) if resident is None else resident[rows]).long()
+        drop = u[:, 2] < cfg.drop
         if cfg.flip:
             ids = torch.where((u[:, 1] < 0.5)[:, None, None], ids.flip(-1), ids)
         ids = torch.where(drop[:, None, None], kinds, ids)
@@ -608,7 +610,7 @@ def main():
         return announce(run, cfg, net, folder)
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
-    net, side = placed(net, run.device), None
+    net, side = placed(net, run.device, cfg.compile), None
     state = dict(kind="guided", model=dataclasses.asdict(run.model), size=size, channels=channels, conditions=conditions, num_labels=0,
                  path=cfg.path, predict=cfg.predict, data=data.info["fingerprint"], init=init, condition=cfg.condition if conditions else "none",
                  labels=digest(labels["train"]) if guided else None, layout=layout, label_file=cfg.labels, label_scores=info.get("scores", {}), marginal=None,

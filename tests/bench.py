@@ -2,7 +2,7 @@
 
     python tests/bench.py                        # three quarters of an hour on two CPU cores that do nothing else
     python tests/bench.py hardware scale         # only these; the entries of others stay
-    python tests/bench.py published --uvit DIR --adm DIR         # words from the first -- on go to the benchmark
+    python tests/bench.py published --uvit DIR --adm DIR         # words from the first -- on go to this one benchmark
 """
 import json
 import subprocess
@@ -21,17 +21,20 @@ def main():
     names = sys.argv[1:at] or sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
     machine = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     file = HERE.parent / "results" / f"bench-{machine}.json"
+    failed = []
     for name in names:
         print(f"--- {name}", flush=True)
-        p, last = subprocess.Popen([sys.executable, HERE / f"bench_{name}.py", *sys.argv[at:]], stdout=subprocess.PIPE, text=True), ""
+        p, last = subprocess.Popen([sys.executable, HERE / f"bench_{name}.py", *(sys.argv[at:] if len(names) == 1 else [])], stdout=subprocess.PIPE, text=True), ""
         for last in p.stdout:
             print(last, end="", flush=True)
         if p.wait():
-            raise SystemExit(f"bench_{name}.py failed; {file} has the others")
-        if last.startswith("{"):                          # every benchmark ends with a line of JSON, unless it had nothing to measure
+            failed.append(name)
+        elif last.startswith("{"):                          # every benchmark ends with a line of JSON, unless it had nothing to measure
             known = json.loads(file.read_text()) if file.exists() else {}
             write_json(file, known | {name: json.loads(last)})
     print(f"numbers in {file}")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from train_diffusion import Data, Model, Run, TrainDiffusion, build_model, feed, fill, fit, load_data, prepare_data          # noqa: E402
+from train_diffusion import Data, Model, Run, TrainDiffusion, build_model, feed, fill, fit, load_data, placed, prepare_data          # noqa: E402
 
 
 def main():
@@ -45,7 +45,7 @@ def main():
         # feed while training
         state = dict(kind="diffusion", model=plain["model"], size=data.size, channels=3, conditions={}, num_labels=0, path=cfg.path, predict=cfg.predict,
                      data=images.info["fingerprint"], config=plain)
-        fit(run, cfg, build_model(model, data.size).to(device), run.dir / "diffusion" / "bench", images, state)
+        fit(run, cfg, placed(build_model(model, data.size), device), run.dir / "diffusion" / "bench", images, state)
         lines = [json.loads(line) for line in (run.dir / "diffusion" / "bench" / "metrics.jsonl").read_text().splitlines()][1:]      # the first one warms up
     seconds = sum(v["seconds"] for v in lines)
     waiting, speed = sum(v["waiting"] * v["seconds"] for v in lines) / seconds, (len(lines) * cfg.log_every) / seconds

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,11 +28,10 @@ sys.path.insert(0, str(ROOT))
 import train_diffusion                                                                                                      # noqa: E402
 from sample_ode import frechet                                                                                              # noqa: E402
 from self_label import kmeans, sinkhorn_stream                                                                              # noqa: E402
-from train_diffusion import (PATHS, Data, Model, Run, Split, TrainDiffusion, autocast, build_model, fill, fit, footprint, loss_per_image,     # noqa: E402
+from train_diffusion import (PATHS, Data, Model, Run, Split, TrainDiffusion, autocast, build_model, fill, fit, footprint, gpu_flags, loss_per_image,     # noqa: E402
                              placed)
 
 GPU = DEVICE.type == "cuda"
-train_diffusion.preview = lambda net, path, predict, z, **condition: z[:, :3]                                               # no pictures at the end of fit()
 
 
 def rates():
@@ -58,12 +58,13 @@ def training(what, model, latent, batch, updates, rate):
         run = Run("train_diffusion", Path(folder), cfg, Data(), model, plain, False, set(), device=DEVICE)
         state = dict(kind="diffusion", model=plain["model"], size=32, channels=channels, conditions={}, num_labels=0, path="cv", predict="v", data="random", config=plain)
         run.say = lambda *words: None
-        fit(run, cfg, placed(build_model(model, 32, channels), DEVICE), run.dir / "model", Split(images, np.zeros(4096), None, None, {}, latents), state)
+        with mock.patch.object(train_diffusion, "preview", lambda net, path, predict, z: z[:, :3]):              # no pictures at the end of fit()
+            fit(run, cfg, placed(build_model(model, 32, channels), DEVICE, GPU), run.dir / "model", Split(images, np.zeros(4096), None, None, {}, latents), state)
         lines = [json.loads(line) for line in (run.dir / "model" / "metrics.jsonl").read_text().splitlines()][1:]          # the first one warms up
         context, kind, _ = autocast(run, cfg.precision)
     whole = min(line["seconds"] for line in lines) / updates                     # of an update
 
-    net = placed(build_model(model, 32, channels), DEVICE).train()
+    net = placed(build_model(model, 32, channels), DEVICE, GPU).train()
     step_net, opt = torch.compile(net) if GPU else net, torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     x, z, t = torch.randn(2, batch, channels, 32, 32, device=DEVICE).unbind() + (torch.rand(batch, device=DEVICE),)
 
@@ -85,16 +86,19 @@ def training(what, model, latent, batch, updates, rate):
 
 
 def main():
+    gpu_flags(training=False)                             # the rate of fp32 is that of full products
     rate = rates()
+    gpu_flags(training=True)
     print("rates: " + ", ".join(f"{k} {v / 1e9:,.0f} G{'B' if k == 'bytes' else 'FLOP'}/s" for k, v in rate.items()), flush=True)
     out = {"rates, 1/s": {k: float(f"{v:.4g}") for k, v in rate.items()}}
     config = yaml.safe_load((ROOT / "configs" / ("cifar10.yaml" if GPU else "cifar10-cpu.yaml")).read_text())
-    unet, big = fill("model", Model, config["model"]), Model("uvit", channels=1024, depth=20, heads=16, patch=2, final_conv=False)
-    uvit = big if GPU else Model("uvit", channels=384, depth=12, heads=6, patch=2, final_conv=False)
+    unet, big = fill("model", Model, config["model"]), Model("uvit", channels=1024, depth=20, heads=16, patch=2)
+    uvit = big if GPU else Model("uvit", channels=384, depth=12, heads=6, patch=2)
     updates = 20 if GPU else 3
     out["training, U-ViT on latents"] = training(f"U-ViT, {'L/2' if GPU else '384 wide, 12 deep'}, on latents", uvit, True, 256 if GPU else 16, updates, rate)
     out["training, CIFAR-10 U-Net"] = training("CIFAR-10 U-Net", unet, False, 512 if GPU else 64, 2 * updates, rate)
 
+    gpu_flags(training=False)
     N, D, K = (1_280_000, 1024, 5000) if GPU else (60_000, 1024, 1000)
     x = torch.randn(N, D, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     c = x[:K].clone()

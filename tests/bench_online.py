@@ -21,7 +21,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from extract_features import matching                                                                                       # noqa: E402
-from train_diffusion import Data, Model, Run, build_model, fill, fit, load_data, prepare_data                                # noqa: E402
+from train_diffusion import Data, Model, Run, build_model, fill, fit, load_data, placed, prepare_data                                # noqa: E402
 from train_guided import Labeller, TrainGuided                                                                              # noqa: E402
 
 IMAGES, TURNS = 4096, 5
@@ -54,7 +54,7 @@ def main():
         def seconds(name, conditions=None, keys=None):
             """One training, from its first update to its checkpoint; with keys also the labeller's share."""
             cfg, side = dataclasses.replace(base, **(keys or {})), None
-            net = build_model(model, data.size, **(conditions or {})).to(device)
+            net = placed(build_model(model, data.size, **(conditions or {})), device)
             if keys:
                 side = Labeller(cfg, net, matching(net, [cfg.sk_activation])[-1], data.size)
                 side.watch(images)

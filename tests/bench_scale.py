@@ -1,6 +1,6 @@
 """ImageNet's numbers: a feature file of 1.28 M x 1,024 written by several processes, k-means and Sinkhorn at K = 5,000 streamed from it.
 
-    python tests/bench_scale.py                  # eight minutes on two CPU cores, 3 GB of disk in the folder for temporary files; timings of busy machines mean nothing
+    python tests/bench_scale.py                  # eight minutes on two CPU cores, 6 GB of disk in the folder for temporary files; timings of busy machines mean nothing
     python tests/bench_scale.py 128000           # so many rows instead
 
 writing      seconds in write_rows() of two processes that fill one file side by side, against one process that writes the same bytes in order

@@ -167,7 +167,7 @@ def test_recomputed_gradients_are_the_same(model):
         net, held = build_model(model, 16).train(), []
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
-        net.recompute = again
+        net.run_block = td.again if again else td.plainly
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
             out = net(torch.ones(2, 3, 16, 16), torch.tensor([3.0, 700.0])).square().mean()
@@ -181,11 +181,15 @@ def test_footprint_in_closed_form():
     """A U-ViT's matrix products by hand: 12 D^2 a block and token, 2 D^2 for a skip, 2 L D attention, twice for multiply and add."""
     D, L, depth = 64, 16 + 1, 4
     net = build_model(Model("uvit", channels=D, patch=4, depth=depth, heads=2, final_conv=False), 16)
-    flops, kept = td.footprint(net, 3, 16)
+    flops, kept, less = td.footprint(net, 3, 16)
     blocks = (depth + 1) * (12 * D * D * L) + depth // 2 * 2 * D * D * L
     ends = 16 * 2 * 48 * D
     assert flops == pytest.approx(2 * (blocks + (depth + 1) * 2 * L * L * D) + 2 * ends, rel=0.06)
     assert 4 * L * D * depth < kept < 4 * L * D * depth * 60
+    assert 4 * L * D * (depth + 1) < less < kept / 2      # recomputed: the input of every block, one block, the ends
+    deeper = build_model(Model("uvit", channels=D, patch=4, depth=2 * depth, heads=2, final_conv=False), 16)
+    more = [a - b for a, b in zip(td.footprint(deeper, 3, 16)[1:], (kept, less))]
+    assert more[1] == 4 * depth * L * D < more[0] / 5     # of each further block its input in four bytes; skips are inputs of others
 
 
 def test_costs_are_printed(run, monkeypatch, capsys):

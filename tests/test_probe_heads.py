@@ -220,6 +220,8 @@ def test_properties_of_known_fields():
     white, fall = noise(32, 8, 16, 16), 1 - 1 / math.e
     assert granularity(white, 16) == pytest.approx(fall, rel=0.02) and granularity(white, 64) == pytest.approx(4 * fall, rel=0.02)
     assert granularity(white.repeat_interleave(4, 2).repeat_interleave(4, 3), 64) == pytest.approx(4 * fall, rel=0.05)
+    each = noise(32, 8, 4, 4)
+    assert granularity(each + 5 * noise(32, 8, 1, 1, seed=3), 32) == pytest.approx(granularity(each, 32)) == pytest.approx(8 * fall, rel=0.1)      # a constant per image
     ar = noise(64, 8, 64, 64)
     for axis in (2, 3):
         for i in range(1, 64):
