@@ -407,27 +407,33 @@ def open_evaluator(run, name):
 
 
 @torch.no_grad()
-def features_of(run, evaluator, images, what, shard=True):
-    """Evaluator features of uint8 images, float32 [N, D], on the first process (None elsewhere). shard: each rank computes its share of common images."""
-    rows = np.arange(len(images) * run.rank // run.world, len(images) * (run.rank + 1) // run.world) if shard else np.arange(len(images))
-    out = []
-    with bar(run, len(images), what) as progress:
+def features_of(run, evaluator, images, rows, what):
+    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]."""
+    with bar(run, len(rows) * run.world, what) as progress:
         for i in range(0, len(rows), 100):
-            out.append(evaluator(torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]])).to(run.device)).float().cpu())
-            progress.update(len(out[-1]) * (run.world if shard else 1))
-    out = torch.cat(out) if out else torch.zeros(0, 1)
-    if not torch.isfinite(out).all():
-        raise UserError(f"{what}: the evaluator returned non-finite features")
-    if run.world == 1:
-        return out
-    every = [None] * run.world if run.rank == 0 else None
-    dist.gather_object(out, every)
-    return torch.cat([e for e in every if len(e)]) if run.rank == 0 else None
+            out = evaluator(torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]])).to(run.device)).float().cpu()
+            if not torch.isfinite(out).all():
+                raise UserError(f"{what}: the evaluator returned non-finite features")
+            yield out
+            progress.update(len(out) * run.world)
+
+
+def chunks_of(x, device="cpu", size=20_000):
+    """Rows of features [N, D], a tensor or a memory-mapped array, in chunks, float64 on the device."""
+    for i in range(0, len(x), size):
+        part = x[i:i + size]
+        yield (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part).to(device).double()
+
+
+def moments(x, device="cpu"):
+    """Mean [D] and covariance [D, D] of features [N, D], float64; memory does not grow with N."""
+    mean = sum(c.sum(0) for c in chunks_of(x, device)) / len(x)
+    return mean.cpu(), (sum((c - mean).T @ (c - mean) for c in chunks_of(x, device)) / (len(x) - 1)).cpu()
 
 
 def frechet(a, b):
-    """Frechet distance between Gaussians fitted to features a [N, D], b [M, D]: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64."""
-    (m1, c1), (m2, c2) = [(x.double().mean(0), torch.cov(x.double().T).reshape(x.shape[1], -1)) for x in (a, b)]
+    """Frechet distance between Gaussians fitted to features a [N, D], b [M, D], or given as their moments: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64."""
+    (m1, c1), (m2, c2) = [x if isinstance(x, tuple) else moments(x) for x in (a, b)]
     e, u = torch.linalg.eigh(c1)
     root = (u * e.clamp(min=0).sqrt()) @ u.T              # symmetric square root of C1
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
@@ -453,10 +459,12 @@ def manifold(fake, real, k=5, limit=10_000):
                 density=float((d < r_real).sum(1).float().mean() / k), coverage=float((d.min(0).values < r_real).float().mean()))
 
 
-def nearest(x, train):
-    """Distance of each row of x to its nearest row of train, [N]."""
-    # float64, since the fast formula for distances cancels
-    return torch.cat([torch.stack([torch.cdist(c.double(), part.double()).min(1).values for part in train.split(50_000)]).amin(0) for c in x.split(500)]).float()
+def nearest(x, train, device="cpu"):
+    """Distance of each row of x to its nearest row of train, [N]; train may be a memory-mapped array."""
+    x, best = x.to(device).double(), torch.full((len(x),), math.inf, dtype=torch.float64, device=device)
+    for part in chunks_of(train, device):                 # float64, since the fast formula for distances cancels
+        best = torch.minimum(best, torch.cat([torch.cdist(c, part).amin(1) for c in x.split(500)]))
+    return best.float().cpu()
 
 
 class Decoded:
@@ -478,48 +486,73 @@ class Evaluation:
     def __init__(self, run, cfg):
         self.run, self.cfg = run, cfg
         self.net, self.text, self.kind = open_evaluator(run, cfg.evaluator)
-        sets, self.groups = {}, head_and_tail(load_data(run, "train").classes) if cfg.evaluator == "judge" and run.data.imbalance > 1 else {}
+        self.groups = head_and_tail(load_data(run, "train").classes) if cfg.evaluator == "judge" and run.data.imbalance > 1 else {}
+        self.sets, self.known, some, self.decoded = {}, {}, {}, None
         for split in ("train", "test"):
             data = load_data(run, split)
-            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))    # some scores look at the first rows only
-            features = self.cached(data.images, f"evaluator on {split} images", data.info["fingerprint"])
-            sets[split] = features[order] if run.rank == 0 else None
-        self.real, self.unreported = (sets.get(s) for s in (("test", "train") if cfg.reference == "test" else ("train", "test")))
-        self.decoded = None
+            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))[:10_000]        # some scores look at so many rows only
+            self.sets[split] = self.cached(data.images, f"evaluator on {split} images", data.info["fingerprint"])
+            some[split] = torch.from_numpy(self.sets[split][order]) if run.rank == 0 else None
+        self.real, self.some = self.sets[cfg.reference], some[cfg.reference]
         if run.vae is not None:                           # what the autoencoder alone costs: up to 10,000 reference images there and back, against all of them
             data = load_data(run, cfg.reference)
             order = np.random.default_rng(seed_of(0, "decoded")).permutation(len(data))[:10_000]
             features = self.cached(Decoded(run, data.inputs, np.sort(order)), "evaluator on decoded images", data.info["fingerprint"], run.data.latents)
             if run.rank == 0:
-                self.decoded = frechet(features, self.real)
+                self.decoded = frechet(moments(features, run.device), self.reference())
                 run.say(f"{self.kind} of decoded {cfg.reference} images against the images themselves: {self.decoded:.3f}")
         if run.rank == 0:
-            self.train, self.to_train = sets["train"], nearest(sets["test"][:2000], sets["train"])
+            self.to_train = nearest(some["test"][:2000], self.sets["train"], run.device)
 
     def cached(self, images, what, *key):
-        """Evaluator features [N, D] of images, computed once and kept in the run folder; None beside the first process."""
-        file = self.run.dir / "samples" / ".reference" / f"{digest(self.cfg.evaluator, self.text, *key)}.npy"
-        if not self.run.agreed(file.exists()):
-            features = features_of(self.run, self.net, images, what)
-            if self.run.rank == 0:
-                with atomic(file) as f:
-                    np.save(f, features.numpy())
-        return torch.from_numpy(np.load(file, allow_pickle=False)) if self.run.rank == 0 else None
+        """Evaluator features [N, D] of images as a memory map, computed once, by all processes, and kept in the run folder; None beside the first process."""
+        run, file = self.run, self.run.dir / "samples" / ".reference" / f"{digest(self.cfg.evaluator, self.text, *key)}.npy"
+        if not run.agreed(file.exists()):
+            rows, aside = np.arange(len(images) * run.rank // run.world, len(images) * (run.rank + 1) // run.world), file.with_name(f".{file.name}.tmp")
+            width = next(features_of(run, self.net, images, np.arange(1), what)).shape[1]
+            if run.rank == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                create_rows(aside, np.float32, (len(images), width))
+            run.wait()
+            at = rows[0] if len(rows) else 0
+            for out in features_of(run, self.net, images, rows, what):
+                write_rows(aside, at, out.numpy())
+                at += len(out)
+            run.wait()
+            if run.rank == 0:
+                os.replace(aside, file)
+        return np.load(file, mmap_mode="r", allow_pickle=False) if run.rank == 0 else None
+
+    def reference(self, unreported=False):
+        """Moments of the reference, or of the real images that the report does not use; computed when first asked for."""
+        split = self.cfg.reference if not unreported else "train" if self.cfg.reference == "test" else "test"
+        if split not in self.known:
+            self.known[split] = moments(self.sets[split], self.run.device)
+        return self.known[split]
+
+    def of_samples(self, images):
+        """Features of the samples of all ranks, each of which passes its own, on the first process; None elsewhere."""
+        run, out = self.run, list(features_of(self.run, self.net, images, np.arange(len(images)), "evaluator on samples"))
+        every = [None] * run.world if run.rank == 0 else None
+        if run.world > 1:
+            dist.gather_object(out, every)
+        return torch.cat([part for parts in every for part in parts] if run.world > 1 else out) if run.rank == 0 else None
 
     def distance(self, images, unreported=False):
         """Frechet distance alone (every rank passes its own samples), to the reference or to the real images that the report does not use."""
-        fake = features_of(self.run, self.net, images, "evaluator on samples", shard=False)
-        return self.run.agreed(frechet(fake, self.unreported if unreported else self.real) if self.run.rank == 0 else None)
+        fake = self.of_samples(images)
+        return self.run.agreed(frechet(moments(fake, self.run.device), self.reference(unreported)) if self.run.rank == 0 else None)
 
     def scores(self, images):
         """All scores of a set of samples, with what they were measured with."""
-        fake = features_of(self.run, self.net, images, "evaluator on samples", shard=False)
+        fake = self.of_samples(images)
         return self.run.agreed(self.compare(fake) if self.run.rank == 0 else None)
 
     def compare(self, fake):
         """Scores of evaluator features [n, D]."""
-        close = nearest(fake[:2000], self.train)
-        return self.apart(fake) | {self.kind: frechet(fake, self.real), "kernel": kernel_distance(fake, self.real), **manifold(fake, self.real, self.cfg.neighbours),
+        close = nearest(fake[:2000], self.sets["train"], self.run.device)
+        return self.apart(fake) | {self.kind: frechet(moments(fake, self.run.device), self.reference()), "kernel": kernel_distance(fake, self.some),
+                **manifold(fake, self.some, self.cfg.neighbours),
                 "memorisation": float(close.median() / self.to_train.median()),
                 "copies": float((close < self.to_train.quantile(0.01)).float().mean()),
                 **({} if self.decoded is None else {"decoded": self.decoded}),
@@ -534,11 +567,12 @@ class Evaluation:
         for a covariance: as many as features.
         """
         guess = lambda x: self.net.head(x.to(self.run.device)).argmax(1).cpu()
-        out, ours, real = {}, guess(fake) if self.groups else None, guess(self.real) if self.groups else None
+        out, every = {}, torch.from_numpy(np.array(self.real)) if self.groups else None
+        ours, real = (guess(fake), guess(every)) if self.groups else (None, None)
         for name, classes in self.groups.items():
-            a, b = (x[torch.isin(c, torch.tensor(classes))] for x, c in ((fake, ours), (self.real, real)))
+            a, b = (x[torch.isin(c, torch.tensor(classes))] for x, c in ((fake, ours), (every, real)))
             enough = min(len(a), len(b)) > fake.shape[1]
-            out[name] = dict(classes=classes, samples=len(a), reference=len(b), share=len(a) / len(fake), reference_share=len(b) / len(self.real))
+            out[name] = dict(classes=classes, samples=len(a), reference=len(b), share=len(a) / len(fake), reference_share=len(b) / len(every))
             out[name] |= {self.kind: frechet(a, b)} if enough else {}
         return out
 

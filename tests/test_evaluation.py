@@ -6,6 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
+import sample_ode
 from sample_ode import Judge, features_of, frechet, kernel_distance, manifold, nearest
 from train_diffusion import UserError, torchvision_datasets
 
@@ -135,6 +136,20 @@ def test_features_of_streams_images_in_order():
     run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
     images = np.random.default_rng(0).integers(0, 256, (230, 3, 8, 8), dtype=np.uint8)
     net = Judge(4).eval()
-    assert torch.allclose(features_of(run, net, images, "test"), net(torch.from_numpy(images)), atol=1e-5)
+    rows = np.arange(20, 230)
+    assert torch.allclose(torch.cat(list(features_of(run, net, images, rows, "test"))), net(torch.from_numpy(images[20:])), atol=1e-5)
     with pytest.raises(UserError, match="non-finite"):
-        features_of(run, lambda x: x.float().flatten(1) / 0, images, "test")
+        list(features_of(run, lambda x: x.float().flatten(1) / 0, images, rows, "test"))
+
+
+def test_features_that_do_not_fit_memory(tmp_path, monkeypatch):
+    """Moments and nearest rows of a memory-mapped file, chunk by chunk, are those of the whole."""
+    x = (100 + torch.randn(1050, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
+    np.save(tmp_path / "x.npy", x.numpy())
+    there, a = np.load(tmp_path / "x.npy", mmap_mode="r"), x[:300] + 0.5
+    assert len(list(sample_ode.chunks_of(there, size=100))) == 11
+    monkeypatch.setattr(sample_ode.chunks_of, "__defaults__", ("cpu", 100))
+    mean, covariance = sample_ode.moments(there)
+    assert np.allclose(mean, x.double().mean(0), rtol=1e-12) and np.allclose(covariance, np.cov(x.double().numpy().T), rtol=1e-9)
+    assert frechet(a, there) == pytest.approx(frechet(a, x), rel=1e-9) == pytest.approx(frechet(sample_ode.moments(a), (mean, covariance)), rel=1e-12)
+    assert torch.allclose(nearest(a, there), torch.cdist(a.double(), x.double()).amin(1).float(), atol=1e-6)

@@ -86,7 +86,7 @@ def test_head_and_tail_scores():
     g = torch.Generator().manual_seed(0)
     real, fake = torch.randn(400, 4, generator=g), torch.randn(200, 4, generator=g) + 0.2
     net = SimpleNamespace(head=lambda x: torch.stack([x[:, 0], -x[:, 0], torch.full_like(x[:, 0], -9)], 1))     # class 0 where the first feature is positive
-    judge = SimpleNamespace(net=net, run=SimpleNamespace(device="cpu"), groups=dict(head=[0], tail=[2]), real=real, kind="frechet")
+    judge = SimpleNamespace(net=net, run=SimpleNamespace(device="cpu"), groups=dict(head=[0], tail=[2]), real=real.numpy(), kind="frechet")
     out = Evaluation.apart(judge, fake)
     assert out["head"]["frechet"] == pytest.approx(frechet(fake[fake[:, 0] > 0], real[real[:, 0] > 0])) and out["head"]["samples"] == (fake[:, 0] > 0).sum()
     assert "frechet" not in out["tail"] and out["tail"]["samples"] == 0          # nothing to fit a Gaussian to
