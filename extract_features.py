@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, Model, ResBlock, UNet, UserError, VariancePreserving, as_input, autocast, bar,
+from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, Model, ResBlock, UNet, UserError, VariancePreserving, ahead, as_input, autocast, bar,
                              build_model, cli, cost, create_rows, diffuse, digest, draw, finished, footprint, input_shape, load_data, load_model, read_json,
-                             read_torch, require, save_grid, start, to_uint8, torchvision_datasets, weights_hash, write_json, write_rows)
+                             read_torch, require, row_shape, save_grid, start, to_uint8, torchvision_datasets, weights_hash, write_json, write_rows)
 
 
 @dataclass
@@ -258,14 +258,17 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
     One forward pass per (batch, time, draw) serves all names. The noise is a function of (seed, purpose, draw, row), so neither
     batch size nor number of processes changes the result.
     """
-    path = PATHS[state["path"]]
+    path, shape = PATHS[state["path"]], None if isinstance(net, Foreign) else row_shape(images)
+
+    def prepared(part):                                   # what other models see of an image only they know
+        noise = [draw(seed, f"{purpose} {d}", part, shape) for d in range(draws)] if shape else None
+        return part, torch.from_numpy(np.ascontiguousarray(images[part])), noise
+
     with tapped(net, names, then=lambda x: pooled(x, pool)) as got:
-        for i in range(0, len(rows), batch):
-            part = rows[i:i + batch]
-            x = encoded(net, as_input(torch.from_numpy(np.ascontiguousarray(images[part])).to(device)))
-            out = {}
+        for part, x, noise in ahead(prepared, (rows[i:i + batch] for i in range(0, len(rows), batch))):
+            x, out = encoded(net, as_input(x.to(device))), {}
             for d in range(draws):
-                z = draw(seed, f"{purpose} {d}", part, x.shape[1:]).to(device)
+                z = (noise[d] if shape else draw(seed, f"{purpose} {d}", part, x.shape[1:])).to(device)
                 for t in times:
                     tt = torch.full((len(x),), t, device=device)
                     try:

@@ -32,7 +32,7 @@ from torch import nn
 from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
-from train_diffusion import (PATHS, Data, Folder, Squared, UserError, as_input, atomic, autocast, bar, cli, cost, create_rows, decode, digest, draw,
+from train_diffusion import (PATHS, Data, Folder, Squared, UserError, ahead, as_input, atomic, autocast, bar, cli, cost, create_rows, decode, digest, draw,
                              estimates, fill, finished, footprint, load_checkpoint, load_data, load_model, open_autoencoder, require, save_grid, seed_of, start,
                              to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
 
@@ -284,17 +284,18 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None
     net = getattr(models[0], "net", models[0])
     names = [] if seen is None else matching(net, cfg.features)
     with bar(run, n, what) as progress, tapped(net, names, stop=False) if names else nullcontext() as got:
-        for i in range(0, len(mine), cfg.batch):
-            part, count = mine[i:i + cfg.batch], itertools.count()
+        shape = (state["channels"], state["size"], state["size"])
+        noise = lambda part: (part, draw(seed, "sample noise", part, shape))
+        for part, z in ahead(noise, (mine[i:i + cfg.batch] for i in range(0, len(mine), cfg.batch))):
+            count = itertools.count()
 
             def watch(t):
                 if (number := next(count)) in cfg.features_at:
                     for name in names:                    # the conditional half comes first
                         seen.setdefault((name, number, float(t[0])), []).append(pooled(got[name][:len(t)], cfg.features_pool).cpu().numpy())
             velocity.watch = watch if names else None
-            z = draw(seed, "sample noise", part, (state["channels"], state["size"], state["size"])).to(run.device)
             label = sample_labels(cfg, state, part, seed)
-            x, calls = integrate(velocity, z, None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
+            x, calls = integrate(velocity, z.to(run.device), None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state.get('file', 'the model')}: samples are not finite; is it a healthy model? (precision=fp32 may help)")
             images.append(to_uint8(decode(run.vae, x)).cpu().numpy())

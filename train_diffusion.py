@@ -12,6 +12,7 @@ Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t
 The same command again resumes. This file is the ground floor that the later stages import. To learn the method, read `main`, `fit`,
 `loss_per_image`, `ConstantVelocity` and `UNet` first; configuration, run folder and data are plumbing.
 """
+import collections
 import copy
 import dataclasses
 import datetime
@@ -22,15 +23,14 @@ import itertools
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import sys
-import threading
 import time
 import traceback
 import typing
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -479,6 +479,18 @@ def draw(seed, purpose, indices, shape, uniforms=0):
             u[j].uniform_(generator=g)
         z[j].normal_(generator=g)
     return (u, z) if uniforms else z
+
+
+def ahead(f, items, depth=1):
+    """Yield f(item) for every item, computed one after the other in a thread, up to `depth` of them while the caller is busy with an earlier one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(f, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def to_uint8(x):
@@ -1613,34 +1625,18 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
     share = cfg.batch // run.world
     pin = run.device.type == "cuda"
     resident = torch.from_numpy(np.ascontiguousarray(images)).to(run.device) if pin and images.nbytes < 4e9 else None
-    ready, done = queue.Queue(maxsize=4), threading.Event()
+    order = image_order(cfg.seed, run.stage, seen, len(images))
 
-    def work():
-        try:
-            order, number = image_order(cfg.seed, run.stage, seen, len(images)), seen
-            while not done.is_set():
-                rows = [next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share]
-                mine = range(number + run.rank * share, number + (run.rank + 1) * share)
-                u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *row_shape(images)) if noises else row_shape(images), 3 + uniforms)
-                rows = torch.tensor(rows)
-                x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
-                ready.put([v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)])
-                number += cfg.batch
-        except BaseException as e:                        # hand it to the training loop
-            ready.put(e)
+    def prepared(number):
+        rows = torch.tensor([next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share])
+        mine = range(number + run.rank * share, number + (run.rank + 1) * share)
+        u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *row_shape(images)) if noises else row_shape(images), 3 + uniforms)
+        x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
+        return [v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)]
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            rows, x, z, u = (v.to(run.device, non_blocking=True) if v is not None else None for v in item)
-            yield rows, resident[rows] if x is None else x, z, u
-    finally:
-        done.set()
-        while not ready.empty():
-            ready.get_nowait()
+    for item in ahead(prepared, itertools.count(seen, cfg.batch), depth=4):
+        rows, x, z, u = (v.to(run.device, non_blocking=True) if v is not None else None for v in item)
+        yield rows, resident[rows] if x is None else x, z, u
 
 
 @torch.no_grad()

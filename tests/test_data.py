@@ -1,11 +1,23 @@
 """Sources of images: folders, arrays, torchvision sets made here; they arrive as arrays in order, cropped, resized and split."""
+import dataclasses
 import gzip
 import json
 import struct
+import types
 
 import numpy as np
-from conftest import stage
+import pytest
+import torch
+import yaml
+from conftest import ROOT, stage
 from PIL import Image
+
+import train_diffusion as td
+from extract_features import ExtractFeatures
+from probe import Probe
+from sample_ode import SampleOde
+from self_label import SelfLabel
+from train_guided import TrainGuided
 
 
 def prepare(tiny, run, *words):
@@ -93,3 +105,21 @@ def test_nothing_is_prepared_twice(tiny, tmp_path):
     a = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=32").stdout
     b = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=64").stdout
     assert "prepared 512 train images" in a and "prepared 512" not in b
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_is_valid(file):
+    """All sections, as each stage reads them; networks are built without memory."""
+    sections = yaml.safe_load(file.read_text())
+    kinds = dict(data=td.Data, model=td.Model, published=td.Published, train_diffusion=td.TrainDiffusion, extract_features=ExtractFeatures, self_label=SelfLabel,
+                 train_guided=TrainGuided, sample_ode=SampleOde, probe=Probe)
+    filled = {name: td.fill(name, kinds[name], values) for name, values in sections.items()}
+    assert {"data", "sample_ode"} <= set(filled)
+    for stage_ in ("train_diffusion", "train_guided"):
+        if stage_ in filled:
+            run = types.SimpleNamespace(world=1)
+            td.check_training(run, dataclasses.replace(filled[stage_], precision="fp32"))
+    if "model" in filled:
+        latent = bool(filled["data"].latents)
+        with torch.device("meta"):
+            td.build_model(filled["model"], filled["data"].size // 8 if latent else filled["data"].size, 4 if latent else 3)

@@ -1,5 +1,6 @@
 """Published weights: layouts as the original repositories write them, the same function, all stages from them, and files that do not fit."""
 import hashlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,11 @@ def test_chain_from_adm(tmp_path):
     stage("train_guided", yaml, run, "labels=kmeans")
     stage("sample_ode", yaml, run, "checkpoint=guided/kmeans", "guidance=2", "name=kmeans")
     assert np.load(tmp_path / "run/samples/kmeans/images.npy").shape == (4, 3, 8, 8)
+    name = f"adm:{tmp_path / 'adm.pt'}"
+    stage("probe", yaml, run, f"checkpoint={name}", "protocol=linear", "activations=mid*-out", "t=0.8", "validation=12", "draws=1", "controls=pixels", "precision=fp32")
+    assert json.loads((tmp_path / "run/probe/linear.json").read_text())["checkpoint"] == name
+    stage("sample_ode", yaml, run, "checkpoint=guided/kmeans", f"autoguide={name}", "guidance=2", "name=auto")       # the published model as the weaker one
+    assert not np.array_equal(*(np.load(tmp_path / f"run/samples/{n}/images.npy") for n in ("kmeans", "auto")))
     state = torch.load(tmp_path / "run/guided/kmeans/checkpoint.pt", weights_only=True)
     assert state["num_labels"] == 2 and state["model"]["clock"] == [999, -1000] and state["init"]["checkpoint"].startswith("adm:")
     published = torch.load(tmp_path / "adm.pt", weights_only=True)

@@ -107,6 +107,7 @@ sample_ode: {{n: 4, steps: 2, evaluate: false, precision: fp32}}
     run("train_diffusion", "--prepare")
     run("extract_features", "published.null_row=none")
     assert "read without labels" in (said := capsys.readouterr().out) and "trained with classes" in said
+    run("probe", f"probe.checkpoint={name}", "published.null_row=none", "protocol=cka", "compared=16", "t=0.9", "precision=fp32")
     run("self_label", "method=kmeans")
     with pytest.raises(UserError, match="other labels"):
         run("train_guided", "labels=kmeans")
