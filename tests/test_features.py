@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from extract_features import catalogue, cost_shares, describe, matching, pca_rgb, pooled, stream, tapped
-from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UserError, build_model, diffuse, draw, time_embedding
+from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UNet, UserError, build_model, diffuse, draw, time_embedding
 
 MODELS = {"unet": Model(channels=32, mult=[1, 2], blocks=2, attention=[8], head_channels=16), "stem": Model(channels=16, mult=[1, 2, 2], blocks=1, attention=[4], head_channels=16, stem=2),
           "uvit": Model("uvit", channels=32, depth=4, heads=4)}
@@ -66,6 +66,21 @@ def test_names_count_levels_from_the_far_end():
     shapes = {n: tuple(v.shape[1:]) for (n, _), v in run(network("uvit"), pool="none", rows=np.arange(2)).items()}
     assert {v for n, v in shapes.items() if not n.startswith("unet") and not n.endswith(("ffn-inner", "map"))} == {(32, 8, 8)}
     assert shapes["mid-vit-block0-ffn-inner"] == (128, 8, 8) and shapes["unet-out"] == (3, 16, 16)
+
+
+def test_what_a_pass_never_computes_is_said():
+    """A block that is there but unused: its name matches, and the pass tells what it computes near it."""
+    class Idle(UNet):
+        def forward(self, x, time):
+            every, self.middle_block = self.middle_block, self.middle_block[:-1]
+            try:
+                return super().forward(x, time)
+            finally:
+                self.middle_block = every
+
+    net = Idle(16, 3, 3, 32, [1], 1, [], 16).eval()
+    with pytest.raises(UserError, match="mid-repeat1-res-out.*never computes it; computed are mid-repeat0-res-out"):
+        list(stream(net, STATE, IMAGES, np.arange(2), ["mid-repeat0-res-out", "mid-repeat1-res-out"], [0.5], device="cpu", context=nullcontext))
 
 
 def test_matching():

@@ -370,15 +370,22 @@ def test_class_numbers_may_have_gaps(monkeypatch, tiny, tmp_path):
 
 
 def test_protocol_select_writes_yaml_that_others_read(monkeypatch, tiny, run):
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=select", "measured=20", "t=0.5,0.9")
-    result, chosen = (f((run / f"probe/select.{e}").read_text()) for f, e in ((json.loads, "json"), (yaml.safe_load, "yaml")))
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=select", "measured=20", "t=0.5,0.9", "name=chosen", "weights=net")
+    result, chosen = (f((run / f"probe/chosen.{e}").read_text()) for f, e in ((json.loads, "json"), (yaml.safe_load, "yaml")))
     kept = [r for r in result["table"] if not r["dropped"]]
-    assert 0 < len(kept) < len(result["table"]) and len(chosen["extract_features"]["t"]) == 1 and (run / "probe/select.png").exists()
+    assert 0 < len(kept) < len(result["table"]) and len(chosen["extract_features"]["t"]) == 1 and (run / "probe/chosen.png").exists()
     best = max(kept, key=lambda r: r["linear"])
     assert best["activation"] in chosen["extract_features"]["activations"] and chosen["extract_features"]["t"] == [best["t"]]
-    called(monkeypatch, extract_features, run / "probe/select.yaml", f"run={run}")
-    info = json.loads((run / "features/select/info.json").read_text())
-    assert [a["activation"] for a in info["arrays"]] == chosen["extract_features"]["activations"]
+    called(monkeypatch, extract_features, run / "probe/chosen.yaml", f"run={run}")
+    info = json.loads((run / "features/chosen/info.json").read_text())
+    assert (info["checkpoint"], info["weights"]) == ("diffusion/base", "net") and [a["activation"] for a in info["arrays"]] == chosen["extract_features"]["activations"]
+
+
+def test_a_sweep_of_averaged_weights_is_not_one_of_raw_ones(monkeypatch, refuse, tiny, run):
+    called(monkeypatch, probe, tiny, f"run={run}", "name=raw", "weights=net", "t=0.8", "activations=mid*-out", "fit=60", "validation=30", "K=3")
+    assert (run / "probe/raw.png").exists() and (run / "probe/raw-linear.png").exists()      # the surfaces of NMI and of the linear probe
+    assert "no sweep" in refuse("extract_features", tiny, f"run={run}", "choice=raw", "name=raw")
+    called(monkeypatch, extract_features, tiny, f"run={run}", "choice=raw", "name=raw", "weights=net")
 
 
 def test_list_and_pca(monkeypatch, capsys, tiny, run):
