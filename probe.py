@@ -158,7 +158,7 @@ def ridge(x, y, classes, l2):
     return torch.linalg.solve(x.T @ x + torch.diag(penalty), x.T @ F.one_hot(y, classes).double()).float()
 
 
-def logistic(x, y, classes, l2, start=None, tolerance=2e-5, iterations=1000):
+def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=1000):
     """Multinomial logistic regression. x [N, D], y [N] -> weights [D + 1, classes]; l2 on the weights, not the bias; start: weights to begin with.
 
     L-BFGS on u, where w = u C^-1 and CC' = X'X / 2N + l2. The Hessian of each class is nowhere above CC' (Boehning 1992), so that of u is nowhere above 1:
