@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, Model, ResBlock, UNet, UserError, VariancePreserving, ahead, as_input, autocast, bar,
-                             build_model, cli, cost, create_rows, diffuse, digest, draw, finished, footprint, input_shape, load_data, load_model, read_json,
+                             build_model, cli, cost, create_rows, diffuse, digest, draw, finished, footprint, load_data, load_model, read_json, require_shape,
                              read_torch, require, row_shape, save_grid, start, to_uint8, torchvision_datasets, weights_hash, write_json, write_rows)
 
 
@@ -386,9 +386,8 @@ def load_published(run, kind, file):
     bad += [f"{k} is {list(w[k].shape)}, expected {list(own[k].shape)}" for k in own if k in w and own[k].shape != w[k].shape]
     if bad:
         raise UserError(f"{path}: does not fit the {kind} model that it resembles: {'; '.join(bad[:3])}" + (f"; and {len(bad) - 3} more" if len(bad) > 3 else ""))
-    if (channels, size) != (there := input_shape(run)):
-        raise UserError(f"{path}: made for inputs of {channels} x {size} x {size}, this run's are {there[0]} x {there[1]} x {there[1]}; "
-                        "set data.size or data.latents in another run=" + (" (or published.size: this network takes any size)" if kind == "adm" else ""))
+    require_shape(run, dict(file=path, channels=channels, size=size),
+                  "set data.size or data.latents in another run=" + " (or published.size: this network takes any size)" * (kind == "adm"))
     return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
                 conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
                 null=s["null_row"] == "last", labels="published" if K else None, condition="label",
@@ -437,6 +436,11 @@ def as_map(out, _=()):
     return out if out.dim() == 4 else out[:, :, None, None]
 
 
+def channels_first(out, _=()):
+    """As `as_map`, of layers that work on the last dimension: of maps [B, H, W, C], as of Swin or ConvNeXt, the channels come second."""
+    return out.permute(0, 3, 1, 2) if torch.is_tensor(out) and out.dim() == 4 else as_map(out)
+
+
 SPELLINGS = [(r"\.", "-"), (r"^(down|up)_blocks-(\d+)", r"\1-level\2"), ("^mid_block", "mid"), (r"resnets-(\d+)-conv2$", r"repeat\1-res-increment"),
              (r"resnets-(\d+)$", r"repeat\1-res-out"), (r"resnets-(\d+)", r"repeat\1-res"), (r"attentions-(\d+)$", r"repeat\1-vit-out"),
              (r"attentions-(\d+)-(?!transformer)", r"repeat\1-vit-block0-"), (r"attentions-(\d+)-transformer_blocks-(\d+)", r"repeat\1-vit-block\2"),
@@ -471,7 +475,8 @@ def discover(net, images):
     Of networks of diffusers also where attention looks (but not for attention to image and text together, or to texts with padding), and what skips
     bring to the way up. Modules that see the text alone are left out.
     """
-    image = lambda m: (lambda out, _=(): as_map(out[1])) if type(m).__name__ == "JointTransformerBlock" else as_map           # (text, image)
+    image = lambda m: ((lambda out, _=(): as_map(out[1])) if type(m).__name__ == "JointTransformerBlock" else            # (text, image)
+                       channels_first if isinstance(m, (nn.Linear, nn.LayerNorm)) else as_map)
     fired, hooks = [], []
     for path, m in net.net.named_modules():
         if path and not isinstance(m, (nn.Dropout, nn.Identity)) and not OF_TEXT.search(path):                   # these two repeat what comes before
@@ -522,7 +527,8 @@ TEXT = {"UNet2DConditionModel": "cross_attention_dim", "PixArtTransformer2DModel
 
 
 def open_diffusers(cfg, device):
-    """(network, encode, call, path, image size) of a pipeline folder, a model folder, or an id of the hub: U-Nets with and without text, DiT, PixArt, SD3."""
+    """(network, encode, call, path, image size, what else decides: tensors by name) of a pipeline folder, a model folder, or an id of the hub: U-Nets with and
+    without text, DiT, PixArt, SD3."""
     where = cfg.model.partition(":")[2]
     torchvision_datasets()                                # diffusers imports torchvision, which beside a CPU-only torch takes some care
     try:
@@ -571,7 +577,9 @@ def open_diffusers(cfg, device):
     def call(net, x, time):                               # a flow's clock is the share of noise; step i of the others, from 0, is t_ddpm = i + 1 = 1000 - time
         every = lambda v: {k: every(u) for k, u in v.items()} if isinstance(v, dict) else v.to(x.device).expand(len(x), *v.shape[1:])
         return net(x, timestep=1000 - time if flow else (999 - time).clamp(min=0), return_dict=False, **every(told))[0]
-    return net, encode, call, PATHS["cv"] if flow else Tabulated(abar.cpu()), side
+    more = {f"vae.{k}": v for k, v in vae.state_dict().items()} if vae else {}
+    more |= {k: v for k, v in (told | told.get("added_cond_kwargs", {})).items() if torch.is_tensor(v)}
+    return net, encode, call, PATHS["cv"] if flow else Tabulated(abar.cpu()), side, more
 
 
 def conditions(cfg, pipe, net, side):
@@ -617,7 +625,7 @@ def text_embedding(cfg, pipe, width, kind):
 
 
 def open_encoder(cfg, device):
-    """(network, encode, call, path, image size) of an encoder: torch.hub's get ImageNet-normalised images, TorchScript files uint8 ones, as evaluators do."""
+    """As `open_diffusers`, of an encoder: torch.hub's get ImageNet-normalised images, TorchScript files uint8 ones, as evaluators do."""
     try:
         if cfg.model.startswith("hub:"):
             repo, _, name = cfg.model[4:].rpartition("/")
@@ -630,8 +638,9 @@ def open_encoder(cfg, device):
     side, (mean, std) = cfg.resize or 224, (torch.tensor(v, device=device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     resized = lambda x, side: F.interpolate(x, (side, side), mode="bilinear", antialias=True)
     if cfg.model.startswith("hub:"):
-        return net, lambda x: (resized(x, side) / 2 + 0.5 - mean) / std, lambda net, x, time: net(x), Clean(), side
-    return net, lambda x: resized(x, cfg.resize) if cfg.resize else x, lambda net, x, time: net(to_uint8(x)), Clean(), cfg.resize
+        return net, lambda x: (resized(x, side) / 2 + 0.5 - mean) / std, lambda net, x, time: net(x), Clean(), side, {}
+    file = torch.from_numpy(np.fromfile(cfg.model, np.uint8))                    # a script's code decides, too
+    return net, lambda x: resized(x, cfg.resize) if cfg.resize else x, lambda net, x, time: net(to_uint8(x)), Clean(), cfg.resize, dict(file=file)
 
 
 def open_foreign(run, cfg):
@@ -639,7 +648,7 @@ def open_foreign(run, cfg):
     diffusion = cfg.model.startswith("diffusers:")
     for turn in range(run.world):                         # one at a time: the first may have to download
         if turn == run.rank:
-            net, encode, call, PATHS[cfg.model], side = (open_diffusers if diffusion else open_encoder)(cfg, run.device)
+            net, encode, call, PATHS[cfg.model], side, more = (open_diffusers if diffusion else open_encoder)(cfg, run.device)
         if not run.dry_run:                               # else nobody waits: processes do not know each other
             run.wait()
     side = side or run.data.size
@@ -649,7 +658,7 @@ def open_foreign(run, cfg):
             raise ValueError("its output is no vector, map or tokens")
     except Exception as e:
         raise complain(cfg, e) from None
-    return net, dict(path=cfg.model, size=run.data.size, channels=3, weights=weights_hash(net.state_dict()), file=cfg.model, encoder=not diffusion)
+    return net, dict(path=cfg.model, size=run.data.size, channels=3, weights=weights_hash(net.state_dict() | more), file=cfg.model, encoder=not diffusion)
 
 
 def noise_level(path, t):
@@ -686,6 +695,8 @@ def main():
     run = start("extract_features", ExtractFeatures, __doc__, flags=("--list", "--pca"))
     cfg = run.cfg
     net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights)
+    if not cfg.model:
+        require_shape(run, state)
     context, _, why = autocast(run, cfg.precision)
 
     # --list
@@ -716,6 +727,8 @@ def main():
         if probed.get("protocol") not in ("sweep", "boxes") or probed["hash"] != state["weights"] or probed["recipe"].get("weights", "ema") != cfg.weights:
             raise UserError(f"probe/{cfg.choice}.json is no sweep of {state['file']} ({state['weights']}, {cfg.weights}) but of {probed.get('checkpoint')} ({probed.get('hash')}, {probed['recipe'].get('weights')}); "
                             "run probe.py on this checkpoint (overwrite=true, or another name= and choice=), or name activations= and t=")
+        if probed["recipe"].get("transfer"):
+            raise UserError(f"probe/{cfg.choice}.json looked at other images (transfer=); name another choice=, or activations= and t=")
         choice = probed["label_free"]
         names, times = matching(net, [choice["activation"]]), times or [choice["t"]]
     else:
@@ -734,14 +747,14 @@ def main():
             head = "first three principal components; columns: t = " + ", ".join(map(str, times))
             save_grid(file, np.concatenate(sheet), n * len(times), rows=["image", *names], head=head)
         return run.say(f"maps of {len(names)} activation(s) x {len(times)} time(s) x {n} image(s) in {file}")
-    if cfg.pool not in ("mean", "none") and not cfg.pool.isdigit() or cfg.pool == "0":
+    if cfg.pool not in ("mean", "none") and not (cfg.pool.isdigit() and int(cfg.pool)):
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
-    require(min(cfg.draws, cfg.batch) >= 1, cfg, "draws batch", "must be at least 1")
+    require(min(cfg.draws, cfg.batch, len(cfg.splits)) >= 1, cfg, "draws batch splits", "must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"
     data = {split: load_data(run, split) for split in cfg.splits}
     weights = state["weights"] if cfg.weights == "ema" or cfg.model else f"raw beside {state['weights']}"
     recipe = dict(checkpoint=cfg.model or cfg.checkpoint, weights=cfg.weights, hash=weights, pool=cfg.pool,
-                  draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, data={k: d.info["fingerprint"] for k, d in data.items()},
+                  draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, precision=cfg.precision, data={k: d.info["fingerprint"] for k, d in data.items()},
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
     recipe |= dict(resize=cfg.resize, embedding=cfg.embedding and digest(np.fromfile(cfg.embedding, np.uint8))) if cfg.model else {}
     if run.dry_run:

@@ -28,6 +28,7 @@ cka     how alike activations are, across blocks, times and models (against=), a
 """
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -45,8 +46,9 @@ from torch import nn
 
 from extract_features import catalogue, fired, load_features, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
-from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, diffuse, draw, fill, finished,
-                             load_checkpoint, load_data, load_model, prepare_data, read_json, require, row_shape, save_grid, seed_of, shape_parts, start, write_json)
+from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, cost, diffuse, draw, fill,
+                             finished, footprint, load_checkpoint, load_data, load_model, prepare_data, read_json, require, require_shape, row_shape,
+                             save_grid, seed_of, shape_parts, start, write_json)
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
@@ -269,6 +271,15 @@ def block_outputs(net):
     return [n for n in catalogue(net) if n.endswith("-out") and "self" not in n and "ffn" not in n and n != "unet-out"]
 
 
+def vectors(net, state, images, rows, names, times, **options):
+    """Pooled features of `rows`, {(name, t): float32 [len(rows), D]}, on the CPU; options as of `stream`."""
+    parts = {}
+    for _, out in stream(net, state, images, rows, names, times, **options):
+        for key, value in out.items():
+            parts.setdefault(key, []).append(value.cpu())
+    return {key: torch.cat(v) for key, v in parts.items()}
+
+
 def sweep(run, cfg, net, state, context):
     """Score every (activation, t); returns the result dict and draws the heat-map."""
     data = probed(run, "train")
@@ -286,12 +297,8 @@ def sweep(run, cfg, net, state, context):
     criterion = "stability" if few else "consensus"
 
     def read(rows, t, draw_number):                       # {name: [N, D]} for all names from one pass
-        parts = {n: [] for n in names}
-        for _, out in stream(net, state, data.inputs, rows, names, [t], device=run.device, context=context, seed=cfg.seed, purpose=f"probe {draw_number}",
-                             batch=cfg.batch):
-            for n in names:
-                parts[n].append(out[n, t].cpu())
-        return {n: torch.cat(p) for n, p in parts.items()}
+        out = vectors(net, state, data.inputs, rows, names, [t], device=run.device, context=context, seed=cfg.seed, purpose=f"probe {draw_number}", batch=cfg.batch)
+        return {n: v for (n, _), v in out.items()}
 
     with bar(run, len(mine) * len(names), "sweep", "cell") as progress:
         for t in mine:
@@ -323,13 +330,14 @@ def sweep(run, cfg, net, state, context):
     result["table"] = table
     if run.rank == 0:
         shown = "nmi" if known else criterion
-        surface = lambda key: [[next((r[key] for r in table if r["activation"] == n and r["t"] == t), None) for t in sorted(set(cfg.t))] for n in names]
-        where = lambda c, m: (names.index(c["activation"]), sorted(set(cfg.t)).index(c["t"]), m)
+        times, cell = sorted(cfg.t), {(r["activation"], r["t"]): r for r in table}
+        surface = lambda key: [[cell[n, t][key] for t in times] for n in names]
+        where = lambda c, m: (names.index(c["activation"]), times.index(c["t"]), m)
         marks = [where(result["label_free"], "F")] + ([where(result["oracle"]["nmi"], "O")] if known else [])
-        heat_map(run.dir / "probe" / f"{cfg.name}.png", surface(shown), names, [f"t={t:g}" for t in sorted(set(cfg.t))],
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", surface(shown), names, [f"t={t:g}" for t in times],
                  f"{shown} of k-means (K={K}) by block and time; F = label-free choice" + (", O = best with labels" if known else ""), marks)
         if known:
-            heat_map(run.dir / "probe" / f"{cfg.name}-linear.png", surface("linear"), names, [f"t={t:g}" for t in sorted(set(cfg.t))],
+            heat_map(run.dir / "probe" / f"{cfg.name}-linear.png", surface("linear"), names, [f"t={t:g}" for t in times],
                      f"validation accuracy of a linear probe by block and time; F = label-free choice, O = best", [marks[0], where(result["oracle"]["linear"], "O")])
     run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} ({criterion} {chosen[criterion]:.3f})" + (
         f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} "
@@ -455,6 +463,7 @@ def one_activation(run, cfg, net):
 
 def split_rows(cfg, n):
     """(training rows to learn from, rows to select on), a fifth of the n rows at most; a function of the seed."""
+    require(n >= 5, cfg, "validation", f"there are only {n} training images, too few to select on some")
     order, held = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(n), min(cfg.validation, n // 5)
     return order[held:], order[:held]
 
@@ -485,9 +494,9 @@ def linear(run, cfg, net, state, context):
 
     def read(model, split, d, levels):                    # features [N, D] of one noise draw, all side by side
         images = (train if split == "train" else test).inputs
-        parts = stream(model, state, images, np.arange(len(images)), names, levels, device=run.device, context=context, seed=cfg.seed,
-                       purpose=f"linear {split} {d}", batch=cfg.batch)
-        return torch.cat([torch.cat([out[key] for key in itertools.product(names, levels)], 1).cpu() for _, out in parts])
+        out = vectors(model, state, images, np.arange(len(images)), names, levels, device=run.device, context=context, seed=cfg.seed,
+                      purpose=f"linear {split} {d}", batch=cfg.batch)
+        return torch.cat([out[key] for key in itertools.product(names, levels)], 1)
 
     def score(a, b):                                      # a: train features, b: test features -> accuracies and what was selected
         f, v, te = standardise(a[fit], a[val], b)
@@ -798,14 +807,16 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
         g = torch.Generator().manual_seed(seed_of(seed, "head noise", step))
         x, target = scaled(images, rows, device), y[rows].to(device).long()
         if y.dim() > 1:                                   # masks move with their images
-            x, target = (xy := augmented(torch.cat([x, target[:, None]], 1), cfg.flip, cfg.crop, g))[:, :-1], xy[:, -1].long()
+            both = augmented(torch.cat([x, target[:, None]], 1), cfg.flip, cfg.crop, g)
+            x, target = both[:, :-1], both[:, -1].long()
         elif not r.stored:
             x = augmented(x, cfg.flip, cfg.crop, g)
         seen = r.views(path, x, torch.randn(r.draws, *x.shape, generator=g).to(device) if r.net else [], context)
         for h, o, p in zip(heads, opts, plans):
             F.cross_entropy(h.train()(*seen), target).backward()
             if not step:                                  # parts of a network behind the activation are not trained
-                [p.requires_grad_(False) for p in h.parameters() if p.grad is None]
+                for q in h.parameters():
+                    q.requires_grad_(q.grad is not None)
             o.step()
             o.zero_grad()
             p.step()
@@ -828,6 +839,8 @@ def places(run, cfg, net):
     """(names, times) that the protocols linear, head, segment and detect read."""
     if cfg.activations == ["blocks"]:
         name, t = one_activation(run, cfg, net)
+        if len(cfg.t) > 1 and not (cfg.head == "difformer" and cfg.protocol == "head"):
+            run.say(f"reads t={t:g}, the label-free choice: the times in t= are the sweep's; name activations= to read them")
         return [name], cfg.t if cfg.head == "difformer" and cfg.protocol == "head" and len(cfg.t) > 1 else [t]
     return matching(net, cfg.activations), cfg.t
 
@@ -854,11 +867,11 @@ def check_head(cfg, latents, size):
 def ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times):
     """{(name, t): validation accuracy of a ridge classifier on the pooled activation}, of images or of stored features."""
     if not isinstance(images, Stored):
-        a, b = ([out for _, out in stream(net, state, images, rows, names, times, device=run.device, context=context, seed=cfg.seed, purpose="ranking", batch=cfg.batch)]
+        a, b = (vectors(net, state, images, rows, names, times, device=run.device, context=context, seed=cfg.seed, purpose="ranking", batch=cfg.batch)
                 for rows in (fit, val))
     score = {}
     for key in itertools.product(names, times):
-        pair = [images.pooled(*key, rows) for rows in (fit, val)] if isinstance(images, Stored) else [torch.cat([out[key] for out in part]).cpu() for part in (a, b)]
+        pair = [images.pooled(*key, rows) for rows in (fit, val)] if isinstance(images, Stored) else [a[key], b[key]]
         fa, fb = standardise(*pair)
         score[key] = accuracy(ridge(fa, y[fit], int(y.max()) + 1, 1e-3), fb, y[val])
     return score
@@ -947,8 +960,11 @@ def granularity(a, size):
 
     The mean of each map is taken away, so that what is equal all over an image does not count as coarse; lengths of half a map and more come out too small.
     """
-    a = a - a.mean((2, 3), keepdim=True)
-    a, before = a / a.square().mean((0, 2, 3), keepdim=True).sqrt().clamp(min=1e-9), 1.0
+    whole, a = a.square().mean((0, 2, 3)), a - a.mean((2, 3), keepdim=True)
+    power = a.square().mean((0, 2, 3))                    # of each channel
+    if not (live := power > 1e-10 * whole).any():         # nothing but rounding is left where a channel is the same all over
+        return float(size)
+    a, before = a[:, live] / power[live, None, None].sqrt(), 1.0
     for d in range(1, a.shape[3]):
         r = float((a[..., d:] * a[..., :-d]).mean() + (a[..., d:, :] * a[..., :-d, :]).mean()) / 2
         if r < 1 / math.e:
@@ -1023,7 +1039,8 @@ def select(run, cfg, net, state, context):
     run.say(f"{len(rest)} of {len(table)} (activation, t) pass; dropped: {gone}; chosen: {found} at t={rest[0]['t']:g}")
     if run.rank == 0:
         whose = dict(checkpoint=cfg.checkpoint, weights=cfg.weights)
-        sections = run.sections | dict(extract_features=run.sections.get("extract_features", {}) | chosen | whose | dict(name=cfg.name), probe=chosen | whose)
+        keep = {k: v for k, v in run.sections.get("probe", {}).items() if k in ("precision", "batch", "draws", "validation", "seed")}
+        sections = run.sections | dict(extract_features=run.sections.get("extract_features", {}) | chosen | whose | dict(name=cfg.name), probe=keep | chosen | whose)
         with atomic(run.dir / "probe" / f"{cfg.name}.yaml") as f:
             f.write(yaml.safe_dump(sections, sort_keys=False).encode())
         shown, times = [n for n in names if any(r["activation"] == n for r in rest)], sorted(set(cfg.t))
@@ -1158,6 +1175,8 @@ def known_masks(run, protocol):
         raise UserError(f"protocol={protocol} needs a mask for every image, and this data has none (data.source=shapes, or arrays with masks)")
     y = [np.array(p.masks).astype(np.int16) for p in parts]
     y = [torch.from_numpy(np.where(m == 255, np.int16(-100), m)) for m in y]
+    if any((m < 0).all() for m in y):
+        raise UserError(f"protocol={protocol}: the masks of the training or of the test images are void (255) everywhere")
     if new := unlearnt(*y):
         run.say(f"note: class {new} is in test masks, but in none of training: it cannot be found, and counts as such")
     return *parts, *y
@@ -1313,18 +1332,19 @@ def similarity(source, target, points, size):
     return F.normalize(a, dim=1).transpose(1, 2) @ F.normalize(enlarged(target - mean, size), dim=1).flatten(2)
 
 
-def matches(net, state, pairs, names, times, device="cpu", context=nullcontext, seed=0, batch=32):
+def matches(net, state, pairs, names, times, device="cpu", context=nullcontext, seed=0):
     """Found positions [N, P, 2] in target pixels by nearest neighbour, for every (name, t), and for all of them together under the key "together"."""
     source, target, points = pairs[:3]
     size, found = source.shape[2], {}
-    for i in range(0, len(source), batch):
-        part, total = np.arange(i, min(i + batch, len(source))), 0
-        a, b = (next(stream(net, state, images, part, names, times, device=device, context=context, pool="none", seed=seed, purpose=purpose))[1]
-                for images, purpose in ((source, "source"), (target, "target")))
-        for key in a:
-            s = similarity(a[key], b[key], points[part].to(device), size)
-            total = total + s
-            found.setdefault(key, []).append(s.argmax(2).cpu())
+    for part in np.array_split(np.arange(len(source)), math.ceil(len(source) / min(32, chunk_of(source)))):
+        total = 0
+        for t in times:                                   # one after the other: whole maps are held
+            a, b = (next(stream(net, state, images, part, names, [t], device=device, context=context, pool="none", seed=seed, purpose=purpose))[1]
+                    for images, purpose in ((source, "source"), (target, "target")))
+            for key in a:
+                s = similarity(a[key], b[key], points[part].to(device), size)
+                total = total + s
+                found.setdefault(key, []).append(s.argmax(2).cpu())
         found.setdefault("together", []).append(total.argmax(2).cpu())
     return {key: centres(torch.cat(parts), size) for key, parts in found.items()}
 
@@ -1353,16 +1373,22 @@ def draw_matches(path, pairs, found, n=6, zoom=4):
 
 
 def correspond(run, cfg, net, state, context):
-    """PCK of every (activation, t) on warped training images; the best and all together on test images, warped and paired by class; controls beside it."""
+    """PCK of every (activation, t) on warped training images; the best and all together on test images, warped and paired by class; controls beside it, each
+    at the place that is best for it on the training images."""
     train, test = (probed(run, split) for split in ("train", "test"))
     names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
     options, shares = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2)
     rows = lambda data: np.sort(np.random.default_rng(seed_of(cfg.seed, "pairs")).permutation(len(data))[:min(cfg.pairs, max(1, len(data) // 2))])
     warped = lambda data, r, part: warped_pairs(data.images[r], None if data.masks is None else data.masks[r], cfg.points, seed_of(cfg.seed, f"warps {part}"))
-    pairs = warped(train, rows(train), "train")
-    found = matches(net, state, pairs, names, cfg.t, **options)
-    grid = [[pck(found[n, t], *pairs[3:], 0.1) for t in cfg.t] for n in names]
-    name, t = max(itertools.product(names, cfg.t), key=lambda k: grid[names.index(k[0])][cfg.t.index(k[1])])
+    known = warped(train, rows(train), "train")
+    if not len(known[0]):
+        raise UserError("protocol=correspond: no training image has an object to take points from (masks above 0)")
+
+    def best_place(model, times):                         # ((activation, t), PCK of all on warped training images)
+        score = {k: pck(v, *known[3:], 0.1) for k, v in matches(model, state, known, names, times, **options).items() if k != "together"}
+        return max(score, key=score.get), score
+
+    (name, t), grid = best_place(net, cfg.t)
     tasks, scores, others = {"warps": warped(test, rows(test), "test")}, {}, {}
     if run.data.source == "shapes" and not cfg.transfer:
         drawn = shape_parts(seed_of(run.data.seed, "test"), np.arange(len(test)), run.data.size, run.data.two_objects)
@@ -1370,15 +1396,16 @@ def correspond(run, cfg, net, state, context):
     elif test.boxes is not None and (test.classes >= 0).all():
         tasks["boxes"] = class_pairs(test, rows(test), cfg.points, cfg.seed)
     if "random" in cfg.controls:
-        others["random weights"] = random_network(run, cfg, state), t
+        others["random weights"] = (model := random_network(run, cfg, state)), best_place(model, cfg.t)[0]
     if "supervised" in cfg.controls and (train.classes >= 0).all():
         data = dict(images=train.images, y=torch.from_numpy(np.array(train.classes)), rows=np.setdiff1d(np.arange(len(train)), rows(train)))
-        others["supervised, same size"] = train_supervised(run, cfg, state, data, name, int(data["y"].max()) + 1), 1.0
+        model = train_supervised(run, cfg, state, data, name, int(data["y"].max()) + 1)        # parts behind `name` stay untrained
+        others["supervised, same size"] = model, (name, 1.0)
     for task, pairs in tasks.items():
         size, every = pairs[0].shape[2], matches(net, state, pairs, names, cfg.t, **options)
         ways = {f"{name}, t={t:g}": every[name, t], f"all {len(names)} x {len(cfg.t)} together": every["together"]}
-        for what, (other, level) in others.items():
-            ways[what] = matches(other, state, pairs, [name], [level], **options)[name, level]
+        for what, (other, place) in others.items():
+            ways[what] = matches(other, state, pairs, [place[0]], [place[1]], **options)[place]
         if "pixels" in cfg.controls:
             a, b = (scaled(v, slice(None), "cpu") for v in pairs[:2])
             at = torch.cat([similarity(a[i:i + 32], b[i:i + 32], pairs[2][i:i + 32], size).argmax(2) for i in range(0, len(a), 32)])
@@ -1390,10 +1417,10 @@ def correspond(run, cfg, net, state, context):
         if run.rank == 0:
             draw_matches(run.dir / "probe" / f"{cfg.name}-{task}.png", pairs, every[name, t])
     if run.rank == 0:
-        heat_map(run.dir / "probe" / f"{cfg.name}.png", grid, names, [f"t={t:g}" for t in cfg.t], "PCK@0.1 on warped training images; * = chosen",
-                 [(names.index(name), cfg.t.index(t), "*")])
+        heat_map(run.dir / "probe" / f"{cfg.name}.png", [[grid[n, s] for s in cfg.t] for n in names], names, [f"t={s:g}" for s in cfg.t],
+                 "PCK@0.1 on warped training images; * = chosen", [(names.index(name), cfg.t.index(t), "*")])
     return dict(chosen=dict(activation=name, t=t), pairs={k: len(v[0]) for k, v in tasks.items()}, points=cfg.points, scores=scores,
-                table=[dict(activation=n, t=t, pck=v) for n, line in zip(names, grid) for t, v in zip(cfg.t, line)])
+                controls={what: dict(activation=n, t=s) for what, (_, (n, s)) in others.items()}, table=[dict(activation=n, t=s, pck=v) for (n, s), v in grid.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1564,7 +1591,7 @@ def detect(run, cfg, net, state, context):
     train, test, objects, classes, masked = known_objects(run)
     names, times = places(run, cfg, net)
     require(len(times) == 1 and not cfg.flip and not cfg.crop, cfg, "t flip crop", "detect reads one time and does not augment")
-    path, parts, rows, few, here = PATHS[state["path"]], split_rows(cfg, len(train)), {}, cfg.masks or None, lambda i: objects(train, i)
+    path, parts, rows, few, here = PATHS[state["path"]], split_rows(cfg, len(train)), {}, cfg.masks or None, functools.lru_cache(20_000)(lambda i: objects(train, i))
     truth, overlaps = [objects(test, i) for i in range(len(test))], dict(boxes=box_overlap) | (dict(masks=mask_overlap) if masked else {})
     summary = lambda ap: dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]))
     for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train, parts[0]).items():
@@ -1645,6 +1672,8 @@ def cka(run, cfg, net, state, context):
         models[name] = (random_network(run, cfg, state), state) if name == "random" else load_model(run, name, cfg.weights)
     places = {m: block_outputs(n) if cfg.activations == ["blocks"] else matching(n, cfg.activations) for m, (n, _) in models.items()}
     keys, rows = [(m, n, t) for m in models for t in cfg.t for n in places[m]], np.arange(min(cfg.compared, len(data)))
+    for name, (_, s) in models.items():
+        require_shape(run, s) if not cfg.transfer else require((s["channels"], s["size"]) == (state["channels"], state["size"]), cfg, "against", f"{name} sees other sizes")
     require(len(rows) >= 8 and len(keys) > 1, cfg, "compared activations t", f"at least 8 images (of {len(data)}), and two things to compare")
     total, spread, batches = 0, np.zeros((len(keys), 2)), [b for b in np.array_split(rows, math.ceil(len(rows) / 128))]
     with bar(run, len(rows), "comparing") as progress:
@@ -1669,6 +1698,17 @@ def cka(run, cfg, net, state, context):
     return dict(images=len(rows), table=table, cka=matrix)
 
 
+def images_read(cfg, reads, n, m):
+    """How many images a protocol sends through the network, each as often as it is: for --dry-run. reads: (names, times); n, m: training and test images."""
+    times, val, few = len(reads[1] if reads else cfg.t), min(cfg.validation, n // 5), min(cfg.fit + cfg.validation, n)
+    if cfg.protocol in ("head", "segment", "detect"):
+        passes = {"difformer": times, "diffeed": 2}.get(cfg.head, times if cfg.protocol == "segment" or cfg.head in ("linear", "mlp") else 1)
+        again = 1 if cfg.protocol == "head" else len(cfg.lr) * len(cfg.l2) if cfg.protocol == "detect" else 1            # trials of a head share their passes
+        return len(cfg.seeds) * passes * (again * (cfg.images + val) + m * (cfg.draws if cfg.protocol == "head" else 1))
+    return times * dict(sweep=few, boxes=2 * cfg.boxed, select=2 * cfg.measured + few, correspond=6 * cfg.pairs, cka=2 * min(cfg.compared, m),
+                        linear=cfg.draws * (n + m))[cfg.protocol]
+
+
 def main():
     """Probe, from the command line."""
     run = start("probe", Probe, __doc__)
@@ -1686,12 +1726,14 @@ def main():
             cfg.controls = [c for c in cfg.controls if c == "pixels"]
     else:
         net, state = load_model(run, cfg.checkpoint, cfg.weights)
+        if not cfg.transfer:                              # other images are prepared at the model's size
+            require_shape(run, state)
     context = autocast(run, cfg.precision)[0]
     if cfg.protocol in ("sweep", "boxes", "select", "correspond", "cka") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     require(all(0 <= t <= 1 for t in cfg.t) and cfg.boxed >= 2 and cfg.K >= 2
-            and min(cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points, cfg.fit, cfg.validation, cfg.supervised_images) >= 1,
-            cfg, "t boxed K draws batch neighbours pairs points fit validation supervised_images",
+            and min(cfg.grid, cfg.draws, cfg.batch, cfg.neighbours, cfg.pairs, cfg.points, cfg.fit, cfg.validation, cfg.supervised_images) >= 1,
+            cfg, "t boxed K grid draws batch neighbours pairs points fit validation supervised_images",
             "times lie between 0 and 1, boxed and K are at least 2, the others at least 1")
     require(len({f"{t:g}" for t in cfg.t}) == len(cfg.t), cfg, "t", "times must differ within six digits")
     require(not (run.data.latents and cfg.protocol in ("segment", "correspond", "detect")), cfg, "protocol", "is defined on pixels, not with data.latents")
@@ -1708,6 +1750,9 @@ def main():
         recipe["reads"] = info if cfg.features else list(places(run, cfg, net))
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
+        if net and not cfg.transfer:
+            flops, count = footprint(net, state["channels"], state["size"])[0], images_read(cfg, recipe.get("reads"), *(len(load_data(run, s)) for s in ("train", "test")))
+            cost(run, f"{flops / 1e9:,.2f} GFLOP forward an image x {count:,} images and times, for the row that is asked for (controls, and what is trained, come on top)", flops * count)
         return
     if run.agreed(finished(run, path, recipe)):
         return

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import nn
 from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
-from train_diffusion import (PATHS, Data, Folder, Squared, UserError, ahead, as_input, atomic, autocast, bar, cli, cost, create_rows, decode, digest, draw,
+from train_diffusion import (DECODE, PATHS, Data, Folder, Squared, UserError, ahead, as_input, atomic, autocast, bar, cli, cost, create_rows, decode, digest, draw,
                              estimates, fill, finished, footprint, load_checkpoint, load_data, load_model, open_autoencoder, require, save_grid, seed_of, start,
                              to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
 
@@ -221,8 +222,9 @@ def integrate(field, x, label, solver, steps, tol, reverse=False):
             x = path.alpha(s).to(x) * x_hat + path.sigma(s).to(x) * z_hat
         return x, torch.full((len(x),), steps)
     y, clock = x / wide(path.scale(grid[:1])).to(x), path.clock(grid)
-    if solver == "dopri5":
-        y, calls = solve_dopri5(lambda y, s, rows: field.slope(y, s, None if label is None else label[rows]), y, float(clock[0]), float(clock[-1]), tol)
+    if solver == "dopri5":                                # ever smaller batches: trying out the kernels for each would take longer than it saves
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            y, calls = solve_dopri5(lambda y, s, rows: field.slope(y, s, None if label is None else label[rows]), y, float(clock[0]), float(clock[-1]), tol)
     else:
         y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock, solver)
         calls = torch.full((len(x),), steps * len(TABLEAUS[solver][0]))
@@ -396,9 +398,11 @@ def open_evaluator(run, name):
             run.wait()
         resize = build_resizer("clean")
 
+        pool = ThreadPoolExecutor(min(16, os.cpu_count()))          # Pillow resizes one image at a time, and lets other threads run
+
         def features(x):
-            x = np.stack([resize(v) for v in x.cpu().numpy().transpose(0, 2, 3, 1)])
-            return net(torch.from_numpy(x.transpose(0, 3, 1, 2)).to(run.device).float())
+            return net(x.to(run.device).float())
+        features.prepare = lambda x: torch.from_numpy(np.stack([*pool.map(resize, x.transpose(0, 2, 3, 1))]).transpose(0, 3, 1, 2))
         return features, "clean-fid Inception, clean resizing", "fid"
     try:
         net = torch.jit.load(name, map_location=run.device).eval()
@@ -409,10 +413,11 @@ def open_evaluator(run, name):
 
 @torch.no_grad()
 def features_of(run, evaluator, images, rows, what):
-    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]."""
+    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]. The next images are read, and prepared as it wants them, meanwhile."""
+    prepare = getattr(evaluator, "prepare", torch.from_numpy)
     with bar(run, len(rows) * run.world, what) as progress:
-        for i in range(0, len(rows), 100):
-            out = evaluator(torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]])).to(run.device)).float().cpu()
+        for x in ahead(lambda i: prepare(np.ascontiguousarray(images[rows[i:i + 100]])), range(0, len(rows), 100)):
+            out = evaluator(x.to(run.device)).float().cpu()
             if not torch.isfinite(out).all():
                 raise UserError(f"{what}: the evaluator returned non-finite features")
             yield out
@@ -981,6 +986,8 @@ def main():
         twice, flops = 1 + any(w not in (0, 1) for w in cfg.guidance), footprint(net, state["channels"], state["size"])[0]
         cost(run, f"{flops / 1e9:,.1f} GFLOP a network call x {each} evaluations{' (a guess for dopri5)' if cfg.solver == 'dopri5' else ''} x {twice} "
              f"({'guided' if twice > 1 else 'not guided'}) x {many:,} samples{', those for the choice of w included' if many > cfg.n else ''}", flops * each * twice * many)
+        if run.data.latents:
+            cost(run, f"decoding: {DECODE * run.data.size ** 2 / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x {many:,} samples", DECODE * run.data.size ** 2 * many, "tf32")
         run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
         return
     if run.agreed(finished(run, folder / "metrics.json", recipe)):

@@ -196,6 +196,7 @@ def lloyd(features, c, metric, iterations, chunk):
     The inertia is that of the last assignment to the means it led to, |x|^2 - 2 x.c + |c|^2 summed from the sums that the means need anyway.
     """
     K, repaired, ids, power = len(c), 0, torch.zeros(len(features), dtype=torch.int64, device=c.device), None
+    one = torch.ones(min(chunk, len(features)), device=c.device)
     room = torch.empty(min(chunk, len(features)), K, device=c.device)            # fresh memory for every chunk would cost a tenth of the time
     for step in range(1, iterations + 1):
         sums, counts, totals = torch.zeros_like(c), torch.zeros(K, device=c.device), torch.zeros(2, dtype=torch.float64, device=c.device)
@@ -209,7 +210,7 @@ def lloyd(features, c, metric, iterations, chunk):
             if step == 1:
                 totals[1] += x.square().sum(dtype=torch.float64)
             sums.index_add_(0, k, x)
-            counts += torch.bincount(k, minlength=K)
+            counts.index_add_(0, k, one[:len(x)])                                # bincount would make a GPU wait
         over_ranks(sums), over_ranks(counts)
         moved, first = over_ranks(totals).tolist()
         power = first if power is None else power

@@ -984,7 +984,8 @@ def decode(vae, x, batch=16):
     if vae is None:
         return x
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-    return torch.cat([vae.decode(part.float() / scale + shift).sample for part in x.split(batch)])
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):          # TF32 rounds by less than a grey level, and full float32 is slow
+        return torch.cat([vae.decode(part.float() / scale + shift).sample for part in x.split(batch)])
 
 
 def encode_latents(run, block=256, batch=16):
@@ -1074,6 +1075,12 @@ def load_data(run, split):
     return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info, arrays.get("latents"))
 
 
+def require_shape(run, state, help="probe it in a run of its own size: set data.size or data.latents in another run="):
+    """A UserError where a model (its checkpoint) is made for other inputs than this run has."""
+    if (own := (state["channels"], state["size"])) != (there := input_shape(run)):
+        raise UserError(f"{state['file']}: made for inputs of {own[0]} x {own[1]} x {own[1]}, this run's are {there[0]} x {there[1]} x {there[1]}; {help}")
+
+
 def input_shape(run):
     """(channels, side) of what the network of this run sees: known before there are latents, too."""
     size, path = run.data.size, run.dir / "data" / "train" / "latents.json"
@@ -1158,8 +1165,8 @@ class VariancePreserving:
         """ln of the product of (1 - beta), interpolated between the 1000 steps. t: [...] -> same shape, float64."""
         u = (1000 * (1 - t.double())).clamp(0, 1000)
         k = u.floor().clamp(max=999).long()
-        table = self.on(t.device)
-        return table[k] + (u - k) * (table[k + 1] - table[k])
+        low, high = (self.on(t.device).take(i) for i in (k, k + 1))            # table[k] of a single k would make a GPU wait
+        return low + (u - k) * (high - low)
 
     def alpha(self, t):
         return (0.5 * self.log_abar(t)).exp().to(t.dtype)
@@ -1532,7 +1539,7 @@ def weights_hash(state):
     h = hashlib.sha256()
     for name in sorted(state):
         h.update(name.encode())
-        h.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().data if state[name].dim() else str(state[name].item()).encode())
+        h.update(state[name].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data if state[name].dim() else str(state[name].item()).encode())
     return h.hexdigest()[:16]
 
 
@@ -1676,10 +1683,13 @@ def footprint(net, channels, size):
     return counter.get_total_flops(), total, total - sum(inside) + sum(inputs.values()) + max(inside)
 
 
+ENCODE, DECODE = 4.17e6, 9.49e6                           # operations a pixel of Stable Diffusion's autoencoder, counted on its layers without data
+
+
 def cost(run, what, flops, precision="bf16"):
     """Say what a number of operations is made of and how long GPUs take for it, for --dry-run. what: the factors, in words."""
     run.say(f"work: {what} = {flops:.2e} FLOP")
-    for card, rates in (("H100", dict(bf16=989e12, fp32=67e12)), ("RTX 4090", dict(bf16=165e12, fp32=83e12))):
+    for card, rates in (("H100", dict(bf16=989e12, tf32=494e12, fp32=67e12)), ("RTX 4090", dict(bf16=165e12, tf32=83e12, fp32=83e12))):
         seconds = flops / (0.4 * rates[precision])
         run.say(f"  at 40 % of the {rates[precision] / 1e12:.0f} TFLOP/s that an {card} does in {precision}: "
                 + (f"{seconds / 3600:,.1f} GPU-hours" if seconds >= 360 else f"{seconds:,.0f} GPU-seconds"))
@@ -1703,6 +1713,10 @@ def announce(run, cfg, net, folder):
         known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source, (0, 0))
         known = (0, 0) if run.data.classes else known
     count = sum(getattr(run.data, s) or n for s, n in zip(("train", "test"), known)) if any(known) else 0
+    if run.data.latents:
+        each = ENCODE * run.data.size ** 2
+        cost(run, f"encoding, once: {each / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x 2 (mirror images) x " +
+             (f"{count:,} images" if count else "a million images (counted where data.root is there)"), 2 * each * (count or 1_000_000), "tf32")
     each = 3 * run.data.size ** 2 + (8 * channels * size ** 2 if run.data.latents else 0)
     run.say(f"disk: {each:,} bytes an image (uint8 pixels" + (", float16 mean and std of latents, twice for the mirror image)" if run.data.latents else ")")
             + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else f": {each / 1e3:,.1f} GB a million; counted where data.root is there"))
@@ -1810,6 +1824,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
 
     # resume: the same command again
     seen = resume(run, cfg, folder, state, parts)
+    for p, s in opt.state.items():                        # moments come back in the memory layout of the run that wrote them, which may have been compiled
+        s |= {k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape}
     if seen >= cfg.images:
         run.say(f"{folder}: done already ({seen:,} images seen)")
         return load_checkpoint(run, str(folder))
@@ -1902,8 +1918,9 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                 if run.rank == 0:
                     shown = side.grid(ema, side_ema, context) if side else grid or {}
                     z = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), row_shape(data.inputs)).to(run.device)
-                    with context():
-                        z = preview(ema, path, cfg.predict, z, **shown)
+                    with context():                       # no more at once than in training
+                        z = torch.cat([preview(ema, path, cfg.predict, z[i:i + micro], **{k: v[i:i + micro] for k, v in shown.items()})
+                                       for i in range(0, len(z), micro)])
                     pictures = to_uint8(decode(run.vae, z)).cpu().numpy()
                     save_grid(folder / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()

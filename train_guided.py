@@ -236,6 +236,12 @@ class Labeller(nn.Module):
         self.rows, self.images, classes = torch.from_numpy(rows), np.asarray(data.inputs[rows]), np.asarray(data.classes[rows])
         self.classes = classes if (classes >= 0).all() else None
 
+    def look(self, net, x, z, t):
+        """The activation that is read, of images x and noises z [B, C, H, W] at times t [B]; without gradients no more at once than in training."""
+        micro = len(x) if torch.is_grad_enabled() else self.cfg.micro or len(x)
+        parts = zip(*(v.split(micro) for v in (diffuse(self.path, x, z, t), t)))
+        return torch.cat([feature(net, self.name, x_t, s, self.pool) for x_t, s in parts])
+
     def embed(self, f):
         """Feature rows [n, D] -> unit vectors float32 [n, d]."""
         return F.normalize(self.head((f - self.mean) / (self.var + 1e-6).sqrt()), dim=1)
@@ -306,7 +312,7 @@ class Labeller(nn.Module):
             with torch.no_grad(), context():              # the teacher: no condition, so labels never explain themselves
                 look = slice(None) if guided else part
                 t = torch.full_like(u[look, 0], cfg.sk_t)
-                f = feature(ema, self.name, diffuse(self.path, x[look], z[look, 0], t), t, self.pool)
+                f = self.look(ema, x[look], z[look, 0], t)
             keep, f = self.kept(f[0, 0].numel(), updates, x.device), rows_of_map(f)
             rows = torch.arange(len(f), device=x.device).reshape(b if guided else len(part), -1)[part if guided else slice(None)][:, keep].flatten()
             self.learn_statistics(f[rows], updates)
@@ -322,7 +328,7 @@ class Labeller(nn.Module):
         t = cfg.sk_window[0] + (cfg.sk_window[1] - cfg.sk_window[0]) * u[part, 3]
         view = augment(x[part], u[part, 4:12], cfg.sk_augment, cfg.flip) if cfg.sk_augment else x[part]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), context():
-            f = feature(net, self.name, diffuse(self.path, view, z[part, 1], t), t, self.pool)
+            f = self.look(net, view, z[part, 1], t)
         f = rows_of_map(f)
         student = self.embed(f.reshape(len(part), -1, f.shape[1])[:, keep].flatten(0, 1))
         fixed = seen < cfg.sk_freeze or self.settled is not None                 # prototypes that are conditions stay with their labels
@@ -463,14 +469,14 @@ def label_images(net, labeller, images, rows, context, purpose):
     cfg, h, g, eps = labeller.cfg, [], labeller.prices, labeller.cfg.sk_eps
     for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=labeller.mean.device, context=context,
                             pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}"):
-        h.append(labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1)))
-    h = torch.cat(h) if h else labeller.mean.new_zeros(0, 1, cfg.sk_dim)         # [n, patches, d]; their scores, [n, patches, K], are never held at once
-    blocks = lambda: (labeller.scores(part) for part in h.flatten(0, 1).split(2048))
+        h.append(labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1)).half().cpu())       # of patches there are many
+    h = torch.cat(h) if h else torch.zeros(0, 1, cfg.sk_dim)                     # [n, patches, d]; their scores, [n, patches, K], are never held at once
+    blocks = lambda: (labeller.scores(part.to(labeller.mean.device).float()) for part in h.flatten(0, 1).split(2048))
     if g is None:
-        g = prices(blocks, eps, 50) if cfg.assign == "sinkhorn" else h.new_zeros(cfg.K)
+        g = prices(blocks, eps, 50) if cfg.assign == "sinkhorn" else labeller.mean.new_zeros(cfg.K)
     best = [(k := (S / eps - g).argmax(1), S.gather(1, k[:, None])[:, 0]) for S in blocks()]
     ids, score = (torch.cat(v).view(h.shape[:2]).cpu() for v in zip(*best))
-    return ids, score, float(h.mean((0, 1)).square().sum()) if len(h) else 0.0, g
+    return ids, score, float(h.mean((0, 1), dtype=torch.float32).square().sum()) if len(h) else 0.0, g
 
 
 def load_labeller(run, net, state):

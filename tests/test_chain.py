@@ -1,13 +1,16 @@
 """The whole chain as subprocesses at tiny size, on one and on two ranks: every stage runs, writes what the contracts say, and agrees across ranks."""
 import importlib
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import stage
+from conftest import ROOT, stage
 
 from train_diffusion import weights_hash
 
@@ -57,15 +60,18 @@ def test_stages_tell_their_cost_beforehand(chain, tiny, monkeypatch, capsys):
     width = np.load(chain / "labels/kmeans.npz")["centroids"].shape[1]
     said = {}
     for name, *words in [("extract_features", "activations=unet-out", "t=0.5,0.7", "draws=3"), ("self_label",), ("self_label", "method=sinkhorn", "rounds=2"),
-                         ("sample_ode", "checkpoint=guided/kmeans", "guidance=1,2", "n=10", "solver=rk4"), ("sample_ode", "n=10", "solver=dopri5")]:
+                         ("sample_ode", "checkpoint=guided/kmeans", "guidance=1,2", "n=10", "solver=rk4"), ("sample_ode", "n=10", "solver=dopri5"), ("probe",),
+                         ("probe", "protocol=linear", "activations=mid-repeat1-res-out", "t=0.5,0.7"),
+                         ("probe", "protocol=head", "head=diffeed", "activations=mid-repeat1-res-out", "t=0.5", "images=100", "seeds=0,1", "draws=3")]:
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tiny), f"run={chain}", "--dry-run", "name=new", *words])
         module.main()
         said[name, len(said)] = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("work:"))
     total = lambda line: float(line.split("=")[-1].split()[0])
-    read, kmeans, sinkhorn, guided, plain = map(total, said.values())
+    read, kmeans, sinkhorn, guided, plain, sweep, linear, head = map(total, said.values())
     assert kmeans == pytest.approx(30 * 2 * 512 * 6 * width, rel=0.01) and sinkhorn == pytest.approx((10 + 3 * 22) * 2 * 512 * 6 * width, rel=0.01)
     forward = read / (2 * 3 * 768)                        # two times, three draws, all images
+    assert [v / forward for v in (sweep, linear, head)] == pytest.approx([2 * 300, 2 * 768, 2 * 2 * (100 + 100 + 256 * 3)], rel=0.02)
     assert guided == pytest.approx(forward * 8 * 2 * (10 + 2 * 64 + 10), rel=0.05) and plain == pytest.approx(forward * 100 * 10, rel=0.05)
 
 
@@ -116,6 +122,23 @@ def test_two_ranks_train_on_the_same_images(chain, tiny, tmp_path):
     stage("train_diffusion", tiny, f"run={run}", ranks=2)
     a, b = (torch.load(d / "diffusion/base/checkpoint.pt", weights_only=True)["ema"] for d in (chain, run))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3          # the same global batches, up to rounding
+
+
+def test_two_machines_train_like_two_processes_of_one(tiny, tmp_path):
+    """Two launchers that meet at an address, a process each, as on two machines; weights equal those of one launcher with two."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    words = [str(ROOT / "train_diffusion.py"), str(tiny), "images=128", "save_every=128"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}", "--local-addr=127.0.0.1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    both = [subprocess.Popen([*launcher, *words, f"run={tmp_path / 'two'}"], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=200)[0] for p in both]
+    assert not any(p.returncode for p in both), "\n".join(said)
+    assert sum("starting, at 0" in text for text in said) == 1               # one of them speaks
+    stage("train_diffusion", *words[1:], f"run={tmp_path / 'one'}", ranks=2)
+    a, b = (torch.load(tmp_path / k / "diffusion/base/checkpoint.pt", weights_only=True) for k in ("one", "two"))
+    assert a["seen"] == b["seen"] == 128 and all(torch.equal(a["net"][k], b["net"][k]) for k in a["net"])
 
 
 def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):

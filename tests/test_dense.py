@@ -121,10 +121,11 @@ def test_points_lie_where_they_may():
     assert some.tolist() == [True, False, True] and (at[0] == 15).all() and (at[2] >= 24).all()
 
 
-def test_matches_do_not_depend_on_the_batch():
+def test_matches_do_not_depend_on_the_batch(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 3, 16, 16), dtype=np.uint8)
     pairs, net, state = warped_pairs(images, None, 4, 0), network("stem"), dict(path="cv")
-    a, b = (matches(net, state, pairs, ["unet-in", *NAMES], [0.9, 1.0], batch=n) for n in (7, 3))
+    batches = lambda n: monkeypatch.setattr(probe, "chunk_of", lambda images: n) or matches(net, state, pairs, ["unet-in", *NAMES], [0.9, 1.0])
+    a, b = batches(7), batches(3)
     assert set(a) == {*((n, t) for n in ["unet-in", *NAMES] for t in (0.9, 1.0)), "together"}
     assert all(torch.equal(a[k], b[k]) for k in [("unet-in", 0.9), ("unet-in", 1.0), "together"])      # enlarged small maps have plateaus: there rounding decides
 
@@ -222,8 +223,18 @@ def test_protocol_correspond(monkeypatch, tiny, run):
     assert got["pairs"]["warps"] == 20 and 5 < got["pairs"]["parts"] < 20 and len(got["table"]) == 4
     chosen = max(got["table"], key=lambda r: r["pck"])
     assert got["chosen"] == {k: chosen[k] for k in ("activation", "t")} and len(got["scores"]) == 6
+    assert got["controls"]["random weights"]["t"] in (0.8, 0.95) and got["controls"]["supervised, same size"]["t"] == 1          # each at its own best place
     assert all(s["warps"]["pck@0.05"] <= s["warps"]["pck@0.2"] for s in got["scores"].values())
     assert all((run / f"probe/correspond{e}.png").exists() for e in ("", "-warps", "-parts"))
+
+
+@pytest.mark.parametrize("protocol, value, said", [("correspond", 0, "has an object"), ("segment", 255, "void (255) everywhere"), ("detect", 255, "void (255) everywhere")])
+def test_masks_that_say_nothing(monkeypatch, refuse, tiny, run, protocol, value, said):
+    def empty(r, split):
+        data = load_data(r, split)
+        return replace(data, masks=np.full_like(np.array(data.masks), value))
+    monkeypatch.setattr(probe, "load_data", empty)
+    assert said in refuse("probe", tiny, f"run={run}", f"protocol={protocol}", "head=linear" if protocol == "segment" else "head=attention", "name=bad", *WORDS)
 
 
 def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):

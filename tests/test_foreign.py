@@ -274,6 +274,21 @@ def test_transformer_with_autoencoder(folder):
     assert torch.allclose(noisy, abar.sqrt().float() * z + (1 - abar).sqrt().float(), atol=1e-5)
 
 
+def test_all_that_decides_features_is_in_the_hash(folder, folder_of_hub, tmp_path):
+    """The autoencoder, the text, the code of a script: not the network's weights alone."""
+    import diffusers
+    pipe = diffusers.DiTPipeline.from_pretrained(folder / "dit")
+    torch.nn.init.ones_(pipe.vae.quant_conv.bias)
+    pipe.save_pretrained(tmp_path / "dit")
+    np.save(tmp_path / "a.npy", np.zeros((5, 12), np.float32)), np.save(tmp_path / "b.npy", np.ones((5, 12), np.float32))
+    for k, f in enumerate((lambda x: x.float().mean((2, 3)), lambda x: x.float().amax((2, 3)))):
+        torch.jit.trace(f, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).save(str(tmp_path / f"{k}.pt"))
+    models = [(f"diffusers:{folder / 'dit'}", {}), (f"diffusers:{tmp_path / 'dit'}", {}), *[(f"diffusers:{folder / 'text'}", dict(embedding=str(tmp_path / f"{e}.npy"))) for e in "ab"],
+              *[(tmp_path / f"{k}.pt", {}) for k in (0, 1)]]
+    hashes = [opened(m, **options)[1]["weights"] for m, options in models]
+    assert len(set(hashes)) == 6 and hashes[0] == opened(f"diffusers:{folder / 'dit'}")[1]["weights"]
+
+
 def test_extracting_from_them(monkeypatch, capsys, folder, tiny, run):  # noqa: F811
     words = [tiny, f"run={run}", *WORDS[:2], f"model=diffusers:{folder / 'dit'}"]
     called(monkeypatch, extract_features, *words, "--list")
@@ -341,6 +356,21 @@ def test_processes_open_a_model_one_after_the_other(monkeypatch, folder_of_hub):
     second = type("Second", (Here,), dict(rank=1, world=3, wait=staticmethod(lambda: seen.append("waited"))))
     open_foreign(second, ExtractFeatures(model=f"hub:{folder_of_hub}/tiny", resize=32))
     assert seen == ["waited", "opened", "waited", "waited"]
+
+
+def test_maps_with_channels_last():
+    """Layers that work on the last dimension of maps, as in Swin and ConvNeXt: their channels come second in the catalogue, too."""
+    class Last(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.wide = torch.nn.LayerNorm(3), torch.nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.wide(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+    net = extract_features.Foreign(Last(), lambda x: x, lambda net, x, time: net(x), "out", 8, "cpu")
+    x = torch.randn(2, 3, 8, 8)
+    got = through(net, x, None, ["norm", "wide", "out"])
+    assert got["norm"].shape == (2, 3, 8, 8) and torch.equal(got["wide"], got["out"]) and got["wide"].shape[1] == 5
 
 
 def test_tokens_and_vectors_as_maps():

@@ -233,6 +233,8 @@ def test_properties_of_known_fields():
     ramp = torch.stack([f(0.1 * torch.arange(16.0)).expand(16, 16) for f in (torch.sin, torch.cos)] * 2)
     ramp[2:] = ramp[2:].transpose(1, 2).clone()
     assert abs(locality(white)) < 0.02 and abs(locality(shuffled)) < 0.02 < locality(ar[..., :16, :16]) and locality(ramp[None]) > 0.8
+    still = torch.full_like(ar, 0.37)                     # channels that are the same everywhere have no length, and count for nothing
+    assert granularity(torch.cat([ar, still, 0 * still], 1), 64) == pytest.approx(granularity(ar, 64)) and granularity(still, 64) == 64
     assert locality(torch.zeros(2, 3, 4, 4)) == 0 and math.isfinite(granularity(torch.zeros(2, 3, 4, 4), 4))
 
 
@@ -303,6 +305,20 @@ def test_stored_features_score_as_the_network_does(monkeypatch, tiny, run, pool)
     assert b["linear"]["noise_std"] is None and "diffusion/base" == result["stored", "head"]["checkpoint"]
     a, b = (result[n, "linear"]["rows"]["features"] for n in ("passes", "stored"))
     assert b["parameters"] == ((128 if pool == "2" else 32) + 1) * 10 and (pool == "2" or abs(a["linear"] - b["linear"]) < 0.01 and abs(a["knn"] - b["knn"]) < 0.01)
+
+
+@pytest.mark.parametrize("words", [["protocol=linear", "controls=pixels"], ["protocol=head", "head=linear", "seeds=0", "lr=1e-3,1e-1", "l2=0,0.5", "controls="],
+                                   ["protocol=head", "head=difformer", "width=16", "heads=4", "seeds=0", "lr=1e-3,1e-2", "l2=0", "controls="]])
+def test_labels_of_test_images_decide_nothing(monkeypatch, tiny, run, words):
+    """With other labels for the test images accuracies differ, but not what was selected, nor the scores on the validation part."""
+    known, results = probe.known_classes, []
+    for name, shift in (("right", 0), ("wrong", 3)):
+        monkeypatch.setattr(probe, "known_classes", lambda run, protocol: (*(k := known(run, protocol))[:3], (k[3] + shift) % 10))
+        called(monkeypatch, probe, tiny, f"run={run}", "activations=mid-repeat?-res-out", "t=0.8", "images=600", f"name={name}", "overwrite=true", *words)
+        results.append(json.loads((run / f"probe/{name}.json").read_text())["rows"])
+    chosen = [[[{k: v for k, v in r.items() if k not in ("linear", "knn", "test")} for r in row.get("results", [row])] for row in rows.values()] for rows in results]
+    scores = [[row.get("linear", row.get("accuracy")) for row in rows.values()] for rows in results]
+    assert chosen[0] == chosen[1] and scores[0] != scores[1]
 
 
 def test_several_stored_maps(monkeypatch, refuse, tiny, run):
@@ -381,6 +397,21 @@ def test_protocol_select_writes_yaml_that_others_read(monkeypatch, tiny, run):
     called(monkeypatch, extract_features, run / "probe/chosen.yaml", f"run={run}")
     info = json.loads((run / "features/chosen/info.json").read_text())
     assert (info["checkpoint"], info["weights"]) == ("diffusion/base", "net") and [a["activation"] for a in info["arrays"]] == chosen["extract_features"]["activations"]
+
+
+def test_models_of_another_size_are_refused(refuse, tiny, run, tmp_path):
+    words = [tiny, f"run={tmp_path / 'small'}", "data.size=16", f"checkpoint={run / 'diffusion/base/checkpoint.pt'}", "activations=mid*res-out", "t=0.5", "name=bad"]
+    stage("train_diffusion", *words[:3], "--prepare")
+    for name in ("extract_features", "probe"):
+        assert "inputs of 3 x 32 x 32, this run's are 3 x 16 x 16" in refuse(name, *words)
+
+
+def test_features_tell_their_precision(monkeypatch, refuse, tiny, run):
+    words = [tiny, f"run={run}", "name=precise", "activations=mid-repeat1-res-out", "t=0.5", "splits=test"]
+    called(monkeypatch, extract_features, *words)
+    assert "overwrite=true" in refuse("extract_features", *words, "precision=bf16")
+    for more, said in (("splits=", "splits=[]"), ("pool=00", "pool=00")):
+        assert said in refuse("extract_features", *words[:2], "name=bad", *words[3:5], more)
 
 
 def test_a_sweep_of_averaged_weights_is_not_one_of_raw_ones(monkeypatch, refuse, tiny, run):

@@ -71,5 +71,6 @@ def test_protocol_cka(monkeypatch, capsys, refuse, tiny, run):  # noqa: F811
 
 
 def test_bad_input(refuse, tiny, run):  # noqa: F811
+    assert "grid=0" in refuse("probe", tiny, f"run={run}", "protocol=cka", "name=bad", *WORDS[:2], "grid=0")
     assert "compared=4" in refuse("probe", tiny, f"run={run}", "protocol=cka", "name=bad", *WORDS[:2], "compared=4")
     assert "no such checkpoint" in refuse("probe", tiny, f"run={run}", "protocol=cka", "name=bad", *WORDS[:2], "against=diffusion/none")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_ode
 import train_diffusion as td
@@ -82,6 +83,63 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
         run.cfg.micro = micro
         results.append(td.fit(run, run.cfg, td.build_model(run.model, 32), run.dir / "diffusion/base", split(), state(run))["net"])
     assert max(float((results[0][k] - results[1][k]).abs().max()) for k in results[0]) < 1e-4
+
+
+def test_sample_grids_show_no_more_at_once_than_training(tmp_path, monkeypatch):
+    seen, preview = [], td.preview
+    monkeypatch.setattr(td, "preview", lambda net, path, predict, z, **k: seen.append((len(z), len(k["label"]))) or preview(net, path, predict, z, **k))
+    run = make_run(tmp_path)
+    run.cfg.micro = 8
+    run.model.mult = [1]
+    net = td.build_model(run.model, 32, num_labels=3)
+    td.fit(run, run.cfg, net, tmp_path / "diffusion/base", split(), state(run), lambda rows, u: dict(label=rows % 3), dict(label=torch.arange(20) % 4))
+    assert seen == [(8, 8), (8, 8), (4, 4)]
+
+
+def test_training_goes_on_in_another_memory_layout(tmp_path):
+    """Compiled U-Nets are channels-last; their optimizer's moments must fit weights that are not, and the other way round."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        run = make_run(tmp_path / str(layout))
+        td.fit(run, run.cfg, td.build_model(run.model, 32).to(memory_format=torch.channels_last), run.dir / "diffusion/base", split(), state(run))
+        run.cfg.images = 128
+        net = td.build_model(run.model, 32).to(memory_format=layout)
+        results.append(td.fit(run, run.cfg, net, run.dir / "diffusion/base", split(), state(run))["net"])
+    assert max(float((results[0][k] - results[1][k]).abs().max()) for k in results[0]) < 1e-4
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a GPU has to be waited for, since their result is needed on the host."""
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.count += f.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_consecutive")
+        return f(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("path", ["cv", "vp"])
+def test_no_update_waits_for_the_gpu(path, tmp_path):
+    """As many such operations in a training of many updates as in one of few: a log line and a checkpoint each."""
+    counts = []
+    for images in (64, 192):
+        run = make_run(tmp_path / str(images))
+        run.cfg.path, run.cfg.images, run.cfg.log_every, run.cfg.save_every, run.cfg.grid_every = path, images, 192, 192, 192
+        with Waits() as waits:
+            td.fit(run, run.cfg, td.build_model(run.model, 32), run.dir / "diffusion/base", split(), state(run))
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp", "ddim"), ("vp-cosine", "ddim")])
+def test_no_step_of_a_sampler_waits_for_the_gpu(path, solver):
+    net = td.build_model(td.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval()
+    counts = []
+    for steps in (3, 9):
+        field = sample_ode.Field(net, td.PATHS[path], "eps", 2.0)
+        with Waits() as waits:
+            sample_ode.integrate(field, torch.randn(4, 3, 32, 32), torch.arange(4) % 3, solver, steps, 1e-3)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):

@@ -72,6 +72,8 @@ def test_protocols_on_other_images(monkeypatch, refuse, tiny, run, tmp_path):  #
     assert got["rows"]["linear"]["parameters"] > 10 * got["rows"]["frozen network"]["parameters"]
     assert set(got["recipe"]["transfer"]) == {"train", "test"} and (run / "transfer/other/data/train/images.npy").exists()
     assert "now None" in refuse("probe", *[w for w in words if not str(w).startswith("transfer=")])               # is no result on the run's own images
+    called(monkeypatch, probe, *words[:2], "name=moved-sweep", words[5], *WORDS[:2], "activations=mid*res-out", "t=0.8", "fit=40", "validation=20", "K=3")
+    assert "looked at other images" in refuse("extract_features", *words[:2], *WORDS[:2], "choice=moved-sweep", "name=bad")
     called(monkeypatch, probe, *words[:2], "protocol=boxes", "name=moved-boxes", words[5], *WORDS[:4], "boxed=4")
     assert "oracle" not in result(run, "moved-boxes") and result(run, "moved-boxes")["images"] == 4              # these images have no true boxes
 
