@@ -18,6 +18,7 @@ up-path's lowest resolution. They are read by plain forward hooks; the forward s
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import inspect
 import math
 import os
@@ -437,8 +438,8 @@ def as_map(out, _=()):
 
 
 def channels_first(out, _=()):
-    """As `as_map`, of layers that work on the last dimension: of maps [B, H, W, C], as of Swin or ConvNeXt, the channels come second."""
-    return out.permute(0, 3, 1, 2) if torch.is_tensor(out) and out.dim() == 4 else as_map(out)
+    """As `as_map`, of maps [B, H, W, C]."""
+    return out.permute(0, 3, 1, 2)
 
 
 SPELLINGS = [(r"\.", "-"), (r"^(down|up)_blocks-(\d+)", r"\1-level\2"), ("^mid_block", "mid"), (r"resnets-(\d+)-conv2$", r"repeat\1-res-increment"),
@@ -473,19 +474,26 @@ def discover(net, images):
     """Catalogue of a network that we know nothing about: every module that returns a map or tokens, once, in the order of a pass over two images.
 
     Of networks of diffusers also where attention looks (but not for attention to image and text together, or to texts with padding), and what skips
-    bring to the way up. Modules that see the text alone are left out.
+    bring to the way up. Modules that see the text alone are left out. Some networks (Swin, ConvNeXt) have maps [B, H, W, C]: layers that work on the last
+    dimension tell, and of other modules the last such layer before them whose output had their shape.
     """
-    image = lambda m: ((lambda out, _=(): as_map(out[1])) if type(m).__name__ == "JointTransformerBlock" else            # (text, image)
-                       channels_first if isinstance(m, (nn.Linear, nn.LayerNorm)) else as_map)
-    fired, hooks = [], []
+    fired, hooks, last = [], [], {}
+
+    def note(m, _, out, path):
+        pick = (lambda out, _=(): as_map(out[1])) if type(m).__name__ == "JointTransformerBlock" else as_map             # (text, image)
+        if torch.is_tensor(out) and out.dim() == 4:
+            last[out.shape] = type(m) in (nn.Linear, nn.LayerNorm) or last.get(out.shape, False) and not isinstance(m, nn.Conv2d)
+            pick = channels_first if last[out.shape] else pick
+        fired.append((path, m, getattr(pick(out), "shape", [0]), pick))
+
     for path, m in net.net.named_modules():
         if path and not isinstance(m, (nn.Dropout, nn.Identity)) and not OF_TEXT.search(path):                   # these two repeat what comes before
-            hooks.append(m.register_forward_hook(lambda m, _, out, path=path: fired.append((path, m, getattr(image(m)(out), "shape", [0])))))
+            hooks.append(m.register_forward_hook(functools.partial(note, path=path)))
     net(x := net.encode(images), torch.full((2,), 500.0, device=x.device))
     for h in hooks:
         h.remove()
-    found, count, width = {}, [id(m) for _, m, _ in fired], 0
-    for path, m, shape in fired:
+    found, count, width = {}, [id(m) for _, m, *_ in fired], 0
+    for path, m, shape, pick in fired:
         above, once, second = net.net.get_submodule(path.rpartition(".")[0]), count.count(id(m)) == 1, re.match(r".*\.attn2(?=\.|$)", path)
         text = bool(second) and getattr(net.net.get_submodule(second[0]), "is_cross_attention", True)
         name = spelled(path if text else path.replace(".attn2", ".attn_second"))  # in some blocks of SD3.5 the second attention is one of the image, too
@@ -494,7 +502,7 @@ def discover(net, images):
         width = m.out_channels if re.search(r"resnets\.\d+$", path) else width
         key = path.endswith(".to_k") and hasattr(above, "norm_k")
         if shape[0] == 2 and shape[-1] > 1 and once and not (text and re.search(r"\.to_[kv]$", path)):          # keys and values of a text have no place in the image
-            found[name] = m, image(m)
+            found[name] = m, pick
         if key and once and getattr(above, "add_q_proj", None) is None and not (text and hasattr(net.net, "caption_projection")):
             found[re.sub("(self|cross)-k$", r"\1-map", name.replace("attn2-self-k", "cross-k"))] = m, scores_of(above)
     return found
@@ -527,8 +535,8 @@ TEXT = {"UNet2DConditionModel": "cross_attention_dim", "PixArtTransformer2DModel
 
 
 def open_diffusers(cfg, device):
-    """(network, encode, call, path, image size, what else decides: tensors by name) of a pipeline folder, a model folder, or an id of the hub: U-Nets with and
-    without text, DiT, PixArt, SD3."""
+    """(network, encode, call, path, image size, tensors that besides the network's decide what features are) of a pipeline folder, a model folder, or an id of
+    the hub: U-Nets with and without text, DiT, PixArt, SD3."""
     where = cfg.model.partition(":")[2]
     torchvision_datasets()                                # diffusers imports torchvision, which beside a CPU-only torch takes some care
     try:
@@ -578,7 +586,9 @@ def open_diffusers(cfg, device):
         every = lambda v: {k: every(u) for k, u in v.items()} if isinstance(v, dict) else v.to(x.device).expand(len(x), *v.shape[1:])
         return net(x, timestep=1000 - time if flow else (999 - time).clamp(min=0), return_dict=False, **every(told))[0]
     more = {f"vae.{k}": v for k, v in vae.state_dict().items()} if vae else {}
-    more |= {k: v for k, v in (told | told.get("added_cond_kwargs", {})).items() if torch.is_tensor(v)}
+    more |= {"vae.scale": torch.tensor([vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0])} if vae else {}
+    texts = {k: v.float() for k, v in (told | told.get("added_cond_kwargs", {})).items() if torch.is_tensor(v)}
+    more |= {k: (1000 * v).round() for k, v in texts.items()}                    # the last digits of a computed text depend on the machine
     return net, encode, call, PATHS["cv"] if flow else Tabulated(abar.cpu()), side, more
 
 
@@ -695,8 +705,6 @@ def main():
     run = start("extract_features", ExtractFeatures, __doc__, flags=("--list", "--pca"))
     cfg = run.cfg
     net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights)
-    if not cfg.model:
-        require_shape(run, state)
     context, _, why = autocast(run, cfg.precision)
 
     # --list
@@ -713,6 +721,8 @@ def main():
             c, h, w = sizes[name]
             run.say(f"{name:44} {kind:18} {where:5} {c:8}  {f'{h} x {w}':9} {share[name]:4.0%}")
         return
+    if not cfg.model:
+        require_shape(run, state)
 
     # what to read, and where
     times = cfg.t
@@ -747,7 +757,7 @@ def main():
             head = "first three principal components; columns: t = " + ", ".join(map(str, times))
             save_grid(file, np.concatenate(sheet), n * len(times), rows=["image", *names], head=head)
         return run.say(f"maps of {len(names)} activation(s) x {len(times)} time(s) x {n} image(s) in {file}")
-    if cfg.pool not in ("mean", "none") and not (cfg.pool.isdigit() and int(cfg.pool)):
+    if cfg.pool not in ("mean", "none") and not (cfg.pool.isdecimal() and int(cfg.pool)):
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
     require(min(cfg.draws, cfg.batch, len(cfg.splits)) >= 1, cfg, "draws batch splits", "must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"

@@ -44,7 +44,7 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import catalogue, fired, load_features, matching, noise_level, stream, tapped, _Enough
+from extract_features import catalogue, cost_shares, fired, load_features, matching, noise_level, stream, tapped, _Enough
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, cost, diffuse, draw, fill,
                              finished, footprint, load_checkpoint, load_data, load_model, prepare_data, read_json, require, require_shape, row_shape,
@@ -169,7 +169,8 @@ def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=1000):
     x = torch.cat([x, torch.ones(len(x), 1)], 1).T.contiguous()                  # [D + 1, N]
     penalty = torch.full((len(x),), l2, dtype=torch.float64)
     penalty[-1] = 0
-    C = torch.linalg.cholesky((x @ x.T).double() / (2 * len(y)) + torch.diag(penalty + 1e-6))
+    gram = sum((part := v.double()) @ part.T for v in x.split(4096, 1))          # in float32 it may have eigenvalues below zero
+    C = torch.linalg.cholesky(gram / (2 * len(y)) + torch.diag(penalty + 1e-6))
     back = torch.linalg.solve_triangular(C, torch.eye(len(C), dtype=C.dtype), upper=False).float()
     target, penalty = F.one_hot(y, classes).T.float(), penalty.float()
     u = torch.zeros(classes, len(x)) if start is None else (start.T.double() @ C).float()
@@ -771,7 +772,7 @@ def scaled(images, rows, device):
     """Rows of uint8 images as float [B, C, H, W] in [-1, 1], or means of latents; of stored maps [T][n] of [B, C, h, w]."""
     if isinstance(images, Stored):
         return [[torch.from_numpy(np.asarray(m[rows], np.float32)).to(device) for m in maps] for maps in images.maps]
-    return as_input(torch.from_numpy(np.ascontiguousarray(images[rows])).to(device))
+    return as_input(torch.from_numpy(np.array(images[rows], order="C")).to(device))               # a copy: what is mapped cannot be written
 
 
 @torch.no_grad()
@@ -839,8 +840,6 @@ def places(run, cfg, net):
     """(names, times) that the protocols linear, head, segment and detect read."""
     if cfg.activations == ["blocks"]:
         name, t = one_activation(run, cfg, net)
-        if len(cfg.t) > 1 and not (cfg.head == "difformer" and cfg.protocol == "head"):
-            run.say(f"reads t={t:g}, the label-free choice: the times in t= are the sweep's; name activations= to read them")
         return [name], cfg.t if cfg.head == "difformer" and cfg.protocol == "head" and len(cfg.t) > 1 else [t]
     return matching(net, cfg.activations), cfg.t
 
@@ -1373,8 +1372,8 @@ def draw_matches(path, pairs, found, n=6, zoom=4):
 
 
 def correspond(run, cfg, net, state, context):
-    """PCK of every (activation, t) on warped training images; the best and all together on test images, warped and paired by class; controls beside it, each
-    at the place that is best for it on the training images."""
+    """PCK of every (activation, t) on warped training images; the best and all together on test images, warped and paired by class; controls beside it: random
+    weights at the place that is best for them, the supervised network at the same activation without noise."""
     train, test = (probed(run, split) for split in ("train", "test"))
     names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
     options, shares = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2)
@@ -1402,6 +1401,8 @@ def correspond(run, cfg, net, state, context):
         model = train_supervised(run, cfg, state, data, name, int(data["y"].max()) + 1)        # parts behind `name` stay untrained
         others["supervised, same size"] = model, (name, 1.0)
     for task, pairs in tasks.items():
+        if not len(pairs[0]):
+            raise UserError(f"protocol=correspond: no test image has an object to take points from ({task}: masks above 0)")
         size, every = pairs[0].shape[2], matches(net, state, pairs, names, cfg.t, **options)
         ways = {f"{name}, t={t:g}": every[name, t], f"all {len(names)} x {len(cfg.t)} together": every["together"]}
         for what, (other, place) in others.items():
@@ -1591,7 +1592,7 @@ def detect(run, cfg, net, state, context):
     train, test, objects, classes, masked = known_objects(run)
     names, times = places(run, cfg, net)
     require(len(times) == 1 and not cfg.flip and not cfg.crop, cfg, "t flip crop", "detect reads one time and does not augment")
-    path, parts, rows, few, here = PATHS[state["path"]], split_rows(cfg, len(train)), {}, cfg.masks or None, functools.lru_cache(20_000)(lambda i: objects(train, i))
+    path, parts, rows, few, here = PATHS[state["path"]], split_rows(cfg, len(train)), {}, cfg.masks or None, functools.lru_cache(10 ** 9 // (4 * train.images[0, 0].size))(lambda i: objects(train, i))
     truth, overlaps = [objects(test, i) for i in range(len(test))], dict(boxes=box_overlap) | (dict(masks=mask_overlap) if masked else {})
     summary = lambda ap: dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]))
     for what, r in dense_readings(run, cfg, net, state, "detect", names, times, train, parts[0]).items():
@@ -1698,14 +1699,14 @@ def cka(run, cfg, net, state, context):
     return dict(images=len(rows), table=table, cka=matrix)
 
 
-def images_read(cfg, reads, n, m):
-    """How many images a protocol sends through the network, each as often as it is: for --dry-run. reads: (names, times); n, m: training and test images."""
-    times, val, few = len(reads[1] if reads else cfg.t), min(cfg.validation, n // 5), min(cfg.fit + cfg.validation, n)
+def images_read(cfg, times, n, m):
+    """How many passes of single images a protocol makes, for --dry-run, at so many noise times; n, m: training and test images."""
+    val, few = min(cfg.validation, n // 5), min(cfg.fit + cfg.validation, n)
     if cfg.protocol in ("head", "segment", "detect"):
         passes = {"difformer": times, "diffeed": 2}.get(cfg.head, times if cfg.protocol == "segment" or cfg.head in ("linear", "mlp") else 1)
         again = 1 if cfg.protocol == "head" else len(cfg.lr) * len(cfg.l2) if cfg.protocol == "detect" else 1            # trials of a head share their passes
         return len(cfg.seeds) * passes * (again * (cfg.images + val) + m * (cfg.draws if cfg.protocol == "head" else 1))
-    return times * dict(sweep=few, boxes=2 * cfg.boxed, select=2 * cfg.measured + few, correspond=6 * cfg.pairs, cka=2 * min(cfg.compared, m),
+    return times * dict(sweep=few, boxes=2 * min(cfg.boxed, n), select=2 * cfg.measured + few, correspond=6 * cfg.pairs, cka=2 * min(cfg.compared, m),
                         linear=cfg.draws * (n + m))[cfg.protocol]
 
 
@@ -1726,8 +1727,9 @@ def main():
             cfg.controls = [c for c in cfg.controls if c == "pixels"]
     else:
         net, state = load_model(run, cfg.checkpoint, cfg.weights)
-        if not cfg.transfer:                              # other images are prepared at the model's size
+        if not cfg.transfer:
             require_shape(run, state)
+        require(not cfg.transfer or state["channels"] == 3, cfg, "transfer", "other images are probed as pixels, at the model's size; this model sees latents")
     context = autocast(run, cfg.precision)[0]
     if cfg.protocol in ("sweep", "boxes", "select", "correspond", "cka") and not cfg.t:
         cfg.t = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -1748,11 +1750,17 @@ def main():
         check_head(cfg, run.data.latents, state.get("size", math.inf))
     if cfg.protocol in ("linear", "head", "segment", "detect"):
         recipe["reads"] = info if cfg.features else list(places(run, cfg, net))
+        if not cfg.features and cfg.activations == ["blocks"] and len(cfg.t) > len(recipe["reads"][1]):
+            run.say(f"reads t={recipe['reads'][1][0]:g}, the label-free choice: several times in t= are the sweep's; name activations= to read them")
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         if net and not cfg.transfer:
-            flops, count = footprint(net, state["channels"], state["size"])[0], images_read(cfg, recipe.get("reads"), *(len(load_data(run, s)) for s in ("train", "test")))
-            cost(run, f"{flops / 1e9:,.2f} GFLOP forward an image x {count:,} images and times, for the row that is asked for (controls, and what is trained, come on top)", flops * count)
+            reads = recipe.get("reads") or (block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations), cfg.t)
+            x = torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device)
+            share = 1.0 if cfg.head == "diffeed" and cfg.protocol == "head" else max(v for n, v in cost_shares(net, x, torch.zeros(1, device=run.device)).items() if n in reads[0])
+            flops, count = footprint(net, state["channels"], state["size"])[0], images_read(cfg, len(reads[1]), *(len(load_data(run, s)) for s in ("train", "test")))
+            cost(run, f"about {flops / 1e9:,.2f} GFLOP forward an image x {share:.2f} (as far as is read) x {count:,} images and times, for the row that is asked for "
+                 "(controls, and heads themselves, come on top)", flops * share * count)
         return
     if run.agreed(finished(run, path, recipe)):
         return

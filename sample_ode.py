@@ -398,7 +398,7 @@ def open_evaluator(run, name):
             run.wait()
         resize = build_resizer("clean")
 
-        pool = ThreadPoolExecutor(min(16, os.cpu_count()))          # Pillow resizes one image at a time, and lets other threads run
+        pool = ThreadPoolExecutor(max(1, min(16, os.cpu_count() // run.world)))                    # Pillow resizes one image at a time, and lets other threads run
 
         def features(x):
             return net(x.to(run.device).float())
@@ -416,7 +416,8 @@ def features_of(run, evaluator, images, rows, what):
     """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]. The next images are read, and prepared as it wants them, meanwhile."""
     prepare = getattr(evaluator, "prepare", torch.from_numpy)
     with bar(run, len(rows) * run.world, what) as progress:
-        for x in ahead(lambda i: prepare(np.ascontiguousarray(images[rows[i:i + 100]])), range(0, len(rows), 100)):
+        feed = ahead if isinstance(images, np.ndarray) else map                   # what has to be decoded first does so on the GPU, which is busy
+        for x in feed(lambda i: prepare(np.ascontiguousarray(images[rows[i:i + 100]])), range(0, len(rows), 100)):
             out = evaluator(x.to(run.device)).float().cpu()
             if not torch.isfinite(out).all():
                 raise UserError(f"{what}: the evaluator returned non-finite features")
@@ -967,7 +968,7 @@ def main():
         last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
         require(cfg.solver != "dopri5" and cfg.features_at and all(0 <= i <= last for i in cfg.features_at) and cfg.direction == "generate", cfg,
                 "solver direction features_at", f"activations are kept at evaluations 0 to {last} of a fixed-step solver, while generating")
-        require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdigit() and cfg.features_pool != "0", cfg, "features_pool",
+        require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdecimal() and int(cfg.features_pool), cfg, "features_pool",
                 "must be mean, none or a number")
         require(not cfg.compile, cfg, "features compile", "activations are read from the network as it is: compile=false")
     varying = cfg.solver == "dopri5" or cfg.sweep == "nfe"                       # dopri5 leaves out rows that have arrived

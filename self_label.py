@@ -210,7 +210,7 @@ def lloyd(features, c, metric, iterations, chunk):
             if step == 1:
                 totals[1] += x.square().sum(dtype=torch.float64)
             sums.index_add_(0, k, x)
-            counts.index_add_(0, k, one[:len(x)])                                # bincount would make a GPU wait
+            counts += torch.zeros_like(counts).index_add_(0, k, one[:len(x)])    # bincount would make a GPU wait; a float32 cannot count one by one for ever
         over_ranks(sums), over_ranks(counts)
         moved, first = over_ranks(totals).tolist()
         power = first if power is None else power

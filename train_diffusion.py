@@ -436,7 +436,7 @@ def finished(run, path, recipe):
     if not path.exists():
         return False
     there = read_json(path, "delete it")
-    there = there.get("recipe", there)
+    there = dict(precision="auto") | there.get("recipe", there)                  # a key that came later, and what was meant before
     other = [f"{k}={there.get(k)}, now {v}" if len(str(v)) < 40 else k for k, v in recipe.items() if there.get(k) != v]
     if other and not run.cfg.overwrite:
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
@@ -1075,10 +1075,10 @@ def load_data(run, split):
     return Split(arrays["images"], arrays["classes"], arrays.get("boxes"), arrays.get("masks"), info, arrays.get("latents"))
 
 
-def require_shape(run, state, help="probe it in a run of its own size: set data.size or data.latents in another run="):
+def require_shape(run, state, advice="use it in a run of its own size: set data.size or data.latents in another run="):
     """A UserError where a model (its checkpoint) is made for other inputs than this run has."""
     if (own := (state["channels"], state["size"])) != (there := input_shape(run)):
-        raise UserError(f"{state['file']}: made for inputs of {own[0]} x {own[1]} x {own[1]}, this run's are {there[0]} x {there[1]} x {there[1]}; {help}")
+        raise UserError(f"{state['file']}: made for inputs of {own[0]} x {own[1]} x {own[1]}, this run's are {there[0]} x {there[1]} x {there[1]}; {advice}")
 
 
 def input_shape(run):
@@ -1631,7 +1631,7 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
     """
     share = cfg.batch // run.world
     pin = run.device.type == "cuda"
-    resident = torch.from_numpy(np.ascontiguousarray(images)).to(run.device) if pin and images.nbytes < 4e9 else None
+    resident = torch.from_numpy(np.array(images, order="C")).to(run.device) if pin and images.nbytes < 4e9 else None
     order = image_order(cfg.seed, run.stage, seen, len(images))
 
     def prepared(number):

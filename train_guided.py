@@ -106,7 +106,7 @@ def layout_condition(labels, maps, K, kinds, cfg, device):
     maps: uint8 [N, H, W], ids 0 ... kinds - 1 (of masks 0 = no object, a channel of its own), kinds = no condition there.
     """
     table = torch.from_numpy(np.ascontiguousarray(labels)).to(device)
-    resident = torch.from_numpy(np.ascontiguousarray(maps)).to(device) if torch.device(device).type == "cuda" and maps.nbytes < 2e9 else None
+    resident = torch.from_numpy(np.array(maps, order="C")).to(device) if torch.device(device).type == "cuda" and maps.nbytes < 2e9 else None
 
     def condition(rows, u):
         ids = (torch.from_numpy(maps[rows.cpu().numpy()]).to(device) if resident is None else resident[rows]).long()
@@ -237,7 +237,7 @@ class Labeller(nn.Module):
         self.classes = classes if (classes >= 0).all() else None
 
     def look(self, net, x, z, t):
-        """The activation that is read, of images x and noises z [B, C, H, W] at times t [B]; without gradients no more at once than in training."""
+        """The feature of images x [B, C, H, W] under noises z at times t [B]; without gradients at most `micro` images at once, as in training."""
         micro = len(x) if torch.is_grad_enabled() else self.cfg.micro or len(x)
         parts = zip(*(v.split(micro) for v in (diffuse(self.path, x, z, t), t)))
         return torch.cat([feature(net, self.name, x_t, s, self.pool) for x_t, s in parts])
@@ -466,12 +466,14 @@ def label_images(net, labeller, images, rows, context, purpose):
     By an averaged network and labeller: at sk_t, without a condition. With assign=sinkhorn labels are balanced over all images of this call, on
     all ranks, unless the labeller has prices: one image alone, or other images, cannot be balanced.
     """
-    cfg, h, g, eps = labeller.cfg, [], labeller.prices, labeller.cfg.sk_eps
-    for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=labeller.mean.device, context=context,
-                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}"):
-        h.append(labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1)).half().cpu())       # of patches there are many
-    h = torch.cat(h) if h else torch.zeros(0, 1, cfg.sk_dim)                     # [n, patches, d]; their scores, [n, patches, K], are never held at once
-    blocks = lambda: (labeller.scores(part.to(labeller.mean.device).float()) for part in h.flatten(0, 1).split(2048))
+    cfg, h, g, eps, device = labeller.cfg, [], labeller.prices, labeller.cfg.sk_eps, labeller.mean.device
+    for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=device, context=context,
+                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}", batch=min(256, cfg.micro or 256)):
+        e = labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1))             # [b, patches, d]
+        large = 4 * len(rows) * e[0].numel() > 1e9        # patches of many images: in half precision, off the GPU
+        h.append(e.half().cpu() if large else e)
+    h = torch.cat(h) if h else labeller.mean.new_zeros(0, 1, cfg.sk_dim)         # [n, patches, d]; their scores, [n, patches, K], are never held at once
+    blocks = lambda: (labeller.scores(part.to(device).float()) for part in h.flatten(0, 1).split(2048 if h.dtype == torch.float32 else 2 ** 16))
     if g is None:
         g = prices(blocks, eps, 50) if cfg.assign == "sinkhorn" else labeller.mean.new_zeros(cfg.K)
     best = [(k := (S / eps - g).argmax(1), S.gather(1, k[:, None])[:, 0]) for S in blocks()]

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 LEVELS = ["down-level0", "down-level1", "down-level2", "mid", "up-level0", "up-level1", "up-level2"]
-KINDS = ["res-out", "vit-out", "res-increment", "self-q", "self-k", "self-v", "self-out", "self-map", "skip", "downsampler-out", "upsampler-out"]
 
 
 def scores(file, keys=("linear", "knn", "accuracy", "parameters", "passes", "activation", "t", "l2")):
@@ -40,6 +39,17 @@ def collected(run):
     out["cka"] = dict(neighbours={t: round(float(np.mean([m[at[own, a, t], at[own, b, t]] for a, b in zip(names, names[1:])])), 4) for t in times},
                       between_times={n: round(m[at[own, n, times[0]], at[own, n, times[-1]]], 4) for n in names},
                       against_random={n: round(m[at[own, n, times[-1]], at["random", n, times[-1]]], 4) for n in names})
+    return out
+
+
+def attention_blocks(table):
+    """The activations of each block with attention, {kind: name}: what attention reads, the increment of that, what is inside, its output."""
+    names = list(dict.fromkeys(r["activation"] for r in table))
+    out = []
+    for name in (n for n in names if n.endswith("-vit-out")):
+        read = [n for n in names[:names.index(name)] if n.endswith("-res-out")][-1]
+        inside = {k: name.replace("vit-out", f"vit-block0-self-{k}") for k in ("q", "k", "v", "map", "out")}
+        out.append({"what attention reads": read, "its residual increment": read.replace("res-out", "res-increment"), **inside, "output": name})
     return out
 
 
@@ -86,16 +96,17 @@ def main():
         gain = lambda r: [m[name][name]["accuracy"] - m[name][r]["accuracy"] for m in models if name in m]
         table([name, "passes", "parameters", "accuracy", "gain of the first on it"],
               [[r, every(name, r, "passes")[0], every(name, r, "parameters")[0], pm(every(name, r, "accuracy")), pm(gain(r))] for r in rows])
-    print("Kinds of activation: means over the blocks that have them and times\n")
-    of = lambda m, kind, t, key: np.mean([r[key] for r in m["kinds"] if r["activation"].endswith(kind) and r["t"] == t])
-    kind_times = sorted({r["t"] for r in models[0]["kinds"]})
-    table(["kind", *(f"probe, t={t}" for t in kind_times), *(f"{k}, t={kind_times[-1]}" for k in ("sensitivity", "granularity", "locality"))],
-          [[kind, *(pm([of(m, kind, t, "linear") for m in models]) for t in kind_times),
-            *(pm([of(m, kind, kind_times[-1], k) for m in models], 2) for k in ("sensitivity", "granularity", "locality"))] for kind in KINDS])
+    print("Kinds of activation in the blocks with attention: means over these blocks; validation images\n")
+    times = sorted({r["t"] for r in models[0]["kinds"]})
+    of = lambda m, kind, t, key: np.mean([r[key] for names in attention_blocks(m["kinds"]) for r in m["kinds"] if r["activation"] == names[kind] and r["t"] == t])
+    share = lambda kind, t, key: pm([of(m, kind, t, key) / of(m, "output", t, key) for m in models], 2)
+    table(["kind", *(f"linear probe, t={t}" for t in times), *(f"{k} / that of the output, t={t}" for k in ("sensitivity", "locality") for t in times)],
+          [[kind, *(pm([of(m, kind, t, "linear") for m in models]) for t in times), *(share(kind, t, k) for k in ("sensitivity", "locality") for t in times)]
+           for kind in attention_blocks(models[0]["kinds"])[0]])
     print("Noise sensitivity and granularity of block outputs, by level\n")
     out = lambda m, level, t, key: np.mean([r[key] for r in m["kinds"] if r["activation"].startswith(level) and r["activation"].endswith("res-out") and r["t"] == t])
-    table(["level", *(f"sensitivity, t={t}" for t in kind_times), *(f"granularity, t={t}" for t in kind_times)],
-          [[level, *(pm([out(m, level, t, k) for m in models], 2) for k in ("sensitivity", "granularity") for t in kind_times)] for level in LEVELS])
+    table(["level", *(f"sensitivity, t={t}" for t in times), *(f"granularity, t={t}" for t in times)],
+          [[level, *(pm([out(m, level, t, k) for m in models], 2) for k in ("sensitivity", "granularity") for t in times)] for level in LEVELS])
     for m in models:
         print("selected:", m["select"])
     names = list(models[0]["cka"]["between_times"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, stage
 
-from train_diffusion import weights_hash
+from extract_features import cost_shares
+from train_diffusion import UNet, weights_hash
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,9 @@ def test_stages_tell_their_cost_beforehand(chain, tiny, monkeypatch, capsys):
     read, kmeans, sinkhorn, guided, plain, sweep, linear, head = map(total, said.values())
     assert kmeans == pytest.approx(30 * 2 * 512 * 6 * width, rel=0.01) and sinkhorn == pytest.approx((10 + 3 * 22) * 2 * 512 * 6 * width, rel=0.01)
     forward = read / (2 * 3 * 768)                        # two times, three draws, all images
-    assert [v / forward for v in (sweep, linear, head)] == pytest.approx([2 * 300, 2 * 768, 2 * 2 * (100 + 100 + 256 * 3)], rel=0.02)
+    shares = cost_shares(UNet(16, 3, 3, 32, [1, 2], 1, [4], 16, stem=4), torch.zeros(1, 3, 32, 32), torch.zeros(1))
+    assert [v / forward for v in (sweep, linear, head)] == pytest.approx([2 * 300 * shares["up-level1-repeat1-res-out"], 2 * 768 * shares["mid-repeat1-res-out"],
+                                                                          2 * 2 * (100 + 100 + 256 * 3)], rel=0.02)
     assert guided == pytest.approx(forward * 8 * 2 * (10 + 2 * 64 + 10), rel=0.05) and plain == pytest.approx(forward * 100 * 10, rel=0.05)
 
 
@@ -133,7 +136,11 @@ def test_two_machines_train_like_two_processes_of_one(tiny, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}", "--local-addr=127.0.0.1"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     both = [subprocess.Popen([*launcher, *words, f"run={tmp_path / 'two'}"], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [p.communicate(timeout=200)[0] for p in both]
+    try:
+        said = [p.communicate(timeout=200)[0] for p in both]
+    finally:
+        for p in both:
+            p.kill()
     assert not any(p.returncode for p in both), "\n".join(said)
     assert sum("starting, at 0" in text for text in said) == 1               # one of them speaks
     stage("train_diffusion", *words[1:], f"run={tmp_path / 'one'}", ranks=2)

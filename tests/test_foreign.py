@@ -274,8 +274,8 @@ def test_transformer_with_autoencoder(folder):
     assert torch.allclose(noisy, abar.sqrt().float() * z + (1 - abar).sqrt().float(), atol=1e-5)
 
 
-def test_all_that_decides_features_is_in_the_hash(folder, folder_of_hub, tmp_path):
-    """The autoencoder, the text, the code of a script: not the network's weights alone."""
+def test_more_than_the_weights_is_in_the_hash(folder, folder_of_hub, tmp_path):
+    """The autoencoder, the text, the code of a script."""
     import diffusers
     pipe = diffusers.DiTPipeline.from_pretrained(folder / "dit")
     torch.nn.init.ones_(pipe.vae.quant_conv.bias)
@@ -360,17 +360,22 @@ def test_processes_open_a_model_one_after_the_other(monkeypatch, folder_of_hub):
 
 def test_maps_with_channels_last():
     """Layers that work on the last dimension of maps, as in Swin and ConvNeXt: their channels come second in the catalogue, too."""
+    class Norm2d(torch.nn.LayerNorm):                     # of torchvision's ConvNeXt: a LayerNorm whose output has channels first
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
     class Last(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.wide = torch.nn.LayerNorm(3), torch.nn.Linear(3, 5)
+            self.first, self.norm, self.inner = Norm2d(3), torch.nn.LayerNorm(3), torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.GELU())
 
         def forward(self, x):
-            return self.wide(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            return self.inner(self.norm(self.first(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
     net = extract_features.Foreign(Last(), lambda x: x, lambda net, x, time: net(x), "out", 8, "cpu")
     x = torch.randn(2, 3, 8, 8)
-    got = through(net, x, None, ["norm", "wide", "out"])
-    assert got["norm"].shape == (2, 3, 8, 8) and torch.equal(got["wide"], got["out"]) and got["wide"].shape[1] == 5
+    got = through(net, x, None, ["first", "norm", "inner-0", "inner-1", "inner", "out"])
+    assert torch.equal(got["first"], net.net.first(x)) and torch.equal(got["norm"], net.net.norm(got["first"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)) and got["inner-0"].shape == (2, 5, 8, 8)
+    assert torch.equal(got["inner-1"], got["out"]) and torch.equal(got["inner"], got["out"])
 
 
 def test_tokens_and_vectors_as_maps():

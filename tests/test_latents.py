@@ -128,6 +128,18 @@ def test_chain_on_latents(run, monkeypatch):
     assert scores["decoded"] > 0 and scores["reference"] == "test, 64 images"
 
 
+def test_training_sees_draws_of_the_latents(run, monkeypatch):
+    """Mean and deviation of a row, under a noise of its own, which is not that of the path."""
+    seen, loss, make = [], td.loss_per_image, td.as_input
+    monkeypatch.setattr(td, "as_input", lambda rows, flip=None, z=None: seen.append([rows, flip, z, make(rows, flip, z)]) or seen[-1][-1])
+    monkeypatch.setattr(td, "loss_per_image", lambda net, path, predict, x, z, *rest, **k: seen[-1].append((x, z)) or loss(net, path, predict, x, z, *rest, **k))
+    inside(monkeypatch, "train_diffusion", run[0], f"run={run[1]}", "name=drawn", "images=64")
+    assert len(seen) == 2
+    for rows, flip, own, x, (used, z) in seen:
+        mean, std = torch.where(flip[:, None, None, None], rows[:, 1], rows[:, 0]).float().chunk(2, 1)
+        assert torch.allclose(used, mean + std * own) and own.shape == z.shape and not torch.equal(own, z) and (std > 0).all() and torch.equal(used, x)
+
+
 def test_what_cannot_work(run, vae, refuse, tmp_path, monkeypatch):
     yaml, folder = run
     assert "data.latents=" in refuse("train_diffusion", yaml, f"run={folder}", "data.latents=")
@@ -195,7 +207,7 @@ def test_footprint_in_closed_form():
 def test_costs_are_printed(run, monkeypatch, capsys):
     inside(monkeypatch, "train_diffusion", run[0], f"run={run[1].parent / 'none'}", "--dry-run", "recompute=true")
     text = capsys.readouterr().out
-    for word in ("GFLOP forward an image x 4", "GPU-seconds", "memory:", f"{3 * 16 * 16 + 8 * 4 * 8 * 8:,} bytes an image", "x 320"):
+    for word in ("GFLOP forward an image x 4", "GPU-seconds", "encoding, once", "x 2 (mirror images) x 320 images", "memory:", f"{3 * 16 * 16 + 8 * 4 * 8 * 8:,} bytes an image", "x 320"):
         assert word in text, word
     assert not (run[1].parent / "none").exists()
 

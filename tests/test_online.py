@@ -96,6 +96,21 @@ def test_labels_do_not_depend_on_the_condition():
     assert torch.equal(dropped, torch.where(u[:, 2] < 0.5, 10, before)) and (dropped == 10).any()
 
 
+@pytest.mark.parametrize("condition", ["label", "patch"])
+def test_no_more_images_at_once_than_in_training(condition, monkeypatch):
+    """micro= limits the passes that need no gradients, too, and changes nothing but rounding."""
+    results = []
+    for micro in (0, 8):
+        parts, sizes = online(condition=condition, micro=micro), []
+        for net in parts[1:3]:
+            net.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+        loss, cond = step(parts)
+        ids, scores, *_ = label_images(parts[2], parts[4], np.asarray(draw_shapes(0, np.arange(40))[0]), np.arange(40), nullcontext, "test")
+        assert max(sizes) == (8 if micro else 40)
+        results.append([loss.detach(), *cond.values(), ids, scores])
+    assert all(torch.allclose(a.float(), b.float(), atol=1e-4) for a, b in zip(*results))
+
+
 def test_before_the_switch_nothing_is_conditioned():
     assert step(online(switch=100))[1] == {} and "label" in step(online(switch=100), seen=128)[1]
 

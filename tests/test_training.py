@@ -96,12 +96,13 @@ def test_sample_grids_show_no_more_at_once_than_training(tmp_path, monkeypatch):
     assert seen == [(8, 8), (8, 8), (4, 4)]
 
 
-def test_training_goes_on_in_another_memory_layout(tmp_path):
+@pytest.mark.parametrize("first", [torch.channels_last, torch.contiguous_format])
+def test_training_goes_on_in_another_memory_layout(tmp_path, first):
     """Compiled U-Nets are channels-last; their optimizer's moments must fit weights that are not, and the other way round."""
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         run = make_run(tmp_path / str(layout))
-        td.fit(run, run.cfg, td.build_model(run.model, 32).to(memory_format=torch.channels_last), run.dir / "diffusion/base", split(), state(run))
+        td.fit(run, run.cfg, td.build_model(run.model, 32).to(memory_format=first), run.dir / "diffusion/base", split(), state(run))
         run.cfg.images = 128
         net = td.build_model(run.model, 32).to(memory_format=layout)
         results.append(td.fit(run, run.cfg, net, run.dir / "diffusion/base", split(), state(run))["net"])
@@ -113,7 +114,7 @@ class Waits(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        self.count += f.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_consecutive")
+        self.count += f.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_consecutive", "_unique2")
         return f(*args, **kwargs or {})
 
 
@@ -127,7 +128,7 @@ def test_no_update_waits_for_the_gpu(path, tmp_path):
         with Waits() as waits:
             td.fit(run, run.cfg, td.build_model(run.model, 32), run.dir / "diffusion/base", split(), state(run))
         counts.append(waits.count)
-    assert counts[0] == counts[1]
+    assert 0 < counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp", "ddim"), ("vp-cosine", "ddim")])
