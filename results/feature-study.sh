@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The feature study of one model, about 35 minutes on two CPU cores. feature-study-tiny64.json is what feature_study.py collects from three of them:
+# The feature study of one model, about an hour on one CPU core. feature-study-tiny64.json is what feature_study.py collects from three of them:
 #
 #     for k in 0 1 2; do bash results/feature-study.sh runs/tiny64-$k $k data.source=arrays data.root=tiny64.npz data.size=64 model.stem=4; done
 #
 # tiny64.npz: uint8 images [20000, 64, 64, 3], int64 classes, float32 boxes, and the same as test_images, ... [2000, ...]; 40 classes of Tiny ImageNet, 500 images each.
-# cifar64.yaml, fashion64.yaml: data sections of the first 20,000 (5,000) images of CIFAR-10 and Fashion-MNIST at 64x64, as arrays.
+# cifar64.yaml, fashion64.yaml: data sections with the first 10,000 (2,000) images of CIFAR-10 and Fashion-MNIST at 64x64, as arrays.
 set -euo pipefail
 run=$1 k=$2; shift 2; data=("$@")
 place=mid-repeat1-vit-out t=0.98 further=up-level0-upsampler-out            # the best 4x4 map of the first model's sweep, and the best place of all
@@ -13,8 +13,8 @@ py() { local stage=$1; shift; python "$stage.py" configs/cifar10-cpu.yaml "run=$
 chosen() { python -c "import json; c = json.load(open('$run/probe/$1.json'))['chosen']; print('activations=' + ','.join(c['activations']), 't=' + str(c['t'][0]))"; }
 
 py train_diffusion images=120k
-py probe t=0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,0.98 fit=8000 validation=2000
-py probe protocol=linear activations=$place t=$t draws=2 controls=pixels,random
+py probe t=0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,0.98 fit=4000 validation=2000        # model 0: fit=8000
+py probe protocol=linear activations=$place t=$t draws=1 controls=pixels,random      # models 1 and 2: controls=random
 
 # heads by share of the labels, on stored maps; every head sees as many images
 py extract_features name=heads pool=none dtype=float16 activations=$place t=$t
@@ -28,8 +28,8 @@ for g in mean 2 4; do
 
 # fusion of two map sizes and two times; feedback
 py extract_features name=fuse pool=none dtype=float16 activations=$place,$further t=0.8,$t
-py probe protocol=head name=difformer features=fuse head=difformer images=60k "${few[@]}"
-py probe protocol=head name=diffeed head=diffeed activations=$place t=$t draws=1 images=24k "${few[@]}"
+py probe protocol=head name=difformer features=fuse head=difformer images=40k side=4 "${few[@]}"
+py probe protocol=head name=diffeed head=diffeed activations=$place t=$t draws=1 images=12k "${few[@]}"
 
 # all kinds of activations and their properties; those that the rules keep, those that are best without rules, the outputs of levels
 py probe protocol=select name=kinds activations='*' t=0.5,0.7,0.9 noisy=100 fine=0.001 local=100 fit=4000 validation=2000
