@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
-# The feature study of one model, about an hour on one CPU core. feature-study-tiny64.json is what feature_study.py collects from three of them:
+# The feature study of one model, about an hour on one CPU core (OMP_NUM_THREADS=1). From the repository root, in its environment:
 #
 #     for k in 0 1 2; do bash results/feature-study.sh runs/tiny64-$k $k data.source=arrays data.root=tiny64.npz data.size=64 model.stem=4; done
+#     python results/feature_study.py results/feature-study-tiny64.json runs/tiny64-0 runs/tiny64-1 runs/tiny64-2 > tables.md
 #
-# tiny64.npz: uint8 images [20000, 64, 64, 3], int64 classes, float32 boxes, and the same as test_images, ... [2000, ...]; 40 classes of Tiny ImageNet, 500 images each.
-# cifar64.yaml, fashion64.yaml: data sections with the first 10,000 (2,000) images of CIFAR-10 and Fashion-MNIST at 64x64, as arrays.
+# What it needs beside it, made from sets that we may not pass on:
+#     tiny64.npz       40 classes of Tiny ImageNet, 500 + 50 images each: uint8 images [20000, 64, 64, 3], int64 classes, and test_images, test_classes [2000, ...]
+#     cifar64.yaml     data: {source: arrays, root: cifar64.npz, train: 10000, test: 2000}         CIFAR-10, resized to 64x64 (bicubic), in the same form
+#     fashion64.yaml   data: {source: arrays, root: fashion64.npz, train: 10000, test: 2000}       Fashion-MNIST likewise
 set -euo pipefail
 run=$1 k=$2; shift 2; data=("$@")
+ls cifar64.yaml fashion64.yaml > /dev/null
 place=mid-repeat1-vit-out t=0.98 further=up-level0-upsampler-out            # the best 4x4 map of the first model's sweep, and the best place of all
 few=(width=128 lr=1e-3,3e-3 l2=0.05 controls= validation=2000 "seeds=$k")
 py() { local stage=$1; shift; python "$stage.py" configs/cifar10-cpu.yaml "run=$run" "seed=$k" "${data[@]}" "$@"; }
 chosen() { python -c "import json; c = json.load(open('$run/probe/$1.json'))['chosen']; print('activations=' + ','.join(c['activations']), 't=' + str(c['t'][0]))"; }
 
 py train_diffusion images=120k
-py probe t=0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,0.98 fit=4000 validation=2000        # model 0: fit=8000
-py probe protocol=linear activations=$place t=$t draws=1 controls=pixels,random      # models 1 and 2: controls=random
+py probe t=0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,0.98 "fit=$([ "$k" = 0 ] && echo 8000 || echo 4000)" validation=2000
+py probe protocol=linear activations=$place t=$t draws=1 "controls=$([ "$k" = 0 ] && echo pixels,)random"
 
 # heads by share of the labels, on stored maps; every head sees as many images
 py extract_features name=heads pool=none dtype=float16 activations=$place t=$t

@@ -103,7 +103,7 @@ def main():
     table(["kind", *(f"linear probe, t={t}" for t in times), *(f"{k} / that of the output, t={t}" for k in ("sensitivity", "locality") for t in times)],
           [[kind, *(pm([of(m, kind, t, "linear") for m in models]) for t in times), *(share(kind, t, k) for k in ("sensitivity", "locality") for t in times)]
            for kind in attention_blocks(models[0]["kinds"])[0]])
-    print("Noise sensitivity and granularity of block outputs, by level\n")
+    print("Noise sensitivity and granularity of residual block outputs, by level\n")
     out = lambda m, level, t, key: np.mean([r[key] for r in m["kinds"] if r["activation"].startswith(level) and r["activation"].endswith("res-out") and r["t"] == t])
     table(["level", *(f"sensitivity, t={t}" for t in times), *(f"granularity, t={t}" for t in times)],
           [[level, *(pm([out(m, level, t, k) for m in models], 2) for k in ("sensitivity", "granularity") for t in times)] for level in LEVELS])
