@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, stage
 
 from extract_features import cost_shares
-from train_diffusion import UNet, weights_hash
+from train_diffusion import Model, build_model, weights_hash
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,8 @@ def test_stages_tell_their_cost_beforehand(chain, tiny, monkeypatch, capsys):
     read, kmeans, sinkhorn, guided, plain, sweep, linear, head = map(total, said.values())
     assert kmeans == pytest.approx(30 * 2 * 512 * 6 * width, rel=0.01) and sinkhorn == pytest.approx((10 + 3 * 22) * 2 * 512 * 6 * width, rel=0.01)
     forward = read / (2 * 3 * 768)                        # two times, three draws, all images
-    shares = cost_shares(UNet(16, 3, 3, 32, [1, 2], 1, [4], 16, stem=4), torch.zeros(1, 3, 32, 32), torch.zeros(1))
+    model = Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4)
+    shares = cost_shares(build_model(model, 32), torch.zeros(1, 3, 32, 32), torch.zeros(1))
     assert [v / forward for v in (sweep, linear, head)] == pytest.approx([2 * 300 * shares["up-level1-repeat1-res-out"], 2 * 768 * shares["mid-repeat1-res-out"],
                                                                           2 * 2 * (100 + 100 + 256 * 3)], rel=0.02)
     assert guided == pytest.approx(forward * 8 * 2 * (10 + 2 * 64 + 10), rel=0.05) and plain == pytest.approx(forward * 100 * 10, rel=0.05)
