@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from extract_features import stream, tapped                                      # noqa: E402
-from probe import Probe, accuracy, block_outputs, logistic, standardise          # noqa: E402
+from probe import SWEEP, Probe, accuracy, block_outputs, logistic, standardise          # noqa: E402
 from train_diffusion import Model, as_input, build_model, draw_shapes, fill, load_data, load_model, start        # noqa: E402
 
 
@@ -63,7 +63,7 @@ def main():
     for name in names:
         f, v = standardise(features[name][:2000], features[name][2000:])
         tick = time.perf_counter()
-        ours = accuracy(logistic(f, y[:2000], 10, 1e-3), v, y[2000:])
+        ours = accuracy(logistic(f, y[:2000], int(y.max()) + 1, 1e-3, tolerance=SWEEP), v, y[2000:])
         seconds[0] += time.perf_counter() - tick
         tick = time.perf_counter()
         theirs = LogisticRegression(C=1 / (1e-3 * 2000), max_iter=1000).fit(f.numpy(), y[:2000].numpy()).score(v.numpy(), y[2000:].numpy())
