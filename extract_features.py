@@ -44,7 +44,7 @@ from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, Mo
 class ExtractFeatures:
     """Section `extract_features`."""
     name: str = "base"                                    # results go to features/<name>
-    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:, uvit:, sgfm:FILE
+    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     model: str = ""                                       # in place of checkpoint: diffusers:PATH_OR_ID, hub:REPO/NAME (or a local directory), FILE.pt (TorchScript)
     embedding: str = ""                                   # model=diffusers with text: a .npy [tokens, D] to condition on; empty = the empty prompt
@@ -75,7 +75,7 @@ def parts(net):
             for block in blocks:
                 moved = False
                 for m in block:
-                    if isinstance(m, ResBlock) and m.resample:
+                    if getattr(m, "resample", None):
                         yield f"{stage}-level{level}-{stage}sampler-out", m
                         moved = True
                     else:
@@ -287,31 +287,94 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
 # ---------------------------------------------------------------------------------------------------------------------
 # Published weights as checkpoints of ours
 
-ADM_SETTINGS = {                                          # by channel multiples: what differs from 64 channels per head, rows of qkv by head, linear betas
-    (1, 2, 3, 4): dict(order="qkv", path="vp-cosine"),    # ImageNet 64 x 64
-    (1, 1, 2, 3, 4): dict(heads=4, head_channels=0),      # ImageNet 128 x 128
+IDDPM = dict(heads=4, head_channels=0, path="vp-cosine", clock=[999.75, -1000.0])         # 4000 steps, which the network counts in quarters
+ADM_SETTINGS = {                                          # by resampling and channel multiples: what differs from 64 channels per head, rows of qkv by head, linear betas
+    ("block", 1, 2, 3, 4): dict(order="qkv", path="vp-cosine"),                  # ImageNet 64 x 64
+    ("block", 1, 1, 2, 3, 4): dict(heads=4, head_channels=0),                    # ImageNet 128 x 128
+    ("conv", 1, 2, 3, 4): IDDPM,                          # ImageNet 64 x 64 of improved-diffusion (arXiv 2102.09672)
+    ("conv", 1, 2, 2, 2): IDDPM | dict(size=32),          # its CIFAR-10
 }
 
 
 def read_adm(w, given):
-    """guided-diffusion's U-Net (arXiv 2105.05233) from its tensors: (Model, settings, channels of the input, tensors by the names of our `UNet`)."""
+    """guided-diffusion's U-Net (arXiv 2105.05233), or its predecessor's, from its tensors: (Model, settings, channels of the input, tensors by the names of our `UNet`)."""
+    w = {re.sub(r"^(output_blocks\.\d+\.[12]\.)conv\.", r"\1op.", k): v for k, v in w.items()}
     channels, count = w["time_embed.0.weight"].shape[1], 1 + max(int(k.split(".")[1]) for k in w if k.startswith("input_blocks."))
-    levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", k) is not None for k in w)            # one upsampler between two levels
+    levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.(in_layers\.2|op)\.weight", k) is not None for k in w)       # one upsampler between two levels
+    resample = "conv" if any(".op." in k for k in w) else "block"
     blocks = count // levels - 1                          # each level has so many residual blocks and a downsampler, or at the start the first convolution
     firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
     mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in firsts]
     if min(mult) * channels < 128:
         raise UserError("has fewer than 128 channels; with the 32 groups of these networks such layers are not supported")
     s = dict(size=8 * 2 ** (levels - 1), heads=8, head_channels=64, order="heads", path="vp", clock=[999.0, -1000.0], predict="eps", null_row="none")
-    s |= ADM_SETTINGS.get(tuple(mult), {}) | (dict(head_channels=0) if given.get("heads") else {}) | given
+    s |= ADM_SETTINGS.get((resample, *mult), {}) | (dict(head_channels=0) if given.get("heads") else {}) | given
     model = Model("unet", channels, mult, blocks, [s["size"] >> level for level, f in enumerate(firsts) if f"{f}.1.qkv.weight" in w], s["head_channels"],
-                  heads=s["heads"], clock=s["clock"])
+                  heads=s["heads"], clock=s["clock"], resample=resample)
     if s["order"] == "qkv":                               # ours are by head: the same function with its rows in another order
         for k in (k for k in w if ".qkv." in k):
             h = s["heads"] if not s["head_channels"] else max(1, len(w[k]) // 3 // s["head_channels"])
             w[k] = w[k].unflatten(0, (3, h, -1)).transpose(0, 1).flatten(0, 2)
     if len(w["out.2.weight"]) == 6:                       # the second half parametrises a variance, which an ODE does not need
         w |= {k: w[k][:3] for k in ("out.2.weight", "out.2.bias")}
+    return model, s, 3, w
+
+
+DDPM_NAMES = {                                            # of modules outside the two ways, then inside blocks: pesser/pytorch_diffusion's, DDAE's
+    "temb.dense.0": "time_embed.0", "temb.dense.1": "time_embed.2", "conv_in": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2", "mid.block_1": "middle_block.0",
+    "mid.attn_1": "middle_block.1", "mid.block_2": "middle_block.2", "time_emb.lin1": "time_embed.0", "time_emb.lin2": "time_embed.2", "image_proj": "input_blocks.0.0",
+    "norm": "out.0", "final": "out.2", "middle.res1": "middle_block.0", "middle.attn": "middle_block.1", "middle.res2": "middle_block.2",
+}
+DDPM_PARTS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "temb_proj": "emb_layers.1", "conv2": "out_layers.3", "nin_shortcut": "skip_connection",
+              "time_emb.1": "emb_layers.1", "conv2.1": "out_layers.3", "shortcut": "skip_connection", "projection": "qkv", "output": "proj_out"}
+
+
+def read_ddpm(w, given):
+    """DDPM's U-Net (arXiv 2006.11239) as pesser/pytorch_diffusion converted it to PyTorch, or DDAE's (2303.09769; FutureXiang/ddae), as `read_adm`.
+
+    DDAE's networks for EDM look the same but want another input, which no tensor tells: of its files those of DDPM are meant.
+    """
+    if ddae := "image_proj.weight" in w:                  # one list down and one up, in which resamplers are entries, too
+        entries = {int(k.split(".")[1]) for k in w if k.startswith("down.")}
+        blocks = min(n for n in entries if f"down.{n}.res.conv1.weight" not in w)
+        levels, first, attention = len(entries) // (blocks + 1) + 1, "down.{}.res.conv1.weight", "down.{}.attn.norm.weight"
+        places = [level * (blocks + 1) for level in range(levels)]
+    else:
+        levels, blocks = (1 + max(int(k.split(".")[i]) for k in w if k.startswith(start)) for start, i in (("down.", 1), ("down.0.block.", 3)))
+        first, attention, places = "down.{}.block.0.conv1.weight", "down.{}.attn.0.norm.weight", range(levels)
+    attended = [attention.format(n) in w for n in places]                        # by level
+
+    def ours(name):
+        """Our name of a tensor; q, k and v stay apart."""
+        way, _, rest = name.partition(".")
+        if way not in ("down", "up"):
+            prefix = next((p for p in DDPM_NAMES if name.startswith(f"{p}.")), "")
+            return f"{DDPM_NAMES[prefix]}.{inner(name[len(prefix) + 1:])}" if prefix else name
+        number, part, rest = rest.split(".", 2)           # down.0.block.1.norm1.weight, down.0.downsample.conv.weight; down.3.res.norm1.weight, down.2.conv.weight
+        step, last = int(number), blocks + (way == "up")  # of a level: its residual blocks, then what resamples
+        if ddae:
+            step, b = divmod(step, last + 1)
+        else:
+            step = step if way == "down" else levels - 1 - step
+            b, rest = (last, rest.partition(".")[2]) if part.endswith("sample") else (int(rest.partition(".")[0]), rest.partition(".")[2])
+        spot = int(part == "attn") if b < last or way == "down" else 1 + attended[levels - 1 - step]
+        rest = f"op.{rest}" if part in ("conv", "downsample", "upsample") else inner(rest)
+        return f"input_blocks.{1 + step * (blocks + 1) + b}.{spot}.{rest}" if way == "down" else f"output_blocks.{step * (blocks + 1) + min(b, blocks)}.{spot}.{rest}"
+
+    def inner(name):
+        module, _, leaf = name.rpartition(".")
+        return f"{DDPM_PARTS.get(module, module)}.{leaf}".removeprefix(".")
+
+    mult = [w[first.format(n)].shape[0] / len(w["image_proj.bias" if ddae else "conv_in.bias"]) for n in places]
+    w = {ours(k): v for k, v in w.items()}
+    for k in [k for k in w if k.endswith((".q.weight", ".q.bias"))]:             # one head: its q, k and v lie together, as ours do
+        w[k.replace(".q.", ".qkv.")] = torch.cat([w.pop(k.replace(".q.", f".{x}.")) for x in "qkv"])
+    w = {k: v.flatten(1)[..., None] if k.endswith(("qkv.weight", "proj_out.weight")) else v for k, v in w.items()}         # convolutions of one pixel, or linear
+    channels = len(w["input_blocks.0.0.bias"])
+    w["time_embed.0.weight"] = w["time_embed.0.weight"].roll(channels // 2, 1)   # sines come first there
+    s = dict(size=32 if levels < 5 else 8 * 2 ** (levels - 1), heads=1, path="vp", clock=[1.0, -1.0] if ddae else [999.0, -1000.0], predict="eps", null_row="none") | given
+    model = Model("unet", channels, mult, blocks, [s["size"] >> level for level in range(levels) if attended[level]], head_channels=0, heads=s["heads"], clock=s["clock"],
+                  style="ddae" if ddae else "ddpm", resample="conv" if any(".op." in k for k in w) else "block")
     return model, s, 3, w
 
 
@@ -350,7 +413,7 @@ def read_sgfm(w, given):
     return dataclasses.replace(model, registers=registers), s | dict(note=note), channels, w
 
 
-READERS = {"adm": read_adm, "uvit": read_uvit, "sgfm": read_sgfm}
+READERS = {"adm": read_adm, "ddpm": read_ddpm, "uvit": read_uvit, "sgfm": read_sgfm}
 
 
 def load_published(run, kind, file):
@@ -359,6 +422,8 @@ def load_published(run, kind, file):
     if not path.is_file():
         raise UserError(f"{path}: no such file of published weights")
     w = read_torch(path)
+    if kind == "ddpm" and isinstance(w, dict) and isinstance(w.get("EMA"), dict):           # a training of DDAE
+        w = {k.removeprefix("ema_model.nn_model."): v for k, v in w["EMA"].items() if k.startswith("ema_model.nn_model.")} or w
     if not isinstance(w, dict) or not w or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in w.items()):
         what = f"a dict of {', '.join(map(str, list(w)[:5]))}" if isinstance(w, dict) else type(w).__name__
         raise UserError(f"{path}: expected a dict of tensors as published, found {what}")
@@ -388,7 +453,7 @@ def load_published(run, kind, file):
     if bad:
         raise UserError(f"{path}: does not fit the {kind} model that it resembles: {'; '.join(bad[:3])}" + (f"; and {len(bad) - 3} more" if len(bad) > 3 else ""))
     require_shape(run, dict(file=path, channels=channels, size=size),
-                  "set data.size or data.latents in another run=" + " (or published.size: this network takes any size)" * (kind == "adm"))
+                  "set data.size or data.latents in another run=" + " (or published.size: this network takes any size)" * (kind in ("adm", "ddpm")))
     return dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size, channels=channels,
                 conditions=dict(num_labels=K) if K else {}, num_labels=K, marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None,
                 null=s["null_row"] == "last", labels="published" if K else None, condition="label",

@@ -61,7 +61,7 @@ class Probe:
     """Section `probe`."""
     name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
     protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka"] = "sweep"    # what is measured: see above
-    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, uvit:, sgfm:FILE
+    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
     features: str = ""                                    # linear, head: stored features/<name>, of any model that extract_features.py reads, in place of the checkpoint

@@ -42,7 +42,7 @@ from train_diffusion import (DECODE, PATHS, Data, Folder, Squared, UserError, ah
 class SampleOde:
     """Section `sample_ode`."""
     name: str = "base"                                    # results go to samples/<name>
-    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, uvit:, sgfm:FILE
+    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
     n: int = 10_000                                       # samples
     solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"] = "heun"      # dopri5 adapts its steps to tol

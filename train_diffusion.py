@@ -83,6 +83,8 @@ class Model:
     head_channels: int = 64                               # unet: channels per attention head; 0 = `heads` heads at every level
     dropout: float = 0.0                                  # unet: dropout inside residual blocks
     stem: int = 1                                         # unet: space-to-depth factor at the input; 2 makes small models four times cheaper
+    style: Literal["adm", "ddpm", "ddae"] = "adm"         # unet: the time scales and shifts inside a block, or is added, as in DDPM (arXiv 2006.11239), DDAE (2303.09769)
+    resample: Literal["block", "conv"] = "block"          # unet: maps are halved and doubled by residual blocks, or by a convolution
     patch: int = 2                                        # uvit: patch size
     depth: int = 12                                       # uvit: blocks besides the middle one (half before, half after)
     heads: int = 8                                        # uvit: attention heads
@@ -93,8 +95,8 @@ class Model:
 
 @dataclass
 class Published:
-    """Section `published`: what the tensors of published weights (checkpoint=adm:, uvit:, sgfm:FILE) do not tell. Empty or 0 = as was published."""
-    size: int = 0                                         # adm: side of the images
+    """Section `published`: what the tensors of published weights (checkpoint=adm:, ddpm:, uvit:, sgfm:FILE) do not tell. Empty or 0 = as was published."""
+    size: int = 0                                         # adm, ddpm: side of the images
     heads: int = 0                                        # attention heads; adm: at every level
     head_channels: int = 0                                # adm: or channels per attention head
     order: Literal["", "heads", "qkv"] = ""               # adm: rows of qkv: by head, each with its q, k, v; or by q, k, v, each with its heads
@@ -1235,14 +1237,14 @@ def loss_per_image(net, path, predict, x, z, t, min_snr=0.0, **condition):
 # Backbones. forward(x [B, C, H, W], time [B] = 1000 t, label [B], vector [B, D], layout [B, L, H, W]) -> [B, C', H, W].
 # Conditions may be absent; null is: label num_labels, vector of zeros, layout of zeros. Module names are those of the published weights.
 
-def time_embedding(t, width, clock=(0, 1000)):
+def time_embedding(t, width, clock=(0, 1000), closed=False):
     """Sinusoidal embedding of network time. t: [B] in 0 ... 1000 -> [B, width], cosines first, as published for ADM and U-ViT.
 
-    clock: (a, b), the time as it is embedded is a + b t / 1000.
+    clock: (a, b), the time as it is embedded is a + b t / 1000. Frequencies fall from 1 towards 1e-4; `closed`: and reach it, as published for DDPM.
     """
     if tuple(clock) != (0, 1000):
         t = clock[0] + clock[1] / 1000 * t.float()
-    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2))
+    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2 - closed))
     angles = t.float()[:, None] * freqs                                          # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], 1)
 
@@ -1254,23 +1256,23 @@ def zeroed(module):
     return module
 
 
-def group_norm(channels):
+def group_norm(channels, eps=1e-5):
     """ADM's 32 groups; fewer below 128 channels, where groups of one channel would erase what the channel says."""
     groups = math.gcd(32, channels)
     while groups > 1 and channels // groups < 4:
         groups //= 2
-    return nn.GroupNorm(groups, channels)
+    return nn.GroupNorm(groups, channels, eps)
 
 
 class ResBlock(nn.Module):
-    """ADM residual block: norm, SiLU, conv, twice; the embedding scales and shifts the second norm; optional 2x resampling inside."""
+    """ADM residual block: norm, SiLU, conv, twice; the embedding scales and shifts the second norm, or is `added` before it; optional 2x resampling inside."""
 
-    def __init__(self, c_in, c_out, width, dropout=0.0, resample=None):
+    def __init__(self, c_in, c_out, width, dropout=0.0, resample=None, added=False, eps=1e-5):
         super().__init__()
-        self.resample = resample                          # None, "down" or "up"
-        self.in_layers = nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * c_out))
-        self.out_layers = nn.Sequential(group_norm(c_out), nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.resample, self.added = resample, added       # None, "down" or "up"
+        self.in_layers = nn.Sequential(group_norm(c_in, eps), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(width, c_out if added else 2 * c_out))
+        self.out_layers = nn.Sequential(group_norm(c_out, eps), nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def resized(self, x):
@@ -1280,19 +1282,36 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):                            # x: [B, C, H, W], emb: [B, width]
         norm, act, conv = self.in_layers
-        h = conv(self.resized(act(norm(x))))
-        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, 1)        # [B, C', 1, 1] each
-        h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+        h, e = conv(self.resized(act(norm(x)))), self.emb_layers(emb)[:, :, None, None]
+        if self.added:                                    # e: [B, C', 1, 1]
+            h = self.out_layers[0](h + e)
+        else:
+            scale, shift = e.chunk(2, 1)                  # [B, C', 1, 1] each
+            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
         return self.skip_connection(self.resized(x)) + self.out_layers[1:](h)
+
+
+class Resample(nn.Module):
+    """A convolution that halves maps, or that follows when they are doubled: what DDPM has in place of resampling residual blocks."""
+
+    def __init__(self, channels, resample, behind=False):
+        super().__init__()
+        self.resample, self.behind = resample, behind     # "down" or "up"; behind: zeros right and below only, else around
+        self.op = nn.Conv2d(channels, channels, 3, *(2, 0 if behind else 1) if resample == "down" else (1, 1))
+
+    def forward(self, x):                                 # [B, C, H, W]
+        if self.resample == "up":
+            return self.op(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.behind else x)
 
 
 class AttentionBlock(nn.Module):
     """ADM self-attention over all positions of a map, with a residual connection."""
 
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, eps=1e-5):
         super().__init__()
         self.heads = heads
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)   # per head, its q, k and v lie together
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -1318,18 +1337,21 @@ def plainly(f, *args):
 class UNet(nn.Module):
     """The ADM U-Net (arXiv 2105.05233): scale-shift residual blocks, residual resampling, attention at chosen map sizes.
 
-    A label row or a vector is added to the time embedding; a layout is concatenated to the input.
+    A label row or a vector is added to the time embedding; a layout is concatenated to the input. `style` ddpm and `resample` conv make it DDPM's,
+    ddae differs from that in eps, padding and the groups of the last norm.
     """
     run_block = staticmethod(plainly)                     # or `again`: activation checkpointing, block by block
 
     def __init__(self, size, in_channels, out_channels, channels, mult, blocks, attention, head_channels, dropout=0.0, stem=1,
-                 num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
+                 num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000), style="adm", resample="block"):
         super().__init__()
         self.channels, self.stem, self.num_labels, self.layout_channels, self.clock = channels, stem, num_labels, layout_channels, clock
-        self.vector_dim = vector_dim
-        mult, fixed = [int(m * channels) for m in mult], heads
-        width, size, c = 4 * channels, size // stem, mult[0]
-        heads = lambda c: fixed or max(1, c // head_channels)
+        self.vector_dim, self.added = vector_dim, style != "adm"
+        mult, eps = [int(m * channels) for m in mult], 1e-6 if style == "ddpm" else 1e-5
+        width, size, c = 4 * channels, size // stem, channels if self.added else mult[0]
+        block = lambda c_in, c_out, way=None: ResBlock(c_in, c_out, width, dropout, way, self.added, eps)
+        moved = lambda c, way: block(c, c, way) if resample == "block" else Resample(c, way, behind=style == "ddpm")
+        attend = lambda c: AttentionBlock(c, heads or max(1, c // head_channels), eps)
         self.time_embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         if num_labels:
             self.label_emb = nn.Embedding(num_labels + 1, width)                 # rows N(0, 1), as published; the last is the null label
@@ -1340,29 +1362,29 @@ class UNet(nn.Module):
         self.output_blocks, skips = nn.ModuleList(), [c]
         for level, m in enumerate(mult):
             for _ in range(blocks):
-                self.input_blocks.append(nn.ModuleList([ResBlock(c, m, width, dropout)]))
+                self.input_blocks.append(nn.ModuleList([block(c, m)]))
                 c = m
                 if size in attention:
-                    self.input_blocks[-1].append(AttentionBlock(c, heads(c)))
+                    self.input_blocks[-1].append(attend(c))
                 skips.append(c)
             if level < len(mult) - 1:
-                self.input_blocks.append(nn.ModuleList([ResBlock(c, c, width, dropout, "down")]))
+                self.input_blocks.append(nn.ModuleList([moved(c, "down")]))
                 skips.append(c)
                 size //= 2
-        self.middle_block = nn.ModuleList([ResBlock(c, c, width, dropout), AttentionBlock(c, heads(c)), ResBlock(c, c, width, dropout)])
+        self.middle_block = nn.ModuleList([block(c, c), attend(c), block(c, c)])
         for level, m in reversed(list(enumerate(mult))):
             for i in range(blocks + 1):
-                self.output_blocks.append(nn.ModuleList([ResBlock(c + skips.pop(), m, width, dropout)]))
+                self.output_blocks.append(nn.ModuleList([block(c + skips.pop(), m)]))
                 c = m
                 if size in attention:
-                    self.output_blocks[-1].append(AttentionBlock(c, heads(c)))
+                    self.output_blocks[-1].append(attend(c))
                 if level and i == blocks:
-                    self.output_blocks[-1].append(ResBlock(c, c, width, dropout, "up"))
+                    self.output_blocks[-1].append(moved(c, "up"))
                     size *= 2
-        self.out = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, out_channels * stem ** 2, 3, padding=1)))
+        self.out = nn.Sequential(nn.GroupNorm(8, c) if style == "ddae" else group_norm(c, eps), nn.SiLU(), zeroed(nn.Conv2d(c, out_channels * stem ** 2, 3, padding=1)))
 
     def forward(self, x, time, label=None, vector=None, layout=None):
-        emb = self.time_embed(time_embedding(time, self.channels, self.clock))   # [B, width]
+        emb = self.time_embed(time_embedding(time, self.channels, self.clock, self.added))               # [B, width]
         if self.num_labels:
             emb = emb + self.label_emb(label if label is not None else time.new_full((len(x),), self.num_labels, dtype=torch.long))
         if self.vector_dim:                               # what is not given is null
@@ -1519,7 +1541,7 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
         if stray := [a for a in model.attention if a not in sizes]:
             raise UserError(f"model: attention={','.join(map(str, stray))}: no level has maps of that size; here they have {', '.join(map(str, sizes))}")
         return UNet(size, in_channels, in_channels, model.channels, model.mult, model.blocks, model.attention, model.head_channels,
-                    model.dropout, model.stem, heads=0 if model.head_channels else model.heads, **condition)
+                    model.dropout, model.stem, heads=0 if model.head_channels else model.heads, style=model.style, resample=model.resample, **condition)
 
 
 def placed(net, device, compiled=False):
@@ -1572,7 +1594,7 @@ PUBLISHED = {}                                            # prefix: function (ru
 
 
 def load_checkpoint(run, name):
-    """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights: adm:, uvit:, sgfm:FILE) as a dict on the CPU."""
+    """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights: adm:, ddpm:, uvit:, sgfm:FILE) as a dict on the CPU."""
     kind, _, file = name.partition(":")
     if kind in PUBLISHED:
         return PUBLISHED[kind](run, file)
@@ -1583,7 +1605,7 @@ def load_checkpoint(run, name):
     state = read_torch(path)
     if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
         what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what}); published weights are named adm:FILE, uvit:FILE or sgfm:FILE")
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project ({what}); published weights are named adm:FILE, ddpm:FILE, uvit:FILE or sgfm:FILE")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
     return state | {"file": str(path)}

@@ -39,7 +39,7 @@ class TrainGuided(Training):
     name: str = ""                                        # results go to guided/<name>; empty = the name of the labels (`unconditional` for none)
     labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control; online = find them
     drop: float = 0.1                                     # probability of the null label, decided per image
-    init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:, uvit:, sgfm:FILE); empty = from scratch
+    init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:, ddpm:, uvit:, sgfm:FILE); empty = from scratch
     # labels=online: what is found, and how
     K: int = 50                                           # online: prototypes
     condition: Literal["label", "box", "mask", "set", "prototype", "patch", "none"] = "label"      # what the network is told of an image:

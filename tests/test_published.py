@@ -163,7 +163,7 @@ def test_files_that_do_not_fit(tmp_path):
     assert "expected a dict of tensors" in said(name)
     torch.save(w, path)
     assert "published weights are named adm:FILE" in said(str(path))
-    assert "published weights: adm, uvit" in said(f"ddpm:{path}")
+    assert "not the weights of a published ddpm model" in said(f"ddpm:{path}") and "published weights: adm, ddpm" in said(f"edm:{path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
