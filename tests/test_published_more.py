@@ -294,7 +294,7 @@ def test_ddpm_files_that_do_not_fit(tmp_path):
     assert "not the weights of a published ddpm model" in said({"time_embed.0.weight": torch.zeros(512, 128)})             # ADM's names
     assert "middle_block.1.norm.weight is missing" in said({k: v for k, v in w.items() if not k.startswith("middle.attn.norm")})
     fake_ddpm(tmp_path, "ddpm")
-    with pytest.raises(UserError, match="3 x 32 x 32; set data.size"):
+    with pytest.raises(UserError, match="inputs of 3 x 32 x 32, this run's are 3 x 16 x 16"):
         opened(f"ddpm:{tmp_path / 'unet.pt'}", 16)
 
 
