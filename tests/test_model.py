@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train_diffusion import AttentionBlock, Model, UNet, UserError, UViT, build_model, time_embedding
+from train_diffusion import AttentionBlock, Model, UNet, UserError, UViT, attention, build_model, time_embedding
 
 # Published settings with parameter counts and digests of all names and shapes, taken from the original repositories. Their class tables
 # have no row for the null label: the U-Net's differs by one row, the U-ViTs' last row is our null.
@@ -193,3 +193,31 @@ def test_unfitting_initial_weights_are_user_errors():
     for other in (Model(channels=16, mult=[1, 2], blocks=1, attention=[8], head_channels=16), Model(channels=32, mult=[1, 2], blocks=2, attention=[8], head_channels=16), MODELS[2]):
         with pytest.raises(UserError, match="another architecture"):
             load_pretrained(build_model(MODELS[0], 16, num_labels=5), build_model(other, 16).state_dict())
+
+
+@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("L", [17, 600])
+def test_attention_and_its_gradients(kind, tolerance, L):
+    """Against the formula in float64, for both ways in which it is computed."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 3, L, 32, generator=g).to(kind).unbind()
+
+    def result(f, kind):
+        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)]
+        out = f(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, weight.to(kind))]
+    exact = result(lambda q, k, v: ((q @ k.transpose(2, 3)) / 32 ** 0.5).softmax(3) @ v, torch.float64)
+    for got, wanted in zip(result(attention, kind), exact):
+        assert got.dtype == kind and (got - wanted).norm() < tolerance * wanted.norm()
+    with torch.no_grad():
+        assert (attention(q, k, v) - exact[0]).norm() < tolerance * exact[0].norm()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_attention_does_not_keep_the_scores(kind):
+    """What the backward pass needs grows with the number of positions, not with its square: here 5 maps and 2 x 400 sums against 2 x 400 x 400 scores."""
+    block, kept = AttentionBlock(16, 2).to(kind), []
+    block.qkv.weight.data.normal_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        block(torch.randn(1, 16, 20, 20, dtype=kind))
+    assert max(kept) <= 3 * 16 * 400
