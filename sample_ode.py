@@ -106,12 +106,12 @@ def column(v, y):
 
 
 def solve_fixed(f, y, grid, solver):
-    """Explicit Runge-Kutta steps over a grid. f(y [B, ...], s [B]) -> slope; grid: [steps + 1] -> y at grid[-1]."""
+    """Explicit Runge-Kutta steps over a grid. f(y [B, ...], s: a number, the same for all rows) -> slope; grid: [steps + 1] -> y at grid[-1]."""
     c, a, b = TABLEAUS[solver]
-    for s0, s1 in zip(grid[:-1], grid[1:]):
+    for s0, s1 in itertools.pairwise(grid.tolist()):
         h, ks = s1 - s0, []
         for node, row in zip(c, a):
-            ks.append(f(y + h * mix(ks, row) if row else y, (s0 + node * h).expand(len(y)).to(y)))
+            ks.append(f(y + h * mix(ks, row) if row else y, s0 + node * h))
         y = y + h * mix(ks, b)
     return y
 
@@ -167,6 +167,11 @@ def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
 # ---------------------------------------------------------------------------------------------------------------------
 # The field: the network's velocity, guided
 
+def every_row(t, x):
+    """A time of all rows of x [B, ...], given as a number or as [B], as a tensor [B] beside x."""
+    return t if torch.is_tensor(t) else x.new_full((len(x),), t)
+
+
 class Field:
     """Slope of the probability-flow ODE in the path's variables (y, s), with guidance; counts its network calls.
 
@@ -184,51 +189,56 @@ class Field:
             return net(x.float(), 1000 * t.float(), **({} if label is None else dict(label=label))).to(x.dtype)
 
     def output(self, x, t, label):
-        """The network's prediction, guided. x: [B, C, H, W]; t: [B], equal for all rows or not; label: [B] or None."""
-        inside = (t >= self.interval[0]) & (t <= self.interval[1])               # [B]
-        always = self.interval[0] <= 0 and self.interval[1] >= 1                 # asking the tensor makes a GPU wait
-        if self.w == 1 or self.weak is None and label is None or not (always or inside.any()):
+        """The network's prediction, guided. x: [B, C, H, W]; t: a number or, if rows differ, [B]; label: [B] or None."""
+        low, high = self.interval
+        if torch.is_tensor(t) and (low > 0 or high < 1):
+            inside = (t >= low) & (t <= high)             # [B]; asking a tensor makes a GPU wait, a number does not
+            w, some, every = torch.where(inside, self.w, 1.0), bool(inside.any()), bool(inside.all())
+        else:
+            w, some, every = self.w, *[torch.is_tensor(t) or low <= t <= high] * 2
+        t = every_row(t, x)
+        if self.w == 1 or self.weak is None and label is None or not some:
             return self.call(self.net, x, t, label)
         if self.weak is not None:
             good, bad = self.call(self.net, x, t, label), self.call(self.weak, x, t, label if getattr(self.weak, "num_labels", 0) else None)
-        elif self.w == 0 and (always or inside.all()):
+        elif self.w == 0 and every:
             return self.call(self.net, x, t, torch.full_like(label, self.null))
         else:                                             # conditional and unconditional in one batch
             good, bad = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)])).chunk(2)
-        return torch.lerp(bad, good, wide(torch.where(inside, self.w, 1.0)).to(x))
+        return torch.lerp(bad, good, wide(w).to(x) if torch.is_tensor(w) else w)
 
     def estimate(self, x, t, label):
         """(x_hat, z_hat), guided."""
-        out = self.output(x, t, label)
+        out, t = self.output(x, t, label), every_row(t, x)
         if self.watch:                                    # somebody wants the activations of this evaluation
             self.watch(t)
         return estimates(self.path, self.predict, out, x, t)
 
     def slope(self, y, s, label):
-        """dy/ds for states y [B, C, H, W] at s [B]."""
-        t = self.path.time(s)
-        return self.path.slope(*self.estimate(y * wide(self.path.scale(t)), t, label))
+        """dy/ds for states y [B, C, H, W] at s, a number or [B]."""
+        t = self.path.time(s) if torch.is_tensor(s) else float(self.path.time(torch.tensor(s, dtype=torch.float64)))
+        return self.path.slope(*self.estimate(y * wide(self.path.scale(every_row(t, y))), t, label))
 
 
 @torch.no_grad()
 def integrate(field, x, label, solver, steps, tol, reverse=False):
     """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, field evaluations per row)."""
     path = field.path
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)                  # on the host, which decides by it where guidance applies
     grid = grid.flip(0) if reverse else grid
     if solver == "ddim":                                  # the formula itself; on VP the same as an Euler step in rho
         for t, s in zip(grid[:-1], grid[1:]):
-            x_hat, z_hat = field.estimate(x, t.expand(len(x)).to(x), label)
-            x = path.alpha(s).to(x) * x_hat + path.sigma(s).to(x) * z_hat
+            x_hat, z_hat = field.estimate(x, float(t), label)
+            x = float(path.alpha(s)) * x_hat + float(path.sigma(s)) * z_hat
         return x, torch.full((len(x),), steps)
-    y, clock = x / wide(path.scale(grid[:1])).to(x), path.clock(grid)
+    y, clock = x / float(path.scale(grid[0])), path.clock(grid)
     if solver == "dopri5":                                # ever smaller batches: trying out the kernels for each would take longer than it saves
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             y, calls = solve_dopri5(lambda y, s, rows: field.slope(y, s, None if label is None else label[rows]), y, float(clock[0]), float(clock[-1]), tol)
     else:
         y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock, solver)
         calls = torch.full((len(x),), steps * len(TABLEAUS[solver][0]))
-    return y * wide(path.scale(grid[-1:])).to(x), calls.cpu()
+    return y * float(path.scale(grid[-1])), calls.cpu()
 
 
 @torch.no_grad()
@@ -237,11 +247,11 @@ def straightness(velocity, x, label, steps=32):
 
     The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2, averaged over images; 0 everywhere means that one Euler step is exact.
     """
-    path, t = velocity.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    clock, y, points = path.clock(t), x / wide(path.scale(t[:1])).to(x), [x]
+    path, t = velocity.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    clock, y, points = path.clock(t), x / float(path.scale(t[0])), [x]
     for i in range(steps):
         y = solve_fixed(lambda y, s: velocity.slope(y, s, label), y, clock[i:i + 2], "midpoint")
-        points.append(y * wide(path.scale(t[i + 1:i + 2])).to(x))
+        points.append(y * float(path.scale(t[i + 1])))
     points = torch.stack(points).flatten(2).double()                             # [steps + 1, B, D]
     chord = points[-1] - points[0]
     deviation = (((points[1:] - points[:-1]) * steps - chord).square().sum(2) / chord.square().sum(1)).mean(1)
