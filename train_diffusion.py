@@ -1871,10 +1871,13 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
         except ImportError:
             raise UserError("tensorboard=true needs the package tensorboard (pip install tensorboard)") from None
         board = SummaryWriter(folder, purge_step=seen)
-    model = torch.compile(net) if cfg.compile else net
+    model = net
     if run.world > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None,
+        model = nn.parallel.DistributedDataParallel(net, device_ids=[run.device.index] if run.device.type == "cuda" else None,
                                                     gradient_as_bucket_view=True)         # else every gradient is held twice
+    if cfg.compile:                                       # around DDP: one graph for each of its buckets, so that late gradients travel while early ones are computed
+        torch._dynamo.config.optimize_ddp = not cfg.recompute                    # PyTorch 2.6 cannot split blocks that run again: one graph
+        model = torch.compile(model)
     net.train()
     open_autoencoder(run)                                 # for the sample grids
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images

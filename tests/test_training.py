@@ -1,6 +1,8 @@
 """Parts of the training loop against what they promise: order, feeding, averaging, label dropping, loss bins, non-finite losses."""
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, stage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_ode
@@ -171,6 +174,33 @@ def test_bf16_training_saves_float32_weights(tmp_path):
     run.cfg.precision = "bf16"
     out = td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
     assert all(v.dtype == torch.float32 and not k.startswith("_orig_mod") for k, v in out["net"].items())
+
+
+COMPILED = """
+import functools, sys, torch
+sys.path.insert(0, {root!r})
+from torch._dynamo.backends.debugging import aot_eager
+import train_diffusion as td
+graphs, compile, wrap = [], torch.compile, torch.nn.parallel.DistributedDataParallel
+torch.compile = lambda net: compile(net, backend=lambda graph, inputs: graphs.append(1) or aot_eager(graph, inputs))
+torch.nn.parallel.DistributedDataParallel = functools.partial(wrap, bucket_cap_mb=1)
+td.main()
+if td.dist.get_rank() == 0:
+    print("graphs", len(graphs))
+"""
+
+
+def test_two_ranks_of_a_compiled_network_send_gradients_in_buckets(tiny, tmp_path):
+    """One graph a bucket, so that gradients travel while others are computed; losses are those of the plain network."""
+    script, words = tmp_path / "compiled.py", ["images=64", "model.channels=96", "model.mult=1", "model.attention=8", "data.train=128", "data.test=64", "log_every=32", "micro=8"]
+    script.write_text(COMPILED.format(root=str(ROOT)))
+    stage("train_diffusion", tiny, f"run={tmp_path / 'plain'}", *words, ranks=2)
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tiny, f"run={tmp_path / 'compiled'}", *words, "compile=true"],
+                       capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert p.returncode == 0, p.stderr
+    assert int(p.stdout.split("graphs")[1]) > 3
+    logs = [[json.loads(line)["loss"] for line in (tmp_path / how / "diffusion/base/metrics.jsonl").read_text().splitlines()] for how in ("plain", "compiled")]
+    assert len(logs[0]) == 2 and np.allclose(*logs, rtol=1e-4)
 
 
 def test_a_compiled_network_trains_and_samples_like_the_plain_one(tiny, tmp_path, monkeypatch):
