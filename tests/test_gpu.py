@@ -1,0 +1,96 @@
+"""What only a GPU shows, skipped where there is none: no update and no sampling step waits for it, compiled bf16 training agrees with float32, a layout changes on resume,
+NCCL, CUDA features equal the CPU's."""
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_training import make_run, split, state
+
+import sample_ode
+import train_diffusion as td
+from extract_features import catalogue, stream
+from self_label import kmeans
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+
+
+def trained(folder, **keys):
+    """(losses of the log, checkpoint) of a short training on the GPU; keys of its section."""
+    run = make_run(folder)
+    run.device = GPU
+    for key, value in keys.items():
+        setattr(run.cfg, key, value)
+    td.gpu_flags(training=True)
+    done = td.fit(run, run.cfg, td.placed(td.build_model(run.model, 32), GPU, run.cfg.compile), run.dir / "diffusion/base", split(), state(run))
+    return [json.loads(line)["loss"] for line in (run.dir / "diffusion/base/metrics.jsonl").read_text().splitlines()], done
+
+
+def waits(f):
+    """How many operations of f() made the host wait for the GPU."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            f()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in seen)
+
+
+def test_no_update_waits(tmp_path):
+    counts = [waits(lambda: trained(tmp_path / str(images), images=images, log_every=192, save_every=192, grid_every=192)) for images in (64, 192)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8)])
+@pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp-cosine", "ddim")])
+def test_no_step_of_a_sampler_waits(path, solver, interval):
+    net = td.build_model(td.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval().to(GPU)
+    field, x, label = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval), torch.randn(4, 3, 32, 32, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
+    run = lambda steps: sample_ode.integrate(field, x, label, solver, steps, 1e-3)
+    run(3)                                                # kernels load, tables are copied
+    assert waits(lambda: run(3)) == waits(lambda: run(9))
+
+
+def test_compiled_bf16_training_is_like_float32_and_changes_layout_on_resume(tmp_path):
+    """The compiled network is channels-last; the plain run that goes on is not."""
+    keys = dict(images=128, log_every=64, save_every=64, grid_every=128)
+    plain, compiled = trained(tmp_path / "plain", **keys)[0], trained(tmp_path / "compiled", compile=True, precision="bf16", **keys)[0]
+    assert len(plain) == 2 and np.allclose(plain, compiled, rtol=0.02)
+    further = [trained(tmp_path / name, **keys | dict(images=256), precision=precision)[0] for name, precision in (("plain", "fp32"), ("compiled", "bf16"))]
+    assert len(further[0]) == 4 and np.allclose(*further, rtol=0.03)
+
+
+def test_fp16_scales_its_losses(tmp_path):
+    losses, done = trained(tmp_path, images=128, precision="fp16")
+    assert np.isfinite(losses).all() and done["scaler"]["scale"] > 1
+
+
+def test_nccl(tiny, tmp_path):
+    words = ["images=64", "data.train=128", "data.test=64", "log_every=32", "micro=16"]
+    for how, launcher in (("plain", []), ("nccl", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"])):
+        p = subprocess.run([sys.executable, *launcher, ROOT / "train_diffusion.py", tiny, f"run={tmp_path / how}", *words], capture_output=True, text=True, env=os.environ, timeout=300)
+        assert p.returncode == 0, p.stderr
+    logs = [[json.loads(line)["loss"] for line in (tmp_path / how / "diffusion/base/metrics.jsonl").read_text().splitlines()] for how in ("plain", "nccl")]
+    assert np.allclose(*logs, rtol=1e-3)
+
+
+def test_features_and_clusters_are_those_of_the_cpu():
+    """float32 in full, as after gpu_flags(training=False)."""
+    td.gpu_flags(training=False)
+    net, images, got = td.build_model(td.Model(channels=32, mult=[1, 2], blocks=1, attention=[16], head_channels=16), 32).eval(), split(64).images, {}
+    name = [n for n in catalogue(net) if n.startswith("mid")][-1]
+    for device in ("cpu", "cuda"):
+        parts = stream(net.to(device), dict(path="cv"), images, np.arange(64), [name], [0.8], device=torch.device(device), context=td.nullcontext, batch=16)
+        got[device] = torch.cat([features[name, 0.8].cpu() for _, features in parts])
+    assert (got["cpu"] - got["cuda"]).norm() < 1e-4 * got["cpu"].norm()
+    centres = [kmeans(got["cpu"].to(d), 4, metric="euclidean", iterations=5, start=got["cpu"][:4].to(d), device=torch.device(d))[0].cpu() for d in ("cpu", "cuda")]
+    assert torch.allclose(*centres, atol=1e-3)
