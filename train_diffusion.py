@@ -1063,9 +1063,29 @@ class Split:
         return self.images if self.latents is None else self.latents
 
 
+def source_counts(run):
+    """Images of the source as far as known without reading it, (train, test); 0 = unknown."""
+    data = run.data
+    if data.source == "folder" and Path(data.root).is_dir():
+        known = [source_batches(run, split, [])[0] for split in ("train", "test")]
+    elif data.classes:
+        known = 0, 0
+    else:
+        known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(data.source, (0, 0))
+    limits = data.train, data.test
+    return tuple(min(n, limit) if n and limit and data.source != "shapes" else limit or n for n, limit in zip(known, limits))
+
+
 def load_data(run, split):
-    """Open data/<split> of the run and check that its files fit each other."""
+    """Open data/<split> of the run and check that its files fit each other. For --dry-run before they are there: as many black images, which take no memory."""
     folder = run.dir / "data" / split
+    if run.dry_run and not (folder / "info.json").exists():
+        if not (n := source_counts(run)[split == "test"]):
+            raise UserError(f"{folder}: not prepared yet, and how many images data.source={run.data.source} has is not known; say data.train= and data.test= with --dry-run")
+        empty = lambda kind, *shape: np.broadcast_to(kind(0), (n, *shape))
+        channels, size = input_shape(run)
+        return Split(empty(np.uint8, 3, run.data.size, run.data.size), empty(np.int64), None, None, dict(fingerprint="not prepared yet", count=n),
+                     empty(np.float16, 2, 2 * channels, size, size) if run.data.latents else None)
     info, arrays = read_json(folder / "info.json", "run train_diffusion.py first"), {}
     for kind in info["arrays"] + ["latents"] * bool(run.data.latents):
         try:
@@ -1604,12 +1624,19 @@ def read_torch(path):
 PUBLISHED = {}                                            # prefix: function (run, file) -> checkpoint dict; extract_features.py reads other people's weights
 
 
+def checkpoint_file(run, name):
+    """The file that checkpoint `name` means; None if it is not there."""
+    kind, _, file = name.partition(":")
+    places = [file] if kind in PUBLISHED else [run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", name]
+    return next((Path(p) for p in places if Path(p).is_file()), None)
+
+
 def load_checkpoint(run, name):
     """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights: adm:, ddpm:, uvit:, sgfm:FILE) as a dict on the CPU."""
     kind, _, file = name.partition(":")
     if kind in PUBLISHED:
         return PUBLISHED[kind](run, file)
-    path = next((p for p in (run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)) if p.is_file()), None)
+    path = checkpoint_file(run, name)
     if path is None:
         raise UserError(f"{run.dir / name / 'checkpoint.pt'}: no such checkpoint; train it first"
                         + (f" (published weights: {', '.join(PUBLISHED)})" if file else ""))
@@ -1623,7 +1650,12 @@ def load_checkpoint(run, name):
 
 
 def load_model(run, name, weights="ema", compiled=False):
-    """(network in eval mode on the run's device, checkpoint dict) from the checkpoint alone."""
+    """(network in eval mode on the run's device, checkpoint dict) from the checkpoint alone. For --dry-run before it is there: as section `model` has it."""
+    if run.dry_run and checkpoint_file(run, name) is None and (name.partition(":")[0] in PUBLISHED if ":" in name else not name.endswith(".pt")):
+        run.say(f"{name} is not there yet; counted for the network of section model")
+        (channels, size), K = input_shape(run), int(name.startswith("guided/"))
+        return build_model(run.model, size, channels, num_labels=K).eval().requires_grad_(False), dict(
+            file=name, channels=channels, size=size, path="cv", predict="v", num_labels=K, marginal=torch.ones(K), weights="", kind="", conditions={})
     state = load_checkpoint(run, name)
     net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], **state["conditions"])
     try:
@@ -1740,13 +1772,8 @@ def announce(run, cfg, net, folder):
     run.say(f"memory: {22 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW; 2 for weights in bf16) + "
             f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32{'; of one block, and the inputs of all' if cfg.recompute else ''}) = "
             f"{22 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; lower it by micro={'' if cfg.recompute else ', recompute=true'}")
-    if run.data.source == "folder" and Path(run.data.root).is_dir():
-        known = [source_batches(run, split, [])[0] for split in ("train", "test")]
-    else:
-        known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(run.data.source, (0, 0))
-        known = (0, 0) if run.data.classes else known
-    count = sum(getattr(run.data, s) or n for s, n in zip(("train", "test"), known)) if any(known) else 0
-    if run.data.latents:
+    count = sum(source_counts(run))
+    if run.data.latents and run.stage == "train_diffusion":
         each = ENCODE * run.data.size ** 2
         cost(run, f"encoding, once: {each / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x 2 (mirror images) x " +
              (f"{count:,} images" if count else "a million images (counted where data.root is there)"), 2 * each * (count or 1_000_000), "tf32")

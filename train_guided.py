@@ -16,6 +16,7 @@ sample (arXiv 2207.12598). One network thereby learns v(x_t, t, label) and v(x_t
 labels=online (arXiv 2312.08825): a head on the network's own features scores every image against K prototypes, Sinkhorn-Knopp turns the
 scores of the averaged network into balanced targets, and from `switch` on the label found for an image is its condition. From `sk_until` on, images keep theirs.
 """
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -27,10 +28,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from extract_features import feature, matching, stream
+from extract_features import cost_shares, feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
-from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, diffuse, digest, fill, fit,
-                             input_shape, load_checkpoint, load_data, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
+from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, checkpoint_file, cli, cost, diffuse, digest, fill,
+                             fit, footprint, input_shape, load_checkpoint, load_data, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
@@ -515,6 +516,19 @@ def check_online(run, cfg):
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
 
 
+def announce_looks(run, cfg, net, images):
+    """What looking for labels costs beside the training, for --dry-run: forward passes up to the activation."""
+    name, (channels, size) = matching(net, [cfg.sk_activation])[-1], input_shape(run)
+    share = cost_shares(copy.deepcopy(net).to("meta"), torch.zeros(1, channels, size, size, device="meta"), torch.zeros(1, device="meta"))[name]
+    until = min(cfg.sk_until or cfg.images, cfg.images)
+    switch = min(cfg.switch if cfg.condition != "none" else cfg.images, until)   # before it the teacher looks at a share of the images, afterwards at all
+    teacher, student = cfg.sk_share * switch + until - switch, (3 if cfg.sk_grad == "backbone" else 1) * cfg.sk_share * cfg.images
+    looks = round(teacher + student + images * (2 if cfg.sk_until else 1))
+    flops = footprint(net, channels, size)[0]
+    cost(run, f"beside it, labels: {flops / 1e9:,.1f} GFLOP forward an image x {share:.2f} (up to {name}) x {looks:,} images (teacher {round(teacher):,}, student {round(student):,}, "
+         "and all to be labelled)", flops * share * looks)
+
+
 def finish_online(run, cfg, net, side, state, folder, data):
     """Label every image with the finished averaged network; labels, scores and pictures into the run, marginal (or maps) into the checkpoint."""
     settled = side.settled                                # these labels stay; of other images the head tells which one is theirs
@@ -559,6 +573,8 @@ def main():
     online, guided = cfg.labels == "online", cfg.labels not in ("none", "online")
     cfg.name = run.sections[run.stage]["name"] = cfg.name or ("unconditional" if cfg.labels == "none" else cfg.labels)
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
+    if run.dry_run and guided and not (run.dir / "labels" / f"{cfg.labels}.json").exists():
+        guided = run.say(f"labels/{cfg.labels} are not there yet; counted without them, which costs the same")
 
     # labels: one id per training image, perhaps a map, checked against the data; or none yet
     labels, K, info, condition, conditions, sampling, grid, layout = None, 0, {}, None, {}, {}, None, None
@@ -596,13 +612,14 @@ def main():
         conditions = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
 
     # network: from scratch, or from unconditional weights
-    source, init = load_checkpoint(run, cfg.init) if cfg.init else None, None
-    if cfg.init.split(":")[0] in PUBLISHED:               # what published weights are, they say themselves
+    there = cfg.init and not (run.dry_run and checkpoint_file(run, cfg.init) is None)
+    source, init = load_checkpoint(run, cfg.init) if there else None, None
+    if source and cfg.init.split(":")[0] in PUBLISHED:               # what published weights are, they say themselves
         run.model = dataclasses.replace(fill("model", Model, source["model"]), dropout=run.model.dropout)
         run.sections["model"] = source["model"] = dataclasses.asdict(run.model)
     channels, size = input_shape(run)
     net = build_model(run.model, size, channels, seed=cfg.seed, **conditions)
-    if cfg.init:
+    if source:
         if fill("model", Model, source["model"]) != run.model:
             raise UserError(f"init={cfg.init}: its model section differs from the configured one ({source['file']})")
         if source["num_labels"] and source.get("labels") != (digest(labels["train"]) if guided else None):
@@ -615,7 +632,8 @@ def main():
                 raise UserError(f"{key}={getattr(cfg, key)}: the initial weights of {source['file']} were trained with {key}={source[key]}; "
                                 f"set train_guided.{key} or init=")
     if run.dry_run:
-        return announce(run, cfg, net, folder)
+        announce(run, cfg, net, folder)
+        return announce_looks(run, cfg, net, len(data) + len(load_data(run, "test"))) if online else None
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
     net, side = placed(net, run.device, cfg.compile), None

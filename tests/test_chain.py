@@ -14,6 +14,7 @@ from conftest import ROOT, stage
 
 from extract_features import cost_shares
 from train_diffusion import Model, build_model, weights_hash
+from train_guided import TrainGuided
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +78,26 @@ def test_stages_tell_their_cost_beforehand(chain, tiny, monkeypatch, capsys):
     assert [v / forward for v in (sweep, linear, head)] == pytest.approx([2 * 300 * shares["up-level1-repeat1-res-out"], 2 * 768 * shares["mid-repeat1-res-out"],
                                                                           2 * 2 * (100 + 100 + 256 * 3)], rel=0.02)
     assert guided == pytest.approx(forward * 8 * 2 * (10 + 2 * 64 + 10), rel=0.05) and plain == pytest.approx(forward * 100 * 10, rel=0.05)
+
+
+def test_stages_tell_their_cost_before_anything_is_there(tiny, tmp_path, monkeypatch, capsys, refuse):
+    """--dry-run in an empty run folder counts on section model and on the size of the source; nothing is written, and a typing error is still one."""
+    said = {}
+    for name, *words in [("extract_features", "activations=unet-out", "t=0.5"), ("train_guided", "labels=kmeans"), ("train_guided", "labels=online", "sk_activation=unet-out", "switch=100"),
+                         ("sample_ode", "checkpoint=guided/kmeans", "guidance=2", "n=10", "solver=euler"), ("probe",), ("extract_features", "checkpoint=adm:weights.pt", "activations=mid*", "t=0.5")]:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tiny), f"run={tmp_path / 'none'}", "--dry-run", *words])
+        module.main()
+        said[name, len(said)] = [float(line.split("=")[-1].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("work:")]
+    (read,), (guided,), (again, looks), (sampled,), _, _ = said.values()
+    forward = read / (512 + 256)
+    assert guided == pytest.approx(3 * 256 * forward, rel=0.05) == again         # a label costs next to nothing
+    share, switch, until = TrainGuided().sk_share, 100, 256
+    assert looks == pytest.approx(forward * (share * switch + until - switch + share * 256 + 768), rel=0.05)
+    assert sampled == pytest.approx(10 * 2 * 2 * forward, rel=0.05) and not (tmp_path / "none").exists()
+    for words, text in ((["checkpoint=nothing.pt"], "no such checkpoint"), (["checkpoint=amd:weights.pt"], "published weights: adm"),
+                        (["data.source=arrays", "data.train=0"], "say data.train= and data.test=")):
+        assert text in refuse("extract_features", tiny, f"run={tmp_path / 'none'}", "--dry-run", "activations=unet-out", "t=0.5", *words)
 
 
 def test_the_same_commands_again_find_the_work_done(chain, tiny):
