@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -386,6 +385,11 @@ def train_judge(run, epochs=2, batch=128):
     return net.to(run.device).eval(), f"judge {weights_hash(saved['net'])[:6]} (small CNN on this run's classes, test accuracy {saved['test_accuracy']:.3f})"
 
 
+def inception_resize(x):
+    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255: clean-fid's clean resizing (Pillow's antialiased bicubic, not rounded) to 0.01 grey levels, on x's device."""
+    return F.interpolate(x.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
+
+
 def open_evaluator(run, name):
     """(uint8 [B, 3, H, W] -> features float32 [B, D], description, name of the distance)."""
     if name == "judge":
@@ -395,7 +399,6 @@ def open_evaluator(run, name):
         from train_diffusion import torchvision_datasets
         torchvision_datasets()                            # clean-fid imports torchvision: make sure that this works beside a CPU-only torch
         from cleanfid.inception_torchscript import InceptionV3W
-        from cleanfid.resize import build_resizer
         folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
         folder.mkdir(parents=True, exist_ok=True)
         for turn in range(run.world):                     # one at a time: the first may have to download
@@ -406,14 +409,7 @@ def open_evaluator(run, name):
                     raise UserError(f"evaluator=inception: no weights in {folder} and they could not be downloaded ({str(e).splitlines()[0]}); "
                                     "put inception-2015-12-05.pt there (or set INCEPTION_DIR), or use another evaluator") from None
             run.wait()
-        resize = build_resizer("clean")
-
-        pool = ThreadPoolExecutor(max(1, min(16, os.cpu_count() // run.world)))                    # Pillow resizes one image at a time, and lets other threads run
-
-        def features(x):
-            return net(x.to(run.device).float())
-        features.prepare = lambda x: torch.from_numpy(np.stack([*pool.map(resize, x.transpose(0, 2, 3, 1))]).transpose(0, 3, 1, 2))
-        return features, "clean-fid Inception, clean resizing", "fid"
+        return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing", "fid"
     try:
         net = torch.jit.load(name, map_location=run.device).eval()
     except (RuntimeError, ValueError, OSError):
@@ -423,11 +419,10 @@ def open_evaluator(run, name):
 
 @torch.no_grad()
 def features_of(run, evaluator, images, rows, what):
-    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]. The next images are read, and prepared as it wants them, meanwhile."""
-    prepare = getattr(evaluator, "prepare", torch.from_numpy)
+    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]. The next images are read meanwhile."""
     with bar(run, len(rows) * run.world, what) as progress:
         feed = ahead if isinstance(images, np.ndarray) else map                   # what has to be decoded first does so on the GPU, which is busy
-        for x in feed(lambda i: prepare(np.ascontiguousarray(images[rows[i:i + 100]])), range(0, len(rows), 100)):
+        for x in feed(lambda i: torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]])), range(0, len(rows), 100)):
             out = evaluator(x.to(run.device)).float().cpu()
             if not torch.isfinite(out).all():
                 raise UserError(f"{what}: the evaluator returned non-finite features")

@@ -4,6 +4,7 @@
 
 training     fit() on random images and latents, everything in it: operations that the network needs (three times those of a forward pass) a second,
              as a share of the rate of large matrix products in the same precision        goal on a GPU: 0.5 for U-ViT-L/2 on latents, 8,000 images/s for CIFAR-10's U-Net
+optimizer    AdamW's update, and that of the averaged weights: the 28 and 12 bytes of a parameter that they move, as a share of the rate of a large copy
 loop         time of a bare step (forward, backward, AdamW on tensors at hand) as a share of fit()'s
 k-means      an iteration over all rows: 2 N K D operations, as a share of the fp32 matrix rate     goal on a GPU: 1.28 M x 1024, K = 5,000 within 3 s
 Sinkhorn     an iteration that computes the scores anew: likewise
@@ -97,6 +98,17 @@ def main():
     updates = 20 if GPU else 3
     out["training, U-ViT on latents"] = training(f"U-ViT, {'L/2' if GPU else '384 wide, 12 deep'}, on latents", uvit, True, 256 if GPU else 16, updates, rate)
     out["training, CIFAR-10 U-Net"] = training("CIFAR-10 U-Net", unet, False, 512 if GPU else 64, 2 * updates, rate)
+
+    net = build_model(uvit, 32, 4).to(DEVICE)
+    weights, averages, opt = list(net.parameters()), [p.detach().clone() for p in net.parameters()], torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    count, average = sum(p.numel() for p in weights), torch.no_grad()(lambda: torch._foreach_lerp_(averages, weights, 0.1))
+    for what, f, moved in (("AdamW", opt.step, 28), ("average", average, 12)):
+        f()
+        out[f"{what}, of memory rate"] = round(moved * count / min(seconds(f) for _ in range(5)) / rate["bytes"], 3)
+        print(f"{what + f', {count / 1e6:.0f} M parameters':40} {out[f'{what}, of memory rate']:.2f} of the memory rate", flush=True)
+    del net, weights, averages, opt
 
     gpu_flags(training=False)
     N, D, K = (1_280_000, 1024, 5000) if GPU else (60_000, 1024, 1000)

@@ -3,7 +3,7 @@
     python tests/bench_sampling.py               # about half a minute on two CPU cores; timings of busy machines mean nothing
 
 sampling     generate() with Heun steps, from noise to uint8 images, against the network calls it needs        goal: at most 1.05
-             (on a GPU: networks of configs/cifar10.yaml and configs/imagenet256.yaml, compiled, bf16)
+             (on a GPU: networks of configs/cifar10.yaml and configs/imagenet256.yaml, compiled, bf16; and what CUDA graphs would save)
 extraction   a forward pass that stops at the middle block against a whole one, both through stream()          goal: at most 0.60
              and the whole one against the bare network
 Both sides of a ratio run in turns, so that a slow moment hits both; the ratio is that of the medians.
@@ -55,20 +55,23 @@ def ratio(what, goal, repeats, **sides):
     return round(first / second, 4)
 
 
-def sampling(model, size, batch, steps, labels, w, channels=3):
-    """generate() against the bare forward passes on batches of the same size."""
+def sampling(model, size, batch, steps, labels, w, channels=3, path="cv", solver="heun", interval=(0.0, 1.0)):
+    """generate() against the bare forward passes on batches of the same size: doubled by guidance, which an interval leaves out at some steps."""
     net = placed(build_model(model, size, channels, num_labels=labels).eval().requires_grad_(False), DEVICE, compiled=GPU)
     net, context = (torch.compile(net, dynamic=False), lambda: torch.autocast("cuda", torch.bfloat16)) if GPU else (net, nullcontext)
-    cfg, run = SampleOde(batch=batch, steps=steps, solver="heun"), SimpleNamespace(rank=0, world=1, device=DEVICE, vae=None)
-    state = dict(path="cv", predict="v", channels=channels, size=size, num_labels=labels, marginal=torch.full((max(labels, 1),), 1 / max(labels, 1)))
-    many = batch * (2 if labels and w not in (0, 1) else 1)                      # guidance doubles the batch
-    x, t, label = torch.randn(many, channels, size, size, device=DEVICE), torch.full((many,), 500.0, device=DEVICE), torch.zeros(many, dtype=torch.long, device=DEVICE)
+    cfg, run = SampleOde(batch=batch, steps=steps, solver=solver, interval=list(interval)), SimpleNamespace(rank=0, world=1, device=DEVICE, vae=None)
+    state = dict(path=path, predict="v", channels=channels, size=size, num_labels=labels, marginal=torch.full((max(labels, 1),), 1 / max(labels, 1)))
+    grid = torch.linspace(0, 1, steps + 1).tolist()       # Heun looks at both ends of a step, DDIM at the first
+    times = [t for ends in zip(grid[:-1], grid[1:]) for t in ends[:2 if solver == "heun" else 1]]
+    many = [batch * (2 if labels and w not in (0, 1) and interval[0] <= t <= interval[1] else 1) for t in times]
+    most = max(many)
+    x, t, label = torch.randn(most, channels, size, size, device=DEVICE), torch.full((most,), 500.0, device=DEVICE), torch.zeros(most, dtype=torch.long, device=DEVICE)
 
     @torch.no_grad()
     def bare():
-        for _ in range(2 * steps):
+        for n in many:
             with context():
-                net(x, t, label) if labels else net(x, t)
+                net(x[:n], t[:n], label[:n]) if labels else net(x[:n], t[:n])
     return dict(generate=lambda: generate(run, cfg, (net, None), state, batch, w=w, context=context), network=bare)
 
 
@@ -94,10 +97,19 @@ def main():
     few, big = (5, 1) if not GPU else (10, 8)
     results = {"sampling, shapes": ratio("sampling, shapes.yaml", 1.05, few, **sampling(shapes, 32, 100 * big, 4, 0, 1.0)),
                "sampling, shapes, guided": ratio("sampling, shapes.yaml, guided", 1.05, few, **sampling(shapes, 32, 50 * big, 4, 20, 2.0)),
+               "sampling, shapes, guided within 0.25 ... 0.75": ratio("sampling, shapes.yaml, guided within 0.25 ... 0.75", 1.05, few,
+                                                                      **sampling(shapes, 32, 50 * big, 4, 20, 2.0, interval=(0.25, 0.75))),
+               "sampling, shapes, guided DDIM on VP": ratio("sampling, shapes.yaml, guided DDIM on VP", 1.05, few, **sampling(shapes, 32, 50 * big, 8, 20, 2.0, path="vp", solver="ddim")),
                "sampling, unet": ratio("sampling, U-Net of 64 channels", 1.05, few, **sampling(unet, 32, 8 * big, 2, 0, 1.0))}
     for name, model, channels, batch in (("cifar10", config("cifar10"), 3, 500), ("imagenet256", config("imagenet256"), 4, 128)) if GPU else ():
         for w in (1.0, 2.0):
             results[f"sampling, {name}, w = {w:g}"] = ratio(f"sampling, {name}.yaml, w = {w:g}", 1.05, 3, **sampling(model, 32, batch, 10, 100, w, channels))
+    for name, model in (("shapes", shapes), ("cifar10", config("cifar10"))) if GPU else ():                      # few images at once: the gaps between kernels weigh most
+        nets = {how: torch.compile(placed(build_model(model, 32).eval().requires_grad_(False), DEVICE, True), **keys) for how, keys in (("graphs", dict(mode="reduce-overhead")), ("plain", {}))}
+        for batch in (16, 256):
+            x, t = torch.randn(batch, 3, 32, 32, device=DEVICE), torch.full((batch,), 500.0, device=DEVICE)
+            call = lambda net, x=x, t=t: torch.no_grad()(torch.autocast("cuda", torch.bfloat16)(lambda: [net(x, t) for _ in range(20)]))
+            results[f"CUDA graphs, {name}, batch {batch}"] = ratio(f"CUDA graphs, {name}.yaml, batch {batch}", 1.0, few, **{k: call(net) for k, net in nets.items()})
     for name, model, batch in (("shapes", shapes, 100), ("unet", unet, 16), ("uvit", uvit, 32)):
         sides = extraction(model, 32, batch * big)
         results[f"extraction, {name}"] = ratio(f"extraction up to the middle, {name}", 0.6, few, **{k: sides[k] for k in ("middle", "whole")})

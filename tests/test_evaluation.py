@@ -153,3 +153,48 @@ def test_features_that_do_not_fit_memory(tmp_path, monkeypatch):
     assert np.allclose(mean, x.double().mean(0), rtol=1e-12) and np.allclose(covariance, np.cov(x.double().numpy().T), rtol=1e-9)
     assert frechet(a, there) == pytest.approx(frechet(a, x), rel=1e-9) == pytest.approx(frechet(sample_ode.moments(a), (mean, covariance)), rel=1e-12)
     assert torch.allclose(nearest(a, there), torch.cdist(a.double(), x.double()).amin(1).float(), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception: its weights are not here, so a small file in their layout stands in
+
+class Layers(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, (32, 32))[:, :2].reshape(len(x), 2048)
+
+
+class Base(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("size", [28, 32, 256, 320])
+def test_images_reach_inception_as_in_clean_fid(tmp_path, monkeypatch, size):
+    """Resized as clean-fid does it, to 0.01 grey levels, then scaled as the published network wants it."""
+    torchvision_datasets()
+    from cleanfid.resize import build_resizer
+    torch.jit.script(Base()).save(tmp_path / "inception-2015-12-05.pt")
+    monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
+    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), wait=lambda: None)
+    evaluator, text, name = sample_ode.open_evaluator(run, "inception")
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8)
+    resized = torch.from_numpy(np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2))
+    assert (sample_ode.inception_resize(torch.from_numpy(images)) - resized).abs().max() < 0.012
+    got = torch.cat(list(features_of(run, evaluator, images, np.arange(6), "features")))
+    assert name == "fid" and "clean" in text and torch.allclose(got, Layers()((resized - 128) / 128), atol=1e-4)
+
+
+def test_inception_without_weights_or_network(tmp_path, monkeypatch):
+    torchvision_datasets()
+    import cleanfid.inception_torchscript
+
+    def offline(fpath):
+        raise OSError("no route")
+    monkeypatch.setattr(cleanfid.inception_torchscript, "check_download_inception", offline)
+    monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"could not be downloaded \(no route\); put inception-2015-12-05.pt there"):
+        sample_ode.open_evaluator(SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), wait=lambda: None), "inception")
