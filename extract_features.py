@@ -296,6 +296,12 @@ ADM_SETTINGS = {                                          # by resampling and ch
 }
 
 
+def require_groups(channels):
+    """A UserError for fewer channels than those of all published networks: `group_norm` would have fewer groups than theirs."""
+    if channels < 128:
+        raise UserError("has fewer than 128 channels; with the 32 groups of these networks such layers are not supported")
+
+
 def read_adm(w, given):
     """guided-diffusion's U-Net (arXiv 2105.05233), or its predecessor's, from its tensors: (Model, settings, channels of the input, tensors by the names of our `UNet`)."""
     w = {re.sub(r"^(output_blocks\.\d+\.[12]\.)conv\.", r"\1op.", k): v for k, v in w.items()}
@@ -305,8 +311,9 @@ def read_adm(w, given):
     blocks = count // levels - 1                          # each level has so many residual blocks and a downsampler, or at the start the first convolution
     firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
     mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in firsts]
-    if min(mult) * channels < 128:
-        raise UserError("has fewer than 128 channels; with the 32 groups of these networks such layers are not supported")
+    require_groups(min(mult) * channels)
+    if resample == "conv" and (resample, *mult) not in ADM_SETTINGS and not given.get("heads"):
+        raise UserError("is of improved-diffusion, whose heads no tensor tells; set published.heads (and path, clock), as it was trained")
     s = dict(size=8 * 2 ** (levels - 1), heads=8, head_channels=64, order="heads", path="vp", clock=[999.0, -1000.0], predict="eps", null_row="none")
     s |= ADM_SETTINGS.get((resample, *mult), {}) | (dict(head_channels=0) if given.get("heads") else {}) | given
     model = Model("unet", channels, mult, blocks, [s["size"] >> level for level, f in enumerate(firsts) if f"{f}.1.qkv.weight" in w], s["head_channels"],
@@ -366,11 +373,11 @@ def read_ddpm(w, given):
         return f"{DDPM_PARTS.get(module, module)}.{leaf}".removeprefix(".")
 
     mult = [w[first.format(n)].shape[0] / len(w["image_proj.bias" if ddae else "conv_in.bias"]) for n in places]
-    w = {ours(k): v for k, v in w.items()}
+    w, channels = {ours(k): v for k, v in w.items()}, len(w["image_proj.bias" if ddae else "conv_in.bias"])
+    require_groups(min(1, *mult) * channels)
     for k in [k for k in w if k.endswith((".q.weight", ".q.bias"))]:             # one head: its q, k and v lie together, as ours do
         w[k.replace(".q.", ".qkv.")] = torch.cat([w.pop(k.replace(".q.", f".{x}.")) for x in "qkv"])
     w = {k: v.flatten(1)[..., None] if k.endswith(("qkv.weight", "proj_out.weight")) else v for k, v in w.items()}         # convolutions of one pixel, or linear
-    channels = len(w["input_blocks.0.0.bias"])
     w["time_embed.0.weight"] = w["time_embed.0.weight"].roll(channels // 2, 1)   # sines come first there
     s = dict(size=32 if levels < 5 else 8 * 2 ** (levels - 1), heads=1, path="vp", clock=[1.0, -1.0] if ddae else [999.0, -1000.0], predict="eps", null_row="none") | given
     model = Model("unet", channels, mult, blocks, [s["size"] >> level for level in range(levels) if attended[level]], head_channels=0, heads=s["heads"], clock=s["clock"],
@@ -423,7 +430,7 @@ def load_published(run, kind, file):
         raise UserError(f"{path}: no such file of published weights")
     w = read_torch(path)
     if kind == "ddpm" and isinstance(w, dict) and isinstance(w.get("EMA"), dict):           # a training of DDAE
-        w = {k.removeprefix("ema_model.nn_model."): v for k, v in w["EMA"].items() if k.startswith("ema_model.nn_model.")} or w
+        w = {k.removeprefix("ema_model.nn_model."): v for k, v in w["EMA"].items() if str(k).startswith("ema_model.nn_model.")} or w
     if not isinstance(w, dict) or not w or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in w.items()):
         what = f"a dict of {', '.join(map(str, list(w)[:5]))}" if isinstance(w, dict) else type(w).__name__
         raise UserError(f"{path}: expected a dict of tensors as published, found {what}")
@@ -431,7 +438,7 @@ def load_published(run, kind, file):
         model, s, channels, w = READERS[kind](dict(w), given)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    except (KeyError, ValueError, IndexError, RuntimeError) as e:
+    except (KeyError, ValueError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as e:
         raise UserError(f"{path}: not the weights of a published {kind} model ({type(e).__name__}: {str(e)[:100]}); "
                         f"its first keys: {', '.join(sorted(w)[:3])}") from None
     K, size = 0, s["size"]

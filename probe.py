@@ -1762,7 +1762,7 @@ def main():
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in {"name", "overwrite", "batch", "transfer", "features"} | other}
     recipe |= dict(hash=state["weights"], checkpoint=cfg.checkpoint)
     recipe["transfer"] = prepare_transfer(run, state["size"]) if cfg.transfer else None
-    if cfg.protocol == "cka":                             # models of the same name may have been trained anew
+    if cfg.protocol == "cka" and not run.dry_run:                           # models of the same name may have been trained anew
         recipe["hashes"] = {name: load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"} or None
     if cfg.protocol in ("head", "segment", "detect"):
         check_head(cfg, run.data.latents, state.get("size", math.inf))
@@ -1770,6 +1770,8 @@ def main():
         recipe["reads"] = info if cfg.features else list(places(run, cfg, net))
         if not cfg.features and cfg.activations == ["blocks"] and len(cfg.t) > len(recipe["reads"][1]):
             run.say(f"reads t={recipe['reads'][1][0]:g}, the label-free choice: several times in t= are the sweep's; name activations= to read them")
+    if run.world > 1 and cfg.protocol not in ("sweep", "boxes"):
+        run.say(f"note: protocol={cfg.protocol} does not divide its work; one process is as fast")
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         if net and not cfg.transfer:

@@ -190,6 +190,7 @@ class Field:
     def output(self, x, t, label):
         """The network's prediction, guided. x: [B, C, H, W]; t: a number or, if rows differ, [B]; label: [B] or None."""
         low, high = self.interval
+        low, high = low - 1e-6, high + 1e-6               # an evaluation at an end counts as inside, however its time is rounded
         if torch.is_tensor(t) and (low > 0 or high < 1):
             inside = (t >= low) & (t <= high)             # [B]; asking a tensor makes a GPU wait, a number does not
             w, some, every = torch.where(inside, self.w, 1.0), bool(inside.any()), bool(inside.all())
@@ -386,7 +387,7 @@ def train_judge(run, epochs=2, batch=128):
 
 
 def inception_resize(x):
-    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255: clean-fid's clean resizing (Pillow's antialiased bicubic, not rounded) to 0.01 grey levels, on x's device."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255: clean-fid's clean resizing (Pillow's antialiased bicubic, not rounded) to about 0.01 grey levels, on x's device."""
     return F.interpolate(x.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
 
 
@@ -409,7 +410,7 @@ def open_evaluator(run, name):
                     raise UserError(f"evaluator=inception: no weights in {folder} and they could not be downloaded ({str(e).splitlines()[0]}); "
                                     "put inception-2015-12-05.pt there (or set INCEPTION_DIR), or use another evaluator") from None
             run.wait()
-        return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing", "fid"
+        return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing by PyTorch", "fid"
     try:
         net = torch.jit.load(name, map_location=run.device).eval()
     except (RuntimeError, ValueError, OSError):
@@ -937,6 +938,18 @@ def nfe_sweep(run, cfg, every, w, context, judge, folder):
     return dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves, straightness=means, deviation=bends)
 
 
+def announce_samples(run, cfg, net, state, folder):
+    """What sampling would cost, for --dry-run."""
+    each = 100 if cfg.solver == "dopri5" else cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0])
+    many = cfg.n + (cfg.select * len(cfg.guidance) + cfg.n if len(cfg.guidance) > 1 else 0)
+    twice, flops = 1 + any(w not in (0, 1) for w in cfg.guidance), footprint(net, state["channels"], state["size"])[0]
+    cost(run, f"{flops / 1e9:,.1f} GFLOP a network call x {each} evaluations{' (a guess for dopri5)' if cfg.solver == 'dopri5' else ''} x {twice} "
+         f"({'guided' if twice > 1 else 'not guided'}) x {many:,} samples{', those for the choice of w included' if many > cfg.n else ''}", flops * each * twice * many)
+    if run.data.latents:
+        cost(run, f"decoding: {DECODE * run.data.size ** 2 / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x {many:,} samples", DECODE * run.data.size ** 2 * many, "tf32")
+    run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
+
+
 def main():
     """Sample, from the command line."""
     run = start("sample_ode", SampleOde, __doc__, flags=("--table",))
@@ -949,8 +962,11 @@ def main():
     require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
             "sweeps and a choice of w need evaluate=true and at least two samples")
     net, state = load_model(run, cfg.checkpoint, cfg.weights, cfg.compile)
+    if state.get("planned"):
+        cfg.guidance = cfg.guidance if state["num_labels"] or cfg.autoguide else [1.0]
+        return announce_samples(run, cfg, net, state, run.dir / "samples" / cfg.name)
     weak, other = load_model(run, cfg.autoguide, cfg.weights, cfg.compile) if cfg.autoguide else (None, None)
-    if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
+    if other and not other.get("planned") and any(other[k] != state[k] for k in ("path", "predict", "size")):
         raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
     if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "layout", "label_digest", "condition")):
         raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
@@ -985,17 +1001,9 @@ def main():
     recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
     recipe |= dict(given=digest(given)) if given is not None else {}             # what names of files and folders stand for
     recipe |= dict(bank=digest(state["maps"].numpy())) if cfg.mask or cfg.layouts != "train" else {}
-    recipe |= dict(others=[load_checkpoint(run, name)["weights"] for name in cfg.against]) if cfg.against else {}
+    recipe |= dict(others=[load_checkpoint(run, name)["weights"] for name in cfg.against]) if cfg.against and not run.dry_run else {}
     if run.dry_run:
-        each = 100 if cfg.solver == "dopri5" else cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0])
-        many = cfg.n + (cfg.select * len(cfg.guidance) + cfg.n if len(cfg.guidance) > 1 else 0)
-        twice, flops = 1 + any(w not in (0, 1) for w in cfg.guidance), footprint(net, state["channels"], state["size"])[0]
-        cost(run, f"{flops / 1e9:,.1f} GFLOP a network call x {each} evaluations{' (a guess for dopri5)' if cfg.solver == 'dopri5' else ''} x {twice} "
-             f"({'guided' if twice > 1 else 'not guided'}) x {many:,} samples{', those for the choice of w included' if many > cfg.n else ''}", flops * each * twice * many)
-        if run.data.latents:
-            cost(run, f"decoding: {DECODE * run.data.size ** 2 / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x {many:,} samples", DECODE * run.data.size ** 2 * many, "tf32")
-        run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
-        return
+        return announce_samples(run, cfg, net, state, folder)
     if run.agreed(finished(run, folder / "metrics.json", recipe)):
         return
     if run.rank == 0:

@@ -111,7 +111,7 @@ class Training:
     """Keys shared by the two training stages. Durations are images seen; batches are global, whatever the number of processes."""
     images: int = 20_000_000                              # images seen in all; more may be asked for later
     batch: int = 128                                      # images per update over all processes
-    micro: int = 0                                        # images per forward pass and process; 0 = no gradient accumulation
+    micro: int = 0                                        # at most so many images per forward pass and process; 0 = no gradient accumulation
     path: Literal["cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = "cv"    # constant velocity; variance preserving: linear, cosine, Stable Diffusion's betas, score SDE
     predict: Literal["v", "eps", "x"] = "v"               # what the network predicts
     times: Literal["uniform", "logit_normal"] = "uniform"  # how t is drawn
@@ -656,6 +656,8 @@ TORCHVISION = {                                           # set -> constructor a
     "LSUN": ([dict(classes=["church_outdoor_train"])], [dict(classes=["church_outdoor_val"])]),
 }
 
+SOURCES = ["shapes", "folder", "arrays", *TORCHVISION]
+
 
 def torchvision_datasets():
     """torchvision's data sets, also beside a CPU-only torch, with which its compiled detection operators cannot load."""
@@ -838,7 +840,7 @@ def source_batches(run, split, bad):
     elif data.source in TORCHVISION:
         items, names = open_torchvision(data, split)
     else:
-        raise UserError(f"data.source={data.source}: {unknown(data.source, ['shapes', 'folder', 'arrays', *TORCHVISION])}")
+        raise UserError(f"data.source={data.source}: {unknown(data.source, SOURCES)}")
     if data.classes:
         items, names = Chosen(items, names, data.classes), data.classes
 
@@ -1066,6 +1068,8 @@ class Split:
 def source_counts(run):
     """Images of the source as far as known without reading it, (train, test); 0 = unknown."""
     data = run.data
+    if data.source not in SOURCES:
+        raise UserError(f"data.source={data.source}: {unknown(data.source, SOURCES)}")
     if data.source == "folder" and Path(data.root).is_dir():
         known = [source_batches(run, split, [])[0] for split in ("train", "test")]
     elif data.classes:
@@ -1341,7 +1345,7 @@ def attention(q, k, v):
     PyTorch's fused operation, but for training in bfloat16 on CPUs, where it takes up to four times as long as these products and their recomputation
     (64 positions; 1.5 times at 257, as long at 500: `python tests/bench_attention.py`).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < 500 and torch.is_grad_enabled():
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < 500 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return again(lambda q, k, v: (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v, q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -1631,6 +1635,15 @@ def checkpoint_file(run, name):
     return next((Path(p) for p in places if Path(p).is_file()), None)
 
 
+def missing(run, name):
+    """Whether --dry-run has to count without checkpoint `name`, a folder of the run or published weights that will be there later, and says so."""
+    later = name.partition(":")[0] in PUBLISHED if ":" in name else not name.endswith(".pt")
+    if not (run.dry_run and later and checkpoint_file(run, name) is None):
+        return False
+    run.say(f"{name} is not there yet; counted for the network of section model")
+    return True
+
+
 def load_checkpoint(run, name):
     """Checkpoint `name` (a folder of the run such as diffusion/base, a path to a .pt, or published weights: adm:, ddpm:, uvit:, sgfm:FILE) as a dict on the CPU."""
     kind, _, file = name.partition(":")
@@ -1651,11 +1664,10 @@ def load_checkpoint(run, name):
 
 def load_model(run, name, weights="ema", compiled=False):
     """(network in eval mode on the run's device, checkpoint dict) from the checkpoint alone. For --dry-run before it is there: as section `model` has it."""
-    if run.dry_run and checkpoint_file(run, name) is None and (name.partition(":")[0] in PUBLISHED if ":" in name else not name.endswith(".pt")):
-        run.say(f"{name} is not there yet; counted for the network of section model")
-        (channels, size), K = input_shape(run), int(name.startswith("guided/"))
-        return build_model(run.model, size, channels, num_labels=K).eval().requires_grad_(False), dict(
-            file=name, channels=channels, size=size, path="cv", predict="v", num_labels=K, marginal=torch.ones(K), weights="", kind="", conditions={})
+    if missing(run, name):
+        (channels, size), K = input_shape(run), int(name.startswith("guided/") and not name.endswith("/unconditional"))
+        return placed(build_model(run.model, size, channels, num_labels=K).eval().requires_grad_(False), run.device, compiled), dict(
+            file=name, channels=channels, size=size, path="cv", predict="v", num_labels=K, weights="", kind="", conditions={}, planned=True)
     state = load_checkpoint(run, name)
     net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], **state["conditions"])
     try:
@@ -1766,7 +1778,7 @@ def announce(run, cfg, net, folder):
     run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
     flops, *kept = footprint(net, channels, size)
     kept = kept[cfg.recompute]
-    passes, micro = 4 if cfg.recompute else 3, cfg.micro or cfg.batch // run.world
+    passes, micro = 4 if cfg.recompute else 3, micro_batch(run, cfg)
     cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
          f"x {cfg.images:,} images", passes * flops * cfg.images)
     run.say(f"memory: {22 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW; 2 for weights in bf16) + "
@@ -1782,11 +1794,17 @@ def announce(run, cfg, net, folder):
             + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else f": {each / 1e3:,.1f} GB a million; counted where data.root is there"))
 
 
+def micro_batch(run, cfg):
+    """Images per forward pass of this process: its share of the batch, or `micro` where that is less."""
+    share = cfg.batch // run.world
+    return min(cfg.micro or share, share)
+
+
 def check_training(run, cfg):
     """Combinations of training keys that cannot work."""
     if cfg.batch < 1 or cfg.batch % run.world:
         raise UserError(f"batch={cfg.batch} must be a multiple of the {run.world} processes")
-    if cfg.micro < 0 or cfg.micro and (cfg.batch // run.world) % cfg.micro:
+    if cfg.micro < 0 or (cfg.batch // run.world) % micro_batch(run, cfg):
         raise UserError(f"micro={cfg.micro} must divide the {cfg.batch // run.world} images per process and update")
     for key in ("images", "log_every", "save_every", "grid_every", "ema"):
         require(getattr(cfg, key) >= 1, cfg, key, "must be at least 1")
@@ -1868,7 +1886,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     side       a module trained and averaged beside the network, or None. `side.step` gives a loss of its own and the condition, `side.report` joins the log
     """
     path, share, folder, latent = PATHS[cfg.path], cfg.batch // run.world, Path(folder), data.latents is not None
-    micro = cfg.micro or share
+    micro = micro_batch(run, cfg)
     context, kind, why = autocast(run, cfg.precision)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.run_block = again if cfg.recompute else plainly

@@ -30,8 +30,8 @@ from torch import nn
 
 from extract_features import cost_shares, feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
-from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, checkpoint_file, cli, cost, diffuse, digest, fill,
-                             fit, footprint, input_shape, load_checkpoint, load_data, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
+from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, cost, diffuse, digest, fill,
+                             fit, footprint, input_shape, load_checkpoint, load_data, missing, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
@@ -516,17 +516,18 @@ def check_online(run, cfg):
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
 
 
-def announce_looks(run, cfg, net, images):
+def announce_looks(run, cfg, net, train, test):
     """What looking for labels costs beside the training, for --dry-run: forward passes up to the activation."""
     name, (channels, size) = matching(net, [cfg.sk_activation])[-1], input_shape(run)
     share = cost_shares(copy.deepcopy(net).to("meta"), torch.zeros(1, channels, size, size, device="meta"), torch.zeros(1, device="meta"))[name]
     until = min(cfg.sk_until or cfg.images, cfg.images)
     switch = min(cfg.switch if cfg.condition != "none" else cfg.images, until)   # before it the teacher looks at a share of the images, afterwards at all
     teacher, student = cfg.sk_share * switch + until - switch, (3 if cfg.sk_grad == "backbone" else 1) * cfg.sk_share * cfg.images
-    looks = round(teacher + student + images * (2 if cfg.sk_until else 1))
+    others = train + test + (train if cfg.sk_until else 0) + min(Labeller.WATCHED, train) * cfg.images / cfg.log_every         # in the end all; when labels settle; for the log
+    looks = round(teacher + student + others)
     flops = footprint(net, channels, size)[0]
     cost(run, f"beside it, labels: {flops / 1e9:,.1f} GFLOP forward an image x {share:.2f} (up to {name}) x {looks:,} images (teacher {round(teacher):,}, student {round(student):,}, "
-         "and all to be labelled)", flops * share * looks)
+         f"all to be labelled and some for the log {round(others):,})", flops * share * looks)
 
 
 def finish_online(run, cfg, net, side, state, folder, data):
@@ -574,7 +575,8 @@ def main():
     cfg.name = run.sections[run.stage]["name"] = cfg.name or ("unconditional" if cfg.labels == "none" else cfg.labels)
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
     if run.dry_run and guided and not (run.dir / "labels" / f"{cfg.labels}.json").exists():
-        guided = run.say(f"labels/{cfg.labels} are not there yet; counted without them, which costs the same")
+        run.say(f"labels/{cfg.labels} are not there yet; counted without them, which costs the same")
+        guided = False
 
     # labels: one id per training image, perhaps a map, checked against the data; or none yet
     labels, K, info, condition, conditions, sampling, grid, layout = None, 0, {}, None, {}, {}, None, None
@@ -612,8 +614,7 @@ def main():
         conditions = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim), patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
 
     # network: from scratch, or from unconditional weights
-    there = cfg.init and not (run.dry_run and checkpoint_file(run, cfg.init) is None)
-    source, init = load_checkpoint(run, cfg.init) if there else None, None
+    source, init = load_checkpoint(run, cfg.init) if cfg.init and not missing(run, cfg.init) else None, None
     if source and cfg.init.split(":")[0] in PUBLISHED:               # what published weights are, they say themselves
         run.model = dataclasses.replace(fill("model", Model, source["model"]), dropout=run.model.dropout)
         run.sections["model"] = source["model"] = dataclasses.asdict(run.model)
@@ -633,7 +634,7 @@ def main():
                                 f"set train_guided.{key} or init=")
     if run.dry_run:
         announce(run, cfg, net, folder)
-        return announce_looks(run, cfg, net, len(data) + len(load_data(run, "test"))) if online else None
+        return announce_looks(run, cfg, net, len(data), len(load_data(run, "test"))) if online else None
 
     # train; the checkpoint carries all that sampling needs: K, the marginal, and the hash of the labels
     net, side = placed(net, run.device, cfg.compile), None

@@ -5,6 +5,8 @@
     python tests/bench.py published --uvit DIR --adm DIR         # words from the first -- on go to this one benchmark
 """
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +18,19 @@ sys.path.insert(0, str(HERE.parent))
 from train_diffusion import write_json                   # noqa: E402
 
 
+def machine():
+    """The processor, or the GPU, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.processor() or platform.machine())
+    return f"{os.cpu_count()} x {name}" + "".join(f", {flag}" for flag in ("avx512_bf16", "amx_bf16") if flag in info)
+
+
 def main():
     at = next((i for i, w in enumerate(sys.argv) if w.startswith("--")), len(sys.argv))
     names = sys.argv[1:at] or sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
-    machine = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    file = HERE.parent / "results" / f"bench-{machine}.json"
+    file = HERE.parent / "results" / f"bench-{torch.cuda.get_device_name().lower().replace(' ', '-') if torch.cuda.is_available() else 'cpu'}.json"
     failed = []
     for name in names:
         print(f"--- {name}", flush=True)
@@ -31,7 +41,7 @@ def main():
             failed.append(name)
         elif last.startswith("{"):                          # every benchmark ends with a line of JSON, unless it had nothing to measure
             known = json.loads(file.read_text()) if file.exists() else {}
-            write_json(file, known | {name: json.loads(last)})
+            write_json(file, known | {name: dict(machine=machine()) | json.loads(last)})
     print(f"numbers in {file}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

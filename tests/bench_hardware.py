@@ -4,7 +4,7 @@
 
 training     fit() on random images and latents, everything in it: operations that the network needs (three times those of a forward pass) a second,
              as a share of the rate of large matrix products in the same precision        goal on a GPU: 0.5 for U-ViT-L/2 on latents, 8,000 images/s for CIFAR-10's U-Net
-optimizer    AdamW's update, and that of the averaged weights: the 28 and 12 bytes of a parameter that they move, as a share of the rate of a large copy
+optimizer    AdamW's update, and that of the averaged weights: the 28 and 12 bytes of a parameter that they move, as a share of the memory rate
 loop         time of a bare step (forward, backward, AdamW on tensors at hand) as a share of fit()'s
 k-means      an iteration over all rows: 2 N K D operations, as a share of the fp32 matrix rate     goal on a GPU: 1.28 M x 1024, K = 5,000 within 3 s
 Sinkhorn     an iteration that computes the scores anew: likewise
@@ -36,15 +36,15 @@ GPU = DEVICE.type == "cuda"
 
 
 def rates():
-    """Operations a second of square matrix products by precision, bytes a second of a copy: the best of several."""
+    """Operations a second of square matrix products by precision, bytes a second of a copy or a product in place: the best of several."""
     n, out = 8192 if GPU else 3072, {}
     for kind in (torch.bfloat16, torch.float32, torch.float64):
         a, b = torch.randn(2, n, n, device=DEVICE).to(kind).unbind()
         a @ b
         out[str(kind).split(".")[1]] = 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(5 if kind != torch.float64 else 2))
-    a = torch.empty(2 ** 30 if GPU else 2 ** 28, dtype=torch.uint8, device=DEVICE).fill_(1)
-    b = torch.empty_like(a).copy_(a)
-    out["bytes"] = 2 * len(a) / min(seconds(lambda: b.copy_(a)) for _ in range(5))
+    a = torch.ones(2 ** 28 if GPU else 2 ** 27, device=DEVICE)
+    b = a.clone()
+    out["bytes"] = 2 * 4 * len(a) / min(seconds(f) for f in (lambda: b.copy_(a), lambda: a.mul_(1.0)) for _ in range(5))         # one reads, another writes; or both in place
     return out
 
 

@@ -37,4 +37,4 @@ def test_numbers_are_kept_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py"])
     with pytest.raises(SystemExit, match="bad"):
         bench.main()
-    assert json.loads(file.read_text()) == dict(old=3, good=dict(a=1))
+    assert json.loads(file.read_text()) == dict(old=3, good=dict(machine=bench.machine(), a=1))

@@ -84,20 +84,24 @@ def test_stages_tell_their_cost_before_anything_is_there(tiny, tmp_path, monkeyp
     """--dry-run in an empty run folder counts on section model and on the size of the source; nothing is written, and a typing error is still one."""
     said = {}
     for name, *words in [("extract_features", "activations=unet-out", "t=0.5"), ("train_guided", "labels=kmeans"), ("train_guided", "labels=online", "sk_activation=unet-out", "switch=100"),
-                         ("sample_ode", "checkpoint=guided/kmeans", "guidance=2", "n=10", "solver=euler"), ("probe",), ("extract_features", "checkpoint=adm:weights.pt", "activations=mid*", "t=0.5")]:
+                         ("sample_ode", "checkpoint=guided/kmeans", "guidance=2", "n=10", "solver=euler"), ("probe",), ("extract_features", "checkpoint=adm:weights.pt", "activations=mid*", "t=0.5"),
+                         ("sample_ode", "checkpoint=guided/kmeans", "autoguide=adm:weights.pt", "labels=7", "n=10"), ("sample_ode", "checkpoint=guided/unconditional", "guidance=2", "n=10", "solver=euler"),
+                         ("train_guided", "init=adm:weights.pt")]:
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tiny), f"run={tmp_path / 'none'}", "--dry-run", *words])
         module.main()
         said[name, len(said)] = [float(line.split("=")[-1].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("work:")]
-    (read,), (guided,), (again, looks), (sampled,), _, _ = said.values()
+    (read,), (guided,), (again, looks), (sampled,), _, _, _, (plain,), (tuned,) = said.values()
     forward = read / (512 + 256)
-    assert guided == pytest.approx(3 * 256 * forward, rel=0.05) == again         # a label costs next to nothing
+    assert guided == pytest.approx(3 * 256 * forward, rel=0.05) == again == tuned                                # a label costs next to nothing
     share, switch, until = TrainGuided().sk_share, 100, 256
-    assert looks == pytest.approx(forward * (share * switch + until - switch + share * 256 + 768), rel=0.05)
-    assert sampled == pytest.approx(10 * 2 * 2 * forward, rel=0.05) and not (tmp_path / "none").exists()
+    assert looks == pytest.approx(forward * (share * switch + until - switch + share * 256 + 768 + 2 * 512), rel=0.05)        # and the log looks twice
+    assert sampled == pytest.approx(10 * 2 * 2 * forward, rel=0.05) == 2 * plain and not (tmp_path / "none").exists()
     for words, text in ((["checkpoint=nothing.pt"], "no such checkpoint"), (["checkpoint=amd:weights.pt"], "published weights: adm"),
-                        (["data.source=arrays", "data.train=0"], "say data.train= and data.test=")):
+                        (["data.source=arrays", "data.train=0"], "say data.train= and data.test="),
+                        (["data.source=CIFAR1O"], "did you mean CIFAR10")):
         assert text in refuse("extract_features", tiny, f"run={tmp_path / 'none'}", "--dry-run", "activations=unet-out", "t=0.5", *words)
+    assert "nothing.pt" in refuse("train_guided", tiny, f"run={tmp_path / 'none'}", "--dry-run", "init=nothing.pt")
 
 
 def test_the_same_commands_again_find_the_work_done(chain, tiny):

@@ -183,7 +183,7 @@ def test_images_reach_inception_as_in_clean_fid(tmp_path, monkeypatch, size):
     evaluator, text, name = sample_ode.open_evaluator(run, "inception")
     images = np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8)
     resized = torch.from_numpy(np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2))
-    assert (sample_ode.inception_resize(torch.from_numpy(images)) - resized).abs().max() < 0.012
+    assert (sample_ode.inception_resize(torch.from_numpy(images)) - resized).abs().max() < 0.011
     got = torch.cat(list(features_of(run, evaluator, images, np.arange(6), "features")))
     assert name == "fid" and "clean" in text and torch.allclose(got, Layers()((resized - 128) / 128), atol=1e-4)
 

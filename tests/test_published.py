@@ -81,7 +81,7 @@ def fake(folder, kind, rows=0, side=16):
 
 
 def opened(name, size=16, **published):
-    run = SimpleNamespace(published=Published(**published), data=Data(size=size), say=lambda *_: None, dir=Path("none"), device=torch.device("cpu"))
+    run = SimpleNamespace(published=Published(**published), data=Data(size=size), say=lambda *_: None, dir=Path("none"), device=torch.device("cpu"), dry_run=False)
     return load_model(run, name)
 
 

@@ -259,6 +259,12 @@ def test_improved_diffusion_is_read_from_its_tensors(channels, mult, rows, size,
     assert (s["size"], s["path"], s["predict"]) == (size, "vp-cosine", "eps")
 
 
+def test_improved_diffusion_of_other_sizes_wants_to_be_told_its_heads(tmp_path):
+    torch.save(waves(iddpm_layout(128, [1, 1], 1, [1])), tmp_path / "iddpm.pt")
+    with pytest.raises(UserError, match="set published.heads"):
+        opened(f"adm:{tmp_path / 'iddpm.pt'}", 16)
+
+
 IDDPM_NUMBERS = [0.204393, 0.11234, -0.403537, 0.202131, -0.026321, -0.104497]             # of the original, at steps 3 and 2800 of 4000
 
 
@@ -284,6 +290,10 @@ def test_ddpm_files_that_do_not_fit(tmp_path):
     assert "found a dict of MODEL, EMA" in said(dict(MODEL=w, EMA={"step": torch.tensor(1)}))
     assert "not the weights of a published ddpm model" in said({"time_embed.0.weight": torch.zeros(512, 128)})             # ADM's names
     assert "middle_block.1.norm.weight is missing" in said({k: v for k, v in w.items() if not k.startswith("middle.attn.norm")})
+    assert "fewer than 128 channels" in said(waves(unet_layout([1, 2], 1, [1], channels=64)))
+    for w in ({"EMA": {0: torch.zeros(1)}}, {"image_proj.weight": torch.zeros(())}, waves(unet_layout([1], 1, [])) | {"conv_in.bias": torch.zeros(())},
+              waves(unet_layout([1], 1, [])) | {"conv_in.bias": torch.zeros(0)}):
+        said(w)                                           # a line, whatever it is
     fake_ddpm(tmp_path, "ddpm")
     with pytest.raises(UserError, match="inputs of 3 x 32 x 32, this run's are 3 x 16 x 16"):
         opened(f"ddpm:{tmp_path / 'unet.pt'}", 16)

@@ -366,10 +366,14 @@ def test_guidance_interval(w):
     net = Labelled()
     Field(net, PATHS["cv"], "v", 3.0, (0.3, 0.7)).estimate(z, torch.full((16,), 0.1), label16)
     assert len(net.asked[0][0]) == 16                     # outside, nothing is computed for nothing
-    for t in (0.1, 0.5):                                  # one time for all rows may be a number
+    for t in (0.1, 0.3, 0.5, 0.1 + 0.2 + 0.4):            # one time for all rows may be a number; the ends count as inside, however they are rounded
         field = Field(Labelled(), PATHS["cv"], "v", w, (0.3, 0.7))
         for a, b in zip(field.estimate(z, t, label16), field.estimate(z, torch.full((16,), t), label16)):
             assert torch.allclose(a, b, atol=1e-6)
+    for kind in ("cv", "vp"):                             # 11 evaluations, of which those at 0.3 ... 0.7 are guided
+        field = Field(Labelled(), PATHS[kind], "v", 3.0, (0.3, 0.7))
+        integrate(field, z, label16, "euler", 10, 0)
+        assert field.images == 16 * (10 + 5)
 
 
 def test_autoguidance():

@@ -137,7 +137,7 @@ def test_no_update_waits_for_the_gpu(path, tmp_path):
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8)])
 @pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp", "ddim"), ("vp-cosine", "ddim")])
 def test_no_step_of_a_sampler_waits_for_the_gpu(path, solver, interval):
-    """Tensors without data have no value that the host could ask for: an attempt would be an error."""
+    """Tensors without data have no value that the host could ask for: an attempt would be an error. (Copies to the device would not be: test_gpu.py sees those.)"""
     net = td.build_model(td.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval().to("meta")
     field = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval)
     x, calls = sample_ode.integrate(field, torch.randn(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"), solver, 9, 1e-3)
