@@ -287,7 +287,7 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
 # ---------------------------------------------------------------------------------------------------------------------
 # Published weights as checkpoints of ours
 
-IDDPM = dict(heads=4, head_channels=0, path="vp-cosine", clock=[999.75, -1000.0])         # 4000 steps, which the network counts in quarters
+IDDPM = dict(heads=4, head_channels=0, path="vp-cosine", clock=[999.75, -1000.0])         # 4000 steps, which the network counts in quarters; with classes in ones
 ADM_SETTINGS = {                                          # by resampling and channel multiples: what differs from 64 channels per head, rows of qkv by head, linear betas
     ("block", 1, 2, 3, 4): dict(order="qkv", path="vp-cosine"),                  # ImageNet 64 x 64
     ("block", 1, 1, 2, 3, 4): dict(heads=4, head_channels=0),                    # ImageNet 128 x 128
@@ -315,7 +315,8 @@ def read_adm(w, given):
     if resample == "conv" and (resample, *mult) not in ADM_SETTINGS and not given.get("heads"):
         raise UserError("is of improved-diffusion, whose heads no tensor tells; set published.heads (and path, clock), as it was trained")
     s = dict(size=8 * 2 ** (levels - 1), heads=8, head_channels=64, order="heads", path="vp", clock=[999.0, -1000.0], predict="eps", null_row="none")
-    s |= ADM_SETTINGS.get((resample, *mult), {}) | (dict(head_channels=0) if given.get("heads") else {}) | given
+    s |= ADM_SETTINGS.get((resample, *mult), {}) | (dict(head_channels=0) if given.get("heads") else {})
+    s |= (dict(clock=[3999.0, -4000.0]) if resample == "conv" and "label_emb.weight" in w else {}) | given
     model = Model("unet", channels, mult, blocks, [s["size"] >> level for level, f in enumerate(firsts) if f"{f}.1.qkv.weight" in w], s["head_channels"],
                   heads=s["heads"], clock=s["clock"], resample=resample)
     if s["order"] == "qkv":                               # ours are by head: the same function with its rows in another order
@@ -388,11 +389,12 @@ def read_ddpm(w, given):
 def read_uvit(w, given):
     """U-ViT (arXiv 2209.12152) from its tensors: (Model, settings, channels of the input, tensors)."""
     (_, tokens, width), (_, channels, patch, _) = w["pos_embed"].shape, w["patch_embed.proj.weight"].shape
-    depth, latent = 2 * sum(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", k) is not None for k in w), channels == 4
+    depth, conv = 2 * sum(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", k) is not None for k in w), "final_layer.weight" in w
     s = dict(size=patch * math.isqrt(tokens - 1 - ("label_emb.weight" in w)), heads=16 if width == 1152 else max(1, width // 64), predict="eps")
-    s |= dict(path="vp-sd", clock=[1000.0, -1000.0], null_row="last") if latent else dict(path="vp-sde", clock=[999.0, -999.0], null_row="none")
+    s |= dict(null_row="last" if channels == 4 else "none")                      # on latents the last class is the null label
+    s |= dict(path="vp-sde", clock=[999.0, -999.0]) if conv else dict(path="vp-sd", clock=[1000.0, -1000.0])    # the H models, without it, count 1000 steps
     s |= given
-    return Model("uvit", width, patch=patch, depth=depth, heads=s["heads"], final_conv="final_layer.weight" in w, clock=s["clock"]), s, channels, w
+    return Model("uvit", width, patch=patch, depth=depth, heads=s["heads"], final_conv=conv, clock=s["clock"]), s, channels, w
 
 
 def read_sgfm(w, given):

@@ -1,6 +1,6 @@
 """All benchmarks, one after the other; writes results/bench-<machine>.json, where <machine> is cpu or the GPU's name.
 
-    python tests/bench.py                        # most of an hour on two CPU cores that do nothing else
+    python tests/bench.py                        # half an hour or more on two CPU cores that do nothing else; `published` is left out
     python tests/bench.py hardware scale         # only these; the entries of others stay
     python tests/bench.py published --uvit DIR --adm DIR         # words from the first -- on go to this one benchmark
 """

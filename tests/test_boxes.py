@@ -253,7 +253,7 @@ def test_boxes_of_shapes(run, tiny, monkeypatch, words):
     scores = info["scores"]
     assert scores["corloc"] > 0.9 and scores["test_ap50"] > 0.85 and scores["foreground_iou"] > 0.7 and scores["nmi"] > 0.8, scores
     assert (run / "labels" / f"{name}.png").exists() and not list((run / "labels").glob(".*"))
-    assert len(self_label.load_labels(type("R", (), dict(dir=run, data=Data())), name)[0]["train"]) == 512
+    assert len(self_label.load_labels(type("R", (), dict(dir=run, data=Data(), dry_run=False)), name)[0]["train"]) == 512
 
 
 def test_masks_of_shapes(run, tiny, monkeypatch):

@@ -240,7 +240,7 @@ def test_masks_that_say_nothing(monkeypatch, refuse, tiny, run, protocol, value,
 
 def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
     class Here:
-        dir, data = run, Data()
+        dir, data, dry_run = run, Data(), False
     data = load_data(Here, "test")
     masks = np.array(data.masks)
     masks[:, :, ::2] = 255                                # void
@@ -314,7 +314,7 @@ def test_protocol_detect(monkeypatch, tiny, run, operators, kinds):
 def test_objects_of_boxes(monkeypatch, tiny, run):
     """Without masks every box that is not empty is an object of the image's class; no boxes either is an error."""
     class Here:
-        dir, data, cfg = run, Data(), Probe()
+        dir, data, cfg, dry_run = run, Data(), Probe(), False
     part = load_data(Here, "test")
     boxes = np.stack([part.boxes, np.zeros_like(part.boxes)], 1)                 # one object, and room for another
     monkeypatch.setattr(probe, "load_data", lambda r, split: replace(part, masks=None, boxes=boxes))

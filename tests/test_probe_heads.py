@@ -335,7 +335,7 @@ def test_several_stored_maps(monkeypatch, refuse, tiny, run):
     called(monkeypatch, probe, *base, "head=cnn", "controls=", "name=best")
     best = json.loads((run / "probe/best.json").read_text())["rows"]
     assert set(best) == {"cnn"} and best["cnn"]["results"][0]["activations"] == one["results"][0]["activations"] and best["cnn"]["results"][0]["t"] == one["results"][0]["t"]
-    part = Stored(here := SimpleNamespace(dir=run, data=Data()), "four", "train")
+    part = Stored(here := SimpleNamespace(dir=run, data=Data(), dry_run=False), "four", "train")
     fit, val, y = np.arange(100), np.arange(100, 150), torch.from_numpy(np.array(load_data(here, "train").classes))
     scores = ridge_ranking(here, Probe(), None, {}, None, part, y, fit, val, part.names, part.times)
     images = {key: np.load(run / f"features/four/train-{key[0]}-t{key[1]:g}.npy").astype(np.float64).mean((2, 3)) for key in scores}

@@ -27,9 +27,9 @@ UVITS = {                                                 # name: side, channels
     "CelebA S/4": (64, 3, 512, 4, 12, 8, 0, True, "vp-sde", "ecb30627c7534fdf"),
     "ImageNet64 M/4": (64, 3, 768, 4, 16, 12, 1000, True, "vp-sde", "928cf19184638c83"),
     "ImageNet64 L/4": (64, 3, 1024, 4, 20, 16, 1000, True, "vp-sde", "b51cfc0d8100fbf5"),
-    "ImageNet256 L/2": (32, 4, 1024, 2, 20, 16, 1001, True, "vp-sd", "da42ca0b04b6afc3"),
+    "ImageNet256 L/2": (32, 4, 1024, 2, 20, 16, 1001, True, "vp-sde", "da42ca0b04b6afc3"),
     "ImageNet256 H/2": (32, 4, 1152, 2, 28, 16, 1001, False, "vp-sd", "74dc6939adec520f"),
-    "ImageNet512 L/4": (64, 4, 1024, 4, 20, 16, 1001, True, "vp-sd", "fe701646042735c4"),
+    "ImageNet512 L/4": (64, 4, 1024, 4, 20, 16, 1001, True, "vp-sde", "fe701646042735c4"),
     "ImageNet512 H/4": (64, 4, 1152, 4, 28, 16, 1001, False, "vp-sd", "17c4d0081842ef08"),
 }
 
@@ -64,7 +64,7 @@ def test_uvit_is_read_from_its_tensors(name):
         w = layout(UViT(size, c, c, width, patch, depth, heads, conv, num_labels=rows), rows)
     assert pinned(w) == expected
     model, s, channels, _ = READERS["uvit"](w, {})
-    clock = [1000, -1000] if c == 4 else [999, -999]
+    clock = [999, -999] if conv else [1000, -1000]       # train_ldm.py and train.py: continuous time; train_ldm_discrete.py: steps
     assert model == Model("uvit", width, patch=patch, depth=depth, heads=heads, final_conv=conv, clock=clock)
     assert (channels, s["size"], s["path"], s["predict"], s["null_row"]) == (c, size, path, "eps", "last" if c == 4 else "none")
 
