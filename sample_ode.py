@@ -220,6 +220,9 @@ class Field:
         return self.path.slope(*self.estimate(y * wide(self.path.scale(every_row(t, y))), t, label))
 
 
+ROUNDED = dict(cuda=16)                                   # dopri5 rounds the number of rows that still move up to a multiple of so many, by copies of the last
+
+
 @torch.no_grad()
 def integrate(field, x, label, solver, steps, tol, reverse=False):
     """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, field evaluations per row)."""
@@ -233,8 +236,13 @@ def integrate(field, x, label, solver, steps, tol, reverse=False):
         return x, torch.full((len(x),), steps)
     y, clock = x / float(path.scale(grid[0])), path.clock(grid)
     if solver == "dopri5":                                # ever smaller batches: trying out the kernels for each would take longer than it saves
+        step = ROUNDED.get(x.device.type, 1)              # and GPUs prepare kernels for every new size
+
+        def slope(y, s, rows):
+            pick = torch.arange(-(-len(y) // step) * step, device=y.device).clamp(max=len(y) - 1)
+            return field.slope(y[pick], s[pick], None if label is None else label[rows[pick]])[:len(y)]
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-            y, calls = solve_dopri5(lambda y, s, rows: field.slope(y, s, None if label is None else label[rows]), y, float(clock[0]), float(clock[-1]), tol)
+            y, calls = solve_dopri5(slope, y, float(clock[0]), float(clock[-1]), tol)
     else:
         y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock, solver)
         calls = torch.full((len(x),), steps * len(TABLEAUS[solver][0]))
@@ -799,7 +807,7 @@ def find_layouts(run, finder, images, rows, boxes, context):
     of = info["features"]
     places = [(a["activation"], a["t"]) for a in of["arrays"]]
     for part, got in stream(finder["net"], finder["state"], images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}),
-                            device=run.device, context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=64):
+                            device=run.device, context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=min(64, run.cfg.batch)):
         maps = [got[k] if of["pool"] == "none" else got[k].unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for k in places]
         shown = torch.from_numpy(np.array(images[part])).to(run.device) if how["guide"] else None
         found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"], how["objects"], how["tau"], how["contrast"],
@@ -866,7 +874,8 @@ def layout_sheet(path, run, cfg, models, state, w, context, rows=10, columns=9):
     shape, n = (state["channels"], state["size"], state["size"]), min(rows, state["num_labels"])
     z = draw(cfg.seed, "sample noise", range(columns), shape).repeat(n, 1, 1, 1).to(run.device)
     label = torch.arange(n).repeat_interleave(columns).to(run.device)
-    x, _ = integrate(Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context), z, label, cfg.solver, cfg.steps, cfg.tol)
+    field = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
+    x = torch.cat([integrate(field, *part, cfg.solver, cfg.steps, cfg.tol)[0] for part in zip(z.split(cfg.batch), label.split(cfg.batch))])
     images, kinds = to_uint8(decode(run.vae, x)).cpu().numpy(), state["map_labels"]
     zoom = images.shape[2] // state["maps"].shape[1]
     colours = np.concatenate([np.random.default_rng(3).integers(60, 256, (kinds, 3)), np.zeros((1, 3), int)]).astype(np.uint8)   # black where nothing is asked for
@@ -928,7 +937,9 @@ def nfe_sweep(run, cfg, every, w, context, judge, folder):
         z = draw(cfg.seed + 1, "sample noise", rows, (state["channels"], state["size"], state["size"])).to(run.device)
         label = sample_labels(cfg, state, rows, cfg.seed + 1)
         velocity = Field(models[0], PATHS[state["path"]], state["predict"], w_here, cfg.interval, models[1], context)
-        times, deviation, means[checkpoint] = straightness(velocity, z, None if label is None else label.to(run.device))
+        parts = [straightness(velocity, z[i:i + cfg.batch], None if label is None else label[i:i + cfg.batch].to(run.device)) for i in range(0, len(z), cfg.batch)]
+        times, share = parts[0][0], [len(part) for part in z.split(cfg.batch)]
+        deviation, means[checkpoint] = (np.average([part[i] for part in parts], 0, share).tolist() for i in (1, 2))
         bends[f"{checkpoint} ({state['path']})"] = list(zip(times, deviation))
         run.say(f"  {checkpoint}: paths deviate from straight lines by {means[checkpoint]:.3f} (0 = straight), mean over t and {len(rows)} images")
     if run.rank == 0:

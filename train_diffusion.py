@@ -1012,9 +1012,9 @@ def encode_latents(run, block=256, batch=16):
         run.wait()
         there = np.load(done, allow_pickle=False)
         with bar(run, len(images), f"encoding {split} images") as progress:
-            for i in (i for i in range(run.rank, len(there), run.world) if not there[i]):
-                x = as_input(torch.from_numpy(np.array(images[i * block:(i + 1) * block])))
-                both = [torch.cat([to_latents(vae, part.to(run.device)) for part in v.split(batch)]) for v in (x, x.flip(-1))]
+            for i, rows_of_block in ahead(lambda i: (i, torch.from_numpy(np.array(images[i * block:(i + 1) * block]))), [i for i in range(run.rank, len(there), run.world) if not there[i]]):
+                x = as_input(rows_of_block.to(run.device))
+                both = [torch.cat([to_latents(vae, part) for part in v.split(batch)]) for v in (x, x.flip(-1))]
                 out = torch.stack(both, 1).half().cpu()
                 if not torch.isfinite(out).all():
                     raise UserError(f"data.latents={run.data.latents}: latents of {split} images {i * block} ... are not finite in float16")
@@ -1781,9 +1781,10 @@ def announce(run, cfg, net, folder):
     passes, micro = 4 if cfg.recompute else 3, micro_batch(run, cfg)
     cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
          f"x {cfg.images:,} images", passes * flops * cfg.images)
+    share, why = (0.5, "half") if cfg.compile or isinstance(net, UViT) else (5 / 6, "5/6, since norms that are not compiled work in float32,")
     run.say(f"memory: {22 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW; 2 for weights in bf16) + "
-            f"{micro} images x {kept / 2e6:,.0f} MB of activations (half of those in float32{'; of one block, and the inputs of all' if cfg.recompute else ''}) = "
-            f"{22 * parameters / 1e9 + micro * kept / 2e9:.1f} GB in bf16; lower it by micro={'' if cfg.recompute else ', recompute=true'}")
+            f"{micro} images x {share * kept / 1e6:,.0f} MB of activations ({why} of those in float32{'; of one block, and the inputs of all' if cfg.recompute else ''}) = "
+            f"{22 * parameters / 1e9 + share * micro * kept / 1e9:.1f} GB in bf16; lower it by micro={'' if cfg.recompute else ', recompute=true'}")
     count = sum(source_counts(run))
     if run.data.latents and run.stage == "train_diffusion":
         each = ENCODE * run.data.size ** 2

@@ -31,7 +31,7 @@ from torch import nn
 from extract_features import cost_shares, feature, matching, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, cost, diffuse, digest, fill,
-                             fit, footprint, input_shape, load_checkpoint, load_data, missing, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
+                             fit, footprint, gpu_flags, input_shape, load_checkpoint, load_data, missing, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
 
 
 @dataclass
@@ -321,9 +321,11 @@ class Labeller(nn.Module):
                 teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
                 h = teacher.embed(f)                      # [b or n, d], or one row per patch
                 scores, past = teacher.scores(h), teacher.scores(self.queue[:updates * len(rows) * self.world])
-            ids, q = self.labels(scores, past).reshape(b, -1) if guided else None, self.targets(scores[rows], past)
+            ids = self.labels(scores, past).reshape(b, -1) if guided else torch.zeros(b, len(f) // len(part), dtype=torch.long, device=x.device)
+            q = self.targets(scores[rows], past)
             self.remember(h[rows], updates)
-        condition = self.condition(ids, x.shape[2:], u[:, 2] < cfg.drop, teacher) if guided else {}
+        drop = u[:, 2] < cfg.drop if guided else torch.ones_like(u[:, 2], dtype=torch.bool)          # null for all before: the same computation, which compiles once
+        condition = self.condition(ids, x.shape[2:], drop, teacher) if cfg.condition != "none" else {}
 
         # the student: other noise, perhaps another view, a time in the window
         t = cfg.sk_window[0] + (cfg.sk_window[1] - cfg.sk_window[0]) * u[part, 3]
@@ -469,7 +471,7 @@ def label_images(net, labeller, images, rows, context, purpose):
     """
     cfg, h, g, eps, device = labeller.cfg, [], labeller.prices, labeller.cfg.sk_eps, labeller.mean.device
     for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=device, context=context,
-                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}", batch=min(256, cfg.micro or 256)):
+                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}", batch=min(256, cfg.micro or max(1, cfg.batch // labeller.world))):
         e = labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1))             # [b, patches, d]
         large = 4 * len(rows) * e[0].numel() > 1e9        # patches of many images: in half precision, off the GPU
         h.append(e.half().cpu() if large else e)
@@ -654,6 +656,7 @@ def main():
         with atomic(folder / "labels.npz") as f:
             np.savez(f, **labels)
     if online and "label_digest" not in state:            # not labelled by these very weights yet
+        gpu_flags(training=False)                         # in full float32, as sample_ode.py will
         finish_online(run, cfg, net, side, state, folder, data)
 
     # close

@@ -59,7 +59,9 @@ def training(what, model, latent, batch, updates, rate):
         run = Run("train_diffusion", Path(folder), cfg, Data(), model, plain, False, set(), device=DEVICE)
         state = dict(kind="diffusion", model=plain["model"], size=32, channels=channels, conditions={}, num_labels=0, path="cv", predict="v", data="random", config=plain)
         run.say = lambda *words: None
-        with mock.patch.object(train_diffusion, "preview", lambda net, path, predict, z: z[:, :3]):              # no pictures at the end of fit()
+        nothing = lambda *_: None                         # no picture and no checkpoint at the end of fit()
+        with (mock.patch.object(train_diffusion, "preview", lambda net, path, predict, z: z[:, :3]), mock.patch.object(train_diffusion, "save_checkpoint", nothing),
+              mock.patch.object(train_diffusion, "load_checkpoint", nothing)):
             fit(run, cfg, placed(build_model(model, 32, channels), DEVICE, GPU), run.dir / "model", Split(images, np.zeros(4096), None, None, {}, latents), state)
         lines = [json.loads(line) for line in (run.dir / "model" / "metrics.jsonl").read_text().splitlines()][1:]          # the first one warms up
         context, kind, _ = autocast(run, cfg.precision)

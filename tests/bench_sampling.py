@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from extract_features import catalogue, stream                                   # noqa: E402
 from sample_ode import SampleOde, generate                                       # noqa: E402
-from train_diffusion import Model, build_model, fill, placed                     # noqa: E402
+from train_diffusion import Model, build_model, fill, gpu_flags, placed          # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -57,6 +57,7 @@ def ratio(what, goal, repeats, **sides):
 
 def sampling(model, size, batch, steps, labels, w, channels=3, path="cv", solver="heun", interval=(0.0, 1.0)):
     """generate() against the bare forward passes on batches of the same size: doubled by guidance, which an interval leaves out at some steps."""
+    torch._dynamo.reset()                                 # all networks share their code, of which so many versions are compiled and no more
     net = placed(build_model(model, size, channels, num_labels=labels).eval().requires_grad_(False), DEVICE, compiled=GPU)
     net, context = (torch.compile(net, dynamic=False), lambda: torch.autocast("cuda", torch.bfloat16)) if GPU else (net, nullcontext)
     cfg, run = SampleOde(batch=batch, steps=steps, solver=solver, interval=list(interval)), SimpleNamespace(rank=0, world=1, device=DEVICE, vae=None)
@@ -72,24 +73,28 @@ def sampling(model, size, batch, steps, labels, w, channels=3, path="cv", solver
         for n in many:
             with context():
                 net(x[:n], t[:n], label[:n]) if labels else net(x[:n], t[:n])
-    return dict(generate=lambda: generate(run, cfg, (net, None), state, batch, w=w, context=context), network=bare)
+    turns = 8 if GPU else 1                               # batches: the next one's noise is drawn while this one is computed
+    return dict(generate=lambda: generate(run, cfg, (net, None), state, turns * batch, w=w, context=context), network=lambda: [bare() for _ in range(turns)])
 
 
 def extraction(model, size, batch):
     """{middle, whole, bare}: stream() up to the last middle block and up to the output, and the network alone."""
     net = placed(build_model(model, size).eval().requires_grad_(False), DEVICE)
-    images = np.random.default_rng(0).integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
+    turns = 8 if GPU else 1
+    images = np.random.default_rng(0).integers(0, 256, (turns * batch, 3, size, size), dtype=np.uint8)
     middle = [n for n in catalogue(net) if n.startswith("mid") and n.endswith("-out")][-1]
 
     x, t = torch.randn(batch, 3, size, size, device=DEVICE), torch.full((batch,), 500.0, device=DEVICE)
-    bare = torch.no_grad()(lambda: net(x, t))
+    bare = torch.no_grad()(lambda: [net(x, t) for _ in range(turns)])
 
     def read(name):
-        return lambda: list(stream(net, dict(path="cv"), images, np.arange(batch), [name], [0.5], device=DEVICE, context=nullcontext, batch=batch))
+        return lambda: list(stream(net, dict(path="cv"), images, np.arange(len(images)), [name], [0.5], device=DEVICE, context=nullcontext, batch=batch))
     return dict(middle=read(middle), whole=read("unet-out"), bare=bare)
 
 
 def main():
+    gpu_flags(training=False)                             # as in the stages
+    torch._dynamo.config.fail_on_recompile_limit_hit = True                      # rather than compare eager networks without a word
     config = lambda name: fill("model", Model, yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"])
     shapes = config("shapes")
     unet = Model(channels=64, mult=[1, 2, 2], blocks=2, attention=[8], head_channels=32)
@@ -105,8 +110,10 @@ def main():
         for w in (1.0, 2.0):
             results[f"sampling, {name}, w = {w:g}"] = ratio(f"sampling, {name}.yaml, w = {w:g}", 1.05, 3, **sampling(model, 32, batch, 10, 100, w, channels))
     for name, model in (("shapes", shapes), ("cifar10", config("cifar10"))) if GPU else ():                      # few images at once: the gaps between kernels weigh most
-        nets = {how: torch.compile(placed(build_model(model, 32).eval().requires_grad_(False), DEVICE, True), **keys) for how, keys in (("graphs", dict(mode="reduce-overhead")), ("plain", {}))}
         for batch in (16, 256):
+            torch._dynamo.reset()
+            nets = {how: torch.compile(placed(build_model(model, 32).eval().requires_grad_(False), DEVICE, True), dynamic=False, **keys)
+                    for how, keys in (("graphs", dict(mode="reduce-overhead")), ("plain", {}))}
             x, t = torch.randn(batch, 3, 32, 32, device=DEVICE), torch.full((batch,), 500.0, device=DEVICE)
             call = lambda net, x=x, t=t: torch.no_grad()(torch.autocast("cuda", torch.bfloat16)(lambda: [net(x, t) for _ in range(20)]))
             results[f"CUDA graphs, {name}, batch {batch}"] = ratio(f"CUDA graphs, {name}.yaml, batch {batch}", 1.0, few, **{k: call(net) for k, net in nets.items()})

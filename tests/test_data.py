@@ -136,4 +136,4 @@ def test_configurations_for_24_gb(name, section, micro):
     with torch.device("meta"):
         net = td.build_model(td.fill("model", td.Model, sections["model"]), size, channels)
     parameters, kept = sum(p.numel() for p in net.parameters()), td.footprint(net, channels, size)[1 + cfg.recompute]
-    assert 22 * parameters + (micro or cfg.micro or cfg.batch) * kept / 2 < 20e9
+    assert 22 * parameters + (micro or cfg.micro or cfg.batch) * kept * (0.5 if latent or cfg.compile else 5 / 6) < 20e9

@@ -106,13 +106,18 @@ def test_no_more_images_at_once_than_in_training(condition, monkeypatch):
             net.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
         loss, cond = step(parts)
         ids, scores, *_ = label_images(parts[2], parts[4], np.asarray(draw_shapes(0, np.arange(40))[0]), np.arange(40), nullcontext, "test")
-        assert max(sizes) == (8 if micro else 40)
+        assert max(sizes) == (8 if micro else 32)         # 32: the batch
         results.append([loss.detach(), *cond.values(), ids, scores])
     assert all(torch.allclose(a.float(), b.float(), atol=1e-4) for a, b in zip(*results))
 
 
-def test_before_the_switch_nothing_is_conditioned():
-    assert step(online(switch=100))[1] == {} and "label" in step(online(switch=100), seen=128)[1]
+def test_before_the_switch_every_condition_is_null():
+    """The null label, a zero vector, a layout of zeros: what the network takes for no condition."""
+    before, after = (step(online(switch=100), seen=seen)[1]["label"] for seen in (0, 128))
+    assert (before == 10).all() and (after < 10).any()
+    for condition in ("prototype", "patch"):
+        cond = step(online(switch=100, condition=condition))[1]
+        assert len(cond) == 1 and not next(iter(cond.values())).any()
 
 
 @pytest.mark.parametrize("queue", [0, 4, 64])
