@@ -210,12 +210,12 @@ def test_a_compiled_network_trains_and_samples_like_the_plain_one(tiny, tmp_path
     def run(stage, folder, *words):
         monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", str(tiny), f"run={tmp_path / folder}", "data.train=128", "data.test=64", "model.mult=1", "model.attention=8", *words])
         stage.main()
-    for how in ("true", "false"):
-        run(td, how, "images=128", f"compile={how}")
-    logs = [[json.loads(line)["loss"] for line in (tmp_path / how / "diffusion" / "base" / "metrics.jsonl").read_text().splitlines()] for how in ("true", "false")]
-    assert len(compiled) == 1 and len(logs[0]) == 1 and np.allclose(*logs, rtol=1e-4)
+    for how, *words in (("true",), ("false",), ("again", "compile=true", "recompute=true")):
+        run(td, how, "images=128", *words or [f"compile={how}"])
+    logs = [[json.loads(line)["loss"] for line in (tmp_path / how / "diffusion" / "base" / "metrics.jsonl").read_text().splitlines()] for how in ("true", "false", "again")]
+    assert len(compiled) == 2 and len(logs[0]) == 1 and np.allclose(logs[0], logs[1], rtol=1e-4) and np.allclose(logs[2], logs[1], rtol=1e-4)
     run(td, "true", "images=160", "compile=false")        # may change when a training goes on: names of weights are the same
     for how in ("true", "false"):
         run(sample_ode, "true", "evaluate=false", "n=16", "batch=8", "solver=euler", f"compile={how}", f"name={how}")
     images = [np.load(tmp_path / "true" / "samples" / how / "images.npy").astype(int) for how in ("true", "false")]
-    assert compiled[1:] == [dict(dynamic=False)] and np.abs(images[0] - images[1]).max() <= 1
+    assert compiled[2:] == [dict(dynamic=False)] and np.abs(images[0] - images[1]).max() <= 1
