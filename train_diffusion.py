@@ -1781,9 +1781,9 @@ def announce(run, cfg, net, folder):
     passes, micro = 4 if cfg.recompute else 3, micro_batch(run, cfg)
     cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
          f"x {cfg.images:,} images", passes * flops * cfg.images)
-    share, why = (0.5, "half") if cfg.compile or isinstance(net, UViT) else (5 / 6, "5/6, since norms that are not compiled work in float32,")
+    share, why = (0.5, "half of those in float32") if cfg.compile or isinstance(net, UViT) else (5 / 6, "5/6 of those in float32, in which norms work that are not compiled")
     run.say(f"memory: {22 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW; 2 for weights in bf16) + "
-            f"{micro} images x {share * kept / 1e6:,.0f} MB of activations ({why} of those in float32{'; of one block, and the inputs of all' if cfg.recompute else ''}) = "
+            f"{micro} images x {share * kept / 1e6:,.0f} MB of activations ({why}{'; of one block, and the inputs of all' if cfg.recompute else ''}) = "
             f"{22 * parameters / 1e9 + share * micro * kept / 1e9:.1f} GB in bf16; lower it by micro={'' if cfg.recompute else ', recompute=true'}")
     count = sum(source_counts(run))
     if run.data.latents and run.stage == "train_diffusion":
