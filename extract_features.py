@@ -15,6 +15,7 @@ Time    t = 0 is noise, t = 1 is data: the network sees x_t = alpha(t) x + sigma
 Activations are named stage-level-repeat-kind: `up-level0-repeat1-res-out` is the output of the second residual block of the
 up-path's lowest resolution. They are read by plain forward hooks; the forward stops after the deepest one that is asked for.
 """
+import copy
 import dataclasses
 import difflib
 import fnmatch
@@ -58,6 +59,7 @@ class ExtractFeatures:
     dtype: Literal["float32", "float16"] = "float32"      # on disk
     batch: int = 256                                      # images per forward pass and process
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
+    compile: bool = False                                 # torch.compile the network up to what is read: a minute or so that pays where there are many batches
     shown: list[int] = field(default_factory=lambda: [0, 1, 2, 3])        # --pca: which test images
     seed: int = 0                                         # of the noise
     overwrite: bool = False                               # replace features that another recipe left under this name
@@ -197,12 +199,11 @@ def matching(net, patterns):
 
 
 class _Enough(Exception):
-    """Raised by the deepest hook: the rest of the forward pass is not needed."""
+    """Raised by a hook when nothing deeper is wanted."""
 
 
-@contextmanager
-def tapped(net, names, stop=True, then=lambda x: x):
-    """Within this context, calls of `net` fill the yielded dict name -> then(map [B, C, H, W]) and stop after the deepest name, or go on.
+def tap(net, names, stop, then):
+    """Put hooks on `net` whose calls then fill a dict name -> then(map [B, C, H, W]), and stop after the deepest name by raising _Enough, or go on: (dict, hooks).
 
     `then` is called at once, while the map is in the cache, so that no more maps are kept than it keeps.
     """
@@ -216,24 +217,23 @@ def tapped(net, names, stop=True, then=lambda x: x):
                 raise _Enough
         return take
 
+    for name in sorted(names, key=list(known).index):     # hooks of one module fire in the order of registration
+        module, pick = known[name]
+        if hasattr(pick, "before"):                       # it needs another module's output, too
+            hooks.append(pick.before[0].register_forward_hook(pick.before[1]))
+        hooks.append(module.register_forward_hook(hook(name, pick)))
+    return got, hooks
+
+
+@contextmanager
+def tapped(net, names, stop=False, then=lambda x: x):
+    """Within this context, calls of `net` fill the yielded dict as `tap` says."""
+    got, hooks = tap(net, names, stop, then)
     try:
-        for name in sorted(names, key=list(known).index):  # hooks of one module fire in the order of registration
-            module, pick = known[name]
-            if hasattr(pick, "before"):                   # it needs another module's output, too
-                hooks.append(pick.before[0].register_forward_hook(pick.before[1]))
-            hooks.append(module.register_forward_hook(hook(name, pick)))
         yield got
     finally:
         for h in hooks:
             h.remove()
-
-
-def fired(got, names):
-    """The values of `names` in what `tapped` got; a UserError where a pass has not come by."""
-    if silent := [n for n in names if n not in got]:
-        like = [n for n in got if describe(n)[1] == describe(silent[0])[1]] or list(got)
-        raise UserError(f"activations={silent[0]}: the network has it, but a forward pass never computes it" + (f"; computed are {', '.join(like[:5])}" if like else ""))
-    return [got[n] for n in names]
 
 
 def pooled(x, pool):
@@ -243,45 +243,63 @@ def pooled(x, pool):
     return x.float().mean((2, 3)) if pool == "mean" else F.adaptive_avg_pool2d(x.float(), int(pool)).flatten(1)
 
 
-def feature(net, name, x_t, t, pool="mean"):
-    """One activation of noised images x_t [B, C, H, W] at times t [B], with gradients where they are enabled; condition: null."""
-    with tapped(net, [name], then=lambda x: pooled(x, pool)) as got:
-        try:
-            net(x_t, 1000 * t)
-        except _Enough:
-            return got[name]
+def reader(net, names, pool="mean", compiled=False):
+    """A function (x_t [B, C, H, W], t [B]) -> [activation of each name, pooled]: one forward pass that ends at the deepest, condition null, with gradients where enabled.
+
+    compiled: by torch.compile for each shape. It leaves out what the activations do not need, so that nothing has to stop the pass.
+    """
+    then = lambda x: pooled(x, pool)
+
+    def read(x, t):
+        with tapped(net, names, True, then) as got:
+            try:
+                net(x, 1000 * t)
+            except _Enough:
+                pass
+        if silent := [n for n in names if n not in got]:
+            like = [n for n in got if describe(n)[1] == describe(silent[0])[1]] or list(got)
+            raise UserError(f"activations={silent[0]}: the network has it, but a forward pass never computes it" + (f"; computed are {', '.join(like[:5])}" if like else ""))
+        return [got[n] for n in names]
+
+    if not compiled:
+        return read
+    twin = copy.deepcopy(net, {id(v): v for v in [*net.parameters(), *net.buffers()]})               # the same weights under hooks of their own, which stay
+    got, _ = tap(twin, names, False, then)
+
+    def whole(x, t):
+        twin(x, 1000 * t)
+        return [got.pop(name) for name in names]
+    return torch.compile(whole, dynamic=False)
 
 
 @torch.no_grad()
-def stream(net, state, images, rows, names, times, *, device, context, pool="mean", draws=1, seed=0, purpose="features train", batch=256):
+def stream(net, state, images, rows, names, times, *, device, context, pool="mean", draws=1, seed=0, purpose="features train", batch=256, compiled=False):
     """Yield (rows of this batch, {(name, t): float32 tensor}) over `rows` of uint8 images [N, 3, H, W], or of latents (their means); condition: null.
 
     One forward pass per (batch, time, draw) serves all names. The noise is a function of (seed, purpose, draw, row), so neither
     batch size nor number of processes changes the result.
     """
-    path, shape = PATHS[state["path"]], None if isinstance(net, Foreign) else row_shape(images)
+    path, shape, read = PATHS[state["path"]], None if isinstance(net, Foreign) else row_shape(images), reader(net, names, pool, compiled)
 
     def prepared(part):                                   # what other models see of an image only they know
         noise = [draw(seed, f"{purpose} {d}", part, shape) for d in range(draws)] if shape else None
         return part, torch.from_numpy(np.ascontiguousarray(images[part])), noise
 
-    with tapped(net, names, then=lambda x: pooled(x, pool)) as got:
-        for part, x, noise in ahead(prepared, (rows[i:i + batch] for i in range(0, len(rows), batch))):
-            x, out = encoded(net, as_input(x.to(device))), {}
-            for d in range(draws):
-                z = (noise[d] if shape else draw(seed, f"{purpose} {d}", part, x.shape[1:])).to(device)
-                for t in times:
-                    tt = torch.full((len(x),), t, device=device)
-                    try:
-                        with context():
-                            net(diffuse(path, x, z, tt), 1000 * tt)
-                    except _Enough:
-                        pass
-                    for name, value in zip(names, fired(got, names)):
-                        value = value / draws if draws > 1 else value
-                        out[name, t] = out[name, t] + value if d else value
-                    got.clear()
-            yield part, out
+    for part, x, noise in ahead(prepared, (rows[i:i + batch] for i in range(0, len(rows), batch))):
+        x, out = encoded(net, as_input(x.to(device))), {}
+        for d in range(draws):
+            z = (noise[d] if shape else draw(seed, f"{purpose} {d}", part, x.shape[1:])).to(device)
+            for t in times:
+                tt = torch.full((len(x),), t, device=device)
+                x_t = diffuse(path, x, z, tt)
+                if compiled and len(x) < batch:           # fill the last batch up: another shape would be compiled anew
+                    x_t, tt = (torch.cat([v, v[:1].expand(batch - len(x), *v.shape[1:])]) for v in (x_t, tt))
+                with context():
+                    values = read(x_t, tt)
+                for name, value in zip(names, values):
+                    value = value[:len(x)] / draws if draws > 1 else value[:len(x)]
+                    out[name, t] = out[name, t] + value if d else value
+        yield part, out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -778,7 +796,7 @@ def main():
     """Extract features, from the command line."""
     run = start("extract_features", ExtractFeatures, __doc__, flags=("--list", "--pca"))
     cfg = run.cfg
-    net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights)
+    net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights, cfg.compile)
     context, _, why = autocast(run, cfg.precision)
 
     # --list
@@ -786,7 +804,7 @@ def main():
     if "--list" in run.flags:
         every = list(catalogue(net))
         x, t = torch.zeros(blank.shape, device=run.device), torch.full((1,), 0.5, device=run.device)
-        with torch.no_grad(), context(), tapped(net, every, stop=False, then=lambda m: m.shape[1:]) as sizes:      # no map is kept: those of scores are large
+        with torch.no_grad(), context(), tapped(net, every, then=lambda m: m.shape[1:]) as sizes:      # no map is kept: those of scores are large
             net(encoded(net, x), 1000 * t)
         share = cost_shares(net, x, t)
         run.say(f"{'name':44} {'kind':18} {'stage':5} {'channels':>8}  {'size':9} cost")
@@ -833,6 +851,7 @@ def main():
         return run.say(f"maps of {len(names)} activation(s) x {len(times)} time(s) x {n} image(s) in {file}")
     if cfg.pool not in ("mean", "none") and not (cfg.pool.isdecimal() and int(cfg.pool)):
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
+    require(not (cfg.model and cfg.compile), cfg, "model compile", "other people's models are run as they are: compile=false")
     require(min(cfg.draws, cfg.batch, len(cfg.splits)) >= 1, cfg, "draws batch splits", "must be at least 1")
     folder, aside = run.dir / "features" / cfg.name, run.dir / "features" / f".{cfg.name}.tmp"
     data = {split: load_data(run, split) for split in cfg.splits}
@@ -875,7 +894,7 @@ def main():
         run.wait()
         with bar(run, len(part), f"features of {split} images") as progress:
             for part_rows, out in stream(net, state, inputs(part), rows, names, times, device=run.device, context=context, pool=cfg.pool,
-                                         draws=cfg.draws, seed=cfg.seed, purpose=f"features {split}", batch=cfg.batch):
+                                         draws=cfg.draws, seed=cfg.seed, purpose=f"features {split}", batch=cfg.batch, compiled=cfg.compile):
                 for key, value in out.items():
                     value = value.cpu().to(getattr(torch, cfg.dtype))
                     if not torch.isfinite(value).all():

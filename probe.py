@@ -44,7 +44,7 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import catalogue, cost_shares, fired, load_features, matching, noise_level, stream, tapped, _Enough
+from extract_features import catalogue, cost_shares, load_features, matching, noise_level, reader, stream
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, cost, diffuse, draw, fill,
                              finished, footprint, load_checkpoint, load_data, load_model, prepare_data, read_json, require, require_shape, row_shape,
@@ -431,34 +431,28 @@ def boxes(run, cfg, net, state, context):
 def train_supervised(run, cfg, state, data, name, classes):
     """A network of the same architecture and size, trained with labels on clean images up to activation `name`: what labels would give."""
     net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], seed=cfg.seed).to(run.device).eval()   # no dropout
-    with tapped(net, [name]) as got:
-        size = 0
-        try:
-            net(torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device), torch.full((1,), 1000.0, device=run.device))
-        except _Enough:
-            size = got[name].shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(cfg.seed, "supervised head"))
-            head = nn.Linear(size, classes).to(run.device)
-        context, batch = autocast(run, "auto" if cfg.precision == "fp16" else cfg.precision)[0], 128         # fp16 would need scaled gradients
-        steps = max(1, cfg.supervised_images // batch)
-        opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps + 1)
-        train_rows = data["rows"]
-        with bar(run, steps, "supervised control", "step") as progress:
-            for step in range(steps):
-                rows = np.sort(np.random.default_rng(seed_of(cfg.seed, "supervised rows", step)).choice(train_rows, batch))
-                x = as_input(torch.from_numpy(np.asarray(data["images"][rows])).to(run.device))
-                with context():
-                    try:
-                        net(x, torch.full((batch,), 1000.0, device=run.device))
-                    except _Enough:
-                        loss = F.cross_entropy(head(got[name].float().mean((2, 3))).float(), data["y"][rows].to(run.device))
-                loss.backward()
-                opt.step()
-                opt.zero_grad()
-                schedule.step()
-                progress.update(1)
+    read, one = reader(net, [name]), torch.ones(1, device=run.device)
+    with torch.no_grad():
+        size = read(torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device), one)[0].shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(cfg.seed, "supervised head"))
+        head = nn.Linear(size, classes).to(run.device)
+    context, batch = autocast(run, "auto" if cfg.precision == "fp16" else cfg.precision)[0], 128         # fp16 would need scaled gradients
+    steps = max(1, cfg.supervised_images // batch)
+    opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps + 1)
+    train_rows = data["rows"]
+    with bar(run, steps, "supervised control", "step") as progress:
+        for step in range(steps):
+            rows = np.sort(np.random.default_rng(seed_of(cfg.seed, "supervised rows", step)).choice(train_rows, batch))
+            x = as_input(torch.from_numpy(np.asarray(data["images"][rows])).to(run.device))
+            with context():
+                loss = F.cross_entropy(head(read(x, one.expand(batch))[0]).float(), data["y"][rows].to(run.device))
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            schedule.step()
+            progress.update(1)
     return net.requires_grad_(False)
 
 
@@ -656,7 +650,7 @@ class DifFeed(nn.Module):
         hooks = [m.register_forward_hook(lambda _, args, out, g=f(x): fed(out, g.to(out.dtype))) for m, f, x in zip(targets, self.back, maps[0])]
         try:                                              # the skip connections carry the sums, too
             with context():
-                second = look(net, [name], x_t, t)
+                second = reader(net, [name], "none")(x_t, t)
         finally:
             for h in hooks:
                 h.remove()
@@ -676,18 +670,8 @@ class Tuned(nn.Module):
 
     def forward(self, maps, x_t, t):
         with self.context():
-            maps = look(self.net, self.names, x_t, t)
+            maps = reader(self.net, self.names, "none")(x_t, t)
         return self.head([maps])
-
-
-def look(net, names, x_t, t):
-    """Maps [B, C, H, W] of one pass over x_t [B, 3, H, W] at times t [B], with gradients where they are enabled."""
-    with tapped(net, names) as got:
-        try:
-            net(x_t, 1000 * t)
-        except _Enough:
-            pass
-    return [v.float() for v in fired(got, names)]
 
 
 @dataclass
@@ -723,7 +707,7 @@ class Reading:
         for level in self.times:
             t = torch.full((len(x),), level, device=x.device)
             with context():
-                parts = [look(self.net, taps, x_t := diffuse(path, x, e, t), t) for e in z]
+                parts = [reader(self.net, taps, "none")(x_t := diffuse(path, x, e, t), t) for e in z]
             maps.append([sum(p) / len(p) for p in zip(*parts)])
         return maps, x_t, t
 
@@ -769,7 +753,7 @@ def build_head(cfg, r, path, images, classes, seed, device="cpu", context=nullco
             h = cnn_head(shapes[0][0], classes, cfg.width)
         elif r.kind == "diffeed":
             with torch.no_grad():
-                shape = look(r.net, r.names, x, torch.zeros(1, device=device))[0].shape[1:]
+                shape = reader(r.net, r.names, "none")(x, torch.zeros(1, device=device))[0].shape[1:]
             h = DifFeed(r.net, r.names[0], shapes, shape, *common, context)
         else:
             h = DifFormer(shapes, len(r.times), *common, r.hidden)

@@ -303,7 +303,7 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None
     images, labels, evaluations, tick = [], [], 0, time.time()
     net = getattr(models[0], "net", models[0])
     names = [] if seen is None else matching(net, cfg.features)
-    with bar(run, n, what) as progress, tapped(net, names, stop=False) if names else nullcontext() as got:
+    with bar(run, n, what) as progress, tapped(net, names) if names else nullcontext() as got:
         shape = (state["channels"], state["size"], state["size"])
         noise = lambda part: (part, draw(seed, "sample noise", part, shape))
         for part, z in ahead(noise, (mine[i:i + cfg.batch] for i in range(0, len(mine), cfg.batch))):

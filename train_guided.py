@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from extract_features import cost_shares, feature, matching, stream
+from extract_features import cost_shares, matching, reader, stream
 from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, cost, diffuse, digest, fill,
                              fit, footprint, gpu_flags, input_shape, load_checkpoint, load_data, missing, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
@@ -208,7 +208,7 @@ class Labeller(nn.Module):
         self.pool = "none" if cfg.condition == "patch" else "mean"
         p = next(net.parameters())
         with torch.no_grad():                             # the feature's width, by looking
-            width = feature(net, name, torch.zeros(1, channels, size, size, device=p.device), torch.ones(1, device=p.device), "none").shape[1]
+            width = reader(net, [name], "none")(torch.zeros(1, channels, size, size, device=p.device), torch.ones(1, device=p.device))[0].shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(cfg.seed, "labeller"))
             self.head = nn.Sequential(nn.Linear(width, cfg.sk_hidden), nn.SiLU(), nn.Linear(cfg.sk_hidden, cfg.sk_dim))
@@ -221,6 +221,7 @@ class Labeller(nn.Module):
         self.sums, self.images, self.classes = torch.zeros(3, dtype=torch.float64, device=p.device), None, None
         self.rows, self.inputs, self.settled = None, None, None    # all training images; their labels int16 [N, patches], once they stay
         self.prices = None                                # of the labels, once training is finished
+        self.readers = {}                                 # network -> function that reads its feature
 
     def get_extra_state(self):
         """What a checkpoint holds besides parameters and buffers: the settled labels."""
@@ -239,9 +240,10 @@ class Labeller(nn.Module):
 
     def look(self, net, x, z, t):
         """The feature of images x [B, C, H, W] under noises z at times t [B]; without gradients at most `micro` images at once, as in training."""
+        read = self.readers[net] = self.readers.get(net) or reader(net, [self.name], self.pool, self.cfg.compile)
         micro = len(x) if torch.is_grad_enabled() else self.cfg.micro or len(x)
         parts = zip(*(v.split(micro) for v in (diffuse(self.path, x, z, t), t)))
-        return torch.cat([feature(net, self.name, x_t, s, self.pool) for x_t, s in parts])
+        return torch.cat([read(x_t, s)[0] for x_t, s in parts])
 
     def embed(self, f):
         """Feature rows [n, D] -> unit vectors float32 [n, d]."""

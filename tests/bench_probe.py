@@ -49,7 +49,7 @@ def main():
 
     @torch.no_grad()
     def hooked():
-        with tapped(net, [names[-1]], stop=False):
+        with tapped(net, [names[-1]]):
             net(x, t)
 
     read = lambda n: {name: torch.cat(v) for name, v in zip(names, zip(*[[out[name, 0.5].cpu() for name in names] for _, out in stream(

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 
-from extract_features import catalogue, cost_shares, describe, matching, pca_rgb, pooled, stream, tapped
+from extract_features import catalogue, cost_shares, describe, matching, pca_rgb, pooled, reader, stream, tapped
 from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UNet, UserError, build_model, diffuse, draw, time_embedding
 
 MODELS = {"unet": Model(channels=32, mult=[1, 2], blocks=2, attention=[8], head_channels=16), "stem": Model(channels=16, mult=[1, 2, 2], blocks=1, attention=[4], head_channels=16, stem=2),
@@ -130,6 +131,26 @@ def test_forward_stops_after_the_deepest_name(kind):
         for key in part:
             assert torch.equal(part[key], whole[key])
     assert not any(m._forward_hooks for m in net.modules())                      # none is left behind
+
+
+@EVERY
+def test_compiled_features_are_the_same_and_need_no_more(kind, monkeypatch):
+    """Every activation, from graphs captured as for a GPU; up to the middle, the graph holds what the plain pass runs, and the network is left as it was."""
+    net, graphs, compile = network(kind), [], torch.compile
+
+    def backend(graph, inputs):
+        aot = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph) or graph.forward)
+        return aot(graph, inputs)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, backend=backend, fullgraph=True, **how))
+    whole, compiled = (run(net, times=[0.4, 0.9], rows=np.arange(7), batch=4, compiled=c) for c in (False, True))
+    assert all(torch.allclose(compiled[key], whole[key], atol=1e-5) for key in whole) and len(graphs) == 1       # the last batch is filled up
+    name = [n for n in catalogue(net) if n.startswith("mid")][-1]
+    with torch.no_grad():
+        reader(net, [name], compiled=True)(torch.zeros(2, 3, 16, 16), torch.ones(2))
+    products = [sum(n.target in (torch.ops.aten.convolution.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default) for n in g.graph.nodes)
+                for g in graphs]
+    assert len(graphs) == 2 and 0 < products[1] < 0.75 * products[0]
+    assert not any(m._forward_hooks for m in net.modules())
 
 
 def test_hooks_go_even_if_the_forward_fails():

@@ -22,8 +22,8 @@ from test_features import inputs, network
 
 import extract_features
 import probe
-from extract_features import catalogue
-from probe import (DifFeed, DifFormer, Probe, Reading, Stored, accuracy, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, logistic, look,
+from extract_features import catalogue, reader
+from probe import (DifFeed, DifFormer, Probe, Reading, Stored, accuracy, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, logistic,
                    measure, mirrors, noise_sensitivity, rank_correlation, readings, ridge_ranking, verdicts)
 from train_diffusion import PATHS, Data, Model, UNet, build_model, load_data, time_embedding
 
@@ -87,11 +87,11 @@ def test_feedback(kind):
     """Zeroed feedback is the plain pass bit for bit; otherwise the sums go on through the encoder and the skips, as in a pass written by hand."""
     net, (x, t) = network(kind), inputs()
     name, (sources, targets) = "up-level0-repeat1-res-out", zip(*mirrors(net))
-    kept = look(net, sources, x, t / 1000)
-    head = DifFeed(net, name, [k.shape[1:] for k in kept], look(net, [name], x, t / 1000)[0].shape[1:], 5, 32, 1, 4).eval()
+    kept = reader(net, sources, "none")(x, t / 1000)
+    head = DifFeed(net, name, [k.shape[1:] for k in kept], reader(net, [name], "none")(x, t / 1000)[0].shape[1:], 5, 32, 1, 4).eval()
     for g in head.back:
         torch.nn.init.zeros_(g[1].weight)
-    assert torch.equal(head([kept], x, t / 1000), head.head([look(net, [name], x, t / 1000)]))
+    assert torch.equal(head([kept], x, t / 1000), head.head([reader(net, [name], "none")(x, t / 1000)]))
     for g in head.back:
         torch.nn.init.ones_(g[1].weight)
     added, skips, h = {id(m): g(k) for m, g, k in zip(targets, head.back, kept)}, [], torch.nn.functional.pixel_unshuffle(x, net.stem)

@@ -41,7 +41,7 @@ def test_activations_are_those_of_the_path(labels, w):
     condition = {} if label is None else dict(label=label)
     for number, t in ((0, 0.0), (3, 1.0)):
         for name in NAMES:
-            with tapped(net, [name], stop=False) as maps:
+            with tapped(net, [name]) as maps:
                 net(states[number][0], torch.full((7,), 1000 * states[number][1]), **condition)
             assert np.allclose(got[7][name, number, t], maps[name].mean((2, 3)), atol=1e-5)
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_ode
 import train_diffusion as td
+import train_guided
 from train_guided import label_condition
 
 
@@ -219,3 +220,9 @@ def test_a_compiled_network_trains_and_samples_like_the_plain_one(tiny, tmp_path
         run(sample_ode, "true", "evaluate=false", "n=16", "batch=8", "solver=euler", f"compile={how}", f"name={how}")
     images = [np.load(tmp_path / "true" / "samples" / how / "images.npy").astype(int) for how in ("true", "false")]
     assert compiled[2:] == [dict(dynamic=False)] and np.abs(images[0] - images[1]).max() <= 1
+    for reach in ("head", "backbone"):                    # online, those who look for labels are compiled, too: the averaged network and the one that is trained
+        compiled.clear()
+        for how in ("true", "false"):
+            run(train_guided, "true", "labels=online", "init=", "K=6", "switch=64", "sk_freeze=0", "sk_ramp=0", "sk_queue=64", f"sk_grad={reach}", f"compile={how}", f"name={reach}-{how}")
+        logs = [[json.loads(line) for line in (tmp_path / f"true/guided/{reach}-{how}/metrics.jsonl").read_text().splitlines()] for how in ("true", "false")]
+        assert len(compiled) == 3 and len(logs[0]) == 2 and all(np.allclose(a[key], b[key], rtol=1e-3) for a, b in zip(*logs) for key in ("loss", "sk_loss", "grad_norm"))

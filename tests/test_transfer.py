@@ -6,7 +6,8 @@ from test_features import inputs, network
 from test_probe_heads import CV, SMALL, called, toy
 
 import probe
-from probe import DifFeed, Reading, build_head, fit_head, look, mirrors
+from extract_features import reader
+from probe import DifFeed, Reading, build_head, fit_head, mirrors
 from train_diffusion import time_embedding
 
 
@@ -15,11 +16,11 @@ def test_feedback_in_a_uvit():
     net, (x, t) = network("uvit"), inputs()
     name, (sources, targets) = "up-vit-block1-out", zip(*mirrors(net))
     assert sources == ("up-vit-block1-out", "up-vit-block0-out") and targets == tuple(net.in_blocks)
-    kept = look(net, sources, x, t / 1000)
+    kept = reader(net, sources, "none")(x, t / 1000)
     head = DifFeed(net, name, [k.shape[1:] for k in kept], kept[0].shape[1:], 5, 32, 1, 4).eval()
     for g in head.back:
         torch.nn.init.zeros_(g[1].weight)
-    assert torch.equal(head([kept], x, t / 1000), head.head([look(net, [name], x, t / 1000)]))
+    assert torch.equal(head([kept], x, t / 1000), head.head([reader(net, [name], "none")(x, t / 1000)]))
     for g in head.back:
         torch.nn.init.ones_(g[1].weight)
     h, skips = torch.cat([time_embedding(t, net.channels)[:, None], net.patch_embed(x)], 1) + net.pos_embed, []
