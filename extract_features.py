@@ -21,6 +21,7 @@ import difflib
 import fnmatch
 import functools
 import inspect
+import itertools
 import math
 import os
 import re
@@ -246,7 +247,8 @@ def pooled(x, pool):
 def reader(net, names, pool="mean", compiled=False):
     """A function (x_t [B, C, H, W], t [B]) -> [activation of each name, pooled]: one forward pass that ends at the deepest, condition null, with gradients where enabled.
 
-    compiled: by torch.compile for each shape. It leaves out what the activations do not need, so that nothing has to stop the pass.
+    compiled: by torch.compile for each shape. It leaves out what the activations do not need, so that nothing has to stop the pass. Training or evaluation mode
+    stays what it is now.
     """
     then = lambda x: pooled(x, pool)
 
@@ -368,24 +370,24 @@ def read_ddpm(w, given):
     else:
         levels, blocks = (1 + max(int(k.split(".")[i]) for k in w if k.startswith(start)) for start, i in (("down.", 1), ("down.0.block.", 3)))
         first, attention, places = "down.{}.block.0.conv1.weight", "down.{}.attn.0.norm.weight", range(levels)
-    attended = [attention.format(n) in w for n in places]                        # by level
+    has_attention = [attention.format(n) in w for n in places]                   # by level
+    there = dict(DDPM_NAMES)                              # prefix in the file -> our prefix
+    for level, b in itertools.product(range(levels), range(blocks + 1)):
+        n, back = level * (blocks + 1) + b, levels - 1 - level                   # on the way up levels are counted from the other end
+        down, up = f"input_blocks.{1 + n}", f"output_blocks.{n}"
+        upsampler = f"{up}.{1 + has_attention[back]}"
+        if ddae:                                          # the last entry of a level resamples, by a convolution (conv) or a residual block (op)
+            there |= {f"down.{n}.res": f"{down}.0", f"down.{n}.attn": f"{down}.1", f"down.{n}.conv": f"{down}.0.op", f"down.{n}.op": f"{down}.0",
+                      f"up.{n + level}.res": f"{up}.0", f"up.{n + level}.attn": f"{up}.1", f"up.{n + level + 1}.conv": f"{upsampler}.op", f"up.{n + level + 1}.op": upsampler}
+        else:
+            there |= {f"down.{level}.block.{b}": f"{down}.0", f"down.{level}.attn.{b}": f"{down}.1", f"down.{level}.downsample.conv": f"{down}.0.op",
+                      f"up.{back}.block.{b}": f"{up}.0", f"up.{back}.attn.{b}": f"{up}.1", f"up.{back}.upsample.conv": f"{upsampler}.op"}
+    longest = sorted(there, key=len, reverse=True)
 
     def ours(name):
         """Our name of a tensor; q, k and v stay apart."""
-        way, _, rest = name.partition(".")
-        if way not in ("down", "up"):
-            prefix = next((p for p in DDPM_NAMES if name.startswith(f"{p}.")), "")
-            return f"{DDPM_NAMES[prefix]}.{inner(name[len(prefix) + 1:])}" if prefix else name
-        number, part, rest = rest.split(".", 2)           # down.0.block.1.norm1.weight, down.0.downsample.conv.weight; down.3.res.norm1.weight, down.2.conv.weight
-        step, last = int(number), blocks + (way == "up")  # of a level: its residual blocks, then what resamples
-        if ddae:
-            step, b = divmod(step, last + 1)
-        else:
-            step = step if way == "down" else levels - 1 - step
-            b, rest = (last, rest.partition(".")[2]) if part.endswith("sample") else (int(rest.partition(".")[0]), rest.partition(".")[2])
-        spot = int(part == "attn") if b < last or way == "down" else 1 + attended[levels - 1 - step]
-        rest = f"op.{rest}" if part in ("conv", "downsample", "upsample") else inner(rest)
-        return f"input_blocks.{1 + step * (blocks + 1) + b}.{spot}.{rest}" if way == "down" else f"output_blocks.{step * (blocks + 1) + min(b, blocks)}.{spot}.{rest}"
+        prefix = next((p for p in longest if name.startswith(f"{p}.")), "")
+        return f"{there[prefix]}.{inner(name[len(prefix) + 1:])}" if prefix else name
 
     def inner(name):
         module, _, leaf = name.rpartition(".")
@@ -399,7 +401,7 @@ def read_ddpm(w, given):
     w = {k: v.flatten(1)[..., None] if k.endswith(("qkv.weight", "proj_out.weight")) else v for k, v in w.items()}         # convolutions of one pixel, or linear
     w["time_embed.0.weight"] = w["time_embed.0.weight"].roll(channels // 2, 1)   # sines come first there
     s = dict(size=32 if levels < 5 else 8 * 2 ** (levels - 1), heads=1, path="vp", clock=[1.0, -1.0] if ddae else [999.0, -1000.0], predict="eps", null_row="none") | given
-    model = Model("unet", channels, mult, blocks, [s["size"] >> level for level in range(levels) if attended[level]], head_channels=0, heads=s["heads"], clock=s["clock"],
+    model = Model("unet", channels, mult, blocks, [s["size"] >> level for level in range(levels) if has_attention[level]], head_channels=0, heads=s["heads"], clock=s["clock"],
                   style="ddae" if ddae else "ddpm", resample="conv" if any(".op." in k for k in w) else "block")
     return model, s, 3, w
 
@@ -748,11 +750,9 @@ def open_encoder(cfg, device):
 def open_foreign(run, cfg):
     """(network, state) of model=, to be used like those of `load_model`. To be called by all processes."""
     diffusion = cfg.model.startswith("diffusers:")
-    for turn in range(run.world):                         # one at a time: the first may have to download
-        if turn == run.rank:
+    for mine in run.turns():
+        if mine:
             net, encode, call, PATHS[cfg.model], side, more = (open_diffusers if diffusion else open_encoder)(cfg, run.device)
-        if not run.dry_run:                               # else nobody waits: processes do not know each other
-            run.wait()
     side = side or run.data.size
     try:
         net = Foreign(net, encode, call, "unet-out" if diffusion else "out", side, run.device)
@@ -792,27 +792,43 @@ def load_features(run, name, split):
     return arrays, info
 
 
+def list_activations(run, net, state, context):
+    """Print every activation of the network: name, kind, stage, channels, size of its map, share of the forward pass until it is there."""
+    every = list(catalogue(net))
+    x, t = torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device), torch.full((1,), 0.5, device=run.device)
+    with torch.no_grad(), context(), tapped(net, every, then=lambda m: m.shape[1:]) as sizes:      # no map is kept: those of scores are large
+        net(encoded(net, x), 1000 * t)
+    share = cost_shares(net, x, t)
+    run.say(f"{'name':44} {'kind':18} {'stage':5} {'channels':>8}  {'size':9} cost")
+    for name in every:
+        kind, where = describe(name)
+        c, h, w = sizes[name]
+        run.say(f"{name:44} {kind:18} {where:5} {c:8}  {f'{h} x {w}':9} {share[name]:4.0%}")
+
+
+def pca_sheet(run, cfg, net, state, context, names, times, inputs):
+    """Write features/<name>-pca.png: test images `shown`, and the first three principal components of their maps as colours."""
+    test, file, n = load_data(run, "test"), run.dir / "features" / f"{cfg.name}-pca.png", len(cfg.shown)
+    require(n and all(0 <= i < len(test) for i in cfg.shown), cfg, "shown", f"name test images, 0 to {len(test) - 1}")
+    out, sheet, size = {}, [np.tile(test.images[cfg.shown], (len(times), 1, 1, 1))], test.images.shape[2:]
+    for _, one in stream(net, state, inputs(test), np.array(cfg.shown), names, times, device=run.device, context=context, pool="none", draws=cfg.draws,
+                         seed=cfg.seed, purpose="features test", batch=n):
+        out |= one
+    sheet += [F.interpolate(pca_rgb(out[name, t].cpu()), size).numpy() for name in names for t in times]
+    if run.rank == 0:
+        head = "first three principal components; columns: t = " + ", ".join(map(str, times))
+        save_grid(file, np.concatenate(sheet), n * len(times), rows=["image", *names], head=head)
+    run.say(f"maps of {len(names)} activation(s) x {len(times)} time(s) x {n} image(s) in {file}")
+
+
 def main():
     """Extract features, from the command line."""
-    run = start("extract_features", ExtractFeatures, __doc__, flags=("--list", "--pca"))
+    run = start("extract_features", ExtractFeatures, __doc__, flags={"--list": "every activation: kind, stage, channels, size, cost share", "--pca": "one sheet of PCA maps of test images (shown=)"})
     cfg = run.cfg
     net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights, cfg.compile)
     context, _, why = autocast(run, cfg.precision)
-
-    # --list
-    blank = np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8)
     if "--list" in run.flags:
-        every = list(catalogue(net))
-        x, t = torch.zeros(blank.shape, device=run.device), torch.full((1,), 0.5, device=run.device)
-        with torch.no_grad(), context(), tapped(net, every, then=lambda m: m.shape[1:]) as sizes:      # no map is kept: those of scores are large
-            net(encoded(net, x), 1000 * t)
-        share = cost_shares(net, x, t)
-        run.say(f"{'name':44} {'kind':18} {'stage':5} {'channels':>8}  {'size':9} cost")
-        for name in every:
-            kind, where = describe(name)
-            c, h, w = sizes[name]
-            run.say(f"{name:44} {kind:18} {where:5} {c:8}  {f'{h} x {w}':9} {share[name]:4.0%}")
-        return
+        return list_activations(run, net, state, context)
     if not cfg.model:
         require_shape(run, state)
 
@@ -838,17 +854,7 @@ def main():
     if not times or not all(0 <= t <= 1 for t in times) or len({f"{t:g}" for t in times}) < len(times):
         raise UserError(f"t={times}: name one or more noise times between 0 and 1 that differ within six digits")
     if "--pca" in run.flags and not run.dry_run:
-        test, file, n = load_data(run, "test"), run.dir / "features" / f"{cfg.name}-pca.png", len(cfg.shown)
-        require(n and all(0 <= i < len(test) for i in cfg.shown), cfg, "shown", f"name test images, 0 to {len(test) - 1}")
-        out, sheet, size = {}, [np.tile(test.images[cfg.shown], (len(times), 1, 1, 1))], test.images.shape[2:]
-        for _, one in stream(net, state, inputs(test), np.array(cfg.shown), names, times, device=run.device, context=context, pool="none", draws=cfg.draws,
-                             seed=cfg.seed, purpose="features test", batch=n):
-            out |= one
-        sheet += [F.interpolate(pca_rgb(out[name, t].cpu()), size).numpy() for name in names for t in times]
-        if run.rank == 0:
-            head = "first three principal components; columns: t = " + ", ".join(map(str, times))
-            save_grid(file, np.concatenate(sheet), n * len(times), rows=["image", *names], head=head)
-        return run.say(f"maps of {len(names)} activation(s) x {len(times)} time(s) x {n} image(s) in {file}")
+        return pca_sheet(run, cfg, net, state, context, names, times, inputs)
     if cfg.pool not in ("mean", "none") and not (cfg.pool.isdecimal() and int(cfg.pool)):
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
     require(not (cfg.model and cfg.compile), cfg, "model compile", "other people's models are run as they are: compile=false")
@@ -861,6 +867,7 @@ def main():
                   arrays=[dict(activation=n, **noise_level(state["path"], t)) for n in names for t in times])
     recipe |= dict(resize=cfg.resize, embedding=cfg.embedding and digest(np.fromfile(cfg.embedding, np.uint8))) if cfg.model else {}
     if run.dry_run:
+        blank = np.zeros((1, state["channels"], state["size"], state["size"]), np.uint8)
         _, one = next(stream(net, state, blank, np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())
         run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)}; {size / 1e6:,.0f} MB in {folder}")
@@ -870,7 +877,7 @@ def main():
             cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {share:.2f} (as far as is read) x {len(times)} time(s) x {cfg.draws} draw(s) x {N:,} images",
                  flops * share * len(times) * cfg.draws * N)
         return
-    if run.agreed(finished(run, folder / "info.json", recipe)):
+    if run.agreed(lambda: finished(run, folder / "info.json", recipe)):
         return
 
     # extract: every rank fills its own rows of the same arrays
@@ -881,8 +888,7 @@ def main():
     run.wait()
     shapes = {}
     for split, part in data.items():
-        bounds = [len(part) * r // run.world for r in range(run.world + 1)]
-        rows = np.arange(bounds[run.rank], bounds[run.rank + 1])
+        rows = run.share(len(part))
         _, one = next(stream(net, state, inputs(part), np.arange(1), names, times, device=run.device, context=context, pool=cfg.pool))
         files = {}
         for key, value in one.items():

@@ -48,7 +48,7 @@ from extract_features import catalogue, cost_shares, load_features, matching, no
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, cost, diffuse, draw, fill,
                              finished, footprint, load_checkpoint, load_data, load_model, prepare_data, read_json, require, require_shape, row_shape,
-                             save_grid, seed_of, shape_parts, start, write_json)
+                             save_grid, seed_of, seeded, shape_parts, start, write_json)
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
@@ -63,17 +63,17 @@ class Probe:
     protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka"] = "sweep"    # what is measured: see above
     checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE
     weights: Literal["ema", "net"] = "ema"                # averaged or raw
-    activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output. linear: default the label-free choice
+    activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output, for linear and head the label-free choice
     features: str = ""                                    # linear, head: stored features/<name>, of any model that extract_features.py reads, in place of the checkpoint
-    t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9 for sweep and select, else the label-free choice for linear
-    choice: str = "sweep"                                 # linear: which sweep to take the default activation and time from
-    fit: int = 2_000                                      # sweep: training images to fit on
+    t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9, for linear and head the label-free choice
+    choice: str = "sweep"                                 # linear, head, segment, detect: which sweep to take the default activation and time from
+    fit: int = 2_000                                      # sweep, select: training images to fit on
     validation: int = 1_000                               # training images held out for selection
     K: int = 30                                           # sweep: clusters of k-means
     boxed: int = 128                                      # boxes: images in which boxes are found
-    neighbours: int = 20                                  # k of kNN (cosine)
+    neighbours: int = 20                                  # sweep: k of kNN (cosine); linear tries 1, 5, 20, 50
     draws: int = 3                                        # noise draws; linear: each probed alone, head: each tested: mean and spread
-    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # all that need labels but sweep
+    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear, head, segment, detect, correspond: rows to compare with
     supervised_images: int = 100_000                      # images that the supervised control is trained on
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
     batch: int = 500                                      # images per forward pass and process
@@ -83,20 +83,20 @@ class Probe:
     head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = "attention"       # segment: linear, last two; head: the others
     labels_share: float = 1.0                             # head: share of the labels of each class, of training and of validation images
     per_class: int = 0                                    # head: or so many of each class, of both
-    width: int = 256                                      # head: channels of cnn, attention, difformer, diffeed (papers: 1024)
+    width: int = 256                                      # head, segment, detect: channels of the head; cnn, attention, difformer, diffeed (papers: 1024), uper, Mask R-CNN
     depth: int = 2                                        # head: transformer blocks of attention, difformer, diffeed
     heads: int = 8                                        # head: attention heads of these
     side: int = 16                                        # head: larger maps are averaged to so many positions per side before they become tokens
     grid: int = 2                                         # head, cka: linear and mlp and the comparison see averages over a grid of g x g
     hidden: list[int] = field(default_factory=lambda: [512])        # head: hidden sizes of mlp
-    images: int = 100_000                                 # head: images that every head sees
-    head_batch: int = 128                                 # head: images per update
+    images: int = 100_000                                 # head, segment, detect: images that every head sees
+    head_batch: int = 128                                 # head, segment, detect: images per update
     lr: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])   # head, segment, detect: AdamW, one cycle; selected on the validation part
     l2: list[float] = field(default_factory=lambda: [0.0, 0.05])          # head, segment, detect: weight decay; selected with lr
     finetune: float = 0.0                                 # head: above 0, the network is trained, too, at so many times the head's lr
-    flip: bool = False                                    # head: mirror images at random
-    crop: int = 0                                         # head: shift images by up to so many pixels
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])     # head: of labelled subset, weights, order, noise
+    flip: bool = False                                    # head, segment: mirror images at random
+    crop: int = 0                                         # head, segment: shift images by up to so many pixels
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])     # head, segment, detect: of labelled subset, weights, order, noise
     measured: int = 64                                    # select: images whose maps are measured
     noisy: float = 1.0                                    # select: keep up to so many times the median noise sensitivity of the block outputs at that time
     fine: float = 0.5                                     # select: keep from so many times the median granularity of the block outputs of that map size
@@ -357,7 +357,7 @@ def sweep(run, cfg, net, state, context):
                  f"{shown} of k-means (K={K}) by block and time; F = label-free choice" + (", O = best with labels" if known else ""), marks)
         if known:
             heat_map(run.dir / "probe" / f"{cfg.name}-linear.png", surface("linear"), names, [f"t={t:g}" for t in times],
-                     f"validation accuracy of a linear probe by block and time; F = label-free choice, O = best", [marks[0], where(result["oracle"]["linear"], "O")])
+                     "validation accuracy of a linear probe by block and time; F = label-free choice, O = best", [marks[0], where(result["oracle"]["linear"], "O")])
     run.say(f"label-free choice: {chosen['activation']} at t={chosen['t']:g} ({criterion} {chosen[criterion]:.3f})" + (
         f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take {result['oracle']['nmi']['activation']} "
         f"at t={result['oracle']['nmi']['t']:g} (NMI {result['oracle']['nmi']['nmi']:.3f}); rank correlation of {criterion} with NMI "
@@ -434,8 +434,7 @@ def train_supervised(run, cfg, state, data, name, classes):
     read, one = reader(net, [name]), torch.ones(1, device=run.device)
     with torch.no_grad():
         size = read(torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device), one)[0].shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(cfg.seed, "supervised head"))
+    with seeded(cfg.seed, "supervised head"):
         head = nn.Linear(size, classes).to(run.device)
     context, batch = autocast(run, "auto" if cfg.precision == "fp16" else cfg.precision)[0], 128         # fp16 would need scaled gradients
     steps = max(1, cfg.supervised_images // batch)
@@ -741,8 +740,7 @@ def build_head(cfg, r, path, images, classes, seed, device="cpu", context=nullco
     x = scaled(images, np.arange(1), device)
     size = None if r.stored else x.shape[2]
     shapes, common = [m.shape[1:] for m in replace(r, tuned=0).views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
-    with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator
-        torch.manual_seed(seed_of(seed, "head"))
+    with seeded(seed, "head"):
         if r.kind in ("linear", "mlp"):
             h = PooledHead(len(r.times) * shapes, classes, cfg.grid if r.net or r.stored else size, cfg.hidden if r.kind == "mlp" else ())
         elif r.kind in ("segment", "uper"):
@@ -890,11 +888,12 @@ def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     Of stored features (images: a Stored) there are only the controls that need no further pass.
     """
     path, classes, fused, stored = PATHS.get(state.get("path")), int(y.max()) + 1, cfg.head in ("difformer", "diffeed"), isinstance(images, Stored)
-    read = lambda kind, *where, **more: Reading(kind, net, *where, **(dict(stored=True, draws=images.info["draws"]) if stored else {}) | more)
+    source = dict(stored=True, draws=images.info["draws"]) if stored else {}
+    read = lambda kind, names, times, **more: Reading(kind, net, names, times, **(source | more))
     count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, images.only(r.names, r.times) if stored else images, classes, 0, run.device).parameters())
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
     name, t = max(score, key=score.get)
-    together = cfg.head == "difformer" or cfg.head in ("linear", "mlp") and not cfg.finetune        # the other heads read one map
+    together = cfg.head == "difformer" or (cfg.head in ("linear", "mlp") and not cfg.finetune)      # the other heads read one map
     where, plain = (names, times) if together else ([name], [t]), "attention" if fused else cfg.head
     out = {cfg.head: read(cfg.head, *where, tuned=cfg.finetune)}
     if cfg.finetune:
@@ -1000,7 +999,7 @@ def measure(net, state, images, rows, names, times, device="cpu", context=nullco
 
 
 def verdicts(table, blocks, noisy, fine, local):
-    """The filtering rules of 2410.03558 (section 4) in numbers, at one time. table: {name: properties} in forward order -> {name: why it is dropped, or ""}.
+    """In the spirit of the filtering rules of 2410.03558 (section 4), in numbers, at one time. table: {name: properties} in forward order -> {name: why it is dropped, or ""}.
 
     The paper keeps the clean half of the way up, without increments and without self-attention, and of the noisy half only self-attention's q and k. Here:
     noisy activations go, wherever they are (increments among them); maps much finer than the block outputs of their size go (over-refined ends of a level);
@@ -1141,7 +1140,8 @@ def vote(logits):
 
 def fit_ensemble(cfg, r, path, images, y, rows, seed, device="cpu", context=nullcontext, epochs=100, batch=64):
     """PixelMlps trained on all pixels of `rows` under one noise draw per image, as published (arXiv 2112.03126): Adam 1e-3, 64 pixels per update, up to 100 epochs,
-    stopped when from epoch 5 on the loss has not fallen for 50 updates. Ours: all members stop together, and each image has its own noise.
+    stopped when from epoch 5 on the loss has not fallen for 50 updates. Ours: all members stop together, each image has its own noise, pixels are drawn with
+    replacement, and rare classes stay in.
     """
     net, chunk = build_head(cfg, r, path, images, int(y.max()) + 1, seed, device), chunk_of(images)
     noise = lambda part: [draw(seed, f"ensemble {d}", part, images.shape[1:]).to(device) for d in range(r.draws)]
@@ -1375,7 +1375,7 @@ def draw_matches(path, pairs, found, n=6, zoom=4):
 
 def correspond(run, cfg, net, state, context):
     """PCK of every (activation, t) on warped training images; the best and all together on test images, warped and paired by class; controls beside it: random
-    weights at the place that is best for them, the supervised network at the same activation without noise."""
+    weights at the place that is best for them, the supervised network at the same activation without noise. Nothing is trained (2410.03558 trains a convolution)."""
     train, test = (probed(run, split) for split in ("train", "test"))
     names = block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations)
     options, shares = dict(device=run.device, context=context, seed=cfg.seed), (0.05, 0.1, 0.2)
@@ -1503,8 +1503,7 @@ def detector(cfg, r, path, size, classes, masked, seed, device, context):
         raise UserError(f"protocol=detect: activations={r.names} have maps of {sorted({h for _, h, _ in shapes})} positions a side; "
                         "name one activation per size, each size twice the one before")
     pool = lambda n: MultiScaleRoIAlign([str(i) for i in range(len(shapes))], n, 2, canonical_scale=size, canonical_level=round(math.log2(strides[-1])))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "detector"))
+    with seeded(seed, "detector"):
         anchors = AnchorGenerator(tuple((4 * s, 6 * s) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
         common = dict(min_size=size, max_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, size_divisible=1, rpn_anchor_generator=anchors, box_roi_pool=pool(7),
                       box_head=TwoMLPHead(49 * w, w), box_predictor=FastRCNNPredictor(w, classes), box_detections_per_img=20, box_batch_size_per_image=64,
@@ -1678,7 +1677,7 @@ def cka(run, cfg, net, state, context):
     for name, (_, s) in models.items():
         require_shape(run, s) if not cfg.transfer else require((s["channels"], s["size"]) == (state["channels"], state["size"]), cfg, "against", f"{name} sees other sizes")
     require(len(rows) >= 8 and len(keys) > 1, cfg, "compared activations t", f"at least 8 images (of {len(data)}), and two things to compare")
-    total, spread, batches = 0, np.zeros((len(keys), 2)), [b for b in np.array_split(rows, math.ceil(len(rows) / 128))]
+    total, spread, batches = 0, np.zeros((len(keys), 2)), np.array_split(rows, math.ceil(len(rows) / 128))
     with bar(run, len(rows), "comparing") as progress:
         for part in batches:
             seen = [{}, {}]                               # of two noise draws
@@ -1705,8 +1704,8 @@ def images_read(cfg, times, n, m):
     """How many passes of single images a protocol makes, for --dry-run, at so many noise times; n, m: training and test images."""
     val, few = min(cfg.validation, n // 5), min(cfg.fit + cfg.validation, n)
     if cfg.protocol in ("head", "segment", "detect"):
-        passes = {"difformer": times, "diffeed": 2}.get(cfg.head, times if cfg.protocol == "segment" or cfg.head in ("linear", "mlp") else 1)
-        again = 1 if cfg.protocol == "head" else len(cfg.lr) * len(cfg.l2) if cfg.protocol == "detect" else 1            # trials of a head share their passes
+        passes = 2 if cfg.head == "diffeed" else times if cfg.protocol == "segment" or cfg.head in ("linear", "mlp", "difformer") else 1
+        again = len(cfg.lr) * len(cfg.l2) if cfg.protocol == "detect" else 1     # trials of a head share their passes
         return len(cfg.seeds) * passes * (again * (cfg.images + val) + m * (cfg.draws if cfg.protocol == "head" else 1))
     return times * dict(sweep=few, boxes=2 * min(cfg.boxed, n), select=2 * cfg.measured + few, correspond=6 * cfg.pairs, cka=2 * min(cfg.compared, m),
                         linear=cfg.draws * (n + m))[cfg.protocol]
@@ -1766,7 +1765,7 @@ def main():
             cost(run, f"about {flops / 1e9:,.2f} GFLOP forward an image x {share:.2f} (as far as is read) x {count:,} images and times, for the row that is asked for "
                  "(controls, and heads themselves, come on top)", flops * share * count)
         return
-    if run.agreed(finished(run, path, recipe)):
+    if run.agreed(lambda: finished(run, path, recipe)):
         return
     protocols = dict(sweep=sweep, boxes=boxes, linear=linear, head=head, select=select, segment=segment, correspond=correspond, detect=detect, cka=cka)
     tick = time.time()

@@ -33,7 +33,7 @@ from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
 from train_diffusion import (DECODE, PATHS, Data, Folder, Squared, UserError, ahead, as_input, atomic, autocast, bar, cli, cost, create_rows, decode, digest, draw,
-                             estimates, fill, finished, footprint, load_checkpoint, load_data, load_model, open_autoencoder, require, save_grid, seed_of, start,
+                             estimates, fill, finished, footprint, load_checkpoint, load_data, load_model, open_autoencoder, read_json, require, save_grid, seed_of, seeded, start,
                              to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
 
 
@@ -123,7 +123,7 @@ def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
     """
     B, sign = len(y), 1.0 if s1 > s0 else -1.0
     norm = lambda e: e.flatten(1).double().square().mean(1).sqrt()               # [A] root mean square
-    c, a, b = DOPRI5
+    c, a, _ = DOPRI5
     rows, s = torch.arange(B, device=y.device), torch.full((B,), float(s0), dtype=torch.float64, device=y.device)
     k1, calls = f(y, s.to(y), rows), torch.full((B,), 2, device=y.device)
     # first step: one Euler trial step tells how fast the slope changes
@@ -156,8 +156,8 @@ def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
         if not torch.isfinite(error).all():
             raise UserError("solver=dopri5: the network returned a non-finite velocity")
         good = error <= 1
-        y[rows[good]], k1[rows[good]] = new[good], ks[-1][good]
-        s[rows[good]] = torch.where(step[good] >= left[rows[good]], torch.full_like(step[good], float(s1)), s[rows[good]] + sign * step[good])
+        y[rows], k1[rows] = torch.where(column(good, y), new, yr), torch.where(column(good, y), ks[-1], ks[0])
+        s[rows] = torch.where(good, torch.where(step >= left[rows], s1, s[rows] + sign * step), s[rows])
         factor = (0.9 * error.clamp(min=1e-10) ** -0.2).clamp(0.2, 10)
         h[rows] = step * torch.where(good, factor.clamp(min=1), factor.clamp(max=1))
     raise UserError(f"solver=dopri5: more than {max_steps} steps; raise tol, or use a fixed-step solver")
@@ -189,15 +189,15 @@ class Field:
 
     def output(self, x, t, label):
         """The network's prediction, guided. x: [B, C, H, W]; t: a number or, if rows differ, [B]; label: [B] or None."""
-        low, high = self.interval
-        low, high = low - 1e-6, high + 1e-6               # an evaluation at an end counts as inside, however its time is rounded
-        if torch.is_tensor(t) and (low > 0 or high < 1):
-            inside = (t >= low) & (t <= high)             # [B]; asking a tensor makes a GPU wait, a number does not
+        low, high = self.interval[0] - 1e-6, self.interval[1] + 1e-6             # an evaluation at an end counts as inside, however its time is rounded
+        w, some, every = self.w, True, True               # some, every: of the rows, are to be guided
+        if not torch.is_tensor(t):
+            some = every = low <= t <= high
+        elif low > 0 or high < 1:                         # [B]; asking a tensor makes a GPU wait, a number does not
+            inside = (t >= low) & (t <= high)
             w, some, every = torch.where(inside, self.w, 1.0), bool(inside.any()), bool(inside.all())
-        else:
-            w, some, every = self.w, *[torch.is_tensor(t) or low <= t <= high] * 2
         t = every_row(t, x)
-        if self.w == 1 or self.weak is None and label is None or not some:
+        if self.w == 1 or not some or (self.weak is None and label is None):
             return self.call(self.net, x, t, label)
         if self.weak is not None:
             good, bad = self.call(self.net, x, t, label), self.call(self.weak, x, t, label if getattr(self.weak, "num_labels", 0) else None)
@@ -230,7 +230,7 @@ def integrate(field, x, label, solver, steps, tol, reverse=False):
     grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)                  # on the host, which decides by it where guidance applies
     grid = grid.flip(0) if reverse else grid
     if solver == "ddim":                                  # the formula itself; on VP the same as an Euler step in rho
-        for t, s in zip(grid[:-1], grid[1:]):
+        for t, s in itertools.pairwise(grid):
             x_hat, z_hat = field.estimate(x, float(t), label)
             x = float(path.alpha(s)) * x_hat + float(path.sigma(s)) * z_hat
         return x, torch.full((len(x),), steps)
@@ -298,7 +298,7 @@ def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None
     A dict `seen` is filled with the activations features= at the evaluations features_at=, {(name, evaluation, t): [arrays]}; of guided ones, the conditional.
     """
     seed = cfg.seed if seed is None else seed
-    mine = np.arange(n * run.rank // run.world, n * (run.rank + 1) // run.world)
+    mine = run.share(n)
     velocity = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
     images, labels, evaluations, tick = [], [], 0, time.time()
     net = getattr(models[0], "net", models[0])
@@ -355,33 +355,27 @@ def train_judge(run, epochs=2, batch=128):
     known = np.flatnonzero(np.asarray(data.classes) >= 0)
     if len(known) < batch:
         raise UserError(f"evaluator=judge needs classes, and this data has {len(known)} labelled images; use evaluator=inception or a TorchScript file")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(0, "judge"))
+    with seeded(0, "judge"):
         net = Judge(int(np.max(data.classes)) + 1)
     if run.rank == 0 and (not path.exists() or torch.load(path, map_location="cpu", weights_only=True)["data"] != data.info["fingerprint"]):
         net, test = net.to(run.device).train(), load_data(run, "test")
         counts = np.bincount(data.classes[known], minlength=len(net.head.bias))
         weight = torch.tensor(len(known) / counts.clip(1) / (counts > 0).sum(), dtype=torch.float32, device=run.device)
         weight = weight if run.data.imbalance > 1 else None         # without weights, rare classes would not be seen
-        opt, steps, done = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), epochs * len(known) // batch, 0
+        opt, steps, per_epoch = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), epochs * len(known) // batch, len(known) // batch
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, max(steps, 2))
         with bar(run, steps, "training the judge", "step") as progress:
-            while done < steps:
-                order = np.random.default_rng(seed_of(0, "judge order", done)).permutation(known)
-                for i in range(0, len(order) - batch + 1, batch):
-                    rows = np.sort(order[i:i + batch])
-                    x, y = torch.tensor(data.images[rows]).to(run.device), torch.tensor(data.classes[rows]).to(run.device)
-                    loss = F.cross_entropy(net.head(net(x)), y, weight)
-                    opt.zero_grad()
-                    loss.backward()
-                    opt.step()
-                    schedule.step()
-                    done += 1
-                    progress.update(1)
-                    if done >= steps:
-                        break
-                if len(order) < batch:
-                    break
+            for step in range(steps):
+                if step % per_epoch == 0:
+                    order = np.random.default_rng(seed_of(0, "judge order", step)).permutation(known)
+                rows = np.sort(order[step % per_epoch * batch:][:batch])
+                x, y = torch.tensor(data.images[rows]).to(run.device), torch.tensor(data.classes[rows]).to(run.device)
+                loss = F.cross_entropy(net.head(net(x)), y, weight)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                schedule.step()
+                progress.update(1)
         net.eval()
         with torch.no_grad():
             guess = lambda i: net.head(net(torch.tensor(test.images[i:i + 500]).to(run.device))).argmax(1).cpu().numpy()
@@ -410,14 +404,13 @@ def open_evaluator(run, name):
         from cleanfid.inception_torchscript import InceptionV3W
         folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
         folder.mkdir(parents=True, exist_ok=True)
-        for turn in range(run.world):                     # one at a time: the first may have to download
-            if turn == run.rank:
+        for mine in run.turns():
+            if mine:
                 try:
                     net = InceptionV3W(str(folder), download=True).to(run.device).eval()
                 except (OSError, RuntimeError) as e:
                     raise UserError(f"evaluator=inception: no weights in {folder} and they could not be downloaded ({str(e).splitlines()[0]}); "
                                     "put inception-2015-12-05.pt there (or set INCEPTION_DIR), or use another evaluator") from None
-            run.wait()
         return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing by PyTorch", "fid"
     try:
         net = torch.jit.load(name, map_location=run.device).eval()
@@ -528,8 +521,8 @@ class Evaluation:
     def cached(self, images, what, *key):
         """Evaluator features [N, D] of images as a memory map, computed once, by all processes, and kept in the run folder; None beside the first process."""
         run, file = self.run, self.run.dir / "samples" / ".reference" / f"{digest(self.cfg.evaluator, self.text, *key)}.npy"
-        if not run.agreed(file.exists()):
-            rows, aside = np.arange(len(images) * run.rank // run.world, len(images) * (run.rank + 1) // run.world), file.with_name(f".{file.name}.tmp")
+        if not run.agreed(file.exists):
+            rows, aside = run.share(len(images)), file.with_name(f".{file.name}.tmp")
             width = next(features_of(run, self.net, images, np.arange(1), what)).shape[1]
             if run.rank == 0:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -562,23 +555,22 @@ class Evaluation:
     def distance(self, images, unreported=False):
         """Frechet distance alone (every rank passes its own samples), to the reference or to the real images that the report does not use."""
         fake = self.of_samples(images)
-        return self.run.agreed(frechet(moments(fake, self.run.device), self.reference(unreported)) if self.run.rank == 0 else None)
+        return self.run.agreed(lambda: frechet(moments(fake, self.run.device), self.reference(unreported)))
 
     def scores(self, images):
         """All scores of a set of samples, with what they were measured with."""
         fake = self.of_samples(images)
-        return self.run.agreed(self.compare(fake) if self.run.rank == 0 else None)
+        return self.run.agreed(lambda: self.compare(fake))
 
     def compare(self, fake):
         """Scores of evaluator features [n, D]."""
-        close = nearest(fake[:2000], self.sets["train"], self.run.device)
-        return self.apart(fake) | {self.kind: frechet(moments(fake, self.run.device), self.reference()), "kernel": kernel_distance(fake, self.some),
-                **manifold(fake, self.some, self.cfg.neighbours),
+        close, ours, theirs = nearest(fake[:2000], self.sets["train"], self.run.device), fake.to(self.run.device), self.some.to(self.run.device)
+        return self.apart(fake) | {self.kind: frechet(moments(fake, self.run.device), self.reference()), "kernel": kernel_distance(ours, theirs),
+                **manifold(ours, theirs, self.cfg.neighbours),
                 "memorisation": float(close.median() / self.to_train.median()),
                 "copies": float((close < self.to_train.quantile(0.01)).float().mean()),
                 **({} if self.decoded is None else {"decoded": self.decoded}),
                 "evaluator": self.text, "reference": f"{self.cfg.reference}, {len(self.real):,} images", "samples": len(fake)}
-
 
     @torch.no_grad()
     def apart(self, fake):
@@ -657,7 +649,7 @@ def table(run):
                 "chosen w": m["w"] if K else None, "distance": s[kind], "kind": kind, "w": chosen, "precision": s["precision"], "recall": s["recall"],
                 "coverage": s["coverage"], "memorisation": s["memorisation"], "head": s.get("head", {}).get(kind), "tail": s.get("tail", {}).get(kind),
                 "layout IoU": m.get("layout", {}).get("layout_iou"), "exact IoU": m.get("layout", {}).get("exact_iou"),
-                 "network calls": m["network_calls"], "training images": m["total_seen"],
+                "network calls": m["network_calls"], "training images": m["total_seen"],
                 "evaluator": s["evaluator"], "reference": s["reference"], "samples": s["samples"], "solver": f"{m['solver']} {m['steps']}",
                 "weights": m["weights"], "seed": m["seed"]})
     if not rows:
@@ -750,10 +742,10 @@ def read_layouts(run, cfg, state):
         labels = bank[alike] if alike.any() else bank
     else:
         then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
-        arrays, _ = load_labels(run, then.labels)
+        arrays, info = load_labels(run, then.labels)
         if digest(arrays["train"]) != state["labels"]:
             raise UserError(f"layouts=test: labels/{then.labels}.npz is not what {state['file']} was trained with; train again, or use layouts=train")
-        maps, _ = layout_maps(run, then, arrays, "test", kinds)
+        maps, _ = layout_maps(run, then, arrays, info, "test", kinds)
         labels = arrays["test"]
     share = np.full(len(labels), 1 / len(labels))
     if len(maps) == 1:                                    # one layout, once with each of its labels
@@ -769,36 +761,43 @@ def chromatic(images):
     return np.ptp(images.astype(np.int16), axis=1) > 64
 
 
+def made_by(run, name):
+    """(name, recipe) of the labels that labels/<name> come from: of shuffled ones (method=random) those of their reference. No recipe: made by another program, or gone."""
+    while True:
+        file = run.dir / "labels" / f"{name}.json"
+        how = read_json(file, "make the labels again").get("recipe", {}) if file.exists() else {}
+        if how.get("method") != "random":
+            return name, how
+        name = how["reference"]
+
+
 def open_finder(run, cfg, state):
     """What finds objects in samples as the labels of the model (or those that finder= names) were found: dict(name, recipe, features, network, its state).
 
     None if those labels were not found as objects. Opened before the work, so that what does not fit is said then.
     """
-    name = cfg.finder or state["label_file"]
-    while (run.dir / "labels" / f"{name}.json").exists() or cfg.finder:
-        info = load_labels(run, name)[1]
-        how = info.get("recipe", {})                      # other programs may write label files, too
-        if how.get("method") == "random" and not cfg.finder:                     # shuffled layouts: the labeller of their reference
-            name = how["reference"]
-            continue
-        method = how.get("foreground", "none") if how.get("method") == "masks" else how.get("method")
-        if method not in ("lost", "ncut"):
-            if cfg.finder:
-                raise UserError(f"finder={name}: labels/{name} were not found as boxes or masks of objects; name labels made with method=lost, ncut or masks")
-            return None
-        of = info["features"]
-        if ":" in of["checkpoint"] and not cfg.finder:
-            run.say(f"note: labels/{name} come from features of {of['checkpoint']}; layouts are not looked for in the samples")
-            return None
-        net, own = load_model(run, of["checkpoint"], of["weights"])
-        if of["weights"] == "ema" and own["weights"] != of["hash"]:
-            why = f"labels/{name}.json: made with features of {of['checkpoint']} {of['hash']}, which now holds {own['weights']}; make features and labels again"
-            if cfg.finder:
-                raise UserError(why)
-            run.say(f"note: {why}; layouts are not looked for in the samples")
-            return None
-        return dict(name=name, method=method, how=how, info=info, net=net, state=own)
-    return None
+    name = cfg.finder or made_by(run, state["label_file"])[0]
+    if not cfg.finder and not (run.dir / "labels" / f"{name}.json").exists():
+        return None
+    info = load_labels(run, name)[1]
+    how = info.get("recipe", {})                          # other programs may write label files, too
+    method = how.get("foreground", "none") if how.get("method") == "masks" else how.get("method")
+    if method not in ("lost", "ncut"):
+        if cfg.finder:
+            raise UserError(f"finder={name}: labels/{name} were not found as boxes or masks of objects; name labels made with method=lost, ncut or masks")
+        return None
+    of = info["features"]
+    if ":" in of["checkpoint"] and not cfg.finder:
+        run.say(f"note: labels/{name} come from features of {of['checkpoint']}; layouts are not looked for in the samples")
+        return None
+    net, own = load_model(run, of["checkpoint"], of["weights"])
+    if of["weights"] == "ema" and own["weights"] != of["hash"]:
+        why = f"labels/{name}.json: made with features of {of['checkpoint']} {of['hash']}, which now holds {own['weights']}; make features and labels again"
+        if cfg.finder:
+            raise UserError(why)
+        run.say(f"note: {why}; layouts are not looked for in the samples")
+        return None
+    return dict(name=name, method=method, how=how, info=info, net=net, state=own)
 
 
 def find_layouts(run, finder, images, rows, boxes, context):
@@ -826,10 +825,7 @@ def layout_fidelity(run, finder, state, images, rows, labels, context):
     asked, got = (maps == 0 if boxes else (maps > 0) & (maps < state["map_labels"])), {}
     if finder:
         got["layout_iou"] = find_layouts(run, finder, images, rows, boxes, context)
-    how = {"method": "random", "reference": state["label_file"]}
-    while how.get("method") == "random":                  # shuffled layouts are of the kind of their reference
-        file = run.dir / "labels" / f"{how['reference']}.json"
-        how = json.loads(file.read_text()).get("recipe", {}) if file.exists() else {}
+    how = made_by(run, state["label_file"])[1]
     segments, several = how.get("method") == "masks" and how.get("foreground") == "none", boxes and how.get("objects", 1) > 1
     if run.data.source == "shapes" and not segments and not several:
         exact = torch.from_numpy(chromatic(images[rows]))
@@ -896,7 +892,7 @@ def write_share(run, file, n, rows, values):
 def save_features(run, cfg, state, folder, rows, seen):
     """Activations seen while sampling as features-<activation>-at<evaluation>.npy, row i is sample i; what they are, for metrics.json."""
     about = []
-    for name, number, t in run.agreed(list(seen)):
+    for name, number, t in run.agreed(lambda: list(seen)):
         values, file = np.concatenate(seen[name, number, t]), folder / f"features-{name}-at{number}.npy"
         write_share(run, file, cfg.n, rows, values.astype(np.float32))
         about.append(dict(file=file.name, activation=name, evaluation=number, **noise_level(state["path"], t), pool=cfg.features_pool,
@@ -961,9 +957,27 @@ def announce_samples(run, cfg, net, state, folder):
     run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
 
 
+def sample_sheet(folder, run, cfg, models, state, w, context, given):
+    """Write grid.png of a folder of samples: a row for each label, layout or given image."""
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    if given is not None:
+        blank = [np.full_like(given[0], 255)] * 9
+        rows = [[given[i], *images[i::len(given)][:9], *blank][:10] for i in range(min(20, len(given)))]
+        save_grid(folder / "grid.png", np.concatenate(rows), 10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
+    elif state.get("map_labels"):
+        layout_sheet(folder / "grid.png", run, cfg, models, state, w, context)
+    elif state["num_labels"]:
+        labels = np.load(folder / "labels.npy")
+        keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]
+        order = [i for k in keep for i in np.flatnonzero(labels == k)[:10]] or list(range(min(100, cfg.n)))
+        save_grid(folder / "grid.png", images[order], 10, [str(k) for k in keep] or None, head=f"{cfg.name}: w = {w:g}, one row per label")
+    else:
+        save_grid(folder / "grid.png", images[:100], 10, head=cfg.name)
+
+
 def main():
     """Sample, from the command line."""
-    run = start("sample_ode", SampleOde, __doc__, flags=("--table",))
+    run = start("sample_ode", SampleOde, __doc__, flags={"--table": "all results of the run (and of runs=) side by side"})
     cfg = run.cfg
     if "--table" in run.flags:
         return table(run)
@@ -1004,7 +1018,7 @@ def main():
                 "must be mean, none or a number")
         require(not cfg.compile, cfg, "features compile", "activations are read from the network as it is: compile=false")
     varying = cfg.solver == "dopri5" or cfg.sweep == "nfe"                       # dopri5 leaves out rows that have arrived
-    ready = lambda net, state: conditioned(torch.compile(net, dynamic=varying) if cfg.compile else net, state)
+    ready = lambda net, state: conditioned(torch.compile(net, dynamic=None if varying else False) if cfg.compile else net, state)
     models = ready(net, state), ready(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
@@ -1015,7 +1029,7 @@ def main():
     recipe |= dict(others=[load_checkpoint(run, name)["weights"] for name in cfg.against]) if cfg.against and not run.dry_run else {}
     if run.dry_run:
         return announce_samples(run, cfg, net, state, folder)
-    if run.agreed(finished(run, folder / "metrics.json", recipe)):
+    if run.agreed(lambda: finished(run, folder / "metrics.json", recipe)):
         return
     if run.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -1061,20 +1075,7 @@ def main():
             if w != 1 and len(cfg.guidance) > 1:          # the gain of guidance apart from that of labels: the same at w = 1
                 metrics["scores_w1"] = judge.scores(generate(run, cfg, models, state, cfg.n, w=1.0, context=context, what="w = 1")[1])
         if run.rank == 0:
-            images = np.load(aside / "images.npy", mmap_mode="r")
-            if given is not None:
-                blank = [np.full_like(given[0], 255)] * 9
-                rows = [[given[i], *images[i::len(given)][:9], *blank][:10] for i in range(min(20, len(given)))]
-                save_grid(aside / "grid.png", np.concatenate(rows), 10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
-            elif state.get("map_labels"):
-                layout_sheet(aside / "grid.png", run, cfg, models, state, w, context)
-            elif state["num_labels"]:
-                labels = np.load(aside / "labels.npy")
-                keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]
-                order = [i for k in keep for i in np.flatnonzero(labels == k)[:10]] or list(range(min(100, cfg.n)))
-                save_grid(aside / "grid.png", images[order], 10, [str(k) for k in keep] or None, head=f"{cfg.name}: w = {w:g}, one row per label")
-            else:
-                save_grid(aside / "grid.png", images[:100], 10, head=cfg.name)
+            sample_sheet(aside, run, cfg, models, state, w, context, given)
 
     # close: the finished folder replaces the previous one at once
     if run.rank == 0:

@@ -49,7 +49,7 @@ class SelfLabel:
     whiten: bool = False                                  # scale principal components to unit variance
     iterations: int = 30                                  # kmeans: at most
     restarts: int = 3                                     # kmeans: keep the best of so many starts
-    batch: int = 16_384                                   # kmeans: mini-batch size above `full` rows (at least 4 K)
+    batch: int = 16_384                                   # kmeans: mini-batch size above `full` rows (at least 4 times K)
     full: int = 500_000                                   # kmeans: up to so many rows, every iteration is a full pass (Lloyd)
     eps: float = 0.05                                     # sinkhorn: entropic regularisation; larger = softer
     sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
@@ -204,9 +204,14 @@ def lloyd(features, c, metric, iterations, chunk):
         for i in range(0, len(features), chunk):
             x = rows_of(features, slice(i, i + chunk), metric, c.device)
             score, k = torch.addmm(-half, x, c.T, out=room[:len(x)]), ids[i:i + chunk]           # x.c - |c|^2 / 2 orders centroids as the distance does
-            go = (score.gather(1, k[:, None])[:, 0] < score.amax(1)).nonzero()[:, 0] if step > 1 else slice(None)
-            k[go] = score[go].argmax(1)                                          # the position of a maximum costs far more than its value: only for rows that move
-            totals[0] += len(x) if step == 1 else len(go)
+            if step > 1 and not x.is_cuda:                # on a CPU the position of a maximum costs far more than its value: only for rows that move
+                go = (score.gather(1, k[:, None])[:, 0] < score.amax(1)).nonzero()[:, 0]
+                k[go], changed = score[go].argmax(1), len(go)
+            else:                                         # a GPU would have to wait to hear which ones those are
+                new = score.argmax(1)
+                changed = (new != k).sum() if step > 1 else len(x)
+                k.copy_(new)
+            totals[0] += changed
             if step == 1:
                 totals[1] += x.square().sum(dtype=torch.float64)
             sums.index_add_(0, k, x)
@@ -286,13 +291,18 @@ def prices(blocks, eps, iterations):
     return g
 
 
-def sinkhorn(scores, eps=0.05, iterations=3, chunk=512):
+def in_blocks(scores):
+    """Scores [N, K] for `prices`, in blocks that stay in a CPU's cache; for a GPU, to which every block is a few short operations, in large ones."""
+    return lambda: scores.split(2 ** 16 if scores.is_cuda else 512)
+
+
+def sinkhorn(scores, eps=0.05, iterations=3):
     """Balanced soft assignments Q [N, K] from scores S [N, K] (cosines), in logarithms and float32, so that small eps stays finite.
 
     Rows sum to exactly 1, columns to about N / K (exactly before the last rows were normalised).
     """
     scores = scores.float()
-    return torch.softmax(scores / eps - prices(lambda: scores.split(chunk), eps, iterations), 1)
+    return torch.softmax(scores / eps - prices(in_blocks(scores), eps, iterations), 1)
 
 
 def sinkhorn_stream(features, c, eps, iterations, chunk=2048):
@@ -433,7 +443,7 @@ def size_entropy(sizes):
 # Boxes: the object of an image from its patch features, all images of a batch at once. `left` bool [n, P]: patches that no object took yet.
 
 def lost(similarity, left):
-    """LOST: (object patches bool [n, P], seed int64 [n]) from cosines [n, P, P]. Objects are smaller than the background: fewer patches resemble theirs."""
+    """LOST: (object patches bool [n, P], of which `find_objects` takes the largest component; seed int64 [n]) from cosines [n, P, P]. Objects are smaller than the background: fewer patches resemble theirs."""
     n, P = left.shape
     alike = (similarity >= 0) & left[:, :, None] & left[:, None]
     degree = alike.sum(2, dtype=torch.int32).masked_fill(~left, P + 1)
@@ -685,10 +695,10 @@ def score_layouts(found, data):
         scores = dict(iou=float(iou(found["boxes"][known, :1], truth[known]).max(1).mean()) if known.any() else 0.0, corloc=corloc(found["boxes"], truth),
                       ap50=average_precision(found["boxes"], found["confidence"], truth))
     if data.masks is not None and data.masks.shape == found["masks"].shape:
-        t = confusion(found["masks"], data.masks)
         if "boxes" in found:                              # object or not, whichever
-            t = np.stack([np.stack([v[:, 0].sum(), v[:, 1:].sum()]) for v in (t[:1], t[1:])])
-            scores |= dict(foreground_iou=float(t[1, 1] / max(t.sum() - t[0, 0], 1)), pixel_accuracy=float(t.trace() / max(t.sum(), 1)))
+            t = confusion(found["masks"], data.masks)
+            both, neither, every = t[1:, 1:].sum(), t[0, 0], t.sum()
+            scores |= dict(foreground_iou=float(both / max(every - neither, 1)), pixel_accuracy=float((neither + both) / max(every, 1)))
         if "segments" in found or "boxes" not in found:
             scores |= segmentation_scores(confusion(found.get("segments", found["masks"]), data.masks))
     return scores
@@ -700,7 +710,7 @@ def score_layouts(found, data):
 def load_labels(run, name):
     """(dict(train int64 [N], test int64 [N'], ...), info) of labels/<name>.npz, checked against the run's data."""
     path = run.dir / "labels" / f"{name}.npz"
-    info = read_json(path.with_suffix(".json"), f"make it with self_label.py name={name}")
+    info = read_json(path.with_suffix(".json"), "make it with self_label.py (method=..., name=...)")
     try:
         with np.load(path, allow_pickle=False) as f:
             labels = {k: f[k] for k in f.files}
@@ -771,7 +781,7 @@ def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed
 # ---------------------------------------------------------------------------------------------------------------------
 # From feature files to labels
 
-def reader(run, cfg, split, dense=False):
+def stored(run, cfg, split, dense=False):
     """(read, (h, w), info): read(i, j) is float32 [n, h * w, D], the activations of images i ... j - 1 side by side, scaled to unit mean norm where there are several.
 
     h = w = 1, or with dense=True the grid of the largest map, to which the others are resized.
@@ -850,7 +860,7 @@ def fit_projection(chunks, components, white):
 def fit_clusters(run, cfg, x, method, K):
     """Centroids [K, d] (sinkhorn: and prices [K]) of the rows of a map [N, d], of which every rank takes its slice: (arrays, facts)."""
     n = len(x)
-    mine = x[n * run.rank // run.world:n * (run.rank + 1) // run.world]
+    mine = x[n * run.rank // run.world:n * (run.rank + 1) // run.world]          # a slice, which a memory map does not read
     zero = [int(i) for i in np.flatnonzero(~np.any(x[:100_000], axis=1))[:1]] if cfg.metric == "cosine" or method == "sinkhorn" else []
     if zero:
         raise UserError(f"features/{cfg.features}: row {zero[0]} is all zeros, which has no direction; use metric=euclidean or another activation")
@@ -890,7 +900,7 @@ def layouts(run, cfg, data, folder):
     """Boxes or masks, and image-level labels: ({split: ids}, typicality, arrays, about, scores, paint). Every rank fills its rows of files in `folder`."""
     boxed, sizes = cfg.method != "masks" or cfg.foreground != "none", {split: len(d) for split, d in data.items()}
     method = cfg.foreground if cfg.method == "masks" else cfg.method
-    dense = {split: reader(run, cfg, split, dense=True) for split in data}
+    dense = {split: stored(run, cfg, split, dense=True) for split in data}
     (one, grid, info), found, facts = dense["train"], {}, {}
     read, (P, D) = {split: r[0] for split, r in dense.items()}, one(0, 1).shape[1:]
     if not boxed:
@@ -925,8 +935,9 @@ def layouts(run, cfg, data, folder):
 
     # clusters of the regions: a missing object has no id and takes no part, but every image has a first region, if only the whole image
     regions = {split: f["regions"].reshape(-1, f["regions"].shape[2]) for split, f in found.items()}
-    rows = {split: np.flatnonzero(np.arange(len(regions[split])) % cfg.objects * (f["boxes"][..., 0] < 0).ravel() == 0) if boxed else np.arange(sizes[split])
-            for split, f in found.items()}
+    rows = {split: np.arange(len(r)) for split, r in regions.items()}
+    if boxed:
+        rows = {split: np.flatnonzero((v % cfg.objects == 0) | (found[split]["boxes"][..., 0].ravel() >= 0)) for split, v in rows.items()}
     read = {split: lambda i, j, r=r, at=rows[split]: torch.from_numpy(np.array(r[at[i:j]]))[:, None] for split, r in regions.items()}
     some, near, extra, more = cluster(run, cfg, prepare(run, cfg, folder, "rows", read, {split: len(v) for split, v in rows.items()}), cfg.by)
     ids, typical = {split: np.full(len(r), -1) for split, r in regions.items()}, np.zeros(len(regions["train"]))
@@ -967,8 +978,11 @@ def main():
             "1 ... 254 objects, at least 1 cell, 2 ... 255 segments, smooth and contrast in 0 ... 1, tau a cosine")
     spatial = cfg.method in ("lost", "ncut", "masks")
     if spatial or cfg.method in ("kmeans", "sinkhorn"):
-        reader(run, cfg, "train", spatial)                # complains about features that do not fit before anything is done
+        stored(run, cfg, "train", spatial)                # complains about features that do not fit before anything is done
         features = load_features(run, cfg.features, "train")[1]
+        now = run.dir / features["checkpoint"] / "checkpoint.json"
+        if features["weights"] == "ema" and now.exists() and read_json(now, "train it again")["weights"] != features["hash"]:
+            run.say(f"note: features/{cfg.features} are of an earlier state of {features['checkpoint']}; extract_features.py with overwrite=true reads the present one")
         recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize", "embedding") if k in features})
         if not 1 <= cfg.K <= len(data["train"]):
             raise UserError(f"K={cfg.K}: must be between 1 and the number of training images, {len(data['train'])}")
@@ -978,11 +992,11 @@ def main():
     if run.dry_run:
         run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
         if cfg.method in ("kmeans", "sinkhorn"):
-            N, D = len(data["train"]), cfg.pca or reader(run, cfg, "train")[0](0, 1).shape[2]
+            N, D = len(data["train"]), cfg.pca or stored(run, cfg, "train")[0](0, 1).shape[2]
             passes = cfg.restarts * (cfg.iterations + (N > cfg.full)) if cfg.method == "kmeans" else 10 + (cfg.rounds + 1) * (cfg.sk_iterations + 2)
             cost(run, f"at most {passes} passes x 2 x {N:,} images x {cfg.K:,} clusters x {D:,} numbers", passes * 2 * N * cfg.K * D, "fp32")
         return
-    if run.agreed(path.exists() and finished(run, path.with_suffix(".json"), recipe)):
+    if run.agreed(lambda: path.exists() and finished(run, path.with_suffix(".json"), recipe)):
         return
 
     # labels: from features, or a control that makes the evidence honest
@@ -997,7 +1011,7 @@ def main():
             if spatial:
                 labels, typical, extra, about, more, paint = layouts(run, cfg, data, aside)
             else:
-                read = {split: reader(run, cfg, split)[0] for split in data}
+                read = {split: stored(run, cfg, split)[0] for split in data}
                 maps = prepare(run, cfg, aside, "rows", read, {split: len(d) for split, d in data.items()})
                 labels, typical, extra, about = cluster(run, cfg, maps, cfg.method)
             run.wait()

@@ -31,7 +31,7 @@ import traceback
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -176,12 +176,31 @@ class Run:
         script, *keys = stage.split()
         self.say("next: python", script, *self.words, *keys, *([f"   # {what}"] if what else []))
 
-    def agreed(self, value):
-        """The first process's value on all of them: files may change between two looks."""
-        box = [value]
+    def agreed(self, look):
+        """What look() gives on the first process, on all of them. Files may change between two looks, and a network file system remembers what was not there."""
+        box = [None]
+        if self.rank == 0 or self.dry_run:
+            try:
+                box = [look()]
+            except UserError as e:                        # a complaint of all, so that nobody waits
+                box = [e]
         if self.world > 1 and not self.dry_run:
             dist.broadcast_object_list(box)
+        if isinstance(box[0], UserError):
+            raise box[0]
         return box[0]
+
+    def share(self, n):
+        """Those of n rows that are this process's."""
+        return np.arange(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def turns(self):
+        """Yield True once, when this process should open what may have to be downloaded: first one process, then one of each machine, then all others."""
+        mine = 0 if self.rank == 0 else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+        for turn in range(3):
+            yield turn == mine
+            if not self.dry_run:                          # there nobody waits: processes do not know each other
+                self.wait()
 
     def wait(self):
         """Let all processes meet."""
@@ -217,11 +236,9 @@ def convert(key, kind, value):
     if kind is int and isinstance(value, str) and (m := re.fullmatch(r"(\d+(?:\.\d+)?)([kM])", value)):
         value = float(m[1]) * {"k": 1_000, "M": 1_000_000}[m[2]]
     try:
-        if isinstance(value, bool) != (kind is bool):
+        if isinstance(value, bool) != (kind is bool) or kind is int and float(value) != int(float(value)):
             raise ValueError
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return str("" if value is None else value) if kind is str else kind(float(value)) if kind is int else kind(value)
+        return kind(float(value) if kind is int else "" if value is None else value)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{key}={value!r}: expected {kind.__name__}" + (" (200k and 50M are fine)" if kind is int else "")) from None
 
@@ -247,22 +264,24 @@ def fill(section, cls, values):
     return cls(**{k: convert(f"{section}.{k}", known[k], v) for k, v in values.items()})
 
 
-def start(stage, cls, doc, flags=()):
+def start(stage, cls, doc, flags={}):
     """Read the command line and YAML of a stage, set up processes, and return the `Run`.
 
     Called as `python <stage>.py config.yaml [key=value ...] [section.key=value ...] [run=DIR] [--dry-run] [--help]`.
     """
-    words = sys.argv[1:]
+    words, known = sys.argv[1:], {stage: cls, **SHARED}
     if "--help" in words or "-h" in words or not words:
         print(doc)
-        for name, c in {stage: cls, **SHARED}.items():
+        for name, c in known.items():
             print(f"{name}: {'key=value' if c is cls else name + '.key=value'}")
             text = comments(c)
             for f in dataclasses.fields(c):
                 default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
                 choices = f"  [{' | '.join(map(str, typing.get_args(f.type)))}]" if typing.get_origin(f.type) is Literal else ""
                 print(f"  {f.name + '=' + str(default):32} {text.get(f.name, '')}{choices}")
-        print("other: run=DIR (default runs/<name of the YAML>), --dry-run" + "".join(f", {f}" for f in flags))
+        print("other:")
+        for name, text in {"run=DIR": "default runs/<name of the YAML>", "--dry-run": "configuration, what would be done, and what it would cost", **flags}.items():
+            print(f"  {name:32} {text}")
         raise SystemExit(0 if words else 2)
     given = {w for w in words if w.startswith("--")}
     for w in given - {"--dry-run", *flags}:
@@ -285,16 +304,16 @@ def start(stage, cls, doc, flags=()):
             folder = Path(value)
             continue
         section, _, key = key.rpartition(".")
-        kinds = {f.name: f.type for f in dataclasses.fields({**SHARED, stage: cls}.get(section or stage, Run))}
-        try:
-            value = value if kinds.get(key) is str else yaml.safe_load(value)    # name=no is a name, not false
-        except yaml.YAMLError:
-            pass
-        sections.setdefault(section or stage, {})[key] = value
+        section = section or stage
+        kinds = {f.name: f.type for f in dataclasses.fields(known[section])} if section in known else {}
+        if kinds.get(key) is not str:                     # name=no is a name, not false
+            with suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+        sections.setdefault(section, {})[key] = value
     for name in sections:
         if name not in (*SHARED, *STAGES):
             raise UserError(f"section {name}: {unknown(name, [*SHARED, *STAGES])}")
-    own = {name: fill(name, c, sections.get(name, {})) for name, c in {**SHARED, stage: cls}.items()}
+    own = {name: fill(name, c, sections.get(name, {})) for name, c in known.items()}
     sections |= {name: dataclasses.asdict(c) for name, c in own.items()}
     name = own[stage].name                                # names a folder that finished work replaces: it must be one, inside the run
     if not re.fullmatch(r"\w[\w.+-]*", name) and (name or cls().name):
@@ -311,6 +330,8 @@ def start(stage, cls, doc, flags=()):
     dry = "--dry-run" in given
     if world > 1 and not dry:                             # preparing a large data set may keep the other ranks waiting for hours
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
+        if device.type == "cuda":                         # but gradients wait for a machine that is gone no longer than this
+            dist.group.WORLD._get_backend(device)._set_default_timeout(datetime.timedelta(minutes=30))
     shared = [w for w in words if w.split("=")[0] == "run" or w.split(".")[0] in (*SHARED, *STAGES) and "=" in w]
     run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given, rank, world, device, (files[0], *shared), own["published"])
     if dry:
@@ -329,7 +350,7 @@ def gpu_flags(training):
 def check_run_folder(run):
     """Write config.yaml on first use; afterwards the data section must stay what it was, since every file's row i is image i."""
     path = run.dir / "config.yaml"
-    if path.exists() and (run.dir / "data" / "train" / "info.json").exists():
+    if run.agreed(lambda: path.exists() and (run.dir / "data" / "train" / "info.json").exists()):
         try:
             there = fill("data", Data, (yaml.safe_load(path.read_text()) or {}).get("data", {}))
         except (UserError, yaml.YAMLError, AttributeError) as e:
@@ -467,6 +488,14 @@ def seed_of(seed, purpose, index=0):
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):          # each step is a bijection of the 32-bit numbers
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     return h
+
+
+@contextmanager
+def seeded(seed, purpose, index=0):
+    """Constructors of modules know only the global generator of the CPU: lend it to them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, purpose, index))
+        yield
 
 
 def draw(seed, purpose, indices, shape, uniforms=0):
@@ -964,14 +993,13 @@ def open_autoencoder(run):
     if not run.data.latents or run.vae is not None:
         return run.vae
     kind = autoencoder_kl()
-    for turn in range(run.world):                         # one at a time: the first may have to download
-        if turn == run.rank:
+    for mine in run.turns():
+        if mine:
             try:
                 run.vae = kind.from_pretrained(run.data.latents, use_safetensors=True).eval().requires_grad_(False).to(run.device)
             except Exception as e:                        # no such folder or id, no network, damaged or foreign files
                 raise UserError(f"data.latents={run.data.latents}: not a readable AutoencoderKL of safetensors "
                                 f"({type(e).__name__}: {' '.join(str(e).split())[:150]})") from None
-        run.wait()
     return run.vae
 
 
@@ -999,7 +1027,7 @@ def encode_latents(run, block=256, batch=16):
     """
     for split in ("train", "test"):
         folder = run.dir / "data" / split
-        if run.agreed((folder / "latents.json").exists()):
+        if run.agreed((folder / "latents.json").exists):
             continue
         vae, images = open_autoencoder(run), np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         shape = [2, *to_latents(vae, torch.zeros(1, 3, *images.shape[2:], device=run.device)).shape[1:]]
@@ -1305,14 +1333,14 @@ class ResBlock(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
     def forward(self, x, emb):                            # x: [B, C, H, W], emb: [B, width]
-        norm, act, conv = self.in_layers
+        (norm, act, conv), (norm2, act2, dropout, conv2) = self.in_layers, self.out_layers
         h, e = conv(self.resized(act(norm(x)))), self.emb_layers(emb)[:, :, None, None]
         if self.added:                                    # e: [B, C', 1, 1]
-            h = self.out_layers[0](h + e)
+            h = norm2(h + e)
         else:
             scale, shift = e.chunk(2, 1)                  # [B, C', 1, 1] each
-            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
-        return self.skip_connection(self.resized(x)) + self.out_layers[1:](h)
+            h = torch.addcmul(shift, norm2(h), 1 + scale)
+        return self.skip_connection(self.resized(x)) + conv2(dropout(act2(h)))
 
 
 class Resample(nn.Module):
@@ -1559,8 +1587,7 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
     """The network that section `model` describes, with weights drawn from `seed`; impossible combinations are UserErrors."""
     condition = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels, clock=model.clock)
     require(len(model.clock) == 2, model, "clock", "two numbers a, b: the network is told a + b t")
-    with torch.random.fork_rng(devices=[]):               # module constructors know only the global generator: lend it to them
-        torch.manual_seed(seed_of(seed, "weights"))
+    with seeded(seed, "weights"):
         if model.backbone == "uvit":
             if size % model.patch or model.channels % model.heads or model.depth % 2 or model.channels % 2:
                 raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}; "
@@ -1689,6 +1716,9 @@ def autocast(run, precision):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+RESIDENT = 4e9                                            # bytes of a training set, as the network sees it, up to which a GPU keeps it
+
+
 def image_order(seed, purpose, seen, n):
     """Endless dataset rows from image number `seen` on: a new permutation for every epoch, a function of (seed, purpose, epoch)."""
     epoch, position = divmod(seen, n)
@@ -1698,23 +1728,22 @@ def image_order(seed, purpose, seen, n):
 
 
 def feed(run, cfg, images, seen, uniforms=0, noises=0):
-    """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise, uniforms [b, 3 + uniforms]) on the device.
+    """This rank's part of every batch from image `seen` on: (rows int64 [b], images uint8, noise [b, 1 + noises, C, H, W], uniforms [b, 3 + uniforms]) on the device.
 
-    The first three uniforms decide time, flip and condition of each image. Noise is [b, C, H, W], or [b, 1 + noises, C, H, W] if more is asked for.
-    images: uint8 [N, C, H, W], or latents.
+    The first three uniforms decide time, flip and condition of each image. images: uint8 [N, C, H, W], or latents.
 
     Noise and uniforms belong to the stage and the running number of the image, so neither restarts nor the number of processes change them. A thread
     prepares the next batches while the network works. Small sets are kept on the device.
     """
     share = cfg.batch // run.world
     pin = run.device.type == "cuda"
-    resident = torch.from_numpy(np.array(images, order="C")).to(run.device) if pin and images.nbytes < 4e9 else None
+    resident = torch.from_numpy(np.array(images, order="C")).to(run.device) if pin and images.nbytes < RESIDENT else None
     order = image_order(cfg.seed, run.stage, seen, len(images))
 
     def prepared(number):
         rows = torch.tensor([next(order) for _ in range(cfg.batch)][run.rank * share:(run.rank + 1) * share])
         mine = range(number + run.rank * share, number + (run.rank + 1) * share)
-        u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *row_shape(images)) if noises else row_shape(images), 3 + uniforms)
+        u, z = draw(cfg.seed, run.stage, mine, (1 + noises, *row_shape(images)), 3 + uniforms)
         x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
         return [v.pin_memory() if pin and v is not None else v for v in (rows, x, z, u)]
 
@@ -1727,7 +1756,7 @@ def feed(run, cfg, images, seen, uniforms=0, noises=0):
 def preview(net, path, predict, z, steps=25, **condition):
     """Quick pictures while training: x_s = alpha(s) x_hat + sigma(s) z_hat on an even grid (Euler on the straight path, DDIM on VP)."""
     x = z
-    for t, s in zip(torch.linspace(0, 1, steps + 1)[:-1], torch.linspace(0, 1, steps + 1)[1:]):
+    for t, s in itertools.pairwise(torch.linspace(0, 1, steps + 1)):
         t = t.expand(len(x)).to(x)
         x_hat, z_hat = estimates(path, predict, net(x, 1000 * t, **condition), x, t)
         x = path.alpha(s).to(x) * x_hat + path.sigma(s).to(x) * z_hat
@@ -1776,23 +1805,26 @@ def announce(run, cfg, net, folder):
     """What a training would do and cost, with the arithmetic: for --dry-run."""
     parameters, (channels, size) = sum(p.numel() for p in net.parameters()), input_shape(run)
     run.say(f"parameters {parameters:,}; {math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {16 * parameters / 1e6:.0f} MB in {folder}")
-    flops, *kept = footprint(net, channels, size)
-    kept = kept[cfg.recompute]
+    flops, kept, kept_again = footprint(net, channels, size)
+    kept = kept_again if cfg.recompute else kept
     passes, micro = 4 if cfg.recompute else 3, micro_batch(run, cfg)
     cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
          f"x {cfg.images:,} images", passes * flops * cfg.images)
     share, why = (0.5, "half of those in float32") if cfg.compile or isinstance(net, UViT) else (5 / 6, "5/6 of those in float32, in which norms work that are not compiled")
+    train, test = source_counts(run)
+    row = (8 if run.data.latents else 1) * channels * size ** 2                  # bytes of an image as the network sees it
+    resident = train * row if train * row < RESIDENT else 0
     run.say(f"memory: {22 * parameters / 1e9:.1f} GB (4 bytes each for weights, average, gradients, two of AdamW; 2 for weights in bf16) + "
-            f"{micro} images x {share * kept / 1e6:,.0f} MB of activations ({why}{'; of one block, and the inputs of all' if cfg.recompute else ''}) = "
-            f"{22 * parameters / 1e9 + share * micro * kept / 1e9:.1f} GB in bf16; lower it by micro={'' if cfg.recompute else ', recompute=true'}")
-    count = sum(source_counts(run))
+            f"{micro} images x {share * kept / 1e6:,.0f} MB of activations ({why}{'; of one block, and the inputs of all' if cfg.recompute else ''}) + "
+            f"{resident / 1e9:.1f} GB of training images that a GPU keeps (of sets below {RESIDENT / 1e9:.0f} GB) = "
+            f"{(22 * parameters + share * micro * kept + resident) / 1e9:.1f} GB in bf16; lower it by micro={'' if cfg.recompute else ', recompute=true'}")
     if run.data.latents and run.stage == "train_diffusion":
         each = ENCODE * run.data.size ** 2
         cost(run, f"encoding, once: {each / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x 2 (mirror images) x " +
-             (f"{count:,} images" if count else "a million images (counted where data.root is there)"), 2 * each * (count or 1_000_000), "tf32")
+             (f"{train + test:,} images" if train + test else "a million images (counted where data.root is there)"), 2 * each * (train + test or 1_000_000), "tf32")
     each = 3 * run.data.size ** 2 + (8 * channels * size ** 2 if run.data.latents else 0)
     run.say(f"disk: {each:,} bytes an image (uint8 pixels" + (", float16 mean and std of latents, twice for the mirror image)" if run.data.latents else ")")
-            + (f" x {count:,} = {each * count / 1e9:.1f} GB" if count else f": {each / 1e3:,.1f} GB a million; counted where data.root is there"))
+            + (f" x {train + test:,} = {each * (train + test) / 1e9:.1f} GB" if train + test else f": {each / 1e3:,.1f} GB a million; counted where data.root is there"))
 
 
 def micro_batch(run, cfg):
@@ -1820,7 +1852,7 @@ def resume(run, cfg, folder, state, parts):
     they belong to a run that was killed.
     """
     seen, log, pictures = 0, Path(folder) / "metrics.jsonl", Path(folder) / "samples"
-    if (Path(folder) / "checkpoint.pt").exists():
+    if run.agreed((Path(folder) / "checkpoint.pt").exists):
         old = load_checkpoint(run, str(folder))
         was = {section: dataclasses.asdict(cls()) | old["config"].get(section, {}) for section, cls in (("model", Model), (run.stage, type(cfg)))}
         other = [f"{section}.{key}={was[section].get(key)}, now {value}" for section in was
@@ -1892,7 +1924,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.run_block = again if cfg.recompute else plainly
     parts, weights, averages = dict(net=net, ema=ema), list(net.parameters()), list(ema.parameters())
-    beside = list(side.parameters()) if side else []
+    beside, looks = list(side.parameters()) if side else [], side.noises if side else 0
     if side:
         side_ema = copy.deepcopy(side, {id(side.inputs): side.inputs}).eval().requires_grad_(False)          # not the images
         parts |= dict(side=side, side_ema=side_ema)
@@ -1927,7 +1959,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
     net.train()
     open_autoencoder(run)                                 # for the sample grids
     crossed = lambda every: seen // every > (seen - cfg.batch) // every or seen >= cfg.images
-    meter, batches = Meter(run.device, seen), feed(run, cfg, data.inputs, seen, side.uniforms if side else 0, (side.noises if side else 0) + latent)
+    meter, batches = Meter(run.device, seen), feed(run, cfg, data.inputs, seen, side.uniforms if side else 0, looks + latent)
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
         while seen < cfg.images:
@@ -1940,11 +1972,11 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             if state["model"]["dropout"]:                                        # masks come from the global generator: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             if side:                                                             # its backward comes before that of DDP, which then averages the sum
-                loss, cond = side.step(net, ema, side_ema, rows, x, z[:, 1:], u, seen, context)
+                loss, cond = side.step(net, ema, side_ema, rows, x, z[:, 1:1 + looks], u, seen, context)
                 scaler.scale(loss).backward()
             else:
                 cond = condition(rows, u) if condition else {}
-            z = z[:, 0] if side or latent else z
+            z = z[:, 0]                                   # the first is that of the path
 
             # one update
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
@@ -1961,7 +1993,8 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                     dist.all_reduce(p.grad)
                     p.grad /= run.world
             scaler.unscale_(opt)
-            meter.norms += nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
+            meter.norms += norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm           # updates that the scaler skips do not count
             meter.updates += 1
             if beside:
                 nn.utils.clip_grad_norm_(beside, cfg.clip or math.inf)
@@ -1972,8 +2005,6 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 1 - beta)
-                for a, b in zip(ema.buffers(), net.buffers()):
-                    a.copy_(b)
                 if side:
                     side.after(side_ema, 1 - beta)
             progress.update(cfg.batch)
@@ -1982,7 +2013,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             if (crossed(cfg.log_every) or crossed(cfg.save_every)) and not meter.healthy(scaler.is_enabled()):
                 raise UserError(f"{folder}: the loss is not finite after {seen:,} images; the last checkpoint is kept. Lower lr, or use precision=fp32 or bf16")
             if crossed(cfg.log_every):
-                line = meter.line(seen, lr) | (side.report(ema, side_ema, seen, context) if side else {})
+                line = meter.line(seen, lr) | (dict(scale=scaler.get_scale()) if scaler.is_enabled() else {}) | (side.report(ema, side_ema, seen, context) if side else {})
                 meter = Meter(run.device, seen)
                 if run.rank == 0:
                     with open(folder / "metrics.jsonl", "a") as f:
@@ -1999,11 +2030,11 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
             if crossed(cfg.grid_every):
                 if run.rank == 0:
                     shown = side.grid(ema, side_ema, context) if side else grid or {}
-                    z = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), row_shape(data.inputs)).to(run.device)
+                    noise = draw(cfg.seed, "grid", range(len(next(iter(shown.values()))) if shown else 64), row_shape(data.inputs)).to(run.device)
                     with context():                       # no more at once than in training
-                        z = torch.cat([preview(ema, path, cfg.predict, z[i:i + micro], **{k: v[i:i + micro] for k, v in shown.items()})
-                                       for i in range(0, len(z), micro)])
-                    pictures = to_uint8(decode(run.vae, z)).cpu().numpy()
+                        drawn = torch.cat([preview(ema, path, cfg.predict, noise[i:i + micro], **{k: v[i:i + micro] for k, v in shown.items()})
+                                              for i in range(0, len(noise), micro)])
+                    pictures = to_uint8(decode(run.vae, drawn)).cpu().numpy()
                     save_grid(folder / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()
     batches.close()
@@ -2014,7 +2045,7 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
 
 def main():
     """Train without labels, from the command line."""
-    run = start("train_diffusion", TrainDiffusion, __doc__, flags=("--prepare",))
+    run = start("train_diffusion", TrainDiffusion, __doc__, flags={"--prepare": "only turn the source into data/ (and latents)"})
     cfg = run.cfg
     if "--prepare" in run.flags:                          # the data alone: for runs that start from published weights
         return run.say(f"would prepare the images in {run.dir / 'data'}") if run.dry_run else prepare_data(run)

@@ -8,7 +8,7 @@ Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels; n
     python train_guided.py configs/shapes.yaml labels=kmeans                     # CPU, about a minute
     python train_guided.py configs/cifar10.yaml labels=kmeans init=              # one GPU, from scratch
     torchrun --nproc_per_node=8 train_guided.py configs/cifar10.yaml labels=online
-    python train_guided.py configs/shapes.yaml labels=none name=unconditional    # the same training without labels: the base line
+    python train_guided.py configs/shapes.yaml labels=none                       # the same training without labels, into guided/unconditional: the base line
 
 The loss is that of train_diffusion.py with a condition: each image's label, replaced by the null label with probability `drop`, sample by
 sample (arXiv 2207.12598). One network thereby learns v(x_t, t, label) and v(x_t, t, null); sample_ode.py mixes the two.
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from extract_features import cost_shares, matching, reader, stream
-from self_label import alone, gather, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
+from self_label import alone, gather, in_blocks, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, cost, diffuse, digest, fill,
-                             fit, footprint, gpu_flags, input_shape, load_checkpoint, load_data, missing, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, start, wide)
+                             fit, footprint, gpu_flags, input_shape, load_checkpoint, load_data, missing, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, seeded, start, wide)
 
 
 @dataclass
@@ -152,13 +152,13 @@ def draw_boxes(boxes, size):
     return 1 - inside.any(1).astype(np.uint8)
 
 
-def layout_maps(run, cfg, labels, split, kinds=0):
-    """(maps uint8 [N, H, W], number of ids) of the label file's boxes or masks; of labels=classes, which has none, the ground truth's, where 255 is void.
+def layout_maps(run, cfg, labels, info, split, kinds=0):
+    """(maps uint8 [N, H, W], number of ids) of the label file's boxes or masks; of method=classes, which has none, the ground truth's, where 255 is void.
 
     kinds: the number of ids, where a model was trained with one; 0 = as many as there are.
     """
-    data, kind = load_data(run, split), {"box": "boxes", "mask": "masks"}[cfg.condition]
-    there = labels.get(f"{kind}_{split}", getattr(data, kind) if cfg.labels == "classes" else None)
+    data, kind, truth = load_data(run, split), {"box": "boxes", "mask": "masks"}[cfg.condition], info.get("recipe", {}).get("method") == "classes"
+    there = labels.get(f"{kind}_{split}", getattr(data, kind) if truth else None)
     if there is None or len(there) != len(data):
         raise UserError(f"condition={cfg.condition}: labels/{cfg.labels}.npz has no {kind} of the {len(data)} {split} images; make them with self_label.py")
     size = data.images.shape[2]
@@ -168,7 +168,7 @@ def layout_maps(run, cfg, labels, split, kinds=0):
     if there.shape[1] != there.shape[2] or size % there.shape[1]:
         raise UserError(f"labels/{cfg.labels}.npz: masks of {there.shape[1]} x {there.shape[2]} positions do not divide images of {size}")
     there = there.repeat(size // there.shape[1], 1).repeat(size // there.shape[2], 2)
-    void = there == 255 if cfg.labels == "classes" else np.zeros(there.shape, bool)
+    void = there == 255 if truth else np.zeros(there.shape, bool)
     kinds = kinds or max(int(there[~void].max(initial=0)) + 1, 2)
     there[void | (there >= kinds)] = kinds                # void, or an id that no training image has: no condition there
     return there, kinds
@@ -209,8 +209,7 @@ class Labeller(nn.Module):
         p = next(net.parameters())
         with torch.no_grad():                             # the feature's width, by looking
             width = reader(net, [name], "none")(torch.zeros(1, channels, size, size, device=p.device), torch.ones(1, device=p.device))[0].shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(cfg.seed, "labeller"))
+        with seeded(cfg.seed, "labeller"):
             self.head = nn.Sequential(nn.Linear(width, cfg.sk_hidden), nn.SiLU(), nn.Linear(cfg.sk_hidden, cfg.sk_dim))
             self.prototypes = nn.Parameter(F.normalize(torch.randn(cfg.K, cfg.sk_dim), dim=1))
         self.register_buffer("mean", torch.zeros(width))
@@ -274,16 +273,16 @@ class Labeller(nn.Module):
         if self.cfg.assign == "argmax":
             return scores.argmax(1)
         every = torch.cat([scores, past[self.rank::self.world]])
-        return (scores / self.cfg.sk_eps - prices(lambda: every.split(512), self.cfg.sk_eps, self.cfg.sk_iterations)).argmax(1)
+        return (scores / self.cfg.sk_eps - prices(in_blocks(every), self.cfg.sk_eps, self.cfg.sk_iterations)).argmax(1)
 
     def remember(self, h, updates):
         """Put the embeddings [n, d] of all processes into the queue, in order of image number."""
         if not len(self.queue):
             return
         if self.world > 1:
-            every = [torch.empty_like(h) for _ in range(self.world)]
-            dist.all_gather(every, h.contiguous())
-            h = torch.cat(every)
+            every = h.new_empty(self.world * len(h), h.shape[1])
+            dist.all_gather_into_tensor(every, h.contiguous())
+            h = every
         h = h[-len(self.queue):]
         self.queue[(updates * len(h) + torch.arange(len(h), device=h.device)) % len(self.queue)] = h
 
@@ -316,14 +315,16 @@ class Labeller(nn.Module):
                 look = slice(None) if guided else part
                 t = torch.full_like(u[look, 0], cfg.sk_t)
                 f = self.look(ema, x[look], z[look, 0], t)
-            keep, f = self.kept(f[0, 0].numel(), updates, x.device), rows_of_map(f)
-            rows = torch.arange(len(f), device=x.device).reshape(b if guided else len(part), -1)[part if guided else slice(None)][:, keep].flatten()
+            patches = f[0, 0].numel()                     # 1 for averaged features
+            keep, f = self.kept(patches, updates, x.device), rows_of_map(f)
+            place = torch.arange(len(f), device=x.device).reshape(-1, patches)   # row of f by image and patch
+            rows = (place[part] if guided else place)[:, keep].flatten()         # those in the loss
             self.learn_statistics(f[rows], updates)
             with torch.no_grad():
                 teacher.mean.copy_(self.mean), teacher.var.copy_(self.var)
                 h = teacher.embed(f)                      # [b or n, d], or one row per patch
                 scores, past = teacher.scores(h), teacher.scores(self.queue[:updates * len(rows) * self.world])
-            ids = self.labels(scores, past).reshape(b, -1) if guided else torch.zeros(b, len(f) // len(part), dtype=torch.long, device=x.device)
+            ids = self.labels(scores, past).reshape(b, patches) if guided else torch.zeros(b, patches, dtype=torch.long, device=x.device)
             q = self.targets(scores[rows], past)
             self.remember(h[rows], updates)
         drop = u[:, 2] < cfg.drop if guided else torch.ones_like(u[:, 2], dtype=torch.bool)          # null for all before: the same computation, which compiles once
@@ -371,11 +372,12 @@ class Labeller(nn.Module):
         self.sums.zero_()
         with alone():
             told, _, alike, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
-        ids = told if self.settled is None else self.settled.cpu()[self.rows].long()     # labels that stay are those that condition
+        ids = told if self.settled is None else self.settled[self.rows].cpu().long()     # labels that stay are those that condition
         K = self.cfg.K
         counts = torch.bincount(ids.flatten(), minlength=K)
         before = self.watched[:len(ids)]
-        now = ids[:, math.isqrt(ids.shape[1]) // 2 * (math.isqrt(ids.shape[1]) + 1)]              # of a map: the label in the middle
+        side = math.isqrt(ids.shape[1])
+        now = ids[:, side // 2 * side + side // 2]        # of a map: the label in the middle
         line = dict(sk_loss=float(sums[0] / sums[2]), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2]),
                     used=float((counts > 0).float().mean()), label_entropy=size_entropy(counts.numpy()),
                     churn=float((before.cpu() != now).float().mean()) if (before >= 0).all() else None)
@@ -385,8 +387,8 @@ class Labeller(nn.Module):
         if self.classes is not None and ids.shape[1] == 1:
             line["nmi"] = nmi(now.numpy(), self.classes)
         line["mean_cosine"] = alike
-        # balanced assignment hides a head that maps all images to one place: then the targets are uniform. Or few labels hold nearly all images
-        line["collapsed"] = line["target_entropy"] > 0.95 * line["ln_K"] or math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)
+        # or few labels hold nearly all images
+        line["collapsed"] = uniform_targets(line) or math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)
         return line
 
     def grid(self, ema, teacher, context):
@@ -407,10 +409,15 @@ class Labeller(nn.Module):
         text += "".join(f"  {name} {line[key]:.2f}" for key, name in (("churn", "churn"), ("nmi", "NMI"), ("settled", "as settled")) if line.get(key) is not None)
         if not line["collapsed"]:
             return text
-        if line["target_entropy"] > 0.95 * line["ln_K"]:
+        if uniform_targets(line):
             return text + "\nWARNING: the labels have collapsed: the targets do not tell images apart. Try a smaller sk_eps or sk_weight, or another sk_t"
         return text + ("\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or sk_queue, a smaller sk_weight or K, "
                        "or another sk_t")
+
+
+def uniform_targets(line):
+    """Whether the targets, by a line of the log, tell images apart no more: what balanced assignment makes of a head that maps all images to one place."""
+    return line["target_entropy"] > 0.95 * line["ln_K"]
 
 
 def rows_of_map(f):
@@ -473,7 +480,8 @@ def label_images(net, labeller, images, rows, context, purpose):
     """
     cfg, h, g, eps, device = labeller.cfg, [], labeller.prices, labeller.cfg.sk_eps, labeller.mean.device
     for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=device, context=context,
-                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}", batch=min(256, cfg.micro or max(1, cfg.batch // labeller.world))):
+                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}", batch=min(256, cfg.micro or max(1, cfg.batch // labeller.world)),
+                            compiled=cfg.compile and purpose != "like"):
         e = labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1))             # [b, patches, d]
         large = 4 * len(rows) * e[0].numel() > 1e9        # patches of many images: in half precision, off the GPU
         h.append(e.half().cpu() if large else e)
@@ -518,6 +526,8 @@ def check_online(run, cfg):
             "labels settle after prototypes have moved (sk_freeze), and before training ends; sk_until=0 never settles them")
     if cfg.condition == "patch" and cfg.sk_augment:
         raise UserError("sk_augment: patches of two views do not correspond; use sk_augment=0 with condition=patch")
+    if cfg.condition != "patch" and (some := round(cfg.batch * cfg.sk_share) + cfg.sk_queue) < cfg.K:
+        run.say(f"note: {some} images balance K={cfg.K} labels at a time (batch x sk_share + sk_queue): not every label can have one; a longer sk_queue helps")
 
 
 def announce_looks(run, cfg, net, train, test):
@@ -542,7 +552,7 @@ def finish_online(run, cfg, net, side, state, folder, data):
     context, splits = autocast(run, cfg.precision)[0], dict(train=data, test=load_data(run, "test"))
     labels, typical = {}, None
     for split, d in splits.items():
-        rows = np.arange(len(d) * run.rank // run.world, len(d) * (run.rank + 1) // run.world)
+        rows = run.share(len(d))
         ids, score, _, side.prices = label_images(net, side, d.inputs, rows, context, split)    # test images under the prices of the training images
         side_ = math.isqrt(ids.shape[1])
         ids, score = (np.concatenate(gather(v.numpy())) for v in (ids, score))
@@ -602,7 +612,7 @@ def main():
             grid = dict(vector=sampling["sets"][torch.arange(min(n, 12)).repeat_interleave(10)].float().to(run.device))
         elif cfg.condition != "label":
             require(not run.data.latents, cfg, "condition", "boxes and masks are drawn on pixels; with data.latents use condition=label")
-            maps, kinds = layout_maps(run, cfg, labels, "train")
+            maps, kinds = layout_maps(run, cfg, labels, info, "train")
             condition, conditions = layout_condition(labels["train"], maps, K, kinds, cfg, run.device), conditions | dict(layout_channels=kinds)
             sampling, layout = bank_of(maps, kinds, cfg.seed, labels["train"], K), digest(maps)
             shown = torch.arange(min(12, len(maps))).repeat_interleave(10)

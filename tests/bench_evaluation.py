@@ -46,7 +46,7 @@ def main():
                            up_block_types=blocks[1]).eval().requires_grad_(False).to(DEVICE)
     images = np.random.default_rng(0).integers(0, 256, (COUNT, 3, SIZE, SIZE), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        run = SimpleNamespace(dir=Path(folder), data=Data(latents="bench"), vae=vae, rank=0, world=1, device=DEVICE, agreed=lambda v: v, wait=lambda: None, say=lambda *_: None, dry_run=False)
+        run = SimpleNamespace(dir=Path(folder), data=Data(latents="bench"), vae=vae, rank=0, world=1, device=DEVICE, agreed=lambda look: look(), wait=lambda: None, say=lambda *_: None, dry_run=False, share=np.arange)
         for split, part in (("train", images), ("test", images[:1])):
             (Path(folder) / "data" / split).mkdir(parents=True)
             np.save(Path(folder) / "data" / split / "images.npy", part)

@@ -60,7 +60,7 @@ def sampling(model, size, batch, steps, labels, w, channels=3, path="cv", solver
     torch._dynamo.reset()                                 # all networks share their code, of which so many versions are compiled and no more
     net = placed(build_model(model, size, channels, num_labels=labels).eval().requires_grad_(False), DEVICE, compiled=GPU)
     net, context = (torch.compile(net, dynamic=False), lambda: torch.autocast("cuda", torch.bfloat16)) if GPU else (net, nullcontext)
-    cfg, run = SampleOde(batch=batch, steps=steps, solver=solver, interval=list(interval)), SimpleNamespace(rank=0, world=1, device=DEVICE, vae=None)
+    cfg, run = SampleOde(batch=batch, steps=steps, solver=solver, interval=list(interval)), SimpleNamespace(rank=0, world=1, device=DEVICE, vae=None, share=np.arange)
     state = dict(path=path, predict="v", channels=channels, size=size, num_labels=labels, marginal=torch.full((max(labels, 1),), 1 / max(labels, 1)))
     grid = torch.linspace(0, 1, steps + 1).tolist()       # Heun looks at both ends of a step, DDIM at the first
     times = [t for ends in zip(grid[:-1], grid[1:]) for t in ends[:2 if solver == "heun" else 1]]
@@ -98,7 +98,7 @@ def extraction(model, size, batch):
 
 def main():
     gpu_flags(training=False)                             # as in the stages
-    torch._dynamo.config.fail_on_recompile_limit_hit = True                      # rather than compare eager networks without a word
+    torch._dynamo.config.fail_on_cache_limit_hit = True                      # rather than compare eager networks without a word
     config = lambda name: fill("model", Model, yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"])
     shapes = config("shapes")
     unet = Model(channels=64, mult=[1, 2, 2], blocks=2, attention=[8], head_channels=32)

@@ -214,3 +214,10 @@ def test_requests_without_what_they_need(refuse, tiny, run):
     assert "evaluate=true" in refuse("sample_ode", tiny, f"run={run}", "name=x", "sweep=nfe", "evaluate=false")
     assert "auto, bf16" in refuse("sample_ode", tiny, f"run={run}", "name=x", "precision=bf17")
     assert "K=1" in refuse("probe", tiny, f"run={run}", "K=1")
+
+
+def test_features_of_an_earlier_state_are_named(copy, tiny):
+    """A model that went on after its features were extracted: the labels are made, and it is said whose they are."""
+    info = json.loads((copy / "features/base/info.json").read_text())
+    (copy / "features/base/info.json").write_text(json.dumps(info | dict(hash="0" * 16)))
+    assert "are of an earlier state of diffusion/base" in stage("self_label", tiny, f"run={copy}", "method=kmeans", "name=again").stdout

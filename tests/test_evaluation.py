@@ -179,7 +179,7 @@ def test_images_reach_inception_as_in_clean_fid(tmp_path, monkeypatch, size):
     from cleanfid.resize import build_resizer
     torch.jit.script(Base()).save(tmp_path / "inception-2015-12-05.pt")
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
-    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), wait=lambda: None)
+    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), turns=lambda: [True])
     evaluator, text, name = sample_ode.open_evaluator(run, "inception")
     images = np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8)
     resized = torch.from_numpy(np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2))
@@ -197,4 +197,4 @@ def test_inception_without_weights_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr(cleanfid.inception_torchscript, "check_download_inception", offline)
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"could not be downloaded \(no route\); put inception-2015-12-05.pt there"):
-        sample_ode.open_evaluator(SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), wait=lambda: None), "inception")
+        sample_ode.open_evaluator(SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), turns=lambda: [True]), "inception")

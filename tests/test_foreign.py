@@ -14,7 +14,7 @@ from test_probe_heads import called
 
 import extract_features
 from extract_features import ExtractFeatures, as_map, attended, catalogue, encoded, open_foreign, reader, stream, text_embedding
-from train_diffusion import PATHS, UserError, diffuse, torchvision_datasets
+from train_diffusion import PATHS, Run, UserError, diffuse, torchvision_datasets
 
 BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
 
@@ -22,7 +22,7 @@ BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8
 class Here:
     """As much of a Run as opening a model needs."""
     device, data, rank, world, dry_run = torch.device("cpu"), type("Data", (), dict(size=32)), 0, 1, False
-    wait = staticmethod(lambda: None)
+    wait, turns = staticmethod(lambda: None), classmethod(Run.turns)
 
 
 def opened(model, **options):

@@ -1,5 +1,6 @@
 """What only a GPU shows, skipped where there is none: no update and no sampling step waits for it, compiled bf16 training agrees with float32, a layout changes on resume,
 DDP over NCCL around a compiled network, CUDA features equal the CPU's."""
+import datetime
 import importlib
 import json
 import sys
@@ -82,6 +83,7 @@ def test_nccl_and_a_compiled_network(tmp_path):
     model, x, t = td.Model(channels=64, mult=[1, 2], blocks=1, attention=[8], head_channels=32, stem=4), torch.randn(8, 3, 32, 32, device=GPU), torch.linspace(0, 1000, 8, device=GPU)
     td.gpu_flags(training=False)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    dist.group.WORLD._get_backend(GPU)._set_default_timeout(datetime.timedelta(minutes=30))             # as `start` does
     try:
         nets = [td.placed(td.build_model(model, 32), GPU, compiled) for compiled in (False, True)]
         for p in nets[0].parameters():                    # zeros at the ends would hide what is behind them
@@ -120,6 +122,18 @@ def test_features_and_clusters_are_those_of_the_cpu():
     assert (got["cpu"] - got["cuda"]).norm() < 1e-4 * got["cpu"].norm()
     centres = [kmeans(got["cpu"].to(d), 4, metric="euclidean", iterations=5, start=got["cpu"][:4].to(d), device=torch.device(d))[0].cpu() for d in ("cpu", "cuda")]
     assert torch.allclose(*centres, atol=1e-3)
+
+
+def test_compiled_features_are_the_same():
+    """Channels-last, up to the middle block, the last batch filled up."""
+    td.gpu_flags(training=False)
+    images, got = split(40).images, []
+    for compiled in (False, True):
+        net = td.placed(td.build_model(td.Model(channels=64, mult=[1, 2], blocks=1, attention=[8], head_channels=32, stem=2), 32).eval(), GPU, compiled)
+        name = [n for n in catalogue(net) if n.startswith("mid")][-1]
+        parts = stream(net, dict(path="cv"), images, np.arange(40), [name], [0.8], device=GPU, context=td.nullcontext, batch=16, compiled=compiled)
+        got.append(torch.cat([features[name, 0.8].cpu() for _, features in parts]))
+    assert got[0].shape == got[1].shape and (got[0] - got[1]).norm() < 1e-3 * got[0].norm()
 
 
 def test_dopri5_gives_the_cpu_s_samples():

@@ -46,7 +46,7 @@ def run(vae, tmp_path_factory):
 def there(folder, vae, **more):
     """What `start` would hand to a stage of this run."""
     return SimpleNamespace(dir=folder, data=Data(size=16, latents=str(vae)), vae=None, world=1, rank=0, device=torch.device("cpu"), dry_run=False, say=lambda *_: None,
-                           wait=lambda: None, agreed=lambda v: v, **more)
+                           wait=lambda: None, agreed=lambda look: look(), turns=lambda: [True], **more)
 
 
 def test_latents_are_those_of_the_autoencoder(run, vae):

@@ -238,6 +238,15 @@ def test_impossible_requests(keys):
         check_online(OneProcess, dataclasses.replace(TrainGuided(batch=32), **keys))
 
 
+def test_too_few_images_for_all_labels_are_noted():
+    said = []
+    process = SimpleNamespace(world=1, data=Data(), say=said.append)
+    check_online(process, TrainGuided(batch=32, K=72, sk_queue=64))
+    assert not said
+    check_online(process, TrainGuided(batch=32, K=73, sk_queue=64))
+    assert len(said) == 1 and "72 images balance K=73" in said[0]
+
+
 TOY = """
 data: {source: arrays, size: 16}
 model: {channels: 16, mult: [1, 2], blocks: 1, attention: [], head_channels: 16, stem: 2}

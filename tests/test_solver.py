@@ -464,7 +464,7 @@ def test_labels_by_name():
 
 
 def process(rank=0, world=1):
-    return SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), vae=None)
+    return SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), vae=None, share=lambda n: np.arange(n * rank // world, n * (rank + 1) // world))
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])

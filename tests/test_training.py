@@ -220,9 +220,26 @@ def test_a_compiled_network_trains_and_samples_like_the_plain_one(tiny, tmp_path
         run(sample_ode, "true", "evaluate=false", "n=16", "batch=8", "solver=euler", f"compile={how}", f"name={how}")
     images = [np.load(tmp_path / "true" / "samples" / how / "images.npy").astype(int) for how in ("true", "false")]
     assert compiled[2:] == [dict(dynamic=False)] and np.abs(images[0] - images[1]).max() <= 1
-    for reach in ("head", "backbone"):                    # online, those who look for labels are compiled, too: the averaged network and the one that is trained
+    for reach in ("head", "backbone"):                    # online, those who look for labels are compiled, too: teacher and student, for two log lines, at the end for two splits
         compiled.clear()
         for how in ("true", "false"):
             run(train_guided, "true", "labels=online", "init=", "K=6", "switch=64", "sk_freeze=0", "sk_ramp=0", "sk_queue=64", f"sk_grad={reach}", f"compile={how}", f"name={reach}-{how}")
         logs = [[json.loads(line) for line in (tmp_path / f"true/guided/{reach}-{how}/metrics.jsonl").read_text().splitlines()] for how in ("true", "false")]
-        assert len(compiled) == 3 and len(logs[0]) == 2 and all(np.allclose(a[key], b[key], rtol=1e-3) for a, b in zip(*logs) for key in ("loss", "sk_loss", "grad_norm"))
+        assert len(compiled) == 7 and len(logs[0]) == 2 and all(np.allclose(a[key], b[key], rtol=1e-3) for a, b in zip(*logs) for key in ("loss", "sk_loss", "grad_norm"))
+
+
+def test_turns_and_complaints_of_many_processes(monkeypatch, tmp_path):
+    """First one process downloads, then one of each machine, then all others; what the first finds wrong all complain of; shares are disjoint and complete."""
+    turns = []
+    for rank, local in ((0, 0), (1, 1), (8, 0), (9, 1)):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        run = make_run(tmp_path, rank, 16)
+        monkeypatch.setattr(td.Run, "wait", lambda self: None)
+        turns.append(list(run.turns()))
+    assert turns == [[True, False, False], [False, False, True], [False, True, False], [False, False, True]]
+    sent = []
+    monkeypatch.setattr(td.dist, "broadcast_object_list", lambda box: sent.append(box[0]) if box[0] else box.__setitem__(0, sent[0]))
+    for rank in (0, 1):
+        with pytest.raises(td.UserError, match="no such"):
+            make_run(tmp_path, rank, 2).agreed(lambda: td.require(False, make_run(tmp_path).cfg, "images", "no such"))
+    assert np.array_equal(np.concatenate([make_run(tmp_path, r, 3).share(10) for r in range(3)]), np.arange(10))
