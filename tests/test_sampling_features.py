@@ -18,7 +18,7 @@ NAMES = ["down-level0-repeat0-res-out", "up-level0-repeat0-res-out"]
 
 
 class Here:
-    rank, world, device, vae = 0, 1, torch.device("cpu"), None
+    rank, world, device, vae, share = 0, 1, torch.device("cpu"), None, np.arange
 
 
 @pytest.mark.parametrize("labels, w", [(0, 1.0), (3, 1.0), (3, 2.0), (3, 0.0)])
