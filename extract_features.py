@@ -37,9 +37,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, Model, ResBlock, UNet, UserError, VariancePreserving, ahead, as_input, autocast, bar,
-                             build_model, cli, cost, create_rows, diffuse, digest, draw, finished, footprint, load_data, load_model, read_json, require_shape,
-                             read_torch, require, row_shape, save_grid, start, to_uint8, torchvision_datasets, weights_hash, write_json, write_rows)
+from configs.data import as_input, load_data, require_shape, row_shape, torchvision_datasets
+from configs.run import (Model, UserError, ahead, autocast, bar, cli, create_rows, digest, draw, finished, read_json,
+                         read_torch, require, save_grid, start, to_uint8, weights_hash, write_json, write_rows)
+from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, ResBlock, UNet, VariancePreserving,
+                             build_model, cost, diffuse, footprint, load_model)
 
 
 @dataclass

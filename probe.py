@@ -46,9 +46,11 @@ from torch import nn
 
 from extract_features import catalogue, cost_shares, load_features, matching, noise_level, reader, stream
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
-from train_diffusion import (PATHS, Block, Data, Model, UserError, UViT, as_input, atomic, autocast, bar, build_model, cli, cost, diffuse, draw, fill,
-                             finished, footprint, load_checkpoint, load_data, load_model, prepare_data, read_json, require, require_shape, row_shape,
-                             save_grid, seed_of, seeded, shape_parts, start, write_json)
+from configs.data import as_input, load_data, prepare_data, require_shape, row_shape
+from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, draw, fill, finished, read_json, require,
+                         save_grid, seed_of, seeded, start, write_json)
+from configs.shapes import shape_parts
+from train_diffusion import PATHS, Block, UViT, build_model, cost, diffuse, footprint, load_checkpoint, load_model
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read

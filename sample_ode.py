@@ -32,9 +32,11 @@ from torch import nn
 from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
-from train_diffusion import (DECODE, PATHS, Data, Folder, Squared, UserError, ahead, as_input, atomic, autocast, bar, cli, cost, create_rows, decode, digest, draw,
-                             estimates, fill, finished, footprint, load_checkpoint, load_data, load_model, open_autoencoder, read_json, require, save_grid, seed_of, seeded, start,
-                             to_latents, to_uint8, weights_hash, wide, write_json, write_rows)
+from configs.data import Folder, Squared, as_input, decode, load_data, open_autoencoder, to_latents
+from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
+                         finished, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
+                         wide, write_json, write_rows)
+from train_diffusion import DECODE, PATHS, cost, estimates, footprint, load_checkpoint, load_model
 
 
 @dataclass
@@ -399,7 +401,7 @@ def open_evaluator(run, name):
         net, text = train_judge(run)
         return net, text, "frechet"
     if name == "inception":
-        from train_diffusion import torchvision_datasets
+        from configs.data import torchvision_datasets
         torchvision_datasets()                            # clean-fid imports torchvision: make sure that this works beside a CPU-only torch
         from cleanfid.inception_torchscript import InceptionV3W
         folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))

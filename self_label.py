@@ -32,8 +32,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from extract_features import load_features
-from train_diffusion import (UserError, atomic, cli, cost, create_rows, digest, finished, load_data, read_json, require, save_grid, seed_of, start, write_json,
-                             write_rows)
+from configs.data import load_data
+from configs.run import (UserError, atomic, cli, create_rows, digest, finished, read_json, require, save_grid,
+                         seed_of, start, write_json, write_rows)
+from train_diffusion import cost
 
 
 @dataclass

@@ -30,8 +30,11 @@ from torch import nn
 
 from extract_features import cost_shares, matching, reader, stream
 from self_label import alone, gather, in_blocks, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
-from train_diffusion import (PATHS, PUBLISHED, Model, Training, UserError, announce, atomic, autocast, build_model, check_training, cli, cost, diffuse, digest, fill,
-                             fit, footprint, gpu_flags, input_shape, load_checkpoint, load_data, missing, placed, read_json, require, row_shape, save_checkpoint, save_grid, seed_of, seeded, start, wide)
+from configs.data import input_shape, load_data, row_shape
+from configs.run import (Model, UserError, atomic, autocast, cli, digest, fill, gpu_flags, read_json, require,
+                         save_grid, seed_of, seeded, start, wide)
+from train_diffusion import (PATHS, PUBLISHED, Training, announce, build_model, check_training, cost, diffuse, fit,
+                             footprint, load_checkpoint, missing, placed, save_checkpoint)
 
 
 @dataclass

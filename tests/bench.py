@@ -15,7 +15,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from train_diffusion import write_json                   # noqa: E402
+from configs.run import write_json                # noqa: E402
 
 
 def machine():

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_diffusion import attention                    # noqa: E402
+from train_diffusion import attention                # noqa: E402
 
 SHAPES = [(128, 2, 64, 32), (32, 8, 65, 48), (8, 8, 257, 64), (4, 16, 257, 64), (16, 4, 256, 64), (2, 4, 1024, 64)]       # batch, heads, positions, width
 

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from self_label import find_objects                      # noqa: E402
-from train_diffusion import draw_shapes                  # noqa: E402
+from configs.shapes import draw_shapes                # noqa: E402
 
 
 def main():

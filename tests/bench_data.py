@@ -17,7 +17,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from train_diffusion import Data, Model, Run, TrainDiffusion, build_model, feed, fill, fit, load_data, placed, prepare_data          # noqa: E402
+from configs.data import load_data, prepare_data                # noqa: E402
+from configs.run import Data, Model, Run, fill                # noqa: E402
+from train_diffusion import TrainDiffusion, build_model, feed, fit, placed                # noqa: E402
 
 
 def main():

@@ -24,7 +24,9 @@ except ImportError as e:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sample_ode import inception_resize                  # noqa: E402
-from train_diffusion import (DECODE, ENCODE, Data, autoencoder_kl, decode, encode_latents, gpu_flags, to_latents, write_json)        # noqa: E402
+from configs.data import autoencoder_kl, decode, encode_latents, to_latents                # noqa: E402
+from configs.run import Data, gpu_flags, write_json                # noqa: E402
+from train_diffusion import DECODE, ENCODE                # noqa: E402
 
 SIZE, COUNT = (256, 512) if GPU else (64, 64)
 

@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 import train_diffusion                                                                                                      # noqa: E402
 from sample_ode import frechet                                                                                              # noqa: E402
 from self_label import kmeans, sinkhorn_stream                                                                              # noqa: E402
-from train_diffusion import (PATHS, Data, Model, Run, Split, TrainDiffusion, autocast, build_model, fill, fit, footprint, gpu_flags, loss_per_image,     # noqa: E402
-                             placed)
+from configs.data import Split                                                                                              # noqa: E402
+from configs.run import Data, Model, Run, autocast, fill, gpu_flags                                                         # noqa: E402
+from train_diffusion import PATHS, TrainDiffusion, build_model, fit, footprint, loss_per_image, placed                      # noqa: E402
 
 GPU = DEVICE.type == "cuda"
 

@@ -21,7 +21,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from extract_features import matching                                                                                       # noqa: E402
-from train_diffusion import Data, Model, Run, build_model, fill, fit, load_data, placed, prepare_data                                # noqa: E402
+from configs.data import load_data, prepare_data                # noqa: E402
+from configs.run import Data, Model, Run, fill                # noqa: E402
+from train_diffusion import build_model, fit, placed                # noqa: E402
 from train_guided import Labeller, TrainGuided                                                                              # noqa: E402
 
 IMAGES, TURNS = 4096, 5

@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from extract_features import stream, tapped                                      # noqa: E402
 from probe import SWEEP, Probe, accuracy, block_outputs, logistic, standardise          # noqa: E402
-from train_diffusion import Model, as_input, build_model, draw_shapes, fill, load_data, load_model, start        # noqa: E402
+from configs.data import as_input, load_data                # noqa: E402
+from configs.run import Model, fill, start                # noqa: E402
+from configs.shapes import draw_shapes                # noqa: E402
+from train_diffusion import build_model, load_model                # noqa: E402
 
 
 def main():

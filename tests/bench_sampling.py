@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from extract_features import catalogue, reader, stream                           # noqa: E402
 from sample_ode import SampleOde, generate                                       # noqa: E402
-from train_diffusion import Model, build_model, fill, gpu_flags, placed          # noqa: E402
+from configs.run import Model, fill, gpu_flags                # noqa: E402
+from train_diffusion import build_model, placed                # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"

@@ -21,7 +21,7 @@ from bench_sampling import DEVICE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from self_label import lloyd, prices, rows_of            # noqa: E402
-from train_diffusion import create_rows, write_rows      # noqa: E402
+from configs.run import create_rows, write_rows                # noqa: E402
 
 ROWS, D, K, BLOCK, PROCESSES = int(sys.argv[1]) if len(sys.argv) > 1 else 1_280_000, 1024, 5000, 500, 2
 

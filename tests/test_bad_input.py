@@ -12,7 +12,7 @@ import torch
 from conftest import stage
 from PIL import Image
 
-from train_diffusion import comments
+from configs.run import comments
 
 
 @pytest.fixture(scope="module")

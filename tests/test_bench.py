@@ -8,7 +8,7 @@ import bench_sampling
 import pytest
 import torch
 
-from train_diffusion import Model
+from configs.run import Model
 
 UVIT, UNET = Model("uvit", channels=32, depth=2, heads=2, patch=8), Model(channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
 

@@ -12,7 +12,8 @@ from conftest import stage
 import self_label
 from self_label import (assign, average_precision, balanced_assign, bounds, confusion, corloc, find_objects, iou, largest_component, second_eigenvector,
                         segment, segmentation_scores)
-from train_diffusion import Data, draw_shapes
+from configs.run import Data
+from configs.shapes import draw_shapes
 
 METHODS = ("lost", "ncut")
 

@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, stage
 
 from extract_features import cost_shares
-from train_diffusion import Model, build_model, weights_hash
+from configs.run import Model, weights_hash
+from train_diffusion import build_model
 from train_guided import TrainGuided
 
 

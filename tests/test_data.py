@@ -13,6 +13,7 @@ from conftest import ROOT, stage
 from PIL import Image
 
 import train_diffusion as td
+from configs import run as cr
 from extract_features import ExtractFeatures
 from probe import Probe
 from sample_ode import SampleOde
@@ -55,7 +56,7 @@ def test_flat_folder_is_cropped_and_held_out(tiny, tmp_path):
 
 def test_photographs_are_turned_and_16_bits_kept(tmp_path):
     """EXIF orientation 6 means that the top row of the file is the right edge; 16-bit grey becomes 8-bit grey."""
-    from train_diffusion import Squared
+    from configs.data import Squared
     x = np.zeros((8, 8, 3), np.uint8)
     x[:2] = 255
     exif = Image.Exif()
@@ -111,9 +112,9 @@ def test_nothing_is_prepared_twice(tiny, tmp_path):
 def test_every_configuration_is_valid(file):
     """All sections, as each stage reads them; networks are built without memory."""
     sections = yaml.safe_load(file.read_text())
-    kinds = dict(data=td.Data, model=td.Model, published=td.Published, train_diffusion=td.TrainDiffusion, extract_features=ExtractFeatures, self_label=SelfLabel,
+    kinds = dict(data=cr.Data, model=cr.Model, published=cr.Published, train_diffusion=td.TrainDiffusion, extract_features=ExtractFeatures, self_label=SelfLabel,
                  train_guided=TrainGuided, sample_ode=SampleOde, probe=Probe)
-    filled = {name: td.fill(name, kinds[name], values) for name, values in sections.items()}
+    filled = {name: cr.fill(name, kinds[name], values) for name, values in sections.items()}
     assert {"data", "sample_ode"} <= set(filled)
     for stage_ in ("train_diffusion", "train_guided"):
         if stage_ in filled:
@@ -130,10 +131,10 @@ def test_every_configuration_is_valid(file):
 def test_configurations_for_24_gb(name, section, micro):
     """The memory that --dry-run computes, with a few GB to spare for what it does not count."""
     sections = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-    cfg = td.fill(section, {"train_guided": TrainGuided, "train_diffusion": td.TrainDiffusion}[section], sections[section])
+    cfg = cr.fill(section, {"train_guided": TrainGuided, "train_diffusion": td.TrainDiffusion}[section], sections[section])
     latent = "latents" in sections["data"]
     channels, size = (4, sections["data"]["size"] // 8) if latent else (3, sections["data"]["size"])
     with torch.device("meta"):
-        net = td.build_model(td.fill("model", td.Model, sections["model"]), size, channels)
+        net = td.build_model(cr.fill("model", cr.Model, sections["model"]), size, channels)
     parameters, kept = sum(p.numel() for p in net.parameters()), td.footprint(net, channels, size)[1 + cfg.recompute]
     assert 22 * parameters + (micro or cfg.micro or cfg.batch) * kept * (0.5 if latent or cfg.compile else 5 / 6) < 20e9

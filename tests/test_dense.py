@@ -14,7 +14,10 @@ from test_probe_heads import called
 import probe
 from probe import (LinearMap, PixelMlps, Probe, Reading, UPer, box_overlap, coco_ap, confusion_matrix, fit_ensemble, fit_head, instances, mask_overlap, matches, mean_iou,
                    pck, pick_points, similarity, vote, warped_pairs, warps)
-from train_diffusion import PATHS, Data, Split, UserError, draw_shapes, load_data, shape_parts
+from configs.data import Split, load_data
+from configs.run import Data, UserError
+from configs.shapes import draw_shapes, shape_parts
+from train_diffusion import PATHS
 
 CV = PATHS["cv"]
 noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -278,7 +281,7 @@ def test_parts_of_shapes(size):
 @pytest.fixture
 def operators(monkeypatch):
     """torchvision's two compiled operators in plain PyTorch, where its own do not load (a CPU-only torch)."""
-    from train_diffusion import torchvision_datasets
+    from configs.data import torchvision_datasets
     torchvision_datasets()
     import torchvision
     if torchvision.extension._has_ops():

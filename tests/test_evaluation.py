@@ -8,7 +8,8 @@ import torch
 
 import sample_ode
 from sample_ode import Judge, features_of, frechet, kernel_distance, manifold, nearest
-from train_diffusion import UserError, torchvision_datasets
+from configs.data import torchvision_datasets
+from configs.run import UserError
 
 
 def points(n, d, seed=0, spread=1.0, shift=0.0):

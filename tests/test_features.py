@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 
 from extract_features import catalogue, cost_shares, describe, matching, pca_rgb, pooled, reader, stream, tapped
-from train_diffusion import PATHS, AttentionBlock, Block, Model, ResBlock, UNet, UserError, build_model, diffuse, draw, time_embedding
+from configs.run import Model, UserError, draw
+from train_diffusion import PATHS, AttentionBlock, Block, ResBlock, UNet, build_model, diffuse, time_embedding
 
 MODELS = {"unet": Model(channels=32, mult=[1, 2], blocks=2, attention=[8], head_channels=16), "stem": Model(channels=16, mult=[1, 2, 2], blocks=1, attention=[4], head_channels=16, stem=2),
           "uvit": Model("uvit", channels=32, depth=4, heads=4)}

@@ -14,7 +14,10 @@ import self_label
 import train_diffusion
 import train_guided
 from sample_ode import Evaluation, chromatic, frechet, head_and_tail, layout_fidelity
-from train_diffusion import UserError, build_model, draw_shapes, fill, long_tail
+from configs.data import long_tail
+from configs.run import UserError, fill, seed_of
+from configs.shapes import draw_shapes
+from train_diffusion import build_model
 from train_guided import conditioned, draw_boxes, label_sets, set_condition
 
 TAIL = "data.imbalance=8"
@@ -115,7 +118,7 @@ def call(tiny, tmp_path_factory):
 
 def test_long_tailed_data(call):
     train, test = (json.loads((call.dir / f"data/{s}/info.json").read_text()) for s in ("train", "test"))
-    classes = draw_shapes(train_diffusion.seed_of(0, "train"), np.arange(512))[1]
+    classes = draw_shapes(seed_of(0, "train"), np.arange(512))[1]
     full = np.bincount(classes)
     assert train["class_counts"] == [min(full[k], max(1, int(full.max() * 8 ** (-k / 9) + 1e-9))) for k in range(10)] and sum(train["class_counts"]) == train["count"]
     assert test["count"] == 256 and all(len(np.load(call.dir / f"data/train/{k}.npy")) == train["count"] for k in train["arrays"])

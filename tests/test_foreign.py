@@ -14,7 +14,9 @@ from test_probe_heads import called
 
 import extract_features
 from extract_features import ExtractFeatures, as_map, attended, catalogue, encoded, open_foreign, reader, stream, text_embedding
-from train_diffusion import PATHS, Run, UserError, diffuse, torchvision_datasets
+from configs.data import torchvision_datasets
+from configs.run import Run, UserError
+from train_diffusion import PATHS, diffuse
 
 BLOCKS = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
 

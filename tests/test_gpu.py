@@ -14,6 +14,7 @@ from test_training import make_run, split, state
 
 import sample_ode
 import train_diffusion as td
+from configs import run as cr
 from extract_features import catalogue, stream
 from self_label import kmeans
 
@@ -27,7 +28,7 @@ def trained(folder, **keys):
     run.device = GPU
     for key, value in keys.items():
         setattr(run.cfg, key, value)
-    td.gpu_flags(training=True)
+    cr.gpu_flags(training=True)
     done = td.fit(run, run.cfg, td.placed(td.build_model(run.model, 32), GPU, run.cfg.compile), run.dir / "diffusion/base", split(), state(run))
     return [json.loads(line)["loss"] for line in (run.dir / "diffusion/base/metrics.jsonl").read_text().splitlines()], done
 
@@ -57,7 +58,7 @@ def test_no_update_waits(tmp_path):
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8)])
 @pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp-cosine", "ddim")])
 def test_no_step_of_a_sampler_waits(path, solver, interval):
-    net = td.build_model(td.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval().to(GPU)
+    net = td.build_model(cr.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval().to(GPU)
     field, x, label = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval), torch.randn(4, 3, 32, 32, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
     run = lambda steps: sample_ode.integrate(field, x, label, solver, steps, 1e-3)
     run(3)                                                # kernels load, tables are copied
@@ -80,8 +81,8 @@ def test_fp16_scales_its_losses(tmp_path):
 
 def test_nccl_and_a_compiled_network(tmp_path):
     """Gradients through DDP and torch.compile in a group of one process are those of the network itself."""
-    model, x, t = td.Model(channels=64, mult=[1, 2], blocks=1, attention=[8], head_channels=32, stem=4), torch.randn(8, 3, 32, 32, device=GPU), torch.linspace(0, 1000, 8, device=GPU)
-    td.gpu_flags(training=False)
+    model, x, t = cr.Model(channels=64, mult=[1, 2], blocks=1, attention=[8], head_channels=32, stem=4), torch.randn(8, 3, 32, 32, device=GPU), torch.linspace(0, 1000, 8, device=GPU)
+    cr.gpu_flags(training=False)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     dist.group.WORLD._get_backend(GPU)._set_default_timeout(datetime.timedelta(minutes=30))             # as `start` does
     try:
@@ -113,8 +114,8 @@ def test_resizing_for_inception_is_that_of_the_cpu():
 
 def test_features_and_clusters_are_those_of_the_cpu():
     """float32 in full, as after gpu_flags(training=False)."""
-    td.gpu_flags(training=False)
-    net, images, got = td.build_model(td.Model(channels=32, mult=[1, 2], blocks=1, attention=[16], head_channels=16), 32).eval(), split(64).images, {}
+    cr.gpu_flags(training=False)
+    net, images, got = td.build_model(cr.Model(channels=32, mult=[1, 2], blocks=1, attention=[16], head_channels=16), 32).eval(), split(64).images, {}
     name = [n for n in catalogue(net) if n.startswith("mid")][-1]
     for device in ("cpu", "cuda"):
         parts = stream(net.to(device), dict(path="cv"), images, np.arange(64), [name], [0.8], device=torch.device(device), context=td.nullcontext, batch=16)
@@ -126,10 +127,10 @@ def test_features_and_clusters_are_those_of_the_cpu():
 
 def test_compiled_features_are_the_same():
     """Channels-last, up to the middle block, the last batch filled up."""
-    td.gpu_flags(training=False)
+    cr.gpu_flags(training=False)
     images, got = split(40).images, []
     for compiled in (False, True):
-        net = td.placed(td.build_model(td.Model(channels=64, mult=[1, 2], blocks=1, attention=[8], head_channels=32, stem=2), 32).eval(), GPU, compiled)
+        net = td.placed(td.build_model(cr.Model(channels=64, mult=[1, 2], blocks=1, attention=[8], head_channels=32, stem=2), 32).eval(), GPU, compiled)
         name = [n for n in catalogue(net) if n.startswith("mid")][-1]
         parts = stream(net, dict(path="cv"), images, np.arange(40), [name], [0.8], device=GPU, context=td.nullcontext, batch=16, compiled=compiled)
         got.append(torch.cat([features[name, 0.8].cpu() for _, features in parts]))
@@ -138,8 +139,8 @@ def test_compiled_features_are_the_same():
 
 def test_dopri5_gives_the_cpu_s_samples():
     """On a GPU the rows that still move are rounded up to a multiple of 16."""
-    td.gpu_flags(training=False)
-    net = td.build_model(td.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval()
+    cr.gpu_flags(training=False)
+    net = td.build_model(cr.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval()
     x, label, got = torch.randn(21, 3, 32, 32), torch.arange(21) % 3, []
     for device in ("cpu", "cuda"):
         field = sample_ode.Field(net.to(device), td.PATHS["cv"], "v", 2.0)

@@ -11,7 +11,11 @@ import torch
 from conftest import stage
 
 import train_diffusion as td
-from train_diffusion import Data, Model, as_input, build_model, decode, encode_latents, open_autoencoder, row_shape, to_latents
+from configs import data as cd
+from configs import run as cr
+from configs.data import as_input, decode, encode_latents, open_autoencoder, row_shape, to_latents
+from configs.run import Data, Model
+from train_diffusion import build_model
 
 SETTINGS = """
 model: {backbone: uvit, channels: 32, depth: 2, heads: 4, patch: 2, final_conv: false}
@@ -26,7 +30,7 @@ sample_ode: {n: 6, steps: 2, solver: euler, precision: fp32}
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """A random autoencoder on disk that halves the side of images."""
-    kind, folder = td.autoencoder_kl(), tmp_path_factory.mktemp("vae")
+    kind, folder = cd.autoencoder_kl(), tmp_path_factory.mktemp("vae")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         kind(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16), layers_per_block=1,
@@ -82,7 +86,7 @@ def test_encoding_continues_and_is_shared(run, vae, tmp_path, monkeypatch):
     shutil.copytree(run[1] / "data", tmp_path / "data")
     for f in (tmp_path / "data").rglob("latents.*"):
         f.unlink()
-    write = td.write_rows
+    write = cr.write_rows
 
     def counted(path, first, rows):
         if path.name == ".latents.npy" and "train" in str(path):
@@ -92,7 +96,7 @@ def test_encoding_continues_and_is_shared(run, vae, tmp_path, monkeypatch):
             calls.append(first)
         write(path, first, rows)
 
-    monkeypatch.setattr(td, "write_rows", counted)
+    monkeypatch.setattr(cd, "write_rows", counted)
     with pytest.raises(KeyboardInterrupt):
         encode_latents(there(tmp_path, vae), block=32)
     assert not (tmp_path / "data/train/latents.json").exists()
@@ -130,7 +134,7 @@ def test_chain_on_latents(run, monkeypatch):
 
 def test_training_sees_draws_of_the_latents(run, monkeypatch):
     """Mean and deviation of a row, under a noise of its own, which is not that of the path."""
-    seen, loss, make = [], td.loss_per_image, td.as_input
+    seen, loss, make = [], td.loss_per_image, cd.as_input
     monkeypatch.setattr(td, "as_input", lambda rows, flip=None, z=None: seen.append([rows, flip, z, make(rows, flip, z)]) or seen[-1][-1])
     monkeypatch.setattr(td, "loss_per_image", lambda net, path, predict, x, z, *rest, **k: seen[-1].append((x, z)) or loss(net, path, predict, x, z, *rest, **k))
     inside(monkeypatch, "train_diffusion", run[0], f"run={run[1]}", "name=drawn", "images=64")
@@ -163,8 +167,8 @@ def test_uvit_weights_sample_through_the_autoencoder(run, tmp_path, monkeypatch)
     torch.save(w, tmp_path / "w.pt")
     inside(monkeypatch, "sample_ode", yaml, f"run={folder}", f"checkpoint=uvit:{tmp_path / 'w.pt'}", "name=published", "guidance=1.5", "evaluate=false")
     assert np.load(folder / "samples/published/images.npy").shape == (6, 3, 16, 16)
-    with pytest.raises(td.UserError, match="made for inputs of 3 x 16 x 16, this run's are 4 x 8 x 8"):
-        td.load_checkpoint(SimpleNamespace(published=td.Published(), data=Data(size=16, latents="x"), dir=folder, say=lambda *_: None), fake(tmp_path, "adm"))
+    with pytest.raises(cr.UserError, match="made for inputs of 3 x 16 x 16, this run's are 4 x 8 x 8"):
+        td.load_checkpoint(SimpleNamespace(published=cr.Published(), data=Data(size=16, latents="x"), dir=folder, say=lambda *_: None), fake(tmp_path, "adm"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train_diffusion import AttentionBlock, Model, UNet, UserError, UViT, attention, build_model, time_embedding
+from configs.run import Model, UserError
+from train_diffusion import AttentionBlock, UNet, UViT, attention, build_model, time_embedding
 
 # Published settings with parameter counts and digests of all names and shapes, taken from the original repositories. Their class tables
 # have no row for the null label: the U-Net's differs by one row, the U-ViTs' last row is our null.

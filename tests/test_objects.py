@@ -10,7 +10,7 @@ from conftest import stage
 
 import self_label
 from self_label import corloc, crop, find_objects, guided_filter, score_layouts, segmentation_scores
-from train_diffusion import draw_shapes
+from configs.shapes import draw_shapes
 
 
 def test_guided_filter_by_windows():

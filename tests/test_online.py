@@ -12,7 +12,9 @@ from conftest import stage
 from PIL import Image
 
 from extract_features import matching
-from train_diffusion import Data, Model, UserError, build_model, draw_shapes
+from configs.run import Data, Model, UserError
+from configs.shapes import draw_shapes
+from train_diffusion import build_model
 from train_guided import Labeller, TrainGuided, augment, check_online, label_images, layout_of
 
 UNET = Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import stage
 
-from train_diffusion import Model, Muon, Training, build_model, build_optimizer, hidden_weights, orthogonalised
+from configs.run import Model
+from train_diffusion import Muon, Training, build_model, build_optimizer, hidden_weights, orthogonalised
 
 
 def matrices(*singular_values, rows=24, columns=70):

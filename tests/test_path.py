@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from extract_features import noise_level
-from train_diffusion import PATHS, diffuse, estimates, loss_per_image, preview, wide
+from configs.run import wide
+from train_diffusion import PATHS, diffuse, estimates, loss_per_image, preview
 
 EVERY = list(PATHS.values())                              # before other tests bring paths of other programs
 CV, VP = PATHS["cv"], PATHS["vp"]

@@ -25,7 +25,9 @@ import probe
 from extract_features import catalogue, reader
 from probe import (DifFeed, DifFormer, Probe, Reading, Stored, accuracy, augmented, build_head, evaluate, fit_head, granularity, labelled, locality, logistic,
                    measure, mirrors, noise_sensitivity, rank_correlation, readings, ridge_ranking, verdicts)
-from train_diffusion import PATHS, Data, Model, UNet, build_model, load_data, time_embedding
+from configs.data import load_data
+from configs.run import Data, Model
+from train_diffusion import PATHS, UNet, build_model, time_embedding
 
 CV, HEADS = PATHS["cv"], ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
 SMALL = Probe(width=32, depth=1, heads=4, side=4, hidden=[64], images=2_000, head_batch=50, lr=[1e-5, 1e-2], l2=[0.0], batch=64)

@@ -12,7 +12,8 @@ from conftest import stage
 from test_model import inputs
 
 from extract_features import READERS
-from train_diffusion import PATHS, Data, Model, Published, UNet, UserError, UViT, load_model
+from configs.run import Data, Model, Published, UserError
+from train_diffusion import PATHS, UNet, UViT, load_model
 
 # Digests of all names and shapes, taken from the original programs with their published settings. Their class tables have K rows, ours K + 1.
 ADM = {                                                   # size: channels, mult, blocks, classes, attention order and heads, path, digest

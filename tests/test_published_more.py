@@ -14,7 +14,9 @@ from test_model import inputs
 from test_published import opened, pinned
 
 from extract_features import READERS, catalogue
-from train_diffusion import PATHS, Model, UNet, UserError, build_model, torchvision_datasets
+from configs.data import torchvision_datasets
+from configs.run import Model, UserError
+from train_diffusion import PATHS, UNet, build_model
 
 
 def layout(width=64, depth=4, patch=2, channels=3, side=8, K=5, per_patch=False):

@@ -12,7 +12,8 @@ from test_probe_heads import called
 import sample_ode
 from extract_features import tapped
 from sample_ode import Field, SampleOde, generate, integrate
-from train_diffusion import PATHS, draw
+from configs.run import draw
+from train_diffusion import PATHS
 
 NAMES = ["down-level0-repeat0-res-out", "up-level0-repeat0-res-out"]
 

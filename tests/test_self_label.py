@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from self_label import (assign, balanced_assign, contingency, fit_projection, hungarian, hungarian_accuracy, kmeans, ami, ari, nmi, purity, sinkhorn,
                         sinkhorn_cluster, sinkhorn_stream, size_entropy)
-from train_diffusion import UserError
+from configs.run import UserError
 
 
 def blobs(n=2000, d=16, groups=8, spread=0.6, seed=0):

@@ -3,7 +3,7 @@ import zlib
 import numpy as np
 import pytest
 
-from train_diffusion import SHAPES_CLASSES, draw_shapes
+from configs.shapes import SHAPES_CLASSES, draw_shapes
 
 
 def mask_bounds(mask):

@@ -10,7 +10,8 @@ import torchdiffeq
 
 import sample_ode
 from sample_ode import DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, generate, integrate, sample_labels, solve_dopri5, solve_fixed, straightness
-from train_diffusion import PATHS, UserError, draw, seed_of, wide
+from configs.run import UserError, draw, seed_of, wide
+from train_diffusion import PATHS
 
 FIXED = list(TABLEAUS)
 ORDERS = dict(euler=1, midpoint=2, heun=2, rk4=4)

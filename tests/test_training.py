@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_ode
 import train_diffusion as td
+from configs import data as cd
+from configs import run as cr
+from configs import shapes as cs
 import train_guided
 from train_guided import label_condition
 
@@ -22,14 +25,14 @@ from train_guided import label_condition
 def make_run(folder, rank=0, world=1):
     """A Run without command line; cfg is the training section."""
     cfg = td.TrainDiffusion(images=64, batch=16, lr=1e-3, warmup=1, ema=32, log_every=32, save_every=64, grid_every=64, precision="fp32")
-    model = td.Model(channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
+    model = cr.Model(channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
     sections = dict(data={}, model=dataclasses.asdict(model), train_diffusion=dataclasses.asdict(cfg))
-    return td.Run("train_diffusion", Path(folder), cfg, td.Data(), model, sections, False, set(), rank, world)
+    return cr.Run("train_diffusion", Path(folder), cfg, cr.Data(), model, sections, False, set(), rank, world)
 
 
 def split(n=40):
-    images, classes, boxes, masks = td.draw_shapes(0, np.arange(n))
-    return td.Split(images, classes, boxes, masks, dict(fingerprint="x"))
+    images, classes, boxes, masks = cs.draw_shapes(0, np.arange(n))
+    return cd.Split(images, classes, boxes, masks, dict(fingerprint="x"))
 
 
 def state(run):
@@ -139,7 +142,7 @@ def test_no_update_waits_for_the_gpu(path, tmp_path):
 @pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp", "ddim"), ("vp-cosine", "ddim")])
 def test_no_step_of_a_sampler_waits_for_the_gpu(path, solver, interval):
     """Tensors without data have no value that the host could ask for: an attempt would be an error. (Copies to the device would not be: test_gpu.py sees those.)"""
-    net = td.build_model(td.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval().to("meta")
+    net = td.build_model(cr.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval().to("meta")
     field = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval)
     x, calls = sample_ode.integrate(field, torch.randn(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"), solver, 9, 1e-3)
     assert x.shape == (4, 3, 32, 32) and x.is_meta
@@ -154,7 +157,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     run.cfg.images, broken = 128, split()
     net = td.build_model(run.model, 32)
     net.register_forward_hook(lambda m, a, out: out * float("nan"))
-    with pytest.raises(td.UserError, match="last checkpoint is kept"):
+    with pytest.raises(cr.UserError, match="last checkpoint is kept"):
         td.fit(run, run.cfg, net, tmp_path / "diffusion/base", broken, state(run))
     assert (tmp_path / "diffusion/base/checkpoint.pt").read_bytes() == before
 
@@ -234,12 +237,12 @@ def test_turns_and_complaints_of_many_processes(monkeypatch, tmp_path):
     for rank, local in ((0, 0), (1, 1), (8, 0), (9, 1)):
         monkeypatch.setenv("LOCAL_RANK", str(local))
         run = make_run(tmp_path, rank, 16)
-        monkeypatch.setattr(td.Run, "wait", lambda self: None)
+        monkeypatch.setattr(cr.Run, "wait", lambda self: None)
         turns.append(list(run.turns()))
     assert turns == [[True, False, False], [False, False, True], [False, True, False], [False, False, True]]
     sent = []
-    monkeypatch.setattr(td.dist, "broadcast_object_list", lambda box: sent.append(box[0]) if box[0] else box.__setitem__(0, sent[0]))
+    monkeypatch.setattr(cr.dist, "broadcast_object_list", lambda box: sent.append(box[0]) if box[0] else box.__setitem__(0, sent[0]))
     for rank in (0, 1):
-        with pytest.raises(td.UserError, match="no such"):
-            make_run(tmp_path, rank, 2).agreed(lambda: td.require(False, make_run(tmp_path).cfg, "images", "no such"))
+        with pytest.raises(cr.UserError, match="no such"):
+            make_run(tmp_path, rank, 2).agreed(lambda: cr.require(False, make_run(tmp_path).cfg, "images", "no such"))
     assert np.array_equal(np.concatenate([make_run(tmp_path, r, 3).share(10) for r in range(3)]), np.arange(10))
