@@ -61,7 +61,7 @@ class SampleOde:
     like: str = ""                                        # models with online labels: a folder of images (or "test") whose labels to use, cycling through them
     direction: Literal["generate", "encode"] = "generate"  # encode: test images back to noise and forth again
     evaluate: bool = True                                 # compare with real images
-    evaluator: str = "judge"                              # judge (small CNN on the run's classes), inception (FID proper), or a TorchScript file
+    evaluator: str = "judge"                              # judge (small CNN on the run's classes), pixels (their principal components: no labels), inception (FID proper), or a TorchScript file
     reference: Literal["train", "test"] = "test"          # real images to compare with
     neighbours: int = 5                                   # k of precision, recall, density, coverage
     sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
@@ -356,7 +356,7 @@ def train_judge(run, epochs=2, batch=128):
     path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
     known = np.flatnonzero(np.asarray(data.classes) >= 0)
     if len(known) < batch:
-        raise UserError(f"evaluator=judge needs classes, and this data has {len(known)} labelled images; use evaluator=inception or a TorchScript file")
+        raise UserError(f"evaluator=judge needs classes, and this data has {len(known)} labelled images; use evaluator=pixels, inception, or a TorchScript file")
     with seeded(0, "judge"):
         net = Judge(int(np.max(data.classes)) + 1)
     if run.rank == 0 and (not path.exists() or torch.load(path, map_location="cpu", weights_only=True)["data"] != data.info["fingerprint"]):
@@ -390,6 +390,21 @@ def train_judge(run, epochs=2, batch=128):
     return net.to(run.device).eval(), f"judge {weights_hash(saved['net'])[:6]} (small CNN on this run's classes, test accuracy {saved['test_accuracy']:.3f})"
 
 
+def pixel_components(images, side=16, count=64):
+    """The principal components of training images uint8 [N, 3, H, W], averaged to side x side: a function uint8 [B, 3, H, W] -> float32 [B, count].
+
+    An evaluator that no class and no other program has shaped: it sees colours and the layout of what is large, and nothing of what is fine.
+    """
+    small = lambda x: F.adaptive_avg_pool2d(x.float() / 127.5 - 1, min(side, x.shape[-1])).flatten(1)            # [B, 3 side^2]
+    rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int))
+    x = torch.cat([small(torch.from_numpy(np.ascontiguousarray(images[r]))) for r in np.array_split(rows, math.ceil(len(rows) / 500))]).double()
+    mean = x.mean(0)
+    axes = torch.linalg.eigh((x - mean).T @ (x - mean))[1].flip(1)[:, :count]    # [3 side^2, count], greatest first
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()      # the same signs on every process
+    mean, axes = mean.float(), axes.float()
+    return lambda x: (small(x) - mean.to(x.device)) @ axes.to(x.device)
+
+
 def inception_resize(x):
     """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255: clean-fid's clean resizing (Pillow's antialiased bicubic, not rounded) to about 0.01 grey levels, on x's device."""
     return F.interpolate(x.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
@@ -400,6 +415,9 @@ def open_evaluator(run, name):
     if name == "judge":
         net, text = train_judge(run)
         return net, text, "frechet"
+    if name == "pixels":
+        data = load_data(run, "train")
+        return pixel_components(data.images), f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})", "frechet"
     if name == "inception":
         from configs.data import torchvision_datasets
         torchvision_datasets()                            # clean-fid imports torchvision: make sure that this works beside a CPU-only torch
@@ -417,7 +435,7 @@ def open_evaluator(run, name):
     try:
         net = torch.jit.load(name, map_location=run.device).eval()
     except (RuntimeError, ValueError, OSError):
-        raise UserError(f"evaluator={name}: must be judge, inception, or a readable TorchScript file") from None
+        raise UserError(f"evaluator={name}: must be judge, pixels, inception, or a readable TorchScript file") from None
     return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}", "frechet"
 
 

@@ -1,10 +1,12 @@
 """Distances between sets of features against scipy, closed forms and plain loops."""
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import stage
 
 import sample_ode
 from sample_ode import Judge, features_of, frechet, kernel_distance, manifold, nearest
@@ -199,3 +201,16 @@ def test_inception_without_weights_or_network(tmp_path, monkeypatch):
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"could not be downloaded \(no route\); put inception-2015-12-05.pt there"):
         sample_ode.open_evaluator(SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), turns=lambda: [True]), "inception")
+
+
+def test_pixel_components_are_those_of_an_svd_and_need_no_classes(small_run, tiny):
+    images = np.load(small_run / "data/train/images.npy")
+    features = sample_ode.pixel_components(images)(torch.from_numpy(images))
+    x = torch.from_numpy(images).double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1) / 127.5 - 1
+    x = x - x.mean(0)
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    best = u[:, :64] * s[:64] @ (u[:, :64] * s[:64]).T   # all products of the best 64 numbers an image
+    assert features.shape == (160, 64) and torch.allclose(features.double() @ features.double().T, best, atol=1e-3)
+    stage("sample_ode", tiny, f"run={small_run}", "n=24", "name=by-pixels", "evaluator=pixels", "steps=1", "guidance=1")
+    scores = json.loads((small_run / "samples/by-pixels/metrics.json").read_text())["scores"]
+    assert scores["evaluator"].startswith("pixels") and scores["frechet"] > 0
