@@ -211,6 +211,6 @@ def test_pixel_components_are_those_of_an_svd_and_need_no_classes(small_run, tin
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     best = u[:, :64] * s[:64] @ (u[:, :64] * s[:64]).T   # all products of the best 64 numbers an image
     assert features.shape == (160, 64) and torch.allclose(features.double() @ features.double().T, best, atol=1e-3)
-    stage("sample_ode", tiny, f"run={small_run}", "n=24", "name=by-pixels", "evaluator=pixels", "steps=1", "guidance=1")
+    stage("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "n=24", "name=by-pixels", "evaluator=pixels", "steps=1", "guidance=1")
     scores = json.loads((small_run / "samples/by-pixels/metrics.json").read_text())["scores"]
     assert scores["evaluator"].startswith("pixels") and scores["frechet"] > 0
