@@ -52,7 +52,7 @@ class Data:
     test_fraction: float = 0.1                            # folder and arrays without a test part: this share of the images is held out
     imbalance: float = 1.0                                # > 1: long-tailed training set; the first class keeps so many times as many images as the last
     skip_bad: bool = False                                # skip unreadable images, listing them in info.json; false = stop
-    two_objects: float = 0.2                              # shapes: share of images with a second object of the same class
+    two_objects: float = 0.1                              # shapes: share of images with a second object of the same class
     seed: int = 0                                         # shapes: which images are drawn; folder, arrays: which are held out
 
 

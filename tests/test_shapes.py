@@ -36,7 +36,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_bits_are_the_same_on_every_machine():
     parts = draw_shapes(0, np.arange(200))
-    assert [zlib.crc32(np.ascontiguousarray(part).tobytes()) for part in parts] == [1932637502, 511133474, 4107046116, 1548234399]
+    assert [zlib.crc32(np.ascontiguousarray(part).tobytes()) for part in parts] == [3374352525, 511133474, 3888551970, 1112338877]
 
 
 def test_seeds_and_indices_differ():
@@ -48,7 +48,7 @@ def test_seeds_and_indices_differ():
 def test_box_bounds_the_mask_of_a_single_object(size):
     _, _, boxes, masks = draw_shapes(1, np.arange(300), size=size, two=0)
     assert np.array_equal(boxes, [mask_bounds(mask) for mask in masks])
-    assert (0.09 < (masks > 0).mean((1, 2))).all() and ((masks > 0).mean((1, 2)) < 0.18).all()
+    assert (0.16 < (masks > 0).mean((1, 2))).all() and ((masks > 0).mean((1, 2)) < 0.26).all()
 
 
 def test_second_object_is_smaller_and_apart():
@@ -64,7 +64,7 @@ def test_second_object_is_smaller_and_apart():
 
 def test_share_of_pairs():
     one, some = draw_shapes(2, np.arange(2000), two=0)[3], draw_shapes(2, np.arange(2000))[3]
-    assert 0.20 < (one != some).any((1, 2)).mean() < 0.30
+    assert 0.07 < (one != some).any((1, 2)).mean() < 0.14
 
 
 def test_objects_are_set_off_by_their_hue_and_not_by_brightness():
@@ -73,17 +73,17 @@ def test_objects_are_set_off_by_their_hue_and_not_by_brightness():
     inside, outside = (np.array([x[:, (m > 0) == on].mean(1) for x, m in zip(images, masks)]) for on in (True, False))          # [500, 3] each
     warmer = (inside - outside)[:, 0] - (inside - outside)[:, 2]
     brighter = (inside - outside).mean(1)
-    assert (warmer > 80).all()
+    assert (warmer > 60).all()
     assert (brighter < 0).sum() > 25 and (brighter > 0).sum() > 25
 
 
 def test_nothing_but_form_tells_the_classes():
-    """No number without form may cluster as the classes do: colours, area; and laid-out pixels only where bars lie alike."""
+    """Nothing without form may cluster as the classes do: colours, area; and laid-out pixels hardly."""
     images, classes, _, masks = draw_shapes(6, np.arange(3000), two=0)
     x = images.astype(np.float32)
     colours = np.concatenate([x.mean((2, 3)), x.std((2, 3))], 1)
     area = (masks > 0).mean((1, 2))[:, None]
-    for told, limit in ((colours, 0.08), (area, 0.10), (x.reshape(3000, 3, 8, 4, 8, 4).mean((3, 5)).reshape(3000, -1), 0.35)):
+    for told, limit in ((colours, 0.08), (area, 0.05), (x.reshape(3000, 3, 8, 4, 8, 4).mean((3, 5)).reshape(3000, -1), 0.2)):
         rows = torch.from_numpy((told - told.mean(0)) / told.std(0)).float()
         centres = kmeans(rows, 20, metric="euclidean", restarts=1)[0]
         assert nmi(assign(rows, centres, "euclidean")[0].numpy(), classes) < limit
