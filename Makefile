@@ -21,14 +21,12 @@ demo: .venv/demo
 	$(PY) probe.py            $(CFG) $(ARGS)
 	$(PY) extract_features.py $(CFG) $(ARGS)
 	$(PY) self_label.py       $(CFG) $(ARGS) method=kmeans
-	$(PY) self_label.py       $(CFG) $(ARGS) method=sinkhorn
 	$(PY) self_label.py       $(CFG) $(ARGS) method=random reference=kmeans
 	$(PY) self_label.py       $(CFG) $(ARGS) method=classes
-	for labels in none kmeans sinkhorn random classes; do \
+	for labels in none kmeans random classes; do \
 	    $(PY) train_guided.py $(CFG) $(ARGS) labels=$$labels || exit $$?; done
-	for name in unconditional kmeans sinkhorn random classes; do \
+	for name in unconditional kmeans random classes; do \
 	    $(PY) sample_ode.py   $(CFG) $(ARGS) checkpoint=guided/$$name name=$$name || exit $$?; done
-	$(PY) sample_ode.py       $(CFG) $(ARGS) checkpoint=guided/kmeans name=nfe sweep=nfe guidance=1 n=300
 	$(PY) sample_ode.py       $(CFG) $(ARGS) --table
 
 test: .venv/dev

@@ -44,13 +44,13 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import catalogue, cost_shares, load_features, matching, noise_level, reader, stream
-from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 from configs.data import as_input, load_data, prepare_data, require_shape, row_shape
 from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, draw, fill, finished, read_json, require,
                          save_grid, seed_of, seeded, start, write_json)
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, UViT, build_model, cost, diffuse, footprint, load_checkpoint, load_model
+from extract_features import catalogue, cost_shares, load_features, matching, noise_level, reader, stream
+from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read

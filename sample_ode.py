@@ -29,14 +29,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from extract_features import matching, noise_level, pooled, stream, tapped
-from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
-from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
 from configs.data import Folder, Squared, as_input, decode, load_data, open_autoencoder, to_latents
 from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
                          finished, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          wide, write_json, write_rows)
 from train_diffusion import DECODE, PATHS, cost, estimates, footprint, load_checkpoint, load_model
+from extract_features import matching, noise_level, pooled, stream, tapped
+from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
+from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
 
 
 @dataclass

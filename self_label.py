@@ -31,11 +31,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from extract_features import load_features
 from configs.data import load_data
 from configs.run import (UserError, atomic, cli, create_rows, digest, finished, read_json, require, save_grid,
                          seed_of, start, write_json, write_rows)
 from train_diffusion import cost
+from extract_features import load_features
 
 
 @dataclass

@@ -9,8 +9,8 @@ Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t
     torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml          # eight GPUs, the same global batch
     python train_diffusion.py configs/imagenet256-adm.yaml --prepare             # the data alone, for runs that start from published weights
 
-The same command again resumes. This file is the ground floor that the later stages import. To learn the method, read `main`, `fit`,
-`loss_per_image`, `ConstantVelocity` and `UNet` first; configuration, run folder and data are plumbing.
+The same command again resumes. To learn the method, read `ConstantVelocity`, `loss_per_image`, `UNet`, `Muon`, `fit` and `main`; settings, run
+folder and files are in configs/run.py, images in configs/data.py. The later stages import this file.
 """
 import copy
 import dataclasses

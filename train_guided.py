@@ -28,13 +28,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from extract_features import cost_shares, matching, reader, stream
-from self_label import alone, gather, in_blocks, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 from configs.data import input_shape, load_data, row_shape
 from configs.run import (Model, UserError, atomic, autocast, cli, digest, fill, gpu_flags, read_json, require,
                          save_grid, seed_of, seeded, start, wide)
 from train_diffusion import (PATHS, PUBLISHED, Training, announce, build_model, check_training, cost, diffuse, fit,
                              footprint, load_checkpoint, missing, placed, save_checkpoint)
+from extract_features import cost_shares, matching, reader, stream
+from self_label import alone, gather, in_blocks, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 
 
 @dataclass

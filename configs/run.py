@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import traceback
 import typing
@@ -123,7 +124,7 @@ class Run:
     def next(self, stage, what=""):
         """Say which command comes next, with this run's YAML, folder and overrides."""
         script, *keys = stage.split()
-        self.say("next: python", script, *self.words, *keys, *([f"   # {what}"] if what else []))
+        self.say("next: python", script, *map(shlex.quote, self.words), *keys, *([f"   # {what}"] if what else []))
 
     def agreed(self, look):
         """What look() gives on the first process, on all of them. Files may change between two looks, and a network file system remembers what was not there."""
