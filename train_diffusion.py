@@ -541,6 +541,9 @@ def placed(net, device, compiled=False):
     return net.to(memory_format=torch.channels_last) if isinstance(net, UNet) and compiled and torch.device(device).type == "cuda" else net
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: tensors and plain types only, so that weights_only=True reads them and they rebuild the model alone
+
 def save_checkpoint(run, folder, state):
     """checkpoint.pt and checkpoint.json in `folder`, from the first process, atomically; the previous one stays until the new one is complete."""
     if run.rank == 0:

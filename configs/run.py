@@ -515,9 +515,6 @@ def wide(t):
     return t[:, None, None, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: tensors and plain types only, so that weights_only=True reads them and they rebuild the model alone
-
 def weights_hash(state):
     """Short hash of a state dict: what features, labels and samples say they were made with."""
     h = hashlib.sha256()

@@ -50,8 +50,10 @@ def test_waiting_is_seen():
     assert waits(lambda: torch.ones(1, device=GPU).item()) == 1
 
 
-def test_no_update_waits(tmp_path):
-    counts = [waits(lambda: trained(tmp_path / str(images), images=images, log_every=192, save_every=192, grid_every=192)) for images in (64, 192)]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_update_waits(tmp_path, optimizer):
+    keys = dict(optimizer=optimizer, log_every=192, save_every=192, grid_every=192)
+    counts = [waits(lambda: trained(tmp_path / str(images), images=images, **keys)) for images in (64, 192)]
     assert 0 < counts[0] == counts[1]
 
 
@@ -97,6 +99,13 @@ def test_nccl_and_a_compiled_network(tmp_path):
             assert (a.grad - b.grad).norm() <= 1e-3 * a.grad.norm() + 1e-6
     finally:
         dist.destroy_process_group()
+
+
+def test_orthogonalised_is_that_of_the_cpu():
+    """With full float32 products, as training with Muon sets them; short ones (TF32) would let the iteration diverge."""
+    cr.gpu_flags(training=True, exact=True)
+    m = torch.randn(3, 256, 2304)
+    assert (td.orthogonalised(m) - td.orthogonalised(m.to(GPU)).cpu()).abs().max() < 1e-3
 
 
 def test_dry_run_counts_on_the_device(tiny, tmp_path, monkeypatch, capsys):
