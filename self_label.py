@@ -30,6 +30,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 
 from configs.data import load_data
 from configs.run import (UserError, atomic, cli, create_rows, digest, finished, read_json, require, save_grid,
@@ -372,24 +374,6 @@ def nmi(a, b):
     return mutual_information(t) / mean if mean > 0 else 1.0
 
 
-def ami(a, b):
-    """Adjusted mutual information (Vinh, Epps and Bailey 2010): 0 for random labels whatever their number."""
-    t = contingency(a, b)
-    rows, cols, n = t.sum(1).astype(int), t.sum(0).astype(int), int(t.sum())
-    if len(rows) == len(cols) == 1 or len(rows) == len(cols) == n:
-        return 1.0
-    lf = np.concatenate([[0], np.log(np.arange(1, n + 1)).cumsum()])             # ln k!
-    expected, (rs, rn), (cs, cn) = 0.0, np.unique(rows, return_counts=True), np.unique(cols, return_counts=True)
-    for r, times_r in zip(rs, rn):
-        for c, times_c in zip(cs, cn):
-            k = np.arange(max(1, r + c - n), min(r, c) + 1)                      # hypergeometric: how often the two may meet
-            p = np.exp(lf[r] + lf[c] + lf[n - r] + lf[n - c] - lf[n] - lf[k] - lf[r - k] - lf[c - k] - lf[n - r - c + k])
-            expected += times_r * times_c * float((k / n * np.log(n * k / (r * c)) * p).sum())
-    mean = (entropy(t.sum(1)) + entropy(t.sum(0))) / 2
-    gap = mean - expected
-    return (mutual_information(t) - expected) / (gap if abs(gap) > 1e-15 else 1e-15)
-
-
 def ari(a, b):
     """Adjusted Rand index."""
     t = contingency(a, b)
@@ -399,41 +383,10 @@ def ari(a, b):
     return (same - chance) / (top - chance) if top != chance else 1.0
 
 
-def hungarian(cost):
-    """Row -> column of the cheapest one-to-one matching, int [n]; cost [n, m] with n <= m. Shortest augmenting paths, O(n^2 m)."""
-    n, m = cost.shape
-    u, v, match = np.zeros(n + 1), np.zeros(m + 1), np.zeros(m + 1, int)         # potentials; match[j] = row of column j, 0 = free
-    for i in range(1, n + 1):
-        match[0], j0, low, used, way = i, 0, np.full(m + 1, np.inf), np.zeros(m + 1, bool), np.zeros(m + 1, int)
-        while match[j0]:
-            used[j0] = True
-            reduced = cost[match[j0] - 1] - u[match[j0]] - v[1:]
-            better = ~used[1:] & (reduced < low[1:])
-            low[1:][better], way[1:][better] = reduced[better], j0
-            j1 = 1 + int(np.where(used[1:], np.inf, low[1:]).argmin())
-            delta = low[j1]
-            u[match[used]] += delta
-            v[used] -= delta
-            low[~used] -= delta
-            j0 = j1
-        while j0:
-            match[j0], j0 = match[way[j0]], way[j0]
-    out = np.zeros(n, int)
-    out[match[1:][match[1:] > 0] - 1] = np.flatnonzero(match[1:])
-    return out
-
-
 def hungarian_accuracy(a, b):
     """Share of images that are right when labels are matched to classes one to one as well as possible."""
     t = contingency(a, b)
-    t = t if t.shape[0] <= t.shape[1] else t.T
-    return float(t[np.arange(len(t)), hungarian(-t)].sum() / t.sum())
-
-
-def purity(a, b):
-    """Share of images that are right when every label stands for its most frequent class."""
-    t = contingency(a, b)
-    return float(t.max(1).sum() / t.sum())
+    return float(t[linear_sum_assignment(t, maximize=True)].sum() / t.sum())
 
 
 def size_entropy(sizes):
@@ -455,50 +408,17 @@ def lost(similarity, left):
     return (torch.bmm(similar[:, None], similarity)[:, 0] >= 0) & left, seed
 
 
-def second_eigenvector(A, steps=24, tol=5e-5, rounds=30):
+def second_eigenvector(A):
     """(second largest eigenvalue [n], its unit eigenvector z [n, P]) of D^-1/2 A D^-1/2 for symmetric A >= 0 [n, P, P], D = diag(row sums).
 
-    y = D^-1/2 z is then the relaxed normalised cut, (D - A) y = (1 - eigenvalue) D y (Shi and Malik 2000). The largest eigenvector, D^1/2 1, is known
-    and kept out. Lanczos with full orthogonalisation; where the residual exceeds tol it goes on from a third of its vectors, the best (thick restart,
-    Wu and Simon 2000). Nodes with empty rows stay 0.
+    y = D^-1/2 z is then the relaxed normalised cut, (D - A) y = (1 - eigenvalue) D y (Shi and Malik 2000). The largest eigenvalue is 1, of
+    D^1/2 1: it is moved to the other end. Nodes with empty rows stay 0.
     """
-    n, P = A.shape[:2]
-    degree = A.sum(2)
+    degree = A.sum(2)                                     # [n, P]
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
-    A, first = A * root[:, :, None] * root[:, None], F.normalize(degree.sqrt(), dim=1)
-    steps, active, value = min(steps, P - 1), torch.arange(n, device=A.device), A.new_zeros(n)
-    keep, begin, diagonal = -(-steps // 3), 0, torch.arange(steps)
-    z = torch.from_numpy(np.random.default_rng(0).normal(size=P)).to(first) * (degree > 0)       # equal for all: no batch changes an image's result
-
-    def clean(w, V):                                      # w without its parts along V [n, j, P], of unit length; twice is enough (Kahan)
-        for _ in range(2):
-            w = w - torch.bmm(torch.bmm(w[:, None], V.transpose(1, 2)), V)[:, 0]
-            length = w.norm(dim=1, keepdim=True)
-            w = w / length.clamp(min=1e-30)
-        return w * (length > 0.1)                         # else only rounding was left: V spans the graph
-
-    T, V = A.new_zeros(n, steps, steps), torch.cat([first[:, None], A.new_zeros(n, steps + 1, P)], 1)
-    V[:, 1] = clean(z, V[:, :1])
-    for _ in range(rounds):
-        for j in range(begin, steps):
-            w = torch.bmm(A, V[:, j + 1, :, None])[:, :, 0]
-            T[:, j, j] = (w * V[:, j + 1]).sum(1)
-            V[:, j + 2] = clean(w, V[:, :j + 2])
-            edge = (w * V[:, j + 2]).sum(1)
-            if j + 1 < steps:
-                T[:, j, j + 1] = T[:, j + 1, j] = edge
-        e, u = torch.linalg.eigh(T)
-        e, u = e[:, -keep:], u[:, :, -keep:].transpose(1, 2)
-        best, residual = torch.bmm(u, V[:, 1:-1]), edge[:, None] * u[:, :, -1]   # |A z - value z| of each vector
-        value[active], z[active] = e[:, -1], best[:, -1]
-        go = residual[:, -1].abs() > tol
-        if not go.any():
-            break
-        A, V, active = (A, V, active) if go.all() else (A[go], V[go], active[go])
-        T = A.new_zeros(len(active), steps, steps)
-        T[:, diagonal[:keep], diagonal[:keep]], T[:, keep, :keep], T[:, :keep, keep] = e[go], residual[go], residual[go]
-        V[:, 1:keep + 1], V[:, keep + 1], begin = best[go], V[:, -1].clone(), keep
-    return value, z
+    first = F.normalize(degree.sqrt(), dim=1)
+    values, vectors = torch.linalg.eigh(A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None])
+    return values[:, -1], vectors[:, :, -1] * (degree > 0)
 
 
 def ncut(similarity, left, grid, tau=0.2):
@@ -515,26 +435,14 @@ def ncut(similarity, left, grid, tau=0.2):
 
 
 def largest_component(mask, grid):
-    """The largest 4-connected component of bool masks [n, P] on the grid; of equal ones that of the last position. Empty masks stay empty.
-
-    Each position's own number spreads over its whole run in the column, then over that in the row, until every component bears its greatest.
-    """
-    P, turned = mask.shape[1], torch.arange(mask.shape[1], device=mask.device).view(grid).T.flatten()          # column by column
-
-    def runs(m, length):                                  # m [n, P] in lines of this length -> int64 [n, P], the number of each position's run; 0 = outside
-        begins = m.unflatten(1, (-1, length)) & ~F.pad(m.unflatten(1, (-1, length)), (1, 0))[..., :-1]
-        return begins.flatten(1).cumsum(1) * m
-
-    def spread(v, run):
-        return v.new_zeros(len(v), P + 1).scatter_reduce(1, run, v, "amax").gather(1, run)
-
-    down, across, back = runs(mask[:, turned], grid[0]), runs(mask, grid[1]), turned.argsort()
-    number, before = mask * torch.arange(1.0, P + 1, device=mask.device), None
-    while before is None or not torch.equal(number, before):
-        before, number = number, spread(spread(number[:, turned], down)[:, back], across)
-    number = number.long()
-    sizes = torch.zeros(len(mask), P + 1, device=mask.device).scatter_add_(1, number, mask.float())
-    return mask & (number == P - sizes.flip(1).argmax(1, keepdim=True))
+    """The largest 4-connected component of bool masks [n, P] on the grid; of equal ones the first. Empty masks stay empty."""
+    largest = np.zeros((len(mask), *grid), bool)
+    for m, out in zip(mask.view(-1, *grid).cpu().numpy(), largest):
+        number, _ = ndimage.label(m)                      # 0 outside, 1, 2, ... for the components
+        sizes = np.bincount(number[m])
+        if len(sizes):
+            out[:] = number == sizes.argmax()
+    return torch.from_numpy(largest).view_as(mask).to(mask.device)
 
 
 def guided_filter(p, image, radius, eps=1e-3):
@@ -542,12 +450,7 @@ def guided_filter(p, image, radius, eps=1e-3):
 
     In every window of 2 radius + 1 pixels p is fitted by a linear function of the colour (He, Sun and Tang 2010); a pixel takes the mean of its windows' fits.
     """
-    def mean(v):                                          # along x, then y: differences of running sums cost the same for any radius
-        for _ in range(2):
-            at, n = torch.arange(v.shape[3], device=v.device), v.shape[3]
-            sums = F.pad(F.pad(v.cumsum(3), (1, 0)), (radius, radius, 0, 0), mode="replicate")
-            v = ((sums[..., 2 * radius + 1:] - sums[..., :n]) / ((at + radius + 1).clamp(max=n) - (at - radius).clamp(min=0))).transpose(2, 3)
-        return v
+    mean = lambda v: F.avg_pool2d(v, 2 * radius + 1, 1, radius, count_include_pad=False)                         # of each pixel's window
 
     (m, q), C = (mean(image), mean(p)), image.shape[1]
     spread = mean((image[:, :, None] * image[:, None]).flatten(1, 2)).unflatten(1, (C, C)) - m[:, :, None] * m[:, None]          # [n, C, C, H, W]
@@ -645,25 +548,6 @@ def corloc(boxes, truth, threshold=0.5):
     return float((iou(boxes[:, :1], truth).max(1) >= threshold)[known].mean()) if known.any() else 0.0
 
 
-def average_precision(boxes, confidence, truth, threshold=0.5):
-    """Area under the precision-recall curve (made monotone, as in VOC 2010) of boxes [N, objects, 4] by confidence [N, objects]; truth [N, M, 4].
-
-    In order of confidence, a box is right if the true box of its image that it overlaps most, of those still free, has at least this IoU.
-    """
-    N, order = np.arange(len(boxes)), np.argsort(-confidence, 1, kind="stable")
-    right, free = np.zeros(confidence.shape, bool), truth[..., 2] > truth[..., 0]
-    total = free.sum()
-    for j in order.T:                                     # the most confident box of every image, then the second, ...
-        overlap = np.where(free, iou(boxes[N, j][:, None], truth), -1)
-        best = overlap.argmax(1)
-        right[N, j] = overlap[N, best] >= threshold
-        free[N[right[N, j]], best[right[N, j]]] = False
-    there = boxes[..., 2] > boxes[..., 0]
-    ranked = right[there][np.argsort(-confidence[there], kind="stable")]
-    precision = np.maximum.accumulate((ranked.cumsum() / np.arange(1, len(ranked) + 1))[::-1])[::-1]
-    return float(precision[ranked].sum() / max(total, 1))
-
-
 def confusion(masks, truth, chunk=256):
     """Pixels by segment and class [K, C] of uint8 masks [N, H, W] and their truth (255 = void), which are read in chunks."""
     t = np.zeros(256 * 256, np.int64)
@@ -678,9 +562,7 @@ def segmentation_scores(t):
     miou_many: segments of one class count as one, whichever class is their most frequent."""
     union = t.sum(1, keepdims=True) + t.sum(0) - t
     overlap = t / np.maximum(union, 1)
-    flip = len(t) > t.shape[1]
-    match = hungarian(-(overlap.T if flip else overlap))
-    rows, cols = (match, np.arange(len(match))) if flip else (np.arange(len(match)), match)
+    rows, cols = linear_sum_assignment(overlap, maximize=True)
     many = np.zeros((t.shape[1], t.shape[1]))
     np.add.at(many, t.argmax(1), t)                       # every segment stands for its most frequent class
     merged = many.diagonal() / np.maximum(many.sum(1) + many.sum(0) - many.diagonal(), 1)
@@ -694,8 +576,7 @@ def score_layouts(found, data):
     if data.boxes is not None and "boxes" in found:
         truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
         known = (truth[..., 2] > truth[..., 0]).any(1)
-        scores = dict(iou=float(iou(found["boxes"][known, :1], truth[known]).max(1).mean()) if known.any() else 0.0, corloc=corloc(found["boxes"], truth),
-                      ap50=average_precision(found["boxes"], found["confidence"], truth))
+        scores = dict(iou=float(iou(found["boxes"][known, :1], truth[known]).max(1).mean()) if known.any() else 0.0, corloc=corloc(found["boxes"], truth))
     if data.masks is not None and data.masks.shape == found["masks"].shape:
         if "boxes" in found:                              # object or not, whichever
             t = confusion(found["masks"], data.masks)
@@ -737,7 +618,7 @@ def score_labels(labels, classes):
     if not known.any():
         return {}
     a, b = labels[known], classes[known]
-    return dict(nmi=nmi(a, b), ami=ami(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b), purity=purity(a, b))
+    return dict(nmi=nmi(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b))
 
 
 def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8, paint=None):

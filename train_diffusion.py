@@ -64,7 +64,6 @@ class Training:
     log_every: int = 10_000                               # images between lines of metrics.jsonl
     save_every: int = 500_000                             # images between checkpoints
     grid_every: int = 500_000                             # images between sample grids (fixed noise, averaged weights)
-    tensorboard: bool = False                             # also write TensorBoard files
     seed: int = 0                                         # of weights, order, noise, times and flips
     overwrite: bool = False                               # throw away results that another recipe left under this name
 
@@ -75,7 +74,7 @@ class TrainDiffusion(Training):
     name: str = "base"                                    # results go to diffusion/<name>
 
 
-RESUMABLE = {"images", "log_every", "save_every", "grid_every", "tensorboard", "overwrite", "micro", "compile", "recompute"}   # may change on resume
+RESUMABLE = {"images", "log_every", "save_every", "grid_every", "overwrite", "micro", "compile", "recompute"}   # may change on resume
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -910,13 +909,6 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
         return load_checkpoint(run, str(folder))
     run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training images; "
             f"{sum(p.numel() for p in weights) / 1e6:.2f} M parameters; batch {cfg.batch} = {run.world} process(es) x {share // micro} x {micro}; {why}")
-    board = None
-    if cfg.tensorboard and run.rank == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("tensorboard=true needs the package tensorboard (pip install tensorboard)") from None
-        board = SummaryWriter(folder, purge_step=seen)
     model = net
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(net, device_ids=[run.device.index] if run.device.type == "cuda" else None,
@@ -986,9 +978,6 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                 if run.rank == 0:
                     with open(folder / "metrics.jsonl", "a") as f:
                         f.write(json.dumps(line) + "\n")
-                for key, value in line.items() if board else ():
-                    if isinstance(value, (int, float)):
-                        board.add_scalar(key, value, seen)
                 progress.set_postfix(loss=f"{line['loss']:.4f}")
                 if progress.disable:
                     run.say(f"{seen:>12,} images  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s{side.words(line) if side else ''}")
@@ -1006,8 +995,6 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
                     save_grid(folder / "samples" / f"{seen:010d}.png", pictures, columns, head=f"{run.stage} {cfg.name}: {seen:,} images, averaged weights")
                 run.wait()
     batches.close()
-    if board:
-        board.close()
     return load_checkpoint(run, str(folder))
 
 

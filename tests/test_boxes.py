@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import stage
 
 import self_label
-from self_label import (assign, average_precision, balanced_assign, bounds, confusion, corloc, find_objects, iou, largest_component, second_eigenvector,
+from self_label import (assign, balanced_assign, bounds, confusion, corloc, find_objects, iou, largest_component, second_eigenvector,
                         segment, segmentation_scores)
 from configs.run import Data
 from configs.shapes import draw_shapes
@@ -158,35 +158,6 @@ def test_iou_and_corloc_by_counting_pixels():
     assert corloc(a, b, 0.3) == pytest.approx((slow.max(1) >= 0.3)[known].mean()) and corloc(b, b[:, :1]) == 1 and corloc(a, np.full_like(b, -1)) == 0
 
 
-def slow_average_precision(boxes, confidence, truth, threshold):
-    """One detection after another, in order of confidence."""
-    taken, right = set(), []
-    for c, i, j in sorted(((-confidence[i, j], i, j) for i, j in np.ndindex(confidence.shape) if boxes[i, j, 0] >= 0)):
-        free = [(iou(boxes[i, j], truth[i, k]), -k) for k in range(truth.shape[1]) if truth[i, k, 0] >= 0 and (i, k) not in taken]
-        right.append(bool(free) and max(free)[0] >= threshold)
-        if right[-1]:
-            taken.add((i, -max(free)[1]))
-    total, hits = (truth[..., 0] >= 0).sum(), np.cumsum(right)
-    precision = [max(hits[m] / (m + 1) for m in range(n, len(right))) for n in range(len(right))]
-    return sum(p for p, r in zip(precision, right) if r) / total
-
-
-@pytest.mark.parametrize("threshold", [0.1, 0.5])
-def test_average_precision(threshold):
-    g = np.random.default_rng(1)
-    for n in (1, 5, 60):
-        truth = some_boxes(n, 3, g)
-        truth[0, 0] = (1, 1, 4, 4)
-        boxes, confidence = np.concatenate([truth[:, :2] + (truth[:, :2] >= 0) * [0, 0, 1, 1] * g.integers(0, 3, size=(n, 2, 4)),
-                                             some_boxes(n, 2, g)], 1), g.random((n, 4))
-        assert average_precision(boxes, confidence, truth, threshold) == pytest.approx(slow_average_precision(boxes, confidence, truth, threshold))
-    assert average_precision(truth, g.random(truth.shape[:2]), truth) == pytest.approx(1)
-    one = np.tile(np.array([[[0, 0, 4, 4]]], np.float32), (6, 1, 1))             # where nothing is to be made monotone: scikit-learn
-    hit, c = np.array([1, 1, 0, 1, 0, 0], bool), np.linspace(1, 0.1, 6)[:, None]
-    got = average_precision(np.where(hit[:, None, None], one, one + 8), c, np.where(hit[:, None, None], one, -1))
-    assert got == pytest.approx(sklearn.metrics.average_precision_score(hit, c[:, 0]))
-
-
 @pytest.mark.parametrize("K", [3, 5, 9])
 def test_segmentation_scores(K):
     g = np.random.default_rng(K)
@@ -252,7 +223,7 @@ def test_boxes_of_shapes(run, tiny, monkeypatch, words):
     assert out["masks_train"].shape == (512, 32, 32) and out["masks_train"].dtype == np.uint8 and np.array_equal(out["ids_train"][:, 0], out["train"])
     assert np.array_equal(out["ids_train"] < 0, out["boxes_train"][..., 0] < 0)
     scores = info["scores"]
-    assert scores["corloc"] > 0.9 and scores["test_ap50"] > 0.85 and scores["foreground_iou"] > 0.7 and scores["nmi"] > 0.8, scores
+    assert scores["corloc"] > 0.9 and scores["foreground_iou"] > 0.7 and scores["nmi"] > 0.8, scores
     assert (run / "labels" / f"{name}.png").exists() and not list((run / "labels").glob(".*"))
     assert len(self_label.load_labels(type("R", (), dict(dir=run, data=Data(), dry_run=False)), name)[0]["train"]) == 512
 

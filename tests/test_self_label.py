@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from self_label import (assign, balanced_assign, contingency, fit_projection, hungarian, hungarian_accuracy, kmeans, ami, ari, nmi, purity, sinkhorn,
+from self_label import (assign, balanced_assign, contingency, fit_projection, hungarian_accuracy, kmeans, ari, nmi, sinkhorn,
                         sinkhorn_cluster, sinkhorn_stream, size_entropy)
 from configs.run import UserError
 
@@ -143,7 +143,7 @@ def test_equal_clusters_of_unequal_groups():
     c, potentials, facts = sinkhorn_cluster(x, 5, eps=0.01, iterations=500, rounds=3)
     ids, p = balanced_assign(x, c, potentials, 0.01)
     sizes = np.bincount(ids, minlength=5)
-    assert sizes.min() > 0.6 * 400 and sizes.max() < 1.4 * 400 and purity(ids.numpy(), y) > 0.95 and (p > 0).all() and facts["mass_spread"] < 1.05
+    assert sizes.min() > 0.6 * 400 and sizes.max() < 1.4 * 400 and contingency(ids.numpy(), y).max(1).sum() > 0.95 * 2000 and (p > 0).all() and facts["mass_spread"] < 1.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,21 +206,11 @@ def labelings():
 @pytest.mark.parametrize("a, b", list(labelings()))
 def test_scores_against_scikit_learn(a, b):
     assert nmi(a, b) == pytest.approx(sklearn.metrics.normalized_mutual_info_score(b, a), abs=1e-9)
-    assert ami(a, b) == pytest.approx(sklearn.metrics.adjusted_mutual_info_score(b, a), abs=1e-6)
     assert ari(a, b) == pytest.approx(sklearn.metrics.adjusted_rand_score(b, a), abs=1e-9)
     assert np.array_equal(contingency(a, b), sklearn.metrics.cluster.contingency_matrix(a, b))
     t = contingency(a, b)
     rows, columns = scipy.optimize.linear_sum_assignment(-t)
     assert hungarian_accuracy(a, b) == pytest.approx(t[rows, columns].sum() / t.sum())
-    assert purity(a, b) == pytest.approx(t.max(1).sum() / t.sum())
-
-
-@pytest.mark.parametrize("n, m", [(1, 1), (3, 3), (5, 9), (40, 60)])
-def test_matching_is_the_cheapest(n, m):
-    for seed in range(5):
-        cost = np.random.default_rng(seed).normal(size=(n, m))
-        ours, (rows, columns) = hungarian(cost), scipy.optimize.linear_sum_assignment(cost)
-        assert len(set(ours.tolist())) == n and cost[np.arange(n), ours].sum() == pytest.approx(cost[rows, columns].sum())
 
 
 def test_size_entropy():
