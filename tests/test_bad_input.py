@@ -44,7 +44,7 @@ def test_configuration(refuse, tiny, tmp_path, words, said):
 
 def test_help_explains_every_key():
     for module, section in [("train_diffusion", "TrainDiffusion"), ("probe", "Probe"), ("extract_features", "ExtractFeatures"), ("self_label", "SelfLabel"),
-                            ("train_guided", "TrainGuided"), ("sample_ode", "SampleOde"), ("train_diffusion", "Data"), ("train_diffusion", "Model")]:
+                            ("train_guided", "TrainGuided"), ("sample_ode", "SampleOde"), ("configs.run", "Data"), ("configs.run", "Model")]:
         cls = getattr(importlib.import_module(module), section)
         for f in dataclasses.fields(cls):
             assert len(comments(cls).get(f.name, "")) > 4, f"{module}: {section}.{f.name}"

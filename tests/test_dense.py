@@ -80,7 +80,7 @@ def test_shapes_are_segmented(kind):
     with torch.no_grad():
         out = head.eval()(*r.views(CV, probe.scaled(images, np.arange(50, 60), "cpu"), [noise(10, 3, 16, 16)], probe.nullcontext))
     found, _ = vote(out if kind == "ensemble" else out[None])
-    assert mean_iou(confusion_matrix(found, y[50:].long(), 2)) > 0.8
+    assert mean_iou(confusion_matrix(found, y[50:].long(), 2)) > 0.75
 
 
 def test_uper_reads_every_level_and_time():

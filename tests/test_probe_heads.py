@@ -302,7 +302,7 @@ def test_stored_features_score_as_the_network_does(monkeypatch, tiny, run, pool)
             called(monkeypatch, probe, tiny, f"run={run}", *protocol, f"name={name}-{protocol[0][9:]}-{pool}", *source)
             result[name, protocol[0][9:]] = json.loads((run / f"probe/{name}-{protocol[0][9:]}-{pool}.json").read_text())
     a, b = (result[n, "head"]["rows"] for n in ("passes", "stored"))
-    assert a["linear"]["results"][0]["test"][0] == b["linear"]["results"][0]["test"][0] > 0.15 and a["raw pixels"] == b["raw pixels"]
+    assert a["linear"]["results"][0]["test"][0] == b["linear"]["results"][0]["test"][0] > (0.12 if pool == "mean" else 0.15) and a["raw pixels"] == b["raw pixels"]
     assert a["linear"]["passes"] == b["linear"]["passes"] == 1 and a["linear"]["parameters"] == b["linear"]["parameters"] == (32 if pool == "mean" else 128) * 10 + 10
     assert b["linear"]["noise_std"] is None and "diffusion/base" == result["stored", "head"]["checkpoint"]
     a, b = (result[n, "linear"]["rows"]["features"] for n in ("passes", "stored"))
