@@ -1,7 +1,7 @@
 """The embedded data set `shapes`: ten forms at dusk. Classes differ in form alone; area, colours and light are those of
 all, and place, size, tilt, tint, lights, shadows and a second object vary within each class. k-means (K = 20) finds the
 classes in colour statistics with an NMI of 0.05, in pixels 0.27, in features of random weights at most 0.12, of two
-trained models, where no label told to look, 0.75 and 0.67. Brightness does not show where the object is: Otsu's threshold
+trained models, where no label told to look, 0.75 and 0.67. Brightness does not show where objects are: Otsu's threshold
 finds the box in 11 % of the images, LOST in 75 % from pixels and in all from features (results/shapes-controls.json).
 
 A model encodes what an image shares as a whole (mean colour, slope of the light, phase of waves) before any form, and
