@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import as_input, load_data, require_shape, row_shape, torchvision_datasets
-from configs.run import (Model, UserError, ahead, autocast, bar, cli, create_rows, digest, draw, finished, read_json,
-                         read_torch, require, save_grid, start, to_uint8, weights_hash, write_json, write_rows)
+from configs.data import as_input, file_of, load_data, require_shape, row_shape, torchvision_datasets
+from configs.run import (Model, UserError, ahead, autocast, bar, cli, create_rows, digest, draw, finished, key,
+                         read_json, read_torch, require, save_grid, start, to_uint8, weights_hash, write_json, write_rows)
 from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, ResBlock, UNet, VariancePreserving,
                              build_model, cost, diffuse, footprint, load_model)
 
@@ -47,25 +47,31 @@ from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, Re
 @dataclass
 class ExtractFeatures:
     """Section `extract_features`."""
-    name: str = "base"                                    # results go to features/<name>
-    checkpoint: str = "diffusion/base"                    # whose activations: a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE
-    weights: Literal["ema", "net"] = "ema"                # averaged or raw
-    model: str = ""                                       # in place of checkpoint: diffusers:PATH_OR_ID, hub:REPO/NAME (or a local directory), FILE.pt (TorchScript)
-    embedding: str = ""                                   # model=diffusers with text: a .npy [tokens, D] to condition on; empty = the empty prompt
-    resize: int = 0                                       # model: images become so large for it; 0 = the size it was made for (torch.hub: 224)
-    activations: list[str] = field(default_factory=lambda: ["auto"])      # names and globs; auto = the label-free choice in probe/<choice>.json
-    t: list[float] = field(default_factory=list)          # noise times; empty with activations=auto = the label-free choice
-    choice: str = "sweep"                                 # which probe result `auto` reads
-    pool: str = "mean"                                    # mean, none, or a number g: average over a grid of g x g
-    draws: int = 1                                        # noise draws to average
-    splits: list[str] = field(default_factory=lambda: ["train", "test"])  # parts of the data
-    dtype: Literal["float32", "float16"] = "float32"      # on disk
-    batch: int = 256                                      # images per forward pass and process
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
-    compile: bool = False                                 # torch.compile the network up to what is read: a minute or so that pays where there are many batches
-    shown: list[int] = field(default_factory=lambda: [0, 1, 2, 3])        # --pca: which test images
-    seed: int = 0                                         # of the noise
-    overwrite: bool = False                               # replace features that another recipe left under this name
+    name: str = key("base", "results go to features/<name>")
+    checkpoint: str = key("diffusion/base",
+                          "whose activations: a folder of the run, a .pt file, or published weights: adm:, ddpm:, "
+                          "uvit:, sgfm:FILE")
+    weights: Literal["ema", "net"] = key("ema", "averaged or raw")
+    model: str = key("",
+                     "in place of checkpoint: diffusers:PATH_OR_ID, hub:REPO/NAME (or a local directory), FILE.pt "
+                     "(TorchScript)")
+    embedding: str = key("", "model=diffusers with text: a .npy [tokens, D] to condition on; empty = the empty prompt")
+    resize: int = key(0, "model: images become so large for it; 0 = the size it was made for (torch.hub: 224)")
+    activations: list[str] = key(["auto"], "names and globs; auto = the label-free choice in probe/<choice>.json")
+    t: list[float] = key([], "noise times; empty with activations=auto = the label-free choice")
+    choice: str = key("sweep", "which probe result `auto` reads")
+    pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
+    draws: int = key(1, "noise draws to average")
+    splits: list[str] = key(["train", "test"], "parts of the data")
+    dtype: Literal["float32", "float16"] = key("float32", "on disk")
+    batch: int = key(256, "images per forward pass and process")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network")
+    compile: bool = key(False,
+                        "torch.compile the network up to what is read: a minute or so that pays where there are many "
+                        "batches")
+    shown: list[int] = key([0, 1, 2, 3], "--pca: which test images")
+    seed: int = key(0, "of the noise")
+    overwrite: bool = key(False, "replace features that another recipe left under this name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,26 +778,6 @@ def noise_level(path, t):
     return dict(t=float(t), rho=rho, log_snr=-2 * math.log(max(rho, 1e-12)))
 
 
-def file_of(split, name, t):
-    """File name of one feature array."""
-    return f"{split}-{name}-t{t:g}.npy"
-
-
-def load_features(run, name, split):
-    """(list of float arrays [N, ...] as memory maps, info) of features/<name>, checked against the run's data."""
-    folder = run.dir / "features" / name
-    info, data, arrays = read_json(folder / "info.json", "run extract_features.py first"), load_data(run, split), []
-    if info["data"].get(split) != data.info["fingerprint"]:
-        raise UserError(f"{folder}: extracted from {split} images {info['data'].get(split)}, the run's are {data.info['fingerprint']}; extract again")
-    for entry in info["arrays"]:
-        file = folder / file_of(split, entry["activation"], entry["t"])
-        try:
-            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{file}: cannot be read ({e}); delete the folder and extract again") from None
-        if len(arrays[-1]) != len(data):
-            raise UserError(f"{file} has {len(arrays[-1])} rows, the data {len(data)}; delete the folder and extract again")
-    return arrays, info
 
 
 def list_activations(run, net, state, context):

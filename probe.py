@@ -33,7 +33,7 @@ import itertools
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,12 +44,12 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
-from configs.data import as_input, load_data, prepare_data, require_shape, row_shape
-from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, draw, fill, finished, read_json, require,
+from configs.data import as_input, load_data, load_features, prepare_data, require_shape, row_shape
+from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, draw, fill, finished, key, read_json, require,
                          save_grid, seed_of, seeded, start, write_json)
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, UViT, build_model, cost, diffuse, footprint, load_checkpoint, load_model
-from extract_features import catalogue, cost_shares, load_features, matching, noise_level, reader, stream
+from extract_features import catalogue, cost_shares, matching, noise_level, reader, stream
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
@@ -61,54 +61,73 @@ KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "head
 @dataclass
 class Probe:
     """Section `probe`."""
-    name: str = ""                                        # results go to probe/<name>.json; empty = the protocol
-    protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka"] = "sweep"    # what is measured: see above
-    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE
-    weights: Literal["ema", "net"] = "ema"                # averaged or raw
-    activations: list[str] = field(default_factory=lambda: ["blocks"])    # names and globs; blocks = every block output, for linear and head the label-free choice
-    features: str = ""                                    # linear, head: stored features/<name>, of any model that extract_features.py reads, in place of the checkpoint
-    t: list[float] = field(default_factory=list)          # noise times; empty = 0.4,0.5,...,0.9, for linear and head the label-free choice
-    choice: str = "sweep"                                 # linear, head, segment, detect: which sweep to take the default activation and time from
-    fit: int = 2_000                                      # sweep, select: training images to fit on
-    validation: int = 1_000                               # training images held out for selection
-    K: int = 30                                           # sweep: clusters of k-means
-    boxed: int = 128                                      # boxes: images in which boxes are found
-    neighbours: int = 20                                  # sweep: k of kNN (cosine); linear tries 1, 5, 20, 50
-    draws: int = 3                                        # noise draws; linear: each probed alone, head: each tested: mean and spread
-    controls: list[Literal["pixels", "random", "supervised"]] = field(default_factory=lambda: ["pixels", "random", "supervised"])      # linear, head, segment, detect, correspond: rows to compare with
-    supervised_images: int = 100_000                      # images that the supervised control is trained on
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network
-    batch: int = 500                                      # images per forward pass and process
-    transfer: str = ""                                    # YAML whose `data:` section is probed in place of the run's images: do features carry over?
-    seed: int = 0                                         # of noise, k-means, controls
-    overwrite: bool = False                               # replace a result of another recipe under this name
-    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = "attention"       # segment: linear, last two; head: the others
-    labels_share: float = 1.0                             # head: share of the labels of each class, of training and of validation images
-    per_class: int = 0                                    # head: or so many of each class, of both
-    width: int = 256                                      # head, segment, detect: channels of the head; cnn, attention, difformer, diffeed (papers: 1024), uper, Mask R-CNN
-    depth: int = 2                                        # head: transformer blocks of attention, difformer, diffeed
-    heads: int = 8                                        # head: attention heads of these
-    side: int = 16                                        # head: larger maps are averaged to so many positions per side before they become tokens
-    grid: int = 2                                         # head, cka: linear and mlp and the comparison see averages over a grid of g x g
-    hidden: list[int] = field(default_factory=lambda: [512])        # head: hidden sizes of mlp
-    images: int = 100_000                                 # head, segment, detect: images that every head sees
-    head_batch: int = 128                                 # head, segment, detect: images per update
-    lr: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])   # head, segment, detect: AdamW, one cycle; selected on the validation part
-    l2: list[float] = field(default_factory=lambda: [0.0, 0.05])          # head, segment, detect: weight decay; selected with lr
-    finetune: float = 0.0                                 # head: above 0, the network is trained, too, at so many times the head's lr
-    flip: bool = False                                    # head, segment: mirror images at random
-    crop: int = 0                                         # head, segment: shift images by up to so many pixels
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])     # head, segment, detect: of labelled subset, weights, order, noise
-    measured: int = 64                                    # select: images whose maps are measured
-    noisy: float = 1.0                                    # select: keep up to so many times the median noise sensitivity of the block outputs at that time
-    fine: float = 0.5                                     # select: keep from so many times the median granularity of the block outputs of that map size
-    local: float = 1.25                                   # select: keep up to so many times the median locality of the block outputs of that map size
-    masks: int = 0                                        # segment, detect: training images whose masks are used (and at most so many to validate); 0 = all
-    members: int = 10                                     # segment: networks of the ensemble
-    pairs: int = 200                                      # correspond: pairs of images, to choose from and again to report
-    points: int = 8                                       # correspond: points per pair
-    against: list[str] = field(default_factory=list)      # cka: further checkpoints, or random, for the same network with random weights
-    compared: int = 2_000                                 # cka: test images
+    name: str = key("", "results go to probe/<name>.json; empty = the protocol")
+    protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka"] = key("sweep",
+        "what is measured: see above")
+    checkpoint: str = key("diffusion/base",
+                          "a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE")
+    weights: Literal["ema", "net"] = key("ema", "averaged or raw")
+    activations: list[str] = key(["blocks"],
+                                 "names and globs; blocks = every block output, for linear and head the label-free "
+                                 "choice")
+    features: str = key("",
+                        "linear, head: stored features/<name>, of any model that extract_features.py reads, in place "
+                        "of the checkpoint")
+    t: list[float] = key([], "noise times; empty = 0.4,0.5,...,0.9, for linear and head the label-free choice")
+    choice: str = key("sweep",
+                      "linear, head, segment, detect: which sweep to take the default activation and time from")
+    fit: int = key(2_000, "sweep, select: training images to fit on")
+    validation: int = key(1_000, "training images held out for selection")
+    K: int = key(30, "sweep: clusters of k-means")
+    boxed: int = key(128, "boxes: images in which boxes are found")
+    neighbours: int = key(20, "sweep: k of kNN (cosine); linear tries 1, 5, 20, 50")
+    draws: int = key(3, "noise draws; linear: each probed alone, head: each tested: mean and spread")
+    controls: list[Literal["pixels", "random", "supervised"]] = key(["pixels", "random", "supervised"],
+        "linear, head, segment, detect, correspond: rows to compare with")
+    supervised_images: int = key(100_000, "images that the supervised control is trained on")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network")
+    batch: int = key(500, "images per forward pass and process")
+    transfer: str = key("",
+                        "YAML whose `data:` section is probed in place of the run's images: do features carry over?")
+    seed: int = key(0, "of noise, k-means, controls")
+    overwrite: bool = key(False, "replace a result of another recipe under this name")
+    head: Literal["linear", "mlp", "cnn", "attention", "difformer", "diffeed", "uper", "ensemble"] = key("attention",
+        "segment: linear, last two; head: the others")
+    labels_share: float = key(1.0, "head: share of the labels of each class, of training and of validation images")
+    per_class: int = key(0, "head: or so many of each class, of both")
+    width: int = key(256,
+                     "head, segment, detect: channels of the head; cnn, attention, difformer, diffeed (papers: 1024),"
+                     " uper, Mask R-CNN")
+    depth: int = key(2, "head: transformer blocks of attention, difformer, diffeed")
+    heads: int = key(8, "head: attention heads of these")
+    side: int = key(16, "head: larger maps are averaged to so many positions per side before they become tokens")
+    grid: int = key(2, "head, cka: linear and mlp and the comparison see averages over a grid of g x g")
+    hidden: list[int] = key([512], "head: hidden sizes of mlp")
+    images: int = key(100_000, "head, segment, detect: images that every head sees")
+    head_batch: int = key(128, "head, segment, detect: images per update")
+    lr: list[float] = key([3e-4, 1e-3, 3e-3],
+                          "head, segment, detect: AdamW, one cycle; selected on the validation part")
+    l2: list[float] = key([0.0, 0.05], "head, segment, detect: weight decay; selected with lr")
+    finetune: float = key(0.0, "head: above 0, the network is trained, too, at so many times the head's lr")
+    flip: bool = key(False, "head, segment: mirror images at random")
+    crop: int = key(0, "head, segment: shift images by up to so many pixels")
+    seeds: list[int] = key([0, 1, 2], "head, segment, detect: of labelled subset, weights, order, noise")
+    measured: int = key(64, "select: images whose maps are measured")
+    noisy: float = key(1.0,
+                       "select: keep up to so many times the median noise sensitivity of the block outputs at that "
+                       "time")
+    fine: float = key(0.5,
+                      "select: keep from so many times the median granularity of the block outputs of that map size")
+    local: float = key(1.25,
+                       "select: keep up to so many times the median locality of the block outputs of that map size")
+    masks: int = key(0,
+                     "segment, detect: training images whose masks are used (and at most so many to validate); 0 = "
+                     "all")
+    members: int = key(10, "segment: networks of the ensemble")
+    pairs: int = key(200, "correspond: pairs of images, to choose from and again to report")
+    points: int = key(8, "correspond: points per pair")
+    against: list[str] = key([], "cka: further checkpoints, or random, for the same network with random weights")
+    compared: int = key(2_000, "cka: test images")
 
 
 def probed(run, split):

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,54 +29,73 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from configs.data import Folder, Squared, as_input, decode, load_data, open_autoencoder, to_latents
+from configs.data import Folder, Squared, as_input, decode, load_data, load_labels, open_autoencoder, to_latents
 from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
-                         finished, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
+                         finished, key, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          wide, write_json, write_rows)
 from train_diffusion import DECODE, PATHS, cost, estimates, footprint, load_checkpoint, load_model
 from extract_features import matching, noise_level, pooled, stream, tapped
-from self_label import bounds, find_objects, gather, joined, largest_component, load_labels
+from self_label import bounds, find_objects, gather, joined, largest_component
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
 
 
 @dataclass
 class SampleOde:
     """Section `sample_ode`."""
-    name: str = "base"                                    # results go to samples/<name>
-    checkpoint: str = "diffusion/base"                    # a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE
-    weights: Literal["ema", "net"] = "ema"                # averaged or raw
-    n: int = 10_000                                       # samples
-    solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"] = "heun"      # dopri5 adapts its steps to tol
-    steps: int = 12                                       # of the fixed-step solvers
-    tol: float = 1e-4                                     # dopri5: relative and absolute tolerance
-    guidance: list[float] = field(default_factory=lambda: [1.0])    # w; several: the best on `select` other samples is taken
-    select: int = 1_000                                   # samples per candidate when several w are given; from another seed than the report
-    interval: list[float] = field(default_factory=lambda: [0.0, 1.0])    # guide only while t is inside; outside w = 1
-    autoguide: str = ""                                   # checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label if they know labels
-    labels: list[str] = field(default_factory=lambda: ["marginal"])      # marginal (of the training labels), uniform, or ids (places in the bank, if any)
-    boxes: list[list[float]] = field(default_factory=list)    # models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in pixels
-    mask: str = ""                                        # models with mask conditions: a PNG whose pixel values are the ids
-    layouts: Literal["train", "test"] = "train"           # models with box or mask conditions: layouts of the bank in the checkpoint, or of the test images
-    finder: str = ""                                      # models with box or mask conditions: whose labeller looks for layouts in samples; empty = the model's
-    like: str = ""                                        # models with online labels: a folder of images (or "test") whose labels to use, cycling through them
-    direction: Literal["generate", "encode"] = "generate"  # encode: test images back to noise and forth again
-    evaluate: bool = True                                 # compare with real images
-    evaluator: str = "judge"                              # judge (small CNN on the run's classes), pixels (their principal components: no labels), inception (FID proper), or a TorchScript file
-    reference: Literal["train", "test"] = "test"          # real images to compare with
-    neighbours: int = 5                                   # k of precision, recall, density, coverage
-    sweep: Literal["", "nfe", "guidance"] = ""            # draw the distance against network evaluations, or against w
-    against: list[str] = field(default_factory=list)      # nfe sweep: further checkpoints to draw into the same figures, such as one of the other path
-    sweep_steps: list[int] = field(default_factory=lambda: [2, 3, 5, 8, 12, 20, 32])    # of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead
-    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = field(default_factory=lambda: ["euler", "midpoint", "heun", "dopri5"])   # of the nfe sweep
-    features: list[str] = field(default_factory=list)     # also save these activations of the network, names and globs, while it samples
-    features_at: list[int] = field(default_factory=lambda: [0])     # at these evaluations of a fixed-step solver, from 0
-    features_pool: str = "mean"                           # mean, none, or a number g: average over a grid of g x g
-    batch: int = 250                                      # images per network call and process
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # of the network; the ODE state is float32 always
-    compile: bool = False                                 # torch.compile the network: a minute or so that pays where n is many batches
-    seed: int = 0                                         # sample i is a function of (seed, i)
-    runs: list[str] = field(default_factory=list)         # --table: further run folders (other seeds) to average with
-    overwrite: bool = False                               # replace samples that another recipe left under this name
+    name: str = key("base", "results go to samples/<name>")
+    checkpoint: str = key("diffusion/base",
+                          "a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE")
+    weights: Literal["ema", "net"] = key("ema", "averaged or raw")
+    n: int = key(10_000, "samples")
+    solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"] = key("heun",
+        "dopri5 adapts its steps to tol")
+    steps: int = key(12, "of the fixed-step solvers")
+    tol: float = key(1e-4, "dopri5: relative and absolute tolerance")
+    guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
+    select: int = key(1_000, "samples per candidate when several w are given; from another seed than the report")
+    interval: list[float] = key([0.0, 1.0], "guide only while t is inside; outside w = 1")
+    autoguide: str = key("",
+                         "checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label if they know"
+                         " labels")
+    labels: list[str] = key(["marginal"],
+                            "marginal (of the training labels), uniform, or ids (places in the bank, if any)")
+    boxes: list[list[float]] = key([],
+                                   "models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in "
+                                   "pixels")
+    mask: str = key("", "models with mask conditions: a PNG whose pixel values are the ids")
+    layouts: Literal["train", "test"] = key("train",
+                                            "models with box or mask conditions: layouts of the bank in the "
+                                            "checkpoint, or of the test images")
+    finder: str = key("",
+                      "models with box or mask conditions: whose labeller looks for layouts in samples; empty = the "
+                      "model's")
+    like: str = key("",
+                    "models with online labels: a folder of images (or 'test') whose labels to use, cycling through "
+                    "them")
+    direction: Literal["generate", "encode"] = key("generate", "encode: test images back to noise and forth again")
+    evaluate: bool = key(True, "compare with real images")
+    evaluator: str = key("judge",
+                         "judge (small CNN on the run's classes), pixels (their principal components: no labels), "
+                         "inception (FID proper), or a TorchScript file")
+    reference: Literal["train", "test"] = key("test", "real images to compare with")
+    neighbours: int = key(5, "k of precision, recall, density, coverage")
+    sweep: Literal["", "nfe", "guidance"] = key("", "draw the distance against network evaluations, or against w")
+    against: list[str] = key([],
+                             "nfe sweep: further checkpoints to draw into the same figures, such as one of the other "
+                             "path")
+    sweep_steps: list[int] = key([2, 3, 5, 8, 12, 20, 32],
+                                 "of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead")
+    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = key(["euler", "midpoint", "heun", "dopri5"],
+        "of the nfe sweep")
+    features: list[str] = key([], "also save these activations of the network, names and globs, while it samples")
+    features_at: list[int] = key([0], "at these evaluations of a fixed-step solver, from 0")
+    features_pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
+    batch: int = key(250, "images per network call and process")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network; the ODE state is float32 always")
+    compile: bool = key(False, "torch.compile the network: a minute or so that pays where n is many batches")
+    seed: int = key(0, "sample i is a function of (seed, i)")
+    runs: list[str] = key([], "--table: further run folders (other seeds) to average with")
+    overwrite: bool = key(False, "replace samples that another recipe left under this name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ controls    classes (ground truth), random (permuted reference labels), subgroup
 import math
 import shutil
 import time
-import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -33,45 +32,50 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from configs.data import load_data
-from configs.run import (UserError, atomic, cli, create_rows, digest, finished, read_json, require, save_grid,
+from configs.data import load_data, load_features, load_labels
+from configs.run import (UserError, atomic, cli, create_rows, digest, finished, key, read_json, require, save_grid,
                          seed_of, start, write_json, write_rows)
 from train_diffusion import cost
-from extract_features import load_features
 
 
 @dataclass
 class SelfLabel:
     """Section `self_label`."""
-    name: str = ""                                        # results go to labels/<name>.npz; empty = the method
-    method: Literal["kmeans", "sinkhorn", "lost", "ncut", "masks", "classes", "random", "subgroups"] = "kmeans"  # the last three are controls
-    features: str = "base"                                # which features/<features> to cluster
-    K: int = 100                                          # clusters
-    metric: Literal["cosine", "euclidean"] = "cosine"     # kmeans: spherical or plain
-    center: bool = True                                   # subtract the mean feature first
-    pca: int = 0                                          # keep this many principal components; 0 = all
-    whiten: bool = False                                  # scale principal components to unit variance
-    iterations: int = 30                                  # kmeans: at most
-    restarts: int = 3                                     # kmeans: keep the best of so many starts
-    batch: int = 16_384                                   # kmeans: mini-batch size above `full` rows (at least 4 times K)
-    full: int = 500_000                                   # kmeans: up to so many rows, every iteration is a full pass (Lloyd)
-    eps: float = 0.05                                     # sinkhorn: entropic regularisation; larger = softer
-    sk_iterations: int = 20                               # sinkhorn: balancing iterations per round
-    rounds: int = 20                                      # sinkhorn: alternations of assignment and prototypes
-    objects: int = 1                                      # lost, ncut, masks: at most so many boxes per image
-    contrast: float = 0.5                                 # the same: a further object differs from the rest (squared) by at least this share of what the first does
-    tau: float = 0.2                                      # ncut (also as foreground): patches of at least this cosine are joined
-    refine: bool = True                                   # lost, ncut, masks: outline in pixels from upsampled features, not in patches
-    guide: bool = True                                    # lost, ncut, masks: the refined outline follows the edges of the image
-    cells: int = 4                                        # lost, ncut, masks: what is clustered is a region's features on a grid of so many cells a side; 1 = their mean
-    foreground: Literal["lost", "ncut", "none"] = "lost"  # masks: what finds the objects; none = cluster all patches
-    segments: int = 21                                    # masks with foreground=none: clusters of patches, background included
-    smooth: float = 0.3                                   # masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none
-    by: Literal["kmeans", "sinkhorn"] = "kmeans"          # lost, ncut, masks: how regions and patches are clustered
-    reference: str = "kmeans"                             # random: whose marginal to keep
-    groups: int = 5                                       # subgroups: parts per class
-    seed: int = 0                                         # of starts, permutations, splits
-    overwrite: bool = False                               # replace labels that another recipe left under this name
+    name: str = key("", "results go to labels/<name>.npz; empty = the method")
+    method: Literal["kmeans", "sinkhorn", "lost", "ncut", "masks", "classes", "random", "subgroups"] = key("kmeans",
+        "the last three are controls")
+    features: str = key("base", "which features/<features> to cluster")
+    K: int = key(100, "clusters")
+    metric: Literal["cosine", "euclidean"] = key("cosine", "kmeans: spherical or plain")
+    center: bool = key(True, "subtract the mean feature first")
+    pca: int = key(0, "keep this many principal components; 0 = all")
+    whiten: bool = key(False, "scale principal components to unit variance")
+    iterations: int = key(30, "kmeans: at most")
+    restarts: int = key(3, "kmeans: keep the best of so many starts")
+    batch: int = key(16_384, "kmeans: mini-batch size above `full` rows (at least 4 times K)")
+    full: int = key(500_000, "kmeans: up to so many rows, every iteration is a full pass (Lloyd)")
+    eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer")
+    sk_iterations: int = key(20, "sinkhorn: balancing iterations per round")
+    rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes")
+    objects: int = key(1, "lost, ncut, masks: at most so many boxes per image")
+    contrast: float = key(0.5,
+                          "the same: a further object differs from the rest (squared) by at least this share of what "
+                          "the first does")
+    tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined")
+    refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
+    guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
+    cells: int = key(4,
+                     "lost, ncut, masks: what is clustered is a region's features on a grid of so many cells a side; "
+                     "1 = their mean")
+    foreground: Literal["lost", "ncut", "none"] = key("lost",
+                                                      "masks: what finds the objects; none = cluster all patches")
+    segments: int = key(21, "masks with foreground=none: clusters of patches, background included")
+    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none")
+    by: Literal["kmeans", "sinkhorn"] = key("kmeans", "lost, ncut, masks: how regions and patches are clustered")
+    reference: str = key("kmeans", "random: whose marginal to keep")
+    groups: int = key(5, "subgroups: parts per class")
+    seed: int = key(0, "of starts, permutations, splits")
+    overwrite: bool = key(False, "replace labels that another recipe left under this name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,28 +593,6 @@ def score_layouts(found, data):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Label files
-
-def load_labels(run, name):
-    """(dict(train int64 [N], test int64 [N'], ...), info) of labels/<name>.npz, checked against the run's data."""
-    path = run.dir / "labels" / f"{name}.npz"
-    info = read_json(path.with_suffix(".json"), "make it with self_label.py (method=..., name=...)")
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            labels = {k: f[k] for k in f.files}
-        train, _, K = labels["train"], labels["test"], int(labels["num_labels"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: not a readable label file ({e}); delete it and make it again") from None
-    for split in ("train", "test"):
-        data = load_data(run, split)
-        if len(labels[split]) != len(data):
-            raise UserError(f"{path} has {len(labels[split])} {split} labels, {run.dir}/data/{split} has {len(data)} images; make the labels again")
-        if info.get("data", {}).get(split) != data.info["fingerprint"]:
-            raise UserError(f"{path} belongs to {split} images {info.get('data', {}).get(split)}, {run.dir}/data/{split} holds {data.info['fingerprint']}; "
-                            "make the labels again")
-    if train.dtype.kind not in "iu" or not 0 <= train.min() <= train.max() < K:
-        raise UserError(f"{path}: labels must be whole numbers in 0 ... {K - 1} (num_labels={K}); found {train.dtype}, {train.min()} ... {train.max()}")
-    return labels | {"train": train.astype(np.int64)}, info | {"num_labels": K}
-
 
 def score_labels(labels, classes):
     """Agreement of labels [N] with ground-truth classes [N] (-1 = not known): a monitor, never used to make labels."""

@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, row_shape,
                           source_counts)
-from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, read_torch, require,
-                         save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide, write_json)
+from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, key, read_torch,
+                         require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide, write_json)
 
 
 FORMAT = 1                                                # of checkpoints; raised when older ones can no longer be read
@@ -43,35 +43,40 @@ FORMAT = 1                                                # of checkpoints; rais
 @dataclass
 class Training:
     """Keys shared by the two training stages. Durations are images seen; batches are global, whatever the number of processes."""
-    images: int = 20_000_000                              # images seen in all; more may be asked for later
-    batch: int = 128                                      # images per update over all processes
-    micro: int = 0                                        # at most so many images per forward pass and process; 0 = no gradient accumulation
-    path: Literal["cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = "cv"    # constant velocity; variance preserving: linear, cosine, Stable Diffusion's betas, score SDE
-    predict: Literal["v", "eps", "x"] = "v"               # what the network predicts
-    times: Literal["uniform", "logit_normal"] = "uniform"  # how t is drawn
-    min_snr: float = 0.0                                  # > 0: min-SNR loss weighting with this gamma
-    optimizer: Literal["adamw", "muon"] = "adamw"         # muon: orthogonalised updates of the hidden weights; several times faster in short trainings
-    lr: float = 2e-4                                      # never rescaled by batch or processes
-    weight_decay: float = 0.0                             # of matrices and convolutions, decoupled
-    warmup: int = 10_000                                  # images over which lr rises linearly
-    clip: float = 1.0                                     # gradient norm limit; 0 = none
-    ema: int = 500_000                                    # half-life, in images, of the averaged weights
-    ema_ramp: float = 0.05                                # but never longer than this share of the images seen so far
-    flip: bool = True                                     # mirror images at random
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"     # auto = bf16 where the hardware has it
-    compile: bool = False                                 # torch.compile the network
-    recompute: bool = False                               # keep the inputs of blocks only and compute the rest again when going back: less memory, a third more work
-    log_every: int = 10_000                               # images between lines of metrics.jsonl
-    save_every: int = 500_000                             # images between checkpoints
-    grid_every: int = 500_000                             # images between sample grids (fixed noise, averaged weights)
-    seed: int = 0                                         # of weights, order, noise, times and flips
-    overwrite: bool = False                               # throw away results that another recipe left under this name
+    images: int = key(20_000_000, "images seen in all; more may be asked for later")
+    batch: int = key(128, "images per update over all processes")
+    micro: int = key(0, "at most so many images per forward pass and process; 0 = no gradient accumulation")
+    path: Literal["cv", "vp", "vp-cosine", "vp-sd", "vp-sde"] = key("cv",
+        "constant velocity; variance preserving: linear, cosine, Stable Diffusion's betas, score SDE")
+    predict: Literal["v", "eps", "x"] = key("v", "what the network predicts")
+    times: Literal["uniform", "logit_normal"] = key("uniform", "how t is drawn")
+    min_snr: float = key(0.0, "> 0: min-SNR loss weighting with this gamma")
+    optimizer: Literal["adamw", "muon"] = key("adamw",
+                                              "muon: orthogonalised updates of the hidden weights; several times "
+                                              "faster in short trainings")
+    lr: float = key(2e-4, "never rescaled by batch or processes")
+    weight_decay: float = key(0.0, "of matrices and convolutions, decoupled")
+    warmup: int = key(10_000, "images over which lr rises linearly")
+    clip: float = key(1.0, "gradient norm limit; 0 = none")
+    ema: int = key(500_000, "half-life, in images, of the averaged weights")
+    ema_ramp: float = key(0.05, "but never longer than this share of the images seen so far")
+    flip: bool = key(True, "mirror images at random")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto = bf16 where the hardware has it")
+    compile: bool = key(False, "torch.compile the network")
+    recompute: bool = key(False,
+                          "keep the inputs of blocks only and compute the rest again when going back: less memory, a "
+                          "third more work")
+    log_every: int = key(10_000, "images between lines of metrics.jsonl")
+    save_every: int = key(500_000, "images between checkpoints")
+    grid_every: int = key(500_000, "images between sample grids (fixed noise, averaged weights)")
+    seed: int = key(0, "of weights, order, noise, times and flips")
+    overwrite: bool = key(False, "throw away results that another recipe left under this name")
 
 
 @dataclass
 class TrainDiffusion(Training):
     """Section `train_diffusion`."""
-    name: str = "base"                                    # results go to diffusion/<name>
+    name: str = key("base", "results go to diffusion/<name>")
 
 
 RESUMABLE = {"images", "log_every", "save_every", "grid_every", "overwrite", "micro", "compile", "recompute"}   # may change on resume
@@ -512,8 +517,7 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
             if size % model.patch or model.channels % model.heads or model.depth % 2 or model.channels % 2:
                 raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} of heads={model.heads}; "
                                 f"channels and depth={model.depth} even")
-            return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv,
-                        registers=model.registers, **condition)
+            return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads, model.final_conv, **condition)
         if size % (step := model.stem * 2 ** (len(model.mult) - 1)):
             raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} levels in mult)")
         widths, per_head = [m * model.channels for m in model.mult], f"head_channels={model.head_channels}" if model.head_channels else f"heads={model.heads}"
@@ -523,7 +527,7 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
         if stray := [a for a in model.attention if a not in sizes]:
             raise UserError(f"model: attention={','.join(map(str, stray))}: no level has maps of that size; here they have {', '.join(map(str, sizes))}")
         return UNet(size, in_channels, in_channels, model.channels, model.mult, model.blocks, model.attention, model.head_channels,
-                    model.dropout, model.stem, heads=0 if model.head_channels else model.heads, style=model.style, resample=model.resample, **condition)
+                    model.dropout, model.stem, heads=0 if model.head_channels else model.heads, **condition)
 
 
 def hidden_weights(net):

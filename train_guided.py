@@ -19,7 +19,7 @@ scores of the averaged network into balanced targets, and from `switch` on the l
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -28,47 +28,54 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from configs.data import input_shape, load_data, row_shape
-from configs.run import (Model, UserError, atomic, autocast, cli, digest, fill, gpu_flags, read_json, require,
+from configs.data import input_shape, load_data, load_labels, row_shape
+from configs.run import (Model, UserError, atomic, autocast, cli, digest, fill, gpu_flags, key, read_json, require,
                          save_grid, seed_of, seeded, start, wide)
 from train_diffusion import (PATHS, PUBLISHED, Training, announce, build_model, check_training, cost, diffuse, fit,
                              footprint, load_checkpoint, missing, placed, save_checkpoint)
 from extract_features import cost_shares, matching, reader, stream
-from self_label import alone, gather, in_blocks, load_labels, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
+from self_label import alone, gather, in_blocks, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
 
 
 @dataclass
 class TrainGuided(Training):
     """Section `train_guided`."""
-    name: str = ""                                        # results go to guided/<name>; empty = the name of the labels (`unconditional` for none)
-    labels: str = "kmeans"                                # labels/<labels>.npz; none = train without labels, as a control; online = find them
-    drop: float = 0.1                                     # probability of the null label, decided per image
-    init: str = "diffusion/base"                          # start from these averaged weights, or from published ones (adm:, ddpm:, uvit:, sgfm:FILE); empty = from scratch
+    name: str = key("", "results go to guided/<name>; empty = the name of the labels (`unconditional` for none)")
+    labels: str = key("kmeans", "labels/<labels>.npz; none = train without labels, as a control; online = find them")
+    drop: float = key(0.1, "probability of the null label, decided per image")
+    init: str = key("diffusion/base",
+                    "start from these averaged weights, or from published ones (adm:, ddpm:, uvit:, sgfm:FILE); empty"
+                    " = from scratch")
     # labels=online: what is found, and how
-    K: int = 50                                           # online: prototypes
-    condition: Literal["label", "box", "mask", "set", "prototype", "patch", "none"] = "label"      # what the network is told of an image:
-                                                          # label id; with the file's boxes or masks beside it; set = the clusters of all boxes
-                                                          # of an image (labels made with objects=2 or more); online also: prototype vector, map of
-                                                          # patch labels, none = Sinkhorn loss without guidance
-    switch: int = 20_000                                  # online: images seen before conditions begin; until then every image has the null condition
-    assign: Literal["sinkhorn", "argmax"] = "sinkhorn"    # online: balanced with batch and queue, or nearest prototype
-    sk_activation: str = "mid*-out"                       # online: the feature's name; of several that match the last one
-    sk_t: float = 0.85                                    # online: time at which the averaged network looks at an image
-    sk_window: list[float] = field(default_factory=lambda: [0.8, 0.9])     # online: times at which the trained network must predict the target
-    sk_weight: float = 1.0                                # online: weight of the Sinkhorn loss
-    sk_grad: Literal["head", "backbone"] = "head"         # online: how far its gradient reaches
-    sk_ramp: int = 20_000                                 # online: images over which the weight rises
-    sk_freeze: int = 5_000                                # online: images before prototypes move
-    sk_until: int = 0                                     # online: images after which every training image keeps its label; 0 = labels move to the end
-    sk_share: float = 0.25                                # online: share of each batch that takes part in the Sinkhorn loss
-    sk_queue: int = 1_024                                 # online: earlier features that help to balance; 0 = the batch alone
-    sk_eps: float = 0.05                                  # online: entropic regularisation of the targets
-    sk_iterations: int = 3                                # online: Sinkhorn iterations
-    sk_temperature: float = 0.1                           # online: of the prediction
-    sk_dim: int = 64                                      # online: width of head output and prototypes
-    sk_hidden: int = 256                                  # online: hidden width of the head
-    sk_augment: float = 0.0                               # online: > 0: crop, flip and colour of the predicting view, up to this strength (1 = strong)
-    sk_patches: int = 16                                  # online, condition=patch: patches per image in the Sinkhorn loss
+    K: int = key(50, "online: prototypes")
+    condition: Literal["label", "box", "mask", "set", "prototype", "patch", "none"] = key("label",
+        "what the network is told of an image: label id; with the file's boxes or masks beside it; set = the clusters"
+        " of all boxes of an image (labels made with objects=2 or more); online also: prototype vector, map of patch "
+        "labels, none = Sinkhorn loss without guidance")
+    switch: int = key(20_000,
+                      "online: images seen before conditions begin; until then every image has the null condition")
+    assign: Literal["sinkhorn", "argmax"] = key("sinkhorn",
+                                                "online: balanced with batch and queue, or nearest prototype")
+    sk_activation: str = key("mid*-out", "online: the feature's name; of several that match the last one")
+    sk_t: float = key(0.85, "online: time at which the averaged network looks at an image")
+    sk_window: list[float] = key([0.8, 0.9], "online: times at which the trained network must predict the target")
+    sk_weight: float = key(1.0, "online: weight of the Sinkhorn loss")
+    sk_grad: Literal["head", "backbone"] = key("head", "online: how far its gradient reaches")
+    sk_ramp: int = key(20_000, "online: images over which the weight rises")
+    sk_freeze: int = key(5_000, "online: images before prototypes move")
+    sk_until: int = key(0,
+                        "online: images after which every training image keeps its label; 0 = labels move to the end")
+    sk_share: float = key(0.25, "online: share of each batch that takes part in the Sinkhorn loss")
+    sk_queue: int = key(1_024, "online: earlier features that help to balance; 0 = the batch alone")
+    sk_eps: float = key(0.05, "online: entropic regularisation of the targets")
+    sk_iterations: int = key(3, "online: Sinkhorn iterations")
+    sk_temperature: float = key(0.1, "online: of the prediction")
+    sk_dim: int = key(64, "online: width of head output and prototypes")
+    sk_hidden: int = key(256, "online: hidden width of the head")
+    sk_augment: float = key(0.0,
+                            "online: > 0: crop, flip and colour of the predicting view, up to this strength (1 = "
+                            "strong)")
+    sk_patches: int = key(16, "online, condition=patch: patches per image in the Sinkhorn loss")
 
 
 def load_pretrained(net, state):

@@ -502,3 +502,50 @@ def input_shape(run):
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     require(size % factor == 0, run.data, "size latents", f"size must be a multiple of {factor}, by which this autoencoder shrinks images")
     return config["latent_channels"], size // factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What earlier stages left: features and labels of the same images
+
+def file_of(split, name, t):
+    """File name of one feature array."""
+    return f"{split}-{name}-t{t:g}.npy"
+
+
+def load_features(run, name, split):
+    """(list of float arrays [N, ...] as memory maps, info) of features/<name>, checked against the run's data."""
+    folder = run.dir / "features" / name
+    info, data, arrays = read_json(folder / "info.json", "run extract_features.py first"), load_data(run, split), []
+    if info["data"].get(split) != data.info["fingerprint"]:
+        raise UserError(f"{folder}: extracted from {split} images {info['data'].get(split)}, the run's are {data.info['fingerprint']}; extract again")
+    for entry in info["arrays"]:
+        file = folder / file_of(split, entry["activation"], entry["t"])
+        try:
+            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{file}: cannot be read ({e}); delete the folder and extract again") from None
+        if len(arrays[-1]) != len(data):
+            raise UserError(f"{file} has {len(arrays[-1])} rows, the data {len(data)}; delete the folder and extract again")
+    return arrays, info
+
+
+def load_labels(run, name):
+    """(dict(train int64 [N], test int64 [N'], ...), info) of labels/<name>.npz, checked against the run's data."""
+    path = run.dir / "labels" / f"{name}.npz"
+    info = read_json(path.with_suffix(".json"), "make it with self_label.py (method=..., name=...)")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            labels = {k: f[k] for k in f.files}
+        train, _, K = labels["train"], labels["test"], int(labels["num_labels"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: not a readable label file ({e}); delete it and make it again") from None
+    for split in ("train", "test"):
+        data = load_data(run, split)
+        if len(labels[split]) != len(data):
+            raise UserError(f"{path} has {len(labels[split])} {split} labels, {run.dir}/data/{split} has {len(data)} images; make the labels again")
+        if info.get("data", {}).get(split) != data.info["fingerprint"]:
+            raise UserError(f"{path} belongs to {split} images {info.get('data', {}).get(split)}, {run.dir}/data/{split} holds {data.info['fingerprint']}; "
+                            "make the labels again")
+    if train.dtype.kind not in "iu" or not 0 <= train.min() <= train.max() < K:
+        raise UserError(f"{path}: labels must be whole numbers in 0 ... {K - 1} (num_labels={K}); found {train.dtype}, {train.min()} ... {train.max()}")
+    return labels | {"train": train.astype(np.int64)}, info | {"num_labels": K}
