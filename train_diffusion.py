@@ -31,8 +31,7 @@ from torch.nn import functional as F
 import torch.utils.checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, row_shape,
-                          source_counts)
+from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, row_shape)
 from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, key, read_torch,
                          require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide, write_json)
 
@@ -715,7 +714,7 @@ def announce(run, cfg, net, folder):
     cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {passes} (forward, twice that backward{', forward again' if cfg.recompute else ''}) "
          f"x {cfg.images:,} images", passes * flops * cfg.images)
     share, why = (0.5, "half of those in float32") if cfg.compile or isinstance(net, UViT) else (5 / 6, "5/6 of those in float32, in which norms work that are not compiled")
-    train, test = source_counts(run)
+    train, test = run.data.train, run.data.test
     row = (8 if run.data.latents else 1) * channels * size ** 2                  # bytes of an image as the network sees it
     resident = train * row if train * row < RESIDENT else 0
     muon = cfg.optimizer == "muon"

@@ -443,31 +443,9 @@ class Split:
         return self.images if self.latents is None else self.latents
 
 
-def source_counts(run):
-    """Images of the source as far as known without reading it, (train, test); 0 = unknown."""
-    data = run.data
-    if data.source not in SOURCES:
-        raise UserError(f"data.source={data.source}: {unknown(data.source, SOURCES)}")
-    if data.source == "folder" and Path(data.root).is_dir():
-        known = [source_batches(run, split, [])[0] for split in ("train", "test")]
-    elif data.classes:
-        known = 0, 0
-    else:
-        known = {"shapes": (20_000, 5_000), "ImageNet": (1_281_167, 50_000), "LSUN": (126_227, 300), "CIFAR10": (50_000, 10_000)}.get(data.source, (0, 0))
-    limits = data.train, data.test
-    return tuple(min(n, limit) if n and limit and data.source != "shapes" else limit or n for n, limit in zip(known, limits))
-
-
 def load_data(run, split):
-    """Open data/<split> of the run and check that its files fit each other. For --dry-run before they are there: as many black images, which take no memory."""
+    """Open data/<split> of the run and check that its files fit each other."""
     folder = run.dir / "data" / split
-    if run.dry_run and not (folder / "info.json").exists():
-        if not (n := source_counts(run)[split == "test"]):
-            raise UserError(f"{folder}: not prepared yet, and how many images data.source={run.data.source} has is not known; say data.train= and data.test= with --dry-run")
-        empty = lambda kind, *shape: np.broadcast_to(kind(0), (n, *shape))
-        channels, size = input_shape(run)
-        return Split(empty(np.uint8, 3, run.data.size, run.data.size), empty(np.int64), None, None, dict(fingerprint="not prepared yet", count=n),
-                     empty(np.float16, 2, 2 * channels, size, size) if run.data.latents else None)
     info, arrays = read_json(folder / "info.json", "run train_diffusion.py first"), {}
     for kind in info["arrays"] + ["latents"] * bool(run.data.latents):
         try:
