@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from configs.data import Folder, Squared, as_input, decode, load_data, load_labels, open_autoencoder, to_latents
+from configs.data import as_input, decode, load_data, load_labels, open_autoencoder, to_latents
 from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
                          finished, key, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          wide, write_json, write_rows)

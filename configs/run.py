@@ -24,6 +24,7 @@ import traceback
 import typing
 import uuid
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def convert(name, kind, value):
             raise ValueError
         return kind(float(value) if kind is int else "" if value is None else value)
     except (TypeError, ValueError, OverflowError):
-        hint = " (200k and 50M are fine)" if kind is int else ""
+        hint = {int: " (200k and 50M are fine)", str: " (a name such as yes or no: quote it)"}.get(kind, "")
         raise UserError(f"{name}={value!r}: expected {kind.__name__}{hint}") from None
 
 
@@ -521,7 +522,7 @@ def reading(path, hint):
     except FileNotFoundError:
         raise UserError(f"{path}: not there; {hint}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            zipfile.BadZipFile) as e:
+            zipfile.BadZipFile, zlib.error) as e:
         text = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
         raise UserError(f"{path}: damaged, or not what this program writes ({text}); {hint}") from None
 
