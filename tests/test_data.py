@@ -207,8 +207,9 @@ def spoiled(folder, n=200):
     """Image files of many modes and formats, with flipped bytes, cut short, or with broken EXIF."""
     g, folder = np.random.default_rng(0), folder / "spoiled"
     folder.mkdir()
-    kinds = [("png", "RGB"), ("png", "RGBA"), ("png", "LA"), ("png", "P"), ("png", "1"), ("png", "I;16"), ("jpg", "RGB"),
-             ("jpg", "L"), ("jpg", "CMYK"), ("webp", "RGBA"), ("gif", "P"), ("tiff", "F"), ("tiff", "RGB"), ("bmp", "RGB")]
+    kinds = [("png", "RGB"), ("png", "RGBA"), ("png", "LA"), ("png", "P"), ("png", "1"), ("png", "I;16"),
+             ("jpg", "RGB"), ("jpg", "L"), ("jpg", "CMYK"), ("webp", "RGBA"), ("gif", "P"), ("tiff", "F"),
+             ("tiff", "RGB"), ("bmp", "RGB")]
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "a camera"
     for i in range(n):
@@ -322,9 +323,9 @@ def test_torchvision_set_from_files_at_hand(tmp_path):
     assert images.shape == (64, 3, 28, 28) and classes.tolist() == [i % 10 for i in range(64)]
     assert np.array_equal(images[:, 0], picture(64, (64, 28, 28))) and info["class_names"][3].startswith("3")
     assert info["origin"] == dict(root=str(tmp_path), train=64, test=32)
-    name = "5 - five"
-    images, classes, info = prepare(tmp_path / "five", source="MNIST", root=str(tmp_path), size=28, classes=[name])["train"]
-    assert len(images) == 6 and not classes.any() and info["class_names"] == [name]
+    five = ["5 - five"]
+    out = prepare(tmp_path / "five", source="MNIST", root=str(tmp_path), size=28, classes=five)
+    assert len(out["train"][0]) == 6 and not out["train"][1].any() and out["train"][2]["class_names"] == five
     assert "data.download=true" in complaint_of(tmp_path / "none", source="CIFAR10", root=str(tmp_path))
     assert "did you mean CIFAR10" in complaint_of(tmp_path / "none", source="CIFAR11")
 
