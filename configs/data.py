@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -58,8 +59,6 @@ def open_source(data):
     source = openers.get(data.source, open_torchvision)(data)
     if not data.classes:
         return source
-    require(data.source not in ("shapes", "arrays"), data, "source classes",
-            "classes are chosen from folders and torchvision sets only")
     for name in data.classes:
         if name not in source.names:
             raise UserError(f"data.classes={name}: {unknown(name, source.names)}")
@@ -172,13 +171,11 @@ def torchvision_datasets():
     """torchvision.datasets, also beside a CPU-only torch, with which its compiled detection operators cannot load."""
     try:
         from torchvision import datasets
-    except RuntimeError:
-        for op in ("nms", "qnms"):                        # declared but absent; nothing here calls them
-            try:
+    except RuntimeError:                                  # declare them; nothing here calls them
+        for op in ("nms", "qnms"):
+            with suppress(RuntimeError):                  # declared already
                 torch.library.define(f"torchvision::{op}",
                                      "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            except RuntimeError:
-                pass                                      # declared already
         from torchvision import datasets
     return datasets
 
@@ -407,9 +404,11 @@ def choose_rows(data, source, split):
     return part, rows
 
 
-def write_part(run, folder, split, part, rows, found):
-    """Stream some rows of a part into arrays in `folder`; {kinds, number of images, classes per image, fingerprint}."""
+def write_part(run, folder, split, source, part, rows):
+    """Stream some rows of a part of the source into arrays in `folder`; info.json describes them and is returned."""
     count, classes, hashed = 0, [], hashlib.sha256()
+    found = dict(unreadable=[], transparent=0)
+    folder.mkdir()
     with bar(run, len(rows), f"preparing {split} images") as progress:
         for batch in part.read(rows, part.classes, found):
             for kind, values in batch.items():
@@ -424,7 +423,13 @@ def write_part(run, folder, split, part, rows, found):
         raise UserError(f"data.source={run.data.source}: none of the {split} images can be read")
     for kind in batch:
         finish_rows(folder / f"{kind}.npy", count)
-    return sorted(batch), count, np.concatenate(classes), hashed.hexdigest()[:16]
+    classes = np.concatenate(classes)
+    per_class = np.bincount(classes[classes >= 0], minlength=len(source.names)).tolist()
+    info = dict(source=run.data.source, split=split, count=count, size=run.data.size, class_names=source.names,
+                class_counts=per_class, arrays=sorted(batch), fingerprint=hashed.hexdigest()[:16],
+                skipped=found["unreadable"], transparent=found["transparent"], origin=source.origin)
+    write_json(folder / "info.json", info)
+    return info
 
 
 def finish_rows(path, count):
@@ -441,27 +446,17 @@ def finish_rows(path, count):
 
 def write_data(run, folder):
     """Write both parts of the source to `folder`, and say what they are."""
-    data, source = run.data, open_source(run.data)
-    chosen = {split: choose_rows(data, source, split) for split in SPLITS}       # complains before anything is written
-    counts, found = {}, dict(unreadable=[], transparent=0)
-    for split, (part, rows) in chosen.items():
-        (folder / split).mkdir()
-        before = len(found["unreadable"])
-        kinds, count, classes, fingerprint = write_part(run, folder / split, split, part, rows, found)
-        per_class = np.bincount(classes[classes >= 0], minlength=len(source.names))
-        write_json(folder / split / "info.json", dict(
-            source=data.source, split=split, count=count, size=data.size, class_names=source.names,
-            class_counts=per_class.tolist(), arrays=kinds, fingerprint=fingerprint,
-            skipped=found["unreadable"][before:], origin=source.origin))
-        counts[split] = count
-    said = f"{len(per_class) or 'no'} classes"
+    source = open_source(run.data)
+    chosen = {split: choose_rows(run.data, source, split) for split in SPLITS}   # complains before anything is written
+    train, test = (write_part(run, folder / split, split, source, *chosen[split]) for split in SPLITS)
+    said = f"{len(train['class_counts']) or 'no'} classes"
     if source.names:
         said += f" ({', '.join(source.names[:10])}{', ...' if len(source.names) > 10 else ''})"
-    if found["unreadable"]:
-        said += f"; skipped {len(found['unreadable'])} unreadable ones, listed in info.json"
-    if found["transparent"]:
-        said += f"; {found['transparent']} with transparent parts laid on white"
-    run.say(f"prepared {counts['train']:,} train and {counts['test']:,} test images in {run.dir / 'data'}: "
+    if skipped := len(train["skipped"] + test["skipped"]):
+        said += f"; skipped {skipped} unreadable ones, listed in info.json"
+    if transparent := train["transparent"] + test["transparent"]:
+        said += f"; {transparent} with transparent parts laid on white"
+    run.say(f"prepared {train['count']:,} train and {test['count']:,} test images in {run.dir / 'data'}: "
             f"{said}{source.note}")
 
 

@@ -559,11 +559,14 @@ def create_rows(path, dtype, shape):
 def write_rows(path, first, rows):
     """Put rows into a .npy file at row `first`. Plain writes: with memory maps, machines that share a page on a network
     disk lose rows."""
-    with open(path, "r+b") as f:
-        np.lib.format.read_magic(f)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-        f.seek(first * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
-        f.write(np.ascontiguousarray(rows, dtype).tobytes())
+    try:
+        with open(path, "r+b") as f:
+            np.lib.format.read_magic(f)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            f.seek(first * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
+            f.write(np.ascontiguousarray(rows, dtype).tobytes())
+    except OSError as e:                                  # a full disk, most of all: say which file it was
+        raise UserError(f"{path}: could not be written ({e.strerror or e})") from None
 
 
 def finished(run, path, recipe):
