@@ -11,7 +11,7 @@ import hashlib
 import os
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -46,8 +46,7 @@ class Part:
 class Source:
     """Where images come from, before any is read."""
     parts: dict                                           # train, test: Part; without test a share of train is held out
-    names: list = field(default_factory=list)             # of the classes
-    origin: dict = field(default_factory=dict)            # tells, by its digest, whether the source is still the same
+    names: list                                           # of the classes
     note: str = ""                                        # what the user should know
 
 
@@ -105,15 +104,6 @@ def find_images(folder, below="", above=()):
             yield below + entry.name, entry.stat().st_size
 
 
-def folder_origin(data):
-    """(listing as of `find_images`, origin) of data.root."""
-    root = Path(data.root).expanduser()
-    if not root.is_dir():
-        raise UserError(f"data.root={data.root}: no such folder of images")
-    listing = list(find_images(root))
-    return listing, dict(root=str(root.absolute()), files=len(listing), digest=digest(listing))
-
-
 def folder_parts(listing):
     """{part: prefix of its paths}: folders train and test (or val, ...) where they are, else everything is train."""
     folders = {path.split("/")[0] for path, _ in listing if "/" in path}
@@ -126,7 +116,9 @@ def folder_parts(listing):
 def open_folder(data):
     """Image files below data.root: flat, or one subfolder per class, or train/ and test/ folders of either."""
     root = Path(data.root).expanduser()
-    listing, origin = folder_origin(data)
+    if not root.is_dir():
+        raise UserError(f"data.root={data.root}: no such folder of images")
+    listing = list(find_images(root))
     if not listing:
         raise UserError(f"{root}: no image files found ({', '.join(ENDINGS)})")
     prefixes = folder_parts(listing)
@@ -139,7 +131,7 @@ def open_folder(data):
         names |= {path.split("/")[0] for path in paths[part] if "/" in path}
     names = sorted(names)                                 # of all parts, so that ids agree
 
-    source = Source({}, names, origin)
+    source = Source({}, names)
     ids = {name: i for i, name in enumerate(names)}
     for part, prefix in prefixes.items():
         classes = [ids[path.split("/")[0]] if "/" in path else -1 for path in paths[part]]
@@ -151,18 +143,14 @@ def open_folder(data):
     return source
 
 
-TORCHVISION = {                                           # set: arguments of its train and of its test part (joined)
-    **{name: ([dict(train=True)], [dict(train=False)])
-       for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST")},
-    **{name: ([dict(split="train")], [dict(split="test")])
-       for name in ("SVHN", "Food101", "GTSRB", "StanfordCars")},
-    "STL10": ([dict(split="train+unlabeled")], [dict(split="test")]),            # class -1: not known
-    "Flowers102": ([dict(split="train"), dict(split="val")], [dict(split="test")]),
-    "DTD": ([dict(split="train"), dict(split="val")], [dict(split="test")]),
-    "FGVCAircraft": ([dict(split="trainval")], [dict(split="test")]),
-    "OxfordIIITPet": ([dict(split="trainval")], [dict(split="test")]),
-    "ImageNet": ([dict(split="train")], [dict(split="val")]),
-    "LSUN": ([dict(classes=["church_outdoor_train"])], [dict(classes=["church_outdoor_val"])]),
+TORCHVISION = {                                           # set: keyword, its values for the train and the test part
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST"), ("train", [True], [False])),
+    **dict.fromkeys(("SVHN", "Food101", "GTSRB", "StanfordCars"), ("split", ["train"], ["test"])),
+    **dict.fromkeys(("Flowers102", "DTD"), ("split", ["train", "val"], ["test"])),
+    **dict.fromkeys(("FGVCAircraft", "OxfordIIITPet"), ("split", ["trainval"], ["test"])),
+    "STL10": ("split", ["train+unlabeled"], ["test"]),    # class -1: not known
+    "ImageNet": ("split", ["train"], ["val"]),
+    "LSUN": ("classes", [["church_outdoor_train"]], [["church_outdoor_val"]]),
 }
 SOURCES = ["shapes", "folder", "arrays", *TORCHVISION]
 
@@ -183,21 +171,22 @@ def torchvision_datasets():
 def open_torchvision(data):
     """The torchvision set named data.source."""
     root, kind = Path(data.root or "data").expanduser(), getattr(torchvision_datasets(), data.source)
-    known = {} if data.source in ("ImageNet", "LSUN") else dict(download=data.download)      # never downloaded
-    source = Source({}, origin=dict(root=str(root.absolute())))
-    for split, settings in zip(SPLITS, TORCHVISION[data.source]):
+    keyword, *values = TORCHVISION[data.source]
+    more = {} if data.source in ("ImageNet", "LSUN") else dict(download=data.download)       # those have no download
+    source = Source({}, [])
+    for split, chosen in zip(SPLITS, values):
         try:
-            sets = [kind(str(root), **known, **arguments) for arguments in settings]
+            sets = [kind(str(root), **{keyword: value}, **more) for value in chosen]
         except (RuntimeError, OSError, ModuleNotFoundError, ValueError) as e:
             raise UserError(f"data.source={data.source}: {str(e).splitlines()[0]} (looked in {root}; "
                             "set data.root to where the files are, or data.download=true)") from None
         items = torch.utils.data.ConcatDataset(sets)
-        classes = [np.asarray(getattr(s, "targets", getattr(s, "labels", None))) for s in sets]
-        classes = np.concatenate(classes).astype(np.int64) if all(c.ndim == 1 for c in classes) else None
+        classes = [getattr(s, "targets", getattr(s, "labels", None)) for s in sets]
+        known = all(c is not None for c in classes)
+        classes = np.concatenate([np.asarray(c) for c in classes]).astype(np.int64) if known else None
         source.parts[split] = Part(len(items), classes, functools.partial(read_images, data, items))
         names = getattr(sets[0], "wnids", getattr(sets[0], "classes", []))
         source.names = source.names or list(map(str, names))
-        source.origin[split] = len(items)
     return source
 
 
@@ -242,9 +231,9 @@ class Squared(torch.utils.data.Dataset):
 
 def read_images(data, items, rows, classes, found):
     """`Part.read` of items as in `Squared`."""
-    quick = len(rows) < 2000 or not isinstance(items, list) and hasattr(items.datasets[0], "data")      # in memory
+    workers = min(16, os.cpu_count() or 1) if len(rows) >= 2000 else 0
     loader = torch.utils.data.DataLoader(Squared(items, data.size), batch_size=256, sampler=rows.tolist(),
-                                         num_workers=0 if quick else min(16, os.cpu_count() or 1), collate_fn=list)
+                                         num_workers=workers, collate_fn=list)
     for batch in loader:
         images, labels = [], []
         for i, label, image, transparent, wrong in batch:
@@ -262,13 +251,6 @@ def read_images(data, items, rows, classes, found):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrays
-
-def arrays_origin(path):
-    """Size of the file, and a digest of its first and last megabyte."""
-    size, part = path.stat().st_size, 2 ** 20
-    ends = [np.fromfile(path, np.uint8, part, offset=offset) for offset in (0, max(0, size - part))]
-    return dict(root=str(path.absolute()), bytes=size, digest=digest(size, *ends))
-
 
 def open_array(path, name):
     """(file, shape, dtype) of one array: of the member `name` of an .npz, or of a .npy file. The file stands behind the
@@ -313,9 +295,8 @@ def open_arrays(data):
     path = Path(data.root).expanduser()
     if not path.is_file() or path.suffix not in (".npz", ".npy"):
         raise UserError(f"data.root={data.root}: no such .npz or .npy file")
-    source = Source({})
+    source = Source({}, [])
     with reading(path, "expected a whole .npz or .npy file"):
-        source.origin = arrays_origin(path)
         names = zipfile.ZipFile(path).namelist() if path.suffix == ".npz" else ["images.npy"]
         if "images.npy" not in names:
             raise UserError(f"{path}: has no array 'images' (found: {', '.join(names)})")
@@ -405,7 +386,7 @@ def choose_rows(data, source, split):
 
 
 def write_part(run, folder, split, source, part, rows):
-    """Stream some rows of a part of the source into arrays in `folder`; info.json describes them and is returned."""
+    """Stream some rows of a part of the source into arrays in `folder`; returns what describes them."""
     count, classes, hashed = 0, [], hashlib.sha256()
     found = dict(unreadable=[], transparent=0)
     folder.mkdir()
@@ -425,11 +406,9 @@ def write_part(run, folder, split, source, part, rows):
         finish_rows(folder / f"{kind}.npy", count)
     classes = np.concatenate(classes)
     per_class = np.bincount(classes[classes >= 0], minlength=len(source.names)).tolist()
-    info = dict(source=run.data.source, split=split, count=count, size=run.data.size, class_names=source.names,
+    return dict(source=run.data.source, split=split, count=count, size=run.data.size, class_names=source.names,
                 class_counts=per_class, arrays=sorted(batch), fingerprint=hashed.hexdigest()[:16],
-                skipped=found["unreadable"], transparent=found["transparent"], origin=source.origin)
-    write_json(folder / "info.json", info)
-    return info
+                skipped=found["unreadable"], transparent=found["transparent"])
 
 
 def finish_rows(path, count):
@@ -448,7 +427,11 @@ def write_data(run, folder):
     """Write both parts of the source to `folder`, and say what they are."""
     source = open_source(run.data)
     chosen = {split: choose_rows(run.data, source, split) for split in SPLITS}   # complains before anything is written
-    train, test = (write_part(run, folder / split, split, source, *chosen[split]) for split in SPLITS)
+    origin, infos = origin_of(run.data), []
+    for split in SPLITS:
+        infos.append(write_part(run, folder / split, split, source, *chosen[split]) | dict(origin=origin))
+        write_json(folder / split / "info.json", infos[-1])
+    train, test = infos
     said = f"{len(train['class_counts']) or 'no'} classes"
     if source.names:
         said += f" ({', '.join(source.names[:10])}{', ...' if len(source.names) > 10 else ''})"
@@ -460,14 +443,26 @@ def write_data(run, folder):
             f"{said}{source.note}")
 
 
+def origin_of(data):
+    """By its digest one can tell whether data.root still holds the same images; {} where that is no question."""
+    root = Path(data.root).expanduser()
+    if data.source == "folder":                           # a listing of names and sizes
+        listing = list(find_images(root))
+        return dict(root=str(root.absolute()), files=len(listing), digest=digest(listing))
+    if data.source == "arrays":                           # the size, the first and the last megabyte
+        size, part = root.stat().st_size, 2 ** 20
+        ends = [np.fromfile(root, np.uint8, part, offset=offset) for offset in (0, max(0, size - part))]
+        return dict(root=str(root.absolute()), bytes=size, digest=digest(size, *ends))
+    return {}
+
+
 def check_origin(run):
     """A UserError where data.root holds other images than those that were prepared. A root that is gone is fine."""
     folder, data = run.dir / "data", run.data
-    before = read_json(folder / "train" / "info.json", f"delete {folder}").get("origin", {})
-    root = Path(data.root).expanduser()
-    if "digest" not in before or not root.exists():
+    before = read_json(folder / "train" / "info.json", f"delete {folder}").get("origin")
+    if not before or not Path(data.root).expanduser().exists():
         return
-    now = folder_origin(data)[1] if data.source == "folder" else arrays_origin(root)
+    now = origin_of(data)
     if now["digest"] != before["digest"]:
         size = "files" if data.source == "folder" else "bytes"
         raise UserError(f"data.root={data.root} ({now[size]:,} {size}) is not what {folder} was made from "

@@ -81,8 +81,8 @@ def test_help_explains_every_key(name, monkeypatch, capsys):
 
 def test_yaml(refuse, tmp_path):
     assert "no.yaml" in refuse("train_diffusion", tmp_path / "no.yaml")
-    for text, what in (("data: [", "not valid YAML"), ("- 1", "expected sections"), ("dta: {size: 3}", "did you mean data"),
-                       ("data: {sze: 3}", "did you mean size"), ("data: 3", "expected sections"),
+    for text, what in (("data: [", "not valid YAML"), ("- 1", "expected sections"), ("data: 3", "expected sections"),
+                       ("dta: {size: 3}", "did you mean data"), ("data: {sze: 3}", "did you mean size"),
                        ("data: {train: 2001-99-99}", "not valid YAML"), ("data: {5: 3}", "data.5"),
                        ("data: {source: folder, classes: [yes]}", "quote it"), ("data: {size: [1]}", "data.size")):
         (tmp_path / "x.yaml").write_text(text)
@@ -146,8 +146,9 @@ def test_broken_checkpoints(said, copy):
 def test_label_files_that_do_not_fit(said, copy):
     path = copy / "labels/kmeans.npz"
     good = dict(np.load(path))
-    for change, text in ((dict(train=good["train"][:-3]), "197 train labels"), (dict(test=good["test"] + 6), "-1 ... 5"),
-                         (dict(train=good["train"] + 6), "0 ... 5"), (dict(train=good["train"] * 1.5), "whole numbers"),
+    train, test = good["train"], good["test"]
+    for change, text in ((dict(train=train[:-3]), "197 train labels"), (dict(test=test + 6), "-1 ... 5"),
+                         (dict(train=train + 6), "0 ... 5"), (dict(train=train * 1.5), "whole numbers"),
                          (dict(num_labels=np.zeros(2)), "kmeans.npz: damaged")):
         np.savez(path, **good | change)
         assert text in said(copy, "train_guided")

@@ -322,7 +322,6 @@ def test_torchvision_set_from_files_at_hand(tmp_path):
     images, classes, info = prepare(tmp_path / "r", source="MNIST", root=str(tmp_path), size=28)["train"]
     assert images.shape == (64, 3, 28, 28) and classes.tolist() == [i % 10 for i in range(64)]
     assert np.array_equal(images[:, 0], picture(64, (64, 28, 28))) and info["class_names"][3].startswith("3")
-    assert info["origin"] == dict(root=str(tmp_path), train=64, test=32)
     five = ["5 - five"]
     out = prepare(tmp_path / "five", source="MNIST", root=str(tmp_path), size=28, classes=five)
     assert len(out["train"][0]) == 6 and not out["train"][1].any() and out["train"][2]["class_names"] == five
