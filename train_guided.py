@@ -172,6 +172,55 @@ def sinkhorn(scores, eps, iterations, ranks=ALONE):
     return torch.softmax(scores / eps - potentials(in_blocks(scores), eps, iterations, ranks), 1)
 
 
+class Standardised(nn.Module):
+    """Features less their running mean, over their running standard deviation.
+
+    Activations share a large common direction, beside which images hardly differ.
+    """
+
+    def __init__(self, width, length):
+        super().__init__()
+        self.length = length                              # about so many rows count
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("var", torch.ones(width))
+
+    def forward(self, f):                                 # [n, D]
+        return (f - self.mean) / (self.var + 1e-6).sqrt()
+
+    @torch.no_grad()
+    def learn(self, f, updates, ranks):
+        """Take in the rows f [n, D] of all processes."""
+        n = len(f) * ranks.world
+        mean, square = ranks.total(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
+        share = max(n / max(self.length, 4 * n), 1 / (updates + 1))
+        self.mean.lerp_(mean.float(), share)
+        self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
+
+
+class Queue(nn.Module):
+    """The rows of the last updates, the same on every process."""
+
+    def __init__(self, length, width):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(length, width))
+
+    def filled(self, n, updates, ranks):
+        """What is there after so many updates of n rows a process; every process gets another part of it."""
+        return self.rows[:updates * n * ranks.world][ranks.rank::ranks.world]
+
+    def add(self, h, updates, ranks):
+        """Put in the rows h [n, d] of all processes, in order of image number."""
+        if not len(self.rows):
+            return
+        if ranks.world > 1:
+            every = h.new_empty(ranks.world * len(h), h.shape[1])
+            torch.distributed.all_gather_into_tensor(every, h.contiguous())
+            h = every
+        h = h[-len(self.rows):]
+        places = updates * len(h) + torch.arange(len(h), device=h.device)
+        self.rows[places % len(self.rows)] = h
+
+
 class Labeller(NoLabels):
     """Finds K labels in a network's features while both train (arXiv 2312.08825), over the batches of all processes.
 
@@ -181,8 +230,7 @@ class Labeller(NoLabels):
 
         loss = - mean_i sum_k q_ik log softmax_k(h_i . c_k / temperature)
 
-    Features are standardised by running statistics (activations share a large common direction, beside which images
-    hardly differ), and pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
+    Standardised features pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
     has one label, or with condition=patch one for each of P patches; otherwise P = 1.
     """
     uniforms, noises = 12, 2                              # four are used; fewer would change the noise after them
@@ -202,9 +250,8 @@ class Labeller(NoLabels):
         with seeded(cfg.seed, "labeller"):
             self.head = nn.Sequential(nn.Linear(shape[1], self.HIDDEN), nn.SiLU(), nn.Linear(self.HIDDEN, cfg.sk_dim))
             self.prototypes = nn.Parameter(F.normalize(torch.randn(cfg.K, cfg.sk_dim), dim=1))
-        self.register_buffer("mean", torch.zeros(shape[1]))
-        self.register_buffer("var", torch.ones(shape[1]))
-        self.register_buffer("queue", torch.zeros(cfg.sk_queue, cfg.sk_dim))     # earlier h, the same on every process
+        self.standardised = Standardised(shape[1], cfg.sk_queue)
+        self.queue = Queue(cfg.sk_queue, cfg.sk_dim)      # of h, re-scored with the prototypes as they are
         self.register_buffer("watched", torch.full((self.WATCHED,), -1))         # labels at the last line of the log
         self.to(device)
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)           # since then: loss, entropy, updates
@@ -212,22 +259,21 @@ class Labeller(NoLabels):
         self.potentials = None                            # [K], once training is finished
         self.ranks, self.context = ALONE, nullcontext
 
-    def get_extra_state(self):
-        """What a checkpoint holds besides parameters and buffers: the settled labels."""
+    def get_extra_state(self):                            # beside parameters and buffers
         return self.settled
 
     def set_extra_state(self, settled):
-        self.settled = None if settled is None else settled.to(self.mean.device)
+        self.settled = None if settled is None else settled.to(self.prototypes.device)
 
     def averaged(self):
         return copy.deepcopy(self).eval().requires_grad_(False)
 
     def begin(self, run, data, context):
-        """Find labels in these training images, follow some of them, and use their classes as a monitor."""
+        """Find labels in these training images; the log follows some of them."""
         self.ranks, self.context, self.inputs = run, context, data.inputs
         rows = np.linspace(0, len(data.inputs) - 1, min(self.WATCHED, len(data.inputs)))
         self.rows = np.unique(rows.astype(int))           # of the watched images
-        classes = np.asarray(data.classes[self.rows])
+        classes = np.asarray(data.classes[self.rows])     # a monitor
         self.classes = classes if (classes >= 0).all() else None
 
     def step(self, net, ema, teacher, batch):
@@ -236,57 +282,49 @@ class Labeller(NoLabels):
         From `sk_until` on labels are those that `settle` found; then there is no teacher pass any more, and the head
         learns to tell these labels.
         """
-        cfg, b = self.cfg, len(batch.x)
+        cfg, b, device = self.cfg, len(batch.x), batch.x.device
         updates = batch.seen // cfg.batch
         guided = cfg.condition != "none" and batch.seen >= cfg.switch
-        some = torch.arange(0, b, round(1 / cfg.sk_share), device=batch.x.device)               # images in the loss
-        patches = self.patches_of(updates, batch.x.device)                       # and their patches
-        labels = torch.zeros(b, self.patches, dtype=torch.long, device=batch.x.device)
+        some = torch.arange(0, b, round(1 / cfg.sk_share), device=device)        # images in the loss, their patches
+        patches = self.patches_of(updates, device)
+        labels = torch.zeros(b, self.patches, dtype=torch.long, device=device)
         if 0 < cfg.sk_until <= batch.seen:
             labels = self.settled_labels(ema, teacher, batch)
-            targets = F.one_hot(labels[some][:, patches].flatten(), cfg.K).float()               # [n, K]
+            targets = F.one_hot(self.part(labels.flatten(), some, patches), cfg.K).float()       # [n, K]
         else:
-            images = torch.arange(b, device=batch.x.device) if guided else some                  # that the teacher sees
-            place = torch.arange(len(images) * self.patches, device=batch.x.device).reshape(-1, self.patches)
-            rows = (place[some] if guided else place)[:, patches].flatten()      # of h, in the loss
-            h = self.teacher_pass(ema, teacher, batch, images, rows, updates)    # [m, d], image by image
-            targets, found = self.balance(teacher, h, rows, updates, guided)
+            images = slice(None) if guided else some      # that the teacher sees
+            part = (some, patches) if guided else (slice(None), patches)         # of them, in the loss
+            h = self.teacher_pass(ema, teacher, batch, images, part)             # [m P, d]
+            targets, found = self.balance(teacher, h, part, updates)
             labels = found.reshape(b, self.patches) if guided else labels
         loss = self.student_loss(net, batch, some, patches, targets)
         drop = batch.u[:, 2] < cfg.drop if guided else torch.ones_like(batch.u[:, 2], dtype=torch.bool)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
         return weight * loss, self.told(labels, drop, teacher)
 
-    def teacher_pass(self, ema, teacher, batch, images, rows, updates):
-        """Unit vectors h [m, d] of these images, by the averages.
+    def teacher_pass(self, ema, teacher, batch, images, part):
+        """Unit vectors h [m P, d] of these images, by the averages.
 
-        Without a condition, so that labels never explain themselves. The running statistics learn from `rows`, those in
-        the loss.
+        Without a condition, so that labels never explain themselves. Statistics learn from the part in the loss.
         """
         with torch.no_grad(), self.context():
             t = torch.full_like(batch.u[images, 0], self.cfg.sk_t)
             f = self.feature(ema, batch.x[images], batch.more[images, 0], t)
-        self.learn_statistics(f[rows], updates)
+        self.standardised.learn(self.part(f, *part), batch.seen // self.cfg.batch, self.ranks)
+        teacher.standardised.load_state_dict(self.standardised.state_dict())
         with torch.no_grad():
-            teacher.mean.copy_(self.mean)
-            teacher.var.copy_(self.var)
             return teacher.embed(f)
 
     @torch.no_grad()
-    def balance(self, teacher, h, rows, updates, guided):
-        """(targets [n, K] of the rows in the loss, labels int64 [m] of all), balanced together with the queue."""
-        cfg, n = self.cfg, len(rows)
-        scores = teacher.scores(h)
-        filled = teacher.scores(self.queue[:updates * n * self.ranks.world])     # the part of the queue that is filled
-        past = filled[self.ranks.rank::self.ranks.world]  # every process contributes a part of it once
-        q = sinkhorn(torch.cat([scores[rows], past]), cfg.sk_eps, cfg.sk_iterations, self.ranks)[:n]
-        labels = None
-        if guided:
-            blocks = in_blocks(torch.cat([scores, past]))
-            g = potentials(blocks, cfg.sk_eps, cfg.sk_iterations, self.ranks)
-            labels = (scores / cfg.sk_eps - g).argmax(1)
-        self.remember(h[rows], updates)
-        return q, labels
+    def balance(self, teacher, h, part, updates):
+        """(targets [n, K] of the part in the loss, labels int64 [m P] of all), balanced together with the queue."""
+        cfg, ranks, mine = self.cfg, self.ranks, self.part(h, *part)
+        scores = teacher.scores(h)                        # [m P, K]
+        past = teacher.scores(self.queue.filled(len(mine), updates, ranks))
+        q = sinkhorn(torch.cat([self.part(scores, *part), past]), cfg.sk_eps, cfg.sk_iterations, ranks)[:len(mine)]
+        g = potentials(in_blocks(torch.cat([scores, past])), cfg.sk_eps, cfg.sk_iterations, ranks)
+        self.queue.add(mine, updates, ranks)
+        return q, (scores / cfg.sk_eps - g).argmax(1)
 
     def student_loss(self, net, batch, some, patches, targets):
         """Cross entropy between targets [n, K] and the trained network's prediction, under other noise."""
@@ -295,7 +333,7 @@ class Labeller(NoLabels):
         t = low + (high - low) * batch.u[some, 3]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), self.context():
             f = self.feature(net, batch.x[some], batch.more[some, 1], t)
-        h = self.embed(f.reshape(len(some), self.patches, -1)[:, patches].flatten(0, 1))
+        h = self.embed(self.part(f, slice(None), patches))
         fixed = batch.seen < cfg.sk_freeze or self.settled is not None           # prototypes of settled labels stay
         prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
         logp = F.log_softmax(h @ prototypes.T / cfg.sk_temperature, 1)
@@ -313,45 +351,30 @@ class Labeller(NoLabels):
 
     def embed(self, f):
         """Feature rows [n, D] -> unit vectors h float32 [n, d]."""
-        return F.normalize(self.head((f - self.mean) / (self.var + 1e-6).sqrt()), dim=1)
+        return F.normalize(self.head(self.standardised(f)), dim=1)
 
     def scores(self, h):
         """Cosines with the prototypes, [n, K]."""
         return h @ F.normalize(self.prototypes, dim=1).T
+
+    def part(self, rows, images, patches):
+        """Those of rows [m P, ...] that are of these images and patches."""
+        return rows.unflatten(0, (-1, self.patches))[images][:, patches].flatten(0, 1)
 
     def patches_of(self, updates, device):
         """The patches of an image that take part in the loss of this update, int64 [at most PATCHES]."""
         even = torch.linspace(0, self.patches - 1, min(self.PATCHES, self.patches), device=device).long()
         return (even + 7 * updates) % self.patches
 
-    @torch.no_grad()
-    def learn_statistics(self, f, updates):
-        """Running mean and variance of feature rows [n, D], over about as many as the queue holds."""
-        n = len(f) * self.ranks.world
-        mean, square = self.ranks.total(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
-        share = max(n / max(self.cfg.sk_queue, 4 * n), 1 / (updates + 1))
-        self.mean.lerp_(mean.float(), share)
-        self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
-
-    def remember(self, h, updates):
-        """Put the h [n, d] of all processes into the queue, in order of image number."""
-        if not len(self.queue):
-            return
-        if self.ranks.world > 1:
-            every = h.new_empty(self.ranks.world * len(h), h.shape[1])
-            torch.distributed.all_gather_into_tensor(every, h.contiguous())
-            h = every
-        h = h[-len(self.queue):]
-        self.queue[(updates * len(h) + torch.arange(len(h), device=h.device)) % len(self.queue)] = h
-
     def settled_labels(self, ema, teacher, batch):
         """The labels [b, P] that images keep, found now if they are not yet; maps are mirrored with their images."""
+        device = self.prototypes.device
         if self.settled is None:                          # by the averages as they are, under one draw of noise
             rows = self.ranks.share(len(self.inputs))
             ids = label_images(ema, teacher, self.inputs, rows, self.context, "settle", self.ranks)[0]
             ids = np.concatenate(self.ranks.gather(ids.numpy().astype(np.int16)))
-            self.settled = torch.from_numpy(ids).to(self.mean.device)
-        labels = self.settled[batch.rows.to(self.mean.device)].long()
+            self.settled = torch.from_numpy(ids).to(device)
+        labels = self.settled[batch.rows.to(device)].long()
         if batch.flip is None or self.patches == 1:
             return labels
         return torch.where(batch.flip[:, None], square(labels).flip(2).flatten(1), labels)
@@ -360,15 +383,14 @@ class Labeller(NoLabels):
         """Keyword arguments of the network for labels int64 [B, P]; drop: bool [B]."""
         if self.cfg.condition == "none":
             return {}
-        if self.cfg.condition != "patch":
-            return self.condition(teacher)(labels[:, 0], drop)
-        maps = self.map_condition(square(labels))
-        return maps(torch.arange(len(labels), device=labels.device), drop)
+        if self.cfg.condition == "patch":
+            return self.map_condition(square(labels))(torch.arange(len(labels), device=labels.device), drop)
+        return self.condition(teacher)(labels[:, 0], drop)
 
     def condition(self, teacher):
         """The condition by label, whose table are ids or the averaged prototypes."""
         if self.cfg.condition == "label":
-            return Condition("label", torch.arange(self.cfg.K + 1, device=self.mean.device))
+            return Condition("label", torch.arange(self.cfg.K + 1, device=self.prototypes.device))
         c = F.normalize(teacher.prototypes.detach(), dim=1)
         return Condition("vector", torch.cat([c, torch.zeros_like(c[:1])]))
 
@@ -388,52 +410,62 @@ class Labeller(NoLabels):
         for a, b in zip(teacher.buffers(), self.buffers()):
             a.copy_(b)
 
-    def watched_labels(self, ema, teacher):
-        """As `label_images` of the watched images, on each process for itself."""
-        images = np.asarray(self.inputs[self.rows])
-        return label_images(ema, teacher, images, np.arange(len(images)), self.context, "watched")
-
     def report(self, ema, teacher):
-        """What tells a healthy labeller from a collapsed one; NMI with the classes only as a monitor."""
-        sums = self.ranks.total(self.sums.clone())
-        self.sums.zero_()
-        told, _, alike, _ = self.watched_labels(ema, teacher)                    # [n, P]
-        ids = told if self.settled is None else self.settled[self.rows].cpu().long()
-        K = self.cfg.K
-        counts = torch.bincount(ids.flatten(), minlength=K)
-        now = square(ids)[:, math.isqrt(self.patches) // 2, math.isqrt(self.patches) // 2]       # of a map: its middle
-        before = self.watched[:len(ids)].cpu()
-        self.watched[:len(ids)] = now.to(self.watched.device)
-        line = dict(sk_loss=float(sums[0] / sums[2]), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2]),
-                    used=float((counts > 0).float().mean()), label_entropy=size_entropy(counts.numpy()),
-                    churn=float((before != now).float().mean()) if (before >= 0).all() else None)
-        if self.settled is not None:                      # does the head tell the labels that stay?
-            line["settled"] = float((told == ids).float().mean())
-        if self.classes is not None and self.patches == 1:
-            line["nmi"] = nmi(now.numpy(), self.classes)
-        few = math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)  # labels hold nearly all images
-        return line | dict(mean_cosine=alike, collapsed=uniform_targets(line) or few)
+        return report(self, ema, teacher)
 
     def words(self, line):
-        text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}"
-        for name, key in (("churn", "churn"), ("NMI", "nmi"), ("as settled", "settled")):
-            text += f"  {name} {line[key]:.2f}" if line.get(key) is not None else ""
-        if not line["collapsed"]:
-            return text
-        if uniform_targets(line):
-            return (f"{text}\nWARNING: the labels have collapsed: the targets do not tell images apart. Try a smaller "
-                    "sk_eps or sk_weight, or another sk_t")
-        return (f"{text}\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or "
-                "sk_queue, a smaller sk_weight or K, or another sk_t")
+        return words(line)
 
     def grid(self, ema, teacher):
         """Ten images per label, or per map of a watched image."""
         if self.cfg.condition == "patch":
-            labels = self.watched_labels(ema, teacher)[0][:12].repeat_interleave(10, 0)
+            labels = watched_labels(self, ema, teacher)[0][:12].repeat_interleave(10, 0)
         else:
             labels = every_tenth(self.cfg.K)[:, None]
-        keep = torch.zeros(len(labels), dtype=torch.bool, device=self.mean.device)
-        return self.told(labels.to(self.mean.device), keep, teacher)
+        keep = torch.zeros(len(labels), dtype=torch.bool, device=self.prototypes.device)
+        return self.told(labels.to(keep.device), keep, teacher)
+
+
+def watched_labels(labeller, ema, teacher):
+    """As `label_images` of the watched images, by each process for itself."""
+    images = np.asarray(labeller.inputs[labeller.rows])
+    return label_images(ema, teacher, images, np.arange(len(images)), labeller.context, "watched")
+
+
+def report(labeller, ema, teacher):
+    """For the log: what tells a healthy labeller from a collapsed one; NMI with the classes only as a monitor."""
+    sums = labeller.ranks.total(labeller.sums.clone())
+    labeller.sums.zero_()
+    told, _, alike, _ = watched_labels(labeller, ema, teacher)                   # [n, P]
+    ids = told if labeller.settled is None else labeller.settled[labeller.rows].cpu().long()
+    K, middle = labeller.cfg.K, math.isqrt(labeller.patches) // 2
+    counts = torch.bincount(ids.flatten(), minlength=K)
+    now = square(ids)[:, middle, middle]                  # of a map: the label in its middle
+    before = labeller.watched[:len(ids)].cpu()
+    line = dict(sk_loss=float(sums[0] / sums[2]), ln_K=math.log(K), target_entropy=float(sums[1] / sums[2]),
+                used=float((counts > 0).float().mean()), label_entropy=size_entropy(counts.numpy()),
+                churn=float((before != now).float().mean()) if (before >= 0).all() else None)
+    labeller.watched[:len(ids)] = now.to(labeller.watched.device)
+    if labeller.settled is not None:                      # does the head tell the labels that stay?
+        line["settled"] = float((told == ids).float().mean())
+    if labeller.classes is not None and labeller.patches == 1:
+        line["nmi"] = nmi(now.numpy(), labeller.classes)
+    few = math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)      # labels hold nearly all images
+    return line | dict(mean_cosine=alike, collapsed=uniform_targets(line) or few)
+
+
+def words(line):
+    """A report for the screen."""
+    text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}"
+    for name, key in (("churn", "churn"), ("NMI", "nmi"), ("as settled", "settled")):
+        text += f"  {name} {line[key]:.2f}" if line.get(key) is not None else ""
+    if not line["collapsed"]:
+        return text
+    if uniform_targets(line):
+        return (f"{text}\nWARNING: the labels have collapsed: the targets do not tell images apart. Try a smaller "
+                "sk_eps or sk_weight, or another sk_t")
+    return (f"{text}\nWARNING: the labels have collapsed: nearly all images share a few. Try a larger sk_eps or "
+            "sk_queue, a smaller sk_weight or K, or another sk_t")
 
 
 def uniform_targets(line):
@@ -460,7 +492,7 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE):
     all images of this call, on all ranks, unless the labeller has potentials: one image alone, or other images, cannot
     be balanced.
     """
-    cfg, device = labeller.cfg, labeller.mean.device
+    cfg, device = labeller.cfg, labeller.prototypes.device
     batch = min(256, cfg.micro or max(1, cfg.batch // ranks.world))
     parts = []
     for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=device,
@@ -469,7 +501,7 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE):
         h = labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1))      # [b, P, d]
         large = 4 * len(rows) * h[0].numel() > 1e9        # patches of many images: in half precision, off the GPU
         parts.append(h.half().cpu() if large else h)
-    h = torch.cat(parts) if parts else labeller.mean.new_zeros(0, 1, cfg.sk_dim)                 # [n, P, d]
+    h = torch.cat(parts) if parts else labeller.prototypes.new_zeros(0, 1, cfg.sk_dim)                 # [n, P, d]
     size = 2048 if h.dtype == torch.float32 else 2 ** 16
 
     def blocks():                                         # the scores of all, [n P, K], are never held at once
@@ -703,7 +735,7 @@ def load_labeller(run, net, state):
         raise UserError(f"{state['file']}: was not trained with labels=online, or is not finished")
     labeller = Labeller(cfg, net, state["sk_activation"], state["size"], state["channels"])
     labeller.load_state_dict(state["labeller_ema"])
-    labeller.potentials = state["potentials"].to(labeller.mean.device)
+    labeller.potentials = state["potentials"].to(labeller.prototypes.device)
     return labeller.eval().requires_grad_(False)
 
 

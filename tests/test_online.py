@@ -58,10 +58,11 @@ def test_targets_are_balanced_and_carry_no_gradient():
     labeller, teacher = parts[3:]
     g = torch.Generator().manual_seed(0)
     h = normalize(torch.randn(60, 16, generator=g), dim=1).requires_grad_()
-    q, labels = labeller.balance(teacher, h, torch.arange(60), 0, True)          # nothing in the queue: the batch alone
+    whole, first = slice(None), torch.zeros(1, dtype=torch.long)                 # images; the one patch that each has
+    q, labels = labeller.balance(teacher, h, (whole, first), 0)                  # nothing in the queue: the batch alone
     assert not q.requires_grad and q.shape == (60, 10) and torch.allclose(q.sum(1), torch.ones(60), atol=1e-5)
     assert torch.allclose(q.sum(0), torch.full((10,), 6.0), rtol=0.05) and torch.equal(labels, q.argmax(1))
-    q, labels = labeller.balance(teacher, h, torch.arange(0, 60, 4), 1, True)    # a part of the images is in the loss
+    q, labels = labeller.balance(teacher, h, (torch.arange(0, 60, 4), first), 1)                 # a part is in the loss
     assert q.shape == (15, 10) and labels.shape == (60,) and torch.bincount(labels).max() < 20
 
 
@@ -132,7 +133,7 @@ def test_queue_and_batch_smaller_than_K(queue):
     for i in range(3):
         loss, _ = step(parts, seen=32 * i)
         assert torch.isfinite(loss)
-    held = parts[3].queue
+    held = parts[3].queue.rows
     assert len(held) == queue
     if queue == 64:
         assert torch.allclose(held[:24].norm(dim=1), torch.ones(24), atol=1e-5) and not held[24:].any()
@@ -153,9 +154,10 @@ def test_averages_follow_at_unit_length():
     with torch.no_grad():
         labeller.head[0].weight += 1
         labeller.prototypes *= 3
-        labeller.mean += 2
+        labeller.standardised.mean += 2
     labeller.after(teacher, 0.75)
-    assert torch.allclose(teacher.head[0].weight, before + 0.25, atol=1e-6) and torch.equal(teacher.mean, labeller.mean)
+    assert torch.allclose(teacher.head[0].weight, before + 0.25, atol=1e-6)
+    assert torch.equal(teacher.standardised.mean, labeller.standardised.mean)
     for c in (labeller.prototypes, teacher.prototypes):
         assert torch.allclose(c.norm(dim=1), torch.ones(10), atol=1e-6)
 
