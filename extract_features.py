@@ -40,8 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.data import as_input, file_of, load_data, require_shape, row_shape, torchvision_datasets
 from configs.run import (Model, UserError, ahead, autocast, bar, cli, create_rows, digest, draw, finished, key,
                          read_json, read_torch, require, save_grid, start, to_uint8, weights_hash, write_json, write_rows)
-from train_diffusion import (FORMAT, PATHS, PUBLISHED, AttentionBlock, Block, ResBlock, UNet, VariancePreserving,
-                             build_model, cost, diffuse, footprint, load_model)
+from train_diffusion import (FORMAT, PATHS, AttentionBlock, Block, ResBlock, UNet, VariancePreserving, build_model, diffuse,
+                             load_model, say_network)
 
 
 @dataclass
@@ -498,7 +498,6 @@ def load_published(run, kind, file):
                 path=s["path"], predict=s["predict"], data=None, config={}, seen=0, weights=digest(weights_hash(w), s), file=str(path))
 
 
-PUBLISHED |= {kind: lambda run, file, kind=kind: load_published(run, kind, file) for kind in READERS}           # for load_checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -860,10 +859,7 @@ def main():
         size = np.dtype(cfg.dtype).itemsize * sum(map(len, data.values())) * sum(v.numel() for v in one.values())
         run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)}; {size / 1e6:,.0f} MB in {folder}")
         if not cfg.model:
-            flops, N = footprint(net, state["channels"], state["size"])[0], sum(map(len, data.values()))
-            share = max(cost_shares(net, torch.zeros(blank.shape, device=run.device), torch.zeros(1, device=run.device))[n] for n in names)
-            cost(run, f"{flops / 1e9:,.1f} GFLOP forward an image x {share:.2f} (as far as is read) x {len(times)} time(s) x {cfg.draws} draw(s) x {N:,} images",
-                 flops * share * len(times) * cfg.draws * N)
+            say_network(run, net, state["channels"], state["size"])
         return
     if run.agreed(lambda: finished(run, folder / "info.json", recipe)):
         return

@@ -48,7 +48,7 @@ from configs.data import as_input, load_data, load_features, prepare_data, requi
 from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, draw, fill, finished, key, read_json, require,
                          save_grid, seed_of, seeded, start, write_json)
 from configs.shapes import shape_parts
-from train_diffusion import PATHS, Block, UViT, build_model, cost, diffuse, footprint, load_checkpoint, load_model
+from train_diffusion import PATHS, Block, UViT, build_model, diffuse, load_checkpoint, load_model, say_network
 from extract_features import catalogue, cost_shares, matching, noise_level, reader, stream
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 
@@ -1778,13 +1778,8 @@ def main():
         run.say(f"note: protocol={cfg.protocol} does not divide its work; one process is as fast")
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
-        if net and not cfg.transfer:
-            reads = recipe.get("reads") or (block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations), cfg.t)
-            x = torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device)
-            share = 1.0 if cfg.head == "diffeed" and cfg.protocol == "head" else max(v for n, v in cost_shares(net, x, torch.zeros(1, device=run.device)).items() if n in reads[0])
-            flops, count = footprint(net, state["channels"], state["size"])[0], images_read(cfg, len(reads[1]), *(len(load_data(run, s)) for s in ("train", "test")))
-            cost(run, f"about {flops / 1e9:,.2f} GFLOP forward an image x {share:.2f} (as far as is read) x {count:,} images and times, for the row that is asked for "
-                 "(controls, and heads themselves, come on top)", flops * share * count)
+        if net:
+            say_network(run, net, state["channels"], state["size"])
         return
     if run.agreed(lambda: finished(run, path, recipe)):
         return

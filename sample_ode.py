@@ -33,7 +33,7 @@ from configs.data import as_input, decode, load_data, load_labels, open_autoenco
 from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
                          finished, key, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          wide, write_json, write_rows)
-from train_diffusion import DECODE, PATHS, cost, estimates, footprint, load_checkpoint, load_model
+from train_diffusion import PATHS, load_checkpoint, load_model, say_network, to_x_and_z
 from extract_features import matching, noise_level, pooled, stream, tapped
 from self_label import bounds, find_objects, gather, joined, largest_component
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
@@ -233,12 +233,13 @@ class Field:
         out, t = self.output(x, t, label), every_row(t, x)
         if self.watch:                                    # somebody wants the activations of this evaluation
             self.watch(t)
-        return estimates(self.path, self.predict, out, x, t)
+        return to_x_and_z(self.path, self.predict, out, x, t)
 
     def slope(self, y, s, label):
         """dy/ds for states y [B, C, H, W] at s, a number or [B]."""
-        t = self.path.time(s) if torch.is_tensor(s) else float(self.path.time(torch.tensor(s, dtype=torch.float64)))
-        return self.path.slope(*self.estimate(y * wide(self.path.scale(every_row(t, y))), t, label))
+        t = self.path.to_t(s) if torch.is_tensor(s) else float(self.path.to_t(torch.tensor(s, dtype=torch.float64)))
+        x_hat, z_hat = self.estimate(y * wide(self.path.scale(every_row(t, y))), t, label)
+        return self.path.slope(x_hat, z_hat, wide(every_row(t, y)))
 
 
 ROUNDED = dict(cuda=16)                                   # dopri5 rounds the number of rows that still move up to a multiple of so many, by copies of the last
@@ -255,7 +256,7 @@ def integrate(field, x, label, solver, steps, tol, reverse=False):
             x_hat, z_hat = field.estimate(x, float(t), label)
             x = float(path.alpha(s)) * x_hat + float(path.sigma(s)) * z_hat
         return x, torch.full((len(x),), steps)
-    y, clock = x / float(path.scale(grid[0])), path.clock(grid)
+    y, clock = x / float(path.scale(grid[0])), path.to_s(grid)
     if solver == "dopri5":                                # ever smaller batches: trying out the kernels for each would take longer than it saves
         step = ROUNDED.get(x.device.type, 1)              # and GPUs prepare kernels for every new size
 
@@ -277,7 +278,7 @@ def straightness(velocity, x, label, steps=32):
     The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2, averaged over images; 0 everywhere means that one Euler step is exact.
     """
     path, t = velocity.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    clock, y, points = path.clock(t), x / float(path.scale(t[0])), [x]
+    clock, y, points = path.to_s(t), x / float(path.scale(t[0])), [x]
     for i in range(steps):
         y = solve_fixed(lambda y, s: velocity.slope(y, s, label), y, clock[i:i + 2], "midpoint")
         points.append(y * float(path.scale(t[i + 1])))
@@ -986,13 +987,7 @@ def nfe_sweep(run, cfg, every, w, context, judge, folder):
 
 def announce_samples(run, cfg, net, state, folder):
     """What sampling would cost, for --dry-run."""
-    each = 100 if cfg.solver == "dopri5" else cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0])
-    many = cfg.n + (cfg.select * len(cfg.guidance) + cfg.n if len(cfg.guidance) > 1 else 0)
-    twice, flops = 1 + any(w not in (0, 1) for w in cfg.guidance), footprint(net, state["channels"], state["size"])[0]
-    cost(run, f"{flops / 1e9:,.1f} GFLOP a network call x {each} evaluations{' (a guess for dopri5)' if cfg.solver == 'dopri5' else ''} x {twice} "
-         f"({'guided' if twice > 1 else 'not guided'}) x {many:,} samples{', those for the choice of w included' if many > cfg.n else ''}", flops * each * twice * many)
-    if run.data.latents:
-        cost(run, f"decoding: {DECODE * run.data.size ** 2 / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x {many:,} samples", DECODE * run.data.size ** 2 * many, "tf32")
+    say_network(run, net, state["channels"], state["size"])
     run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
 
 
@@ -1026,11 +1021,8 @@ def main():
     require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
             "sweeps and a choice of w need evaluate=true and at least two samples")
     net, state = load_model(run, cfg.checkpoint, cfg.weights, cfg.compile)
-    if state.get("planned"):
-        cfg.guidance = cfg.guidance if state["num_labels"] or cfg.autoguide else [1.0]
-        return announce_samples(run, cfg, net, state, run.dir / "samples" / cfg.name)
     weak, other = load_model(run, cfg.autoguide, cfg.weights, cfg.compile) if cfg.autoguide else (None, None)
-    if other and not other.get("planned") and any(other[k] != state[k] for k in ("path", "predict", "size")):
+    if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
         raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
     if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "layout", "label_digest", "condition")):
         raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")

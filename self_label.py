@@ -35,7 +35,6 @@ from scipy.optimize import linear_sum_assignment
 from configs.data import load_data, load_features, load_labels
 from configs.run import (UserError, atomic, cli, create_rows, digest, finished, key, read_json, require, save_grid,
                          seed_of, start, write_json, write_rows)
-from train_diffusion import cost
 
 
 @dataclass
@@ -856,10 +855,6 @@ def main():
         recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))
     if run.dry_run:
         run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
-        if cfg.method in ("kmeans", "sinkhorn"):
-            N, D = len(data["train"]), cfg.pca or stored(run, cfg, "train")[0](0, 1).shape[2]
-            passes = cfg.restarts * (cfg.iterations + (N > cfg.full)) if cfg.method == "kmeans" else 10 + (cfg.rounds + 1) * (cfg.sk_iterations + 2)
-            cost(run, f"at most {passes} passes x 2 x {N:,} images x {cfg.K:,} clusters x {D:,} numbers", passes * 2 * N * cfg.K * D, "fp32")
         return
     if run.agreed(lambda: path.exists() and finished(run, path.with_suffix(".json"), recipe)):
         return
