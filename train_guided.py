@@ -249,7 +249,7 @@ class Labeller(nn.Module):
 
     def look(self, net, x, z, t):
         """The feature of images x [B, C, H, W] under noises z at times t [B]; without gradients at most `micro` images at once, as in training."""
-        read = self.readers[net] = self.readers.get(net) or reader(net, [self.name], self.pool, self.cfg.compile)
+        read = self.readers[net] = self.readers.get(net) or reader(net, [self.name], self.pool)
         micro = len(x) if torch.is_grad_enabled() else self.cfg.micro or len(x)
         parts = zip(*(v.split(micro) for v in (diffuse(self.path, x, z, t), t)))
         return torch.cat([read(x_t, s)[0] for x_t, s in parts])
@@ -490,8 +490,7 @@ def label_images(net, labeller, images, rows, context, purpose):
     """
     cfg, h, g, eps, device = labeller.cfg, [], labeller.prices, labeller.cfg.sk_eps, labeller.mean.device
     for part, got in stream(net, dict(path=cfg.path), images, rows, [labeller.name], [cfg.sk_t], device=device, context=context,
-                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}", batch=min(256, cfg.micro or max(1, cfg.batch // labeller.world)),
-                            compiled=cfg.compile and purpose != "like"):
+                            pool=labeller.pool, seed=cfg.seed, purpose=f"online {purpose}", batch=min(256, cfg.micro or max(1, cfg.batch // labeller.world))):
         e = labeller.embed(rows_of_map(got[labeller.name, cfg.sk_t])).unflatten(0, (len(part), -1))             # [b, patches, d]
         large = 4 * len(rows) * e[0].numel() > 1e9        # patches of many images: in half precision, off the GPU
         h.append(e.half().cpu() if large else e)

@@ -159,18 +159,6 @@ def test_what_cannot_work(run, vae, refuse, tmp_path, monkeypatch):
     assert "pip install diffusers" in refuse("train_diffusion", yaml, f"run={tmp_path / 'r2'}")
 
 
-def test_uvit_weights_sample_through_the_autoencoder(run, tmp_path, monkeypatch):
-    """Published latent models are named by their tensors' four channels."""
-    from test_published import fake
-    yaml, folder = run
-    w = build_model(Model("uvit", channels=64, patch=2, depth=2, heads=1, final_conv=False), 8, 4, num_labels=3).state_dict()
-    torch.save(w, tmp_path / "w.pt")
-    inside(monkeypatch, "sample_ode", yaml, f"run={folder}", f"checkpoint=uvit:{tmp_path / 'w.pt'}", "name=published", "guidance=1.5", "evaluate=false")
-    assert np.load(folder / "samples/published/images.npy").shape == (6, 3, 16, 16)
-    with pytest.raises(cr.UserError, match="made for inputs of 3 x 16 x 16, this run's are 4 x 8 x 8"):
-        td.load_checkpoint(SimpleNamespace(published=cr.Published(), data=Data(size=16, latents="x"), dir=folder, say=lambda *_: None), fake(tmp_path, "adm"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory, costs, chosen classes
 
