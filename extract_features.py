@@ -95,7 +95,7 @@ def patches(net, block, output, inputs):
 
 def tokens(net, block, output, inputs):
     """[B, extras + L, D]: the tokens of time and condition stand before those of patches."""
-    return square(output[:, net.extras:].transpose(1, 2))
+    return patches(net, block, output[:, net.extras:], inputs)
 
 
 def input_tokens(net, block, output, inputs):
@@ -436,15 +436,11 @@ class Scores:
         return square(scores.transpose(2, 3).flatten(1, 2))
 
 
-class ResnetSkip:
-    """The second part of what a residual block of diffusers' way up is given, as `unet_skip`."""
-
-    def __init__(self, net, block):
-        blocks = [*net.mid_block.resnets, *(resnet for level in net.up_blocks for resnet in level.resnets)]
-        self.below = blocks[blocks.index(block) - 1].out_channels
-
-    def __call__(self, output, inputs):
-        return inputs[0][:, self.below:]
+def resnet_skip(net, block, output, inputs):
+    """As `unet_skip`, of a residual block of diffusers."""
+    blocks = [*net.mid_block.resnets, *(resnet for level in net.up_blocks for resnet in level.resnets)]
+    below = blocks[blocks.index(block) - 1]
+    return inputs[0][:, below.out_channels:]
 
 
 @torch.no_grad()
@@ -474,7 +470,7 @@ def discover(net, x):
         if calls[path] > 1:                               # which of its calls would be meant?
             continue
         if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+\.norm1", path):
-            found[name.replace("res-norm1", "skip")] = module, ResnetSkip(net.net, parent)
+            found[name.replace("res-norm1", "skip")] = module, functools.partial(resnet_skip, net.net, parent)
         if shape and shape[0] == 2 and shape[3] > 1 and not of_text:
             found[name] = module, as_map
         if path.endswith(".to_k") and hasattr(parent, "norm_k"):
@@ -547,9 +543,9 @@ def open_diffusers(cfg, device):
     The other tensors are those that besides the network's decide what features are.
     """
     pipe, net, vae, abar = load_pipeline(cfg)
-    kind, side = type(net).__name__, net.config.sample_size
-    side = side if isinstance(side, int) else 64 if vae else 32
-    side = cfg.resize or side * (2 ** (len(vae.config.block_out_channels) - 1) if vae else 1)
+    kind = type(net).__name__
+    factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
+    side = cfg.resize or factor * net.config.sample_size
     if kind == "UNet2DModel":                             # DDPM
         told = {}
     elif kind == "DiTTransformer2DModel":                 # the null label
@@ -718,9 +714,8 @@ def label_free(run, cfg, state):
     with reading(path, f"run probe.py again, {or_else}"):
         made_with = probed["hash"], probed["recipe"].get("weights", "ema")
         if probed.get("protocol") not in ("sweep", "boxes") or made_with != (state["weights"], cfg.weights):
-            raise UserError(f"{path}: is no sweep of {state['file']} with weights={cfg.weights} but of "
-                            f"{probed.get('checkpoint')}; run probe.py on this checkpoint (overwrite=true, or another "
-                            f"name= and choice=), {or_else}")
+            raise UserError(f"{path}: is no sweep of {state['file']} with weights={cfg.weights}; run probe.py on it "
+                            f"(overwrite=true, or another name= and choice=), {or_else}")
         if probed["recipe"].get("transfer"):
             raise UserError(f"{path}: looked at other images (transfer=); name another choice=, {or_else}")
         return probed["label_free"]
@@ -760,20 +755,19 @@ def extract(run, cfg, features, data, shapes, recipe):
     options = dict(pool=cfg.pool, draws=cfg.draws, seed=cfg.seed, batch=cfg.batch)
     with making(run, "features", cfg.name, "info.json") as folder:
         for split, part in data.items():
-            files = {key: folder / file_of(split, *key) for key in shapes}
+            files = {place: folder / file_of(split, *place) for place in shapes}
             if run.rank == 0:
-                for key, file in files.items():
-                    create_rows(file, cfg.dtype, (len(part), *shapes[key]))
+                for place, file in files.items():
+                    create_rows(file, cfg.dtype, (len(part), *shapes[place]))
             run.wait()
             batches = features(seen_of(cfg, part), run.share(len(part)), purpose=f"features {split}", **options)
             with bar(run, len(part), f"features of {split} images") as progress:
                 for rows, out in batches:
-                    for key, value in out.items():
+                    for (name, t), value in out.items():
                         value = value.cpu().to(getattr(torch, cfg.dtype))
                         if not torch.isfinite(value).all():
-                            raise UserError(f"{key[0]} at t={key[1]}: features are not finite, or too large for "
-                                            f"dtype={cfg.dtype}")
-                        write_rows(files[key], rows[0], value.numpy())
+                            raise UserError(f"{name} at t={t}: not finite, or too large for dtype={cfg.dtype}")
+                        write_rows(files[name, t], rows[0], value.numpy())
                     progress.update(len(rows) * run.world)
         run.wait()
         if run.rank == 0:

@@ -128,8 +128,8 @@ def test_ddpm_of_cifar10(tmp_path):
 
 @pytest.mark.parametrize("model", ["unet", "text"])
 def test_score_maps_and_skips_of_diffusers(folder, model):
-    """Softmax of the scores by hand from their own projections, for image and text; a skip is what the mirrored place of
-    the way down gave."""
+    """Softmax of the scores by hand from their own projections, for image and text; a skip is what the mirrored place
+    gave."""
     text = model == "text"
     net, _ = opened(f"diffusers:{folder / model}", embedding=str(folder / "e.npy") if text else "")
     names, side = list(catalogue(net)), net.net.config.sample_size
@@ -318,7 +318,7 @@ def hub(tmp_path_factory):
 
 
 def test_encoders(monkeypatch, hub, tiny, small_run):
-    """From a local directory: normalised images, maps behind the class token, without noise, which is not even drawn."""
+    """From a local directory: normalised images, maps behind the class token; noise is not even drawn."""
     net, _ = opened(f"hub:{hub}/tiny", resize=32)
     assert list(catalogue(net)) == ["embed", "block", "norm", "out"]
     x = torch.rand(2, 3, 32, 32) * 2 - 1

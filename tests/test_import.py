@@ -1,4 +1,4 @@
-"""Published weights: layouts as the original repositories write them, the same function, stages, files that do not fit."""
+"""Published weights: layouts as the original repositories write them, the same function, stages, wrong files."""
 import hashlib
 import importlib
 import json
@@ -12,7 +12,7 @@ import train_diffusion
 from configs.run import Model, UserError
 from train_diffusion import PATHS, UNet, UViT, load_model, read_adm, read_uvit
 
-# Digests of all names and shapes, from the original programs with their published settings. Their class tables have K rows
+# Digests of all names and shapes, from the original programs with their published settings. Class tables have K rows
 ADM = {                                                   # size, channels, mult, blocks, classes, heads, path, digest
     "64": (64, 192, [1, 2, 3, 4], 3, 1000, dict(head_channels=64), "vp-cosine", "b879ba9ed4fe94bb"),
     "128": (128, 256, [1, 1, 2, 3, 4], 2, 1000, dict(head_channels=0, heads=4), "vp", "d91b9be2449a697e"),
@@ -20,7 +20,7 @@ ADM = {                                                   # size, channels, mult
     "256 conditional": (256, 256, [1, 1, 2, 2, 4, 4], 2, 1000, dict(head_channels=64), "vp", "408c4d65687d2b6d"),
     "512": (512, 256, [0.5, 1, 1, 2, 2, 4, 4], 2, 1000, dict(head_channels=64), "vp", "f95458c996170da9"),
 }
-UVITS = {                                                 # side, channels, width, patch, depth, heads, rows, conv, path, ...
+UVITS = {                                                 # side, channels, width, patch, depth, heads, rows, conv, path
     "CIFAR-10 S/2": (32, 3, 512, 2, 12, 8, 0, True, "vp-sde", "b38ffe35bab000aa"),
     "CelebA S/4": (64, 3, 512, 4, 12, 8, 0, True, "vp-sde", "ecb30627c7534fdf"),
     "ImageNet64 M/4": (64, 3, 768, 4, 16, 12, 1000, True, "vp-sde", "928cf19184638c83"),
@@ -36,7 +36,7 @@ model: {model}
 train_diffusion: {{imported: "{imported}", name: theirs}}
 extract_features: {{checkpoint: diffusion/theirs, activations: [mid*-out], t: [0.9], precision: fp32}}
 self_label: {{K: 2, restarts: 1}}
-train_guided: {{init: diffusion/theirs, path: {path}, predict: eps, images: 16, batch: 8, grid_every: 1M, precision: fp32}}
+train_guided: {{init: diffusion/theirs, path: {path}, predict: eps, images: 16, batch: 8, precision: fp32}}
 sample_ode: {{n: 4, solver: ddim, steps: 2, evaluate: false, precision: fp32}}
 """
 
@@ -77,7 +77,7 @@ def test_uvit_is_read_from_its_tensors(name):
 
 
 def fake(folder, kind, rows=0, side=16):
-    """A small file in the layout of `kind`, with weights of a formula; 128 channels have the groups of the large ones."""
+    """A small file in the layout of `kind`, with weights of a formula; 128 channels, as groups differ below."""
     if kind == "adm":
         net = UNet(side, 3, 6, 128, [1] * (side // 8), 1, [8], 32, num_labels=rows)
     else:
