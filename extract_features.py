@@ -482,8 +482,8 @@ class Tabulated(VariancePreserving):
     """The variance-preserving path of another program's 1000 steps: abar [1000]."""
 
     def __init__(self, abar):
-        super().__init__()
         self.table = torch.cat([torch.zeros(1, dtype=torch.float64), abar.double().clamp(min=1e-12).log()])
+        self.copies = {}
 
 
 class Clean:
