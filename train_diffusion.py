@@ -1009,16 +1009,13 @@ def fit(run, cfg, net, folder, data, state, condition=None, grid=None, side=None
 # ---------------------------------------------------------------------------------------------------------------------
 # Published weights, written once as an ordinary checkpoint. Tensors tell the architecture; the tables tell the rest
 
-# By channel multiples, what differs from 64 channels a head, rows of qkv sorted by head, and linear betas
-ADM = {
-    (1, 2, 3, 4): dict(order="qkv", path="vp-cosine"),    # ImageNet 64 x 64
-    (1, 1, 2, 3, 4): dict(heads=4),                       # ImageNet 128 x 128
-}
-UVIT_HEADS = {1152: 16}                                   # by width; others have a head for each 64 channels
+# How many heads, where they are not of 64 channels each: by channel multiples, and by width
+ADM_HEADS = {(1, 1, 2, 3, 4): 4}                          # ImageNet 128 x 128
+UVIT_HEADS = {1152: 16}
 
 
 def read_adm(w):
-    """A U-Net of guided-diffusion (arXiv 2105.05233): (Model, size, input channels, path, null row there?, tensors)."""
+    """A U-Net of guided-diffusion (arXiv 2105.05233): (Model, size, input channels, path, null row there?)."""
     channels = w["time_embed.0.weight"].shape[1]
     count = 1 + max(int(k.split(".")[1]) for k in w if k.startswith("input_blocks."))
     levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", k) is not None for k in w)
@@ -1027,18 +1024,16 @@ def read_adm(w):
     mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in first]
     size = 8 * 2 ** (levels - 1)
     attention = [size >> level for level in range(levels) if f"{first[level]}.1.qkv.weight" in w]
-    if min(mult) * channels < 128:                        # no tensor tells the number of groups
+    if mult == [1, 2, 3, 4]:                              # no tensor tells that
+        raise ValueError("ImageNet 64 x 64: has cosine betas and another order of q, k and v")
+    if min(mult) * channels < 128:
         raise ValueError("below 128 channels our group norms have fewer groups")
-    known = dict(heads=0, order="heads", path="vp") | ADM.get(tuple(mult), {})
-    heads = known["heads"]
+    for k in ("out.2.weight", "out.2.bias"):              # the second half is a variance, which an ODE does not need
+        w[k] = w[k][:3]
+    heads = ADM_HEADS.get(tuple(mult))
     model = Model("unet", channels, mult, blocks, attention, head_channels=0 if heads else 64, heads=heads or 8,
                   clock=[999.0, -1000.0])
-    if known["order"] == "qkv":                           # ours are sorted by head
-        for k in (k for k in w if ".qkv." in k):
-            w[k] = w[k].unflatten(0, (3, heads or len(w[k]) // 3 // 64, -1)).transpose(0, 1).flatten(0, 2)
-    if len(w["out.2.weight"]) == 6:                       # the second half is a variance, which an ODE does not need
-        w |= {k: w[k][:3] for k in ("out.2.weight", "out.2.bias")}
-    return model, size, 3, known["path"], False, w
+    return model, size, 3, "vp", False
 
 
 def read_uvit(w):
@@ -1051,7 +1046,7 @@ def read_uvit(w):
     path, clock = ("vp-sde", [999.0, -999.0]) if continuous else ("vp-sd", [1000.0, -1000.0])
     model = Model("uvit", width, patch=patch, depth=depth, heads=UVIT_HEADS.get(width, width // 64),
                   final_conv=continuous, clock=clock)
-    return model, size, channels, path, channels == 4, w
+    return model, size, channels, path, channels == 4
 
 
 def import_published(run, cfg):
@@ -1060,7 +1055,7 @@ def import_published(run, cfg):
     require(kind in ("adm", "uvit"), cfg, "imported", "must be adm:FILE or uvit:FILE")
     with reading(file, f"name the weights of a published {kind} model"):
         w = {k: v.float() for k, v in read_torch(file).items()}
-        model, size, channels, path, null, w = (read_adm if kind == "adm" else read_uvit)(w)
+        model, size, channels, path, null = (read_adm if kind == "adm" else read_uvit)(w)
         table = w.get("label_emb.weight")                 # [K or K + 1, width]
         if table is not None and not null:                # the mean of all classes is the nearest thing to no class
             w["label_emb.weight"] = table = torch.cat([table, table.mean(0, keepdim=True)])
