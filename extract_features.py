@@ -23,12 +23,12 @@ and DDPM from diffusers, and encoders from torch.hub, which are given the same n
 """
 import difflib
 import fnmatch
-import functools
 import math
 import re
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -134,7 +134,7 @@ def attended(q, k):
         return (q.float() / math.sqrt(q.shape[3]) @ k.float().transpose(2, 3)).softmax(3)
 
 
-read_q, read_k, read_v = (functools.partial(one_of_qkv, letter=letter) for letter in "qkv")
+read_q, read_k, read_v = (partial(one_of_qkv, letter=letter) for letter in "qkv")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,17 +200,17 @@ def catalogue(net):
         return net.found
     unet = isinstance(net, UNet)
     first = net.input_blocks[0][0] if unet else net.patch_embed
-    found = {"unet-in": (first, functools.partial(input_map, net, first))}
+    found = {"unet-in": (first, partial(input_map, net, first))}
     if unet:
-        found["unet-after-conv-in"] = first, functools.partial(output_map, net, first)
+        found["unet-after-conv-in"] = first, partial(output_map, net, first)
     else:
-        found["vit-after-embed"] = first, functools.partial(patches, net, first)
+        found["vit-after-embed"] = first, partial(patches, net, first)
     for prefix, block in parts(net):
         kind = "resampler" if getattr(block, "resample", None) else type(block).__name__
         for ending, (submodule, read) in BLOCKS[kind].items():
             if ending != "skip" or prefix.startswith("up"):
-                found[f"{prefix}-{ending}"] = block.get_submodule(submodule), functools.partial(read, net, block)
-    found["unet-out"] = net, functools.partial(output_map, net, net)
+                found[f"{prefix}-{ending}"] = block.get_submodule(submodule), partial(read, net, block)
+    found["unet-out"] = net, partial(output_map, net, net)
     return found
 
 
@@ -255,7 +255,8 @@ def tapped(net, names, stop=False, then=lambda x: x):
     `then` is called at once, so that no more is kept than it returns. stop: a call ends at the deepest name, by raising
     `Enough`.
     """
-    known, got, hooks = catalogue(net), {}, []
+    known = catalogue(net)
+    got, hooks = {}, []
     names = sorted(names, key=list(known).index)          # hooks of one module fire in the order of registration
 
     def hook(name, pick):
@@ -355,7 +356,8 @@ class Foreign(nn.Module):
 
     def __init__(self, net, encode, call, end, side, device):
         super().__init__()
-        self.net, self.encode, self.call = net.eval().requires_grad_(False).to(device), encode, call
+        self.net = net.eval().requires_grad_(False).to(device)
+        self.encode, self.call = encode, call
         with torch.no_grad():
             x = encode(torch.zeros(2, 3, side, side, device=device))
         self.shape = x.shape[1:]
@@ -470,7 +472,7 @@ def discover(net, x):
         if calls[path] > 1:                               # which of its calls would be meant?
             continue
         if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+\.norm1", path):
-            found[name.replace("res-norm1", "skip")] = module, functools.partial(resnet_skip, net.net, parent)
+            found[name.replace("res-norm1", "skip")] = module, partial(resnet_skip, net.net, parent)
         if shape and shape[0] == 2 and shape[3] > 1 and not of_text:
             found[name] = module, as_map
         if path.endswith(".to_k") and hasattr(parent, "norm_k"):
@@ -519,7 +521,8 @@ def open_foreign(run, cfg):
                 net, encode, call, path, side, others = open_it(cfg, run.device)
         net = Foreign(net, encode, call, end, side, run.device)
     weights = weights_hash(net.state_dict() | others)
-    return net, dict(path=path, size=run.data.size, channels=3, weights=weights, file=cfg.model, encoder=kind == "hub")
+    clean = isinstance(path, Clean)
+    return net, dict(path=path, size=run.data.size, channels=3, weights=weights, file=cfg.model, encoder=clean)
 
 
 def open_encoder(cfg, device):
@@ -557,13 +560,15 @@ def open_diffusers(cfg, device):
                         "DiTTransformer2DModel")
     if vae is None and net.config.in_channels != 3:
         raise UserError(f"model={cfg.model}: sees no images and has no autoencoder; name the whole pipeline's folder")
-    scale, shift = (vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0) if vae else (1.0, 0.0)
     if vae:
         vae.eval().requires_grad_(False).to(device)
+        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
 
     def encode(x):
         x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        return (vae.encode(x).latent_dist.mean - shift) * scale if vae else x
+        if vae is None:
+            return x
+        return (vae.encode(x).latent_dist.mean - shift) * scale
 
     def repeated(value, n):
         if isinstance(value, dict):
@@ -573,10 +578,12 @@ def open_diffusers(cfg, device):
     def call(net, x, time):                               # step i of 1000, from 0, is t_ddpm = i + 1 = 1000 - time
         return net(x, timestep=(999 - time).clamp(min=0), return_dict=False, **repeated(told, len(x)))[0]
 
-    others = {f"vae.{k}": v for k, v in vae.state_dict().items()} if vae else {}
-    others |= {"vae.scale": torch.tensor([scale, shift])} if vae else {}
-    flat = {k: v for k, v in (told | told.get("added_cond_kwargs", {})).items() if torch.is_tensor(v)}
-    others |= {k: (1000 * v.float()).round() for k, v in flat.items()}           # the last digits depend on the machine
+    others = {}
+    if vae:
+        others = {f"vae.{k}": v for k, v in vae.state_dict().items()} | {"vae.scale": torch.tensor([scale, shift])}
+    for name, value in (told | told.get("added_cond_kwargs", {})).items():
+        if torch.is_tensor(value):                        # the last digits depend on the machine
+            others[name] = (1000 * value.float()).round()
     return net, encode, call, Tabulated(abar.cpu()), side, others
 
 
@@ -739,9 +746,14 @@ def recipe_of(cfg, state, data, names, times):
     """All that decides what the features are; info.json keeps it."""
     raw = cfg.weights == "net" and not cfg.model
     recipe = dict(
-        checkpoint=cfg.model or cfg.checkpoint, weights=cfg.weights,
+        checkpoint=cfg.model or cfg.checkpoint,
+        weights=cfg.weights,
         hash=f"raw beside {state['weights']}" if raw else state["weights"],
-        pool=cfg.pool, draws=cfg.draws, seed=cfg.seed, dtype=cfg.dtype, precision=cfg.precision,
+        pool=cfg.pool,
+        draws=cfg.draws,
+        seed=cfg.seed,
+        dtype=cfg.dtype,
+        precision=cfg.precision,
         data={split: part.info["fingerprint"] for split, part in data.items()},
         arrays=[dict(activation=name, **noise_level(state["path"], t)) for name in names for t in times])
     if cfg.model:
@@ -796,13 +808,14 @@ def main():
 
     # what to read, and where it goes
     names, times = wanted(run, cfg, net, state)
-    features = functools.partial(stream, net, state, names=names, times=times, device=run.device, context=context)
+    features = partial(stream, net, state, names=names, times=times, device=run.device, context=context)
     if "--pca" in run.flags and not run.dry_run:
         return pca_sheet(run, cfg, features, names, times)
     if cfg.pool not in ("mean", "none") and not (cfg.pool.isdecimal() and int(cfg.pool)):
         raise UserError(f"pool={cfg.pool}: must be mean, none or a number")
     require(cfg.splits, cfg, "splits", "name train, test or both")
-    folder, data = run.dir / "features" / cfg.name, {split: load_data(run, split) for split in cfg.splits}
+    folder = run.dir / "features" / cfg.name
+    data = {split: load_data(run, split) for split in cfg.splits}
     recipe = recipe_of(cfg, state, data, names, times)
     with FlopCounterMode(display=False) as counter:       # one image tells the shapes
         _, one = next(features(seen_of(cfg, data[cfg.splits[0]]), np.arange(1), pool=cfg.pool))
@@ -810,8 +823,9 @@ def main():
     run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)} at t = "
             f"{', '.join(map(str, times))}; {why}")
     if run.dry_run:
+        parameters = sum(p.numel() for p in net.parameters())
+        flops = counter.get_total_flops() / len(times)
         numbers = sum(map(len, data.values())) * sum(map(math.prod, shapes.values()))
-        parameters, flops = sum(p.numel() for p in net.parameters()), counter.get_total_flops() / len(times)
         run.say(f"{parameters:,} parameters; {flops:.2e} FLOP a forward pass of an image, as far as is read")
         return run.say(f"{numbers * np.dtype(cfg.dtype).itemsize / 1e6:,.1f} MB in {folder}")
     if run.agreed(lambda: finished(run, folder / "info.json", recipe)):
