@@ -308,7 +308,7 @@ def heat_map(path, values, rows, columns, title, marks=()):
 
 def block_outputs(net):
     """Names of the catalogue that are the output of a whole block (between modules, not inside them)."""
-    return [n for n in catalogue(net) if n.endswith("-out") and "self" not in n and "ffn" not in n and n != "unet-out"]
+    return matching(net, ["blocks"])
 
 
 def vectors(net, state, images, rows, names, times, **options):

@@ -7,7 +7,8 @@ Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t
     python train_diffusion.py configs/shapes.yaml                           # CPU, about three minutes
     python train_diffusion.py configs/cifar10.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml     # eight GPUs, the same global batch
-    python train_diffusion.py configs/cifar10.yaml --prepare                # the data alone
+    python train_diffusion.py configs/imagenet256-adm.yaml                  # published weights as diffusion/<name>
+    python train_diffusion.py configs/imagenet256-adm.yaml --prepare        # the data alone, for later stages
 
 The same command again resumes. Read first `ConstantVelocity`, `loss_per_image`, `UNet`, `fit` and `main`; skip at
 first the other path, the U-ViT, conditions, Muon and checkpoints. The later stages import this file.
@@ -17,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,9 +33,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, row_shape
-from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, key, locked,
-                         read_torch, reading, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide,
+from configs.data import as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, require_shape, row_shape
+from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, finished, key,
+                         locked, read_torch, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide,
                          write_json)
 
 
@@ -72,6 +74,7 @@ class Training:
 class TrainDiffusion(Training):
     """Section `train_diffusion`."""
     name: str = key("base", "results go to diffusion/<name>")
+    imported: str = key("", "adm:FILE or uvit:FILE: only write these published weights as diffusion/<name>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1275,12 +1278,90 @@ def forget(folder, seen):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Published weights, written once as an ordinary checkpoint. Tensors tell the architecture; the tables tell the rest
+
+# How many heads, where they are not of 64 channels each: by channel multiples, and by width
+ADM_HEADS = {(1, 1, 2, 3, 4): 4}                          # ImageNet 128 x 128
+UVIT_HEADS = {1152: 16}
+
+
+def read_adm(w):
+    """A U-Net of guided-diffusion (arXiv 2105.05233): (Model, size, input channels, path, null row there?)."""
+    channels = w["time_embed.0.weight"].shape[1]
+    count = 1 + max(int(k.split(".")[1]) for k in w if k.startswith("input_blocks."))
+    levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", k) is not None for k in w)
+    blocks = count // levels - 1                          # a level has them, and the first convolution or a downsampler
+    first = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
+    mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in first]
+    size = 8 * 2 ** (levels - 1)
+    attention = [size >> level for level in range(levels) if f"{first[level]}.1.qkv.weight" in w]
+    if mult == [1, 2, 3, 4]:                              # no tensor tells that
+        raise ValueError("ImageNet 64 x 64: has cosine betas and another order of q, k and v")
+    if min(mult) * channels < 128:
+        raise ValueError("below 128 channels our group norms have fewer groups")
+    for k in ("out.2.weight", "out.2.bias"):              # the second half is a variance, which an ODE does not need
+        w[k] = w[k][:3]
+    heads = ADM_HEADS.get(tuple(mult))
+    model = Model("unet", channels, mult, blocks, attention, head_channels=0 if heads else 64, heads=heads or 8,
+                  clock=[999.0, -1000.0])
+    return model, size, 3, "vp", False
+
+
+def read_uvit(w):
+    """A U-ViT (arXiv 2209.12152), as `read_adm`. On latents its last class is the null label."""
+    _, positions, width = w["pos_embed"].shape
+    _, channels, patch, _ = w["patch_embed.proj.weight"].shape
+    size = patch * math.isqrt(positions - 1 - ("label_emb.weight" in w))         # tokens of time and class stand before
+    depth = 2 * sum(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", k) is not None for k in w)
+    continuous = "final_layer.weight" in w                # the H models, without it, count 1000 steps
+    path, clock = ("vp-sde", [999.0, -999.0]) if continuous else ("vp-sd", [1000.0, -1000.0])
+    model = Model("uvit", width, patch=patch, depth=depth, heads=UVIT_HEADS.get(width, width // 64),
+                  final_conv=continuous, clock=clock)
+    return model, size, channels, path, channels == 4
+
+
+def import_published(run, cfg):
+    """Write the weights that imported= names as the checkpoint diffusion/<name>, as if it had been trained here."""
+    kind, _, file = cfg.imported.partition(":")
+    require(kind in ("adm", "uvit"), cfg, "imported", "must be adm:FILE or uvit:FILE")
+    with reading(file, f"name the weights of a published {kind} model"):
+        w = {k: v.float() for k, v in read_torch(file).items()}
+        model, size, channels, path, null = (read_adm if kind == "adm" else read_uvit)(w)
+        table = w.get("label_emb.weight")                 # [K or K + 1, width]
+        if table is not None and not null:                # the mean of all classes is the nearest thing to no class
+            w["label_emb.weight"] = table = torch.cat([table, table.mean(0, keepdim=True)])
+        K = 0 if table is None else len(table) - 1
+        with torch.device("meta"):
+            net = build_model(model, size, channels, num_labels=K)
+        net.load_state_dict(w, assign=True)               # names and shapes must fit
+    require_shape(run, dict(file=file, channels=channels, size=size))
+    if K:
+        run.say(f"note: {file} was trained with {K} classes: what is found in its features is not free of annotation")
+    run.say(f"model: {json.dumps(dataclasses.asdict(model))}\npath: {path}, predict: eps")
+    folder, weights = run.dir / "diffusion" / cfg.name, weights_hash(w)
+    if run.dry_run:
+        return run.say(f"would be written to {folder}")
+    state = dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size,
+                 channels=channels, conditions=dict(num_labels=K) if K else {}, num_labels=K,
+                 marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None, null=null,
+                 labels="published" if K else None, condition="label", label_file="published classes" if K else None,
+                 path=path, predict="eps", data=None, config=dict(model=dataclasses.asdict(model)), seen=0,
+                 weights=weights)
+    with locked(run, "diffusion", cfg.name):
+        if not run.agreed(lambda: finished(run, folder / "checkpoint.json", dict(weights=weights))):
+            save_checkpoint(run, folder, state)
+    run.next(f"extract_features.py checkpoint=diffusion/{cfg.name}", "reads it, after train_diffusion.py --prepare")
+
+
 def main():
     """Train without labels, from the command line."""
     run = start("train_diffusion", TrainDiffusion, __doc__, flags={"--prepare": "only turn the source into data/"})
     cfg = run.cfg
     if "--prepare" in run.flags:                          # the data alone
         return run.say(f"would prepare the images in {run.dir / 'data'}") if run.dry_run else prepare_data(run)
+    if cfg.imported:
+        return import_published(run, cfg)
     check_training(run, cfg)
     folder = run.dir / "diffusion" / cfg.name
 

@@ -134,18 +134,6 @@ def test_features_and_clusters_are_those_of_the_cpu():
     assert torch.allclose(*centres, atol=1e-3)
 
 
-def test_compiled_features_are_the_same():
-    """Channels-last, up to the middle block, the last batch filled up."""
-    cr.gpu_flags(training=False)
-    images, got = split(40).images, []
-    for compiled in (False, True):
-        net = td.placed(td.build_model(cr.Model(channels=64, mult=[1, 2], blocks=1, attention=[8], head_channels=32, stem=2), 32).eval(), GPU, compiled)
-        name = [n for n in catalogue(net) if n.startswith("mid")][-1]
-        parts = stream(net, dict(path="cv"), images, np.arange(40), [name], [0.8], device=GPU, context=td.nullcontext, batch=16, compiled=compiled)
-        got.append(torch.cat([features[name, 0.8].cpu() for _, features in parts]))
-    assert got[0].shape == got[1].shape and (got[0] - got[1]).norm() < 1e-3 * got[0].norm()
-
-
 def test_dopri5_gives_the_cpu_s_samples():
     """On a GPU the rows that still move are rounded up to a multiple of 16."""
     cr.gpu_flags(training=False)
