@@ -32,6 +32,7 @@ from PIL import Image
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 import yaml
 
@@ -81,7 +82,6 @@ def matrix_rate(device, kind, small):
     """Operations a second of large square matrix products of this type."""
     n = 256 if small else 8192 if device.type == "cuda" else 3072
     a, b = torch.randn(2, n, n, device=device).to(kind).unbind()
-    a @ b
     return 2 * n ** 3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
@@ -167,7 +167,7 @@ def training_step(config, device, small=False, **keys):
     gpu_flags(training=True, exact=cfg.optimizer == "muon")
     net = placed(build_model(fill("model", Model, sections["model"]), 32), device).train()
     weights = list(net.parameters())
-    averages = [p.detach().clone() for p in weights]
+    averages, average = [p.detach().clone() for p in weights], get_ema_multi_avg_fn(0.9)
     optimizer = build_optimizer(cfg, net)
     context = autocast(make_run("train_diffusion", cfg, device), cfg.precision)[0]
     n = 4 if small else cfg.batch
@@ -182,7 +182,7 @@ def training_step(config, device, small=False, **keys):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 0.1)
+            average(averages, weights, 0)
     return step
 
 
@@ -216,8 +216,7 @@ def bench_attention(device, small=False):
         return "on a GPU attention is PyTorch's fused operation"
     measured = {}
     for B, H, L, D in ((128, 2, 64, 32), (32, 8, 65, 48), (8, 8, 257, 64), (2, 4, 1024, 64)):
-        B = 1 if small else B
-        x = torch.randn(B, L, 3, H, D).bfloat16().requires_grad_()
+        x = torch.randn(1 if small else B, L, 3, H, D).bfloat16().requires_grad_()
         q, k, v = x.permute(2, 0, 3, 1, 4).unbind(0)      # [B, H, L, D] each
 
         def forth_and_back(f):
@@ -279,10 +278,8 @@ def bench_preparation(device, small=False):
         number, data = itertools.count(), dict(source="folder", root=str(root), size=size)
 
         def plain():
-            rows = []
-            for file in sorted(root.iterdir()):
-                image = Image.open(file).convert("RGB").crop((20, 0, 140, 120)).resize((size, size), Image.BICUBIC)
-                rows.append(np.asarray(image).transpose(2, 0, 1))
+            images = (Image.open(file).convert("RGB").crop((20, 0, 140, 120)) for file in sorted(root.iterdir()))
+            rows = [np.asarray(x.resize((size, size), Image.BICUBIC)).transpose(2, 0, 1) for x in images]
             np.save(Path(folder) / "plain.npy", np.stack(rows))
         label = "preparing JPEG files / a plain loop"
         ours = lambda: prepare(Path(folder) / str(next(number)), data)
