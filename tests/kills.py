@@ -5,8 +5,8 @@
 
 Every stage that resumes is run to its end once. Then its command is started in a copy of the same run folder, all its
 processes are killed (SIGKILL) at a moment drawn from the time that it works, and it is started again, until so many
-kills have met it; a command that ends before its kill is compared and begins anew. A line for each series; exit code 1 where
-arrays, weights or scores differ in one bit. Folders that differ are kept.
+kills have met it; a command that ends before its kill is compared and begins anew. A line for each series; exit code 1
+where arrays, weights or scores differ in one bit. Folders that differ are kept.
 """
 import argparse
 import json
