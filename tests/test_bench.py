@@ -1,40 +1,56 @@
-"""The benchmarks at toy size: both sides of every ratio run; what they would measure here means nothing."""
+"""The benchmarks at toy size: every one runs and names its numbers; what they would measure here means nothing."""
+import contextlib
+import io
 import json
+import math
 import sys
+from types import SimpleNamespace
 
 import bench
-import bench_hardware
-import bench_sampling
 import pytest
 import torch
 
-from configs.run import Model
+import train_diffusion
 
-UVIT, UNET = Model("uvit", channels=32, depth=2, heads=2, patch=8), Model(channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
-
-
-@pytest.mark.parametrize("model, labels, w, channels", [(UNET, 0, 1.0, 3), (UVIT, 5, 2.0, 3)])
-def test_sampling_and_extraction(model, labels, w, channels):
-    for sides in (bench_sampling.sampling(model, 32, 2, 1, labels, w, channels), bench_sampling.extraction(model, 32, 2)):
-        assert 0 < bench_sampling.ratio("toy", 1, 1, **{k: sides[k] for k in list(sides)[:2]})
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_training_as_a_share_of_the_hardware():
-    rate = dict(bfloat16=1e6, float32=1e6)
-    for model, latent in ((UVIT, True), (UNET, False)):
-        out = bench_hardware.training("toy", model, latent, 4, 1, rate)
-        assert out["bare_of_loop"] == pytest.approx(out["of_matrix_rate"] / out["bare_of_matrix_rate"], rel=0.05) and 0 <= out["waiting"] < 1
+def run_here(command, **_):
+    """Stands for subprocess.run, without another process: what `python -c CODE` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(command[-1], {})
+    return SimpleNamespace(stdout=out.getvalue())
 
 
-def test_numbers_are_kept_by_name(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
+def test_toy(name, monkeypatch):
+    monkeypatch.setattr(bench.subprocess, "run", run_here)
+    monkeypatch.setattr(train_diffusion, "preview", lambda net, path, predict, z, **_: z)    # pictures take most of the time
+    result = bench.BENCHMARKS[name](DEVICE, small=True)
+    if isinstance(result, str):
+        return
+    assert result["measured"] and all(math.isfinite(v) for v in result["measured"].values())
+    assert result["goal"].keys() <= result["measured"].keys()
+    bench.report(name, result)
+
+
+def test_numbers_are_kept_by_name(tmp_path, monkeypatch, capsys):
+    good = dict(measured=dict(a=1.04, b=0.4), goal=dict(a="<= 1.05", b=">= 0.5"))
+    other = dict(measured=dict(c=2.0), goal={})
+    benchmarks = dict(good=lambda device: good, other=lambda device: other, empty=lambda device: "nothing")
+    monkeypatch.setattr(bench, "BENCHMARKS", benchmarks)
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "results").mkdir()
-    for name, text in dict(good="print('x'); print('{\"a\": 1}')", bad="print('{\"a\": 2}'); raise SystemExit(1)", empty="print('skipped')").items():
-        (tmp_path / "tests" / f"bench_{name}.py").write_text(text)
-    file = tmp_path / "results" / f"bench-{torch.cuda.get_device_name().lower().replace(' ', '-') if torch.cuda.is_available() else 'cpu'}.json"
-    file.write_text('{"old": 3, "good": 0}')
-    monkeypatch.setattr(bench, "HERE", tmp_path / "tests")
-    monkeypatch.setattr(sys, "argv", ["bench.py"])
-    with pytest.raises(SystemExit, match="bad"):
+    (tmp_path / "results/bench-cpu.json").write_text('{"gone": {}, "good": {}}')
+    for words in (["other"], ["good", "empty"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--device", "cpu"])
         bench.main()
-    assert json.loads(file.read_text()) == dict(old=3, good=dict(machine=bench.machine(), a=1))
+    kept = json.loads((tmp_path / "results/bench-cpu.json").read_text())
+    assert {name: v["measured"] for name, v in kept.items()} == dict(good=good["measured"], other=other["measured"])
+    lines = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("good")]
+    assert lines == ["met", "MISSED"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "gone"])
+    with pytest.raises(SystemExit):
+        bench.main()
