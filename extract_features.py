@@ -558,8 +558,6 @@ def open_diffusers(cfg, device):
     else:
         raise UserError(f"model={cfg.model}: is a {kind}, must be a UNet2DModel, UNet2DConditionModel or "
                         "DiTTransformer2DModel")
-    if vae is None and net.config.in_channels != 3:
-        raise UserError(f"model={cfg.model}: sees no images and has no autoencoder; name the whole pipeline's folder")
     if vae:
         vae.eval().requires_grad_(False).to(device)
         scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
@@ -604,11 +602,14 @@ def load_pipeline(cfg):
         unused = [k for k in config if re.match("text_encoder|tokenizer", k)]    # a given text needs no encoder
         pipe = diffusers.DiffusionPipeline.from_pretrained(where, torch_dtype=torch.float32, **dict.fromkeys(unused))
         found = pipe.components
+    net, vae = found.get("unet") or found.get("transformer"), found.get("vae")
+    if vae is None and (net.config.in_channels != 3 or found.get("vqvae")):
+        raise UserError(f"model={cfg.model}: sees latents, and has no AutoencoderKL; name a whole pipeline")
     scheduler = found.get("scheduler") or diffusers.DDPMScheduler()
     abar = getattr(scheduler, "alphas_cumprod", ())
     if len(abar) != 1000:
         raise UserError(f"model={cfg.model}: its {type(scheduler).__name__} has no 1000 values of alphas_cumprod")
-    return pipe, found.get("unet") or found.get("transformer"), found.get("vae"), abar
+    return pipe, net, vae, abar
 
 
 def text_conditions(cfg, pipe, net, side):

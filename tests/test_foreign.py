@@ -10,7 +10,7 @@ import torch
 
 import extract_features
 from configs.data import torchvision_datasets
-from configs.run import Run
+from configs.run import Run, UserError
 from extract_features import ExtractFeatures, as_map, catalogue, encoded, open_foreign, reader, stream
 from train_diffusion import diffuse
 
@@ -263,6 +263,18 @@ def test_transformer_with_autoencoder(folder):
     assert float(path.alpha(torch.tensor(0.9, dtype=torch.float64))) == pytest.approx(float(abar.sqrt()), abs=1e-6)
     noisy = diffuse(path, z, torch.ones_like(z), torch.full((3,), 0.9))
     assert torch.allclose(noisy, abar.sqrt().float() * z + (1 - abar).sqrt().float(), atol=1e-5)
+
+
+def test_networks_of_latents_without_their_autoencoder_are_refused(folder, tmp_path):
+    """Also where an autoencoder of another kind makes three channels, so that images would pass for latents."""
+    import diffusers
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    vq = diffusers.VQModel(down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+                           block_out_channels=(8,), norm_num_groups=8)
+    diffusers.LDMPipeline(vq, unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "ldm")
+    for name in (tmp_path / "ldm", folder / "dit" / "transformer"):
+        with pytest.raises(UserError, match="no AutoencoderKL"):
+            opened(f"diffusers:{name}")
 
 
 def test_more_than_the_weights_is_in_the_hash(folder, tmp_path):
