@@ -214,38 +214,34 @@ def square(image, size):
 
 
 class Squared(torch.utils.data.Dataset):
-    """Items (paths, or a data set of (PIL image, class)) as (row, class, image as by `square`, was it transparent, "");
-    where that fails (row, -1, None, False, what is wrong)."""
+    """Items (paths, or a data set of (PIL image, class)) as (image, was it transparent, class, what is wrong): see
+    `square`. classes: of all items, or None where these tell theirs."""
 
-    def __init__(self, items, size):
-        self.items, self.size = items, size
+    def __init__(self, items, classes, size):
+        self.items, self.classes, self.size = items, classes, size
 
     def __getitem__(self, i):
         name = self.items[i] if isinstance(self.items, list) else f"image {i}"
         try:
             image, label = (Image.open(name), -1) if isinstance(self.items, list) else self.items[i]
-            return i, int(label), *square(image, self.size), ""
+            return *square(image, self.size), int(label if self.classes is None else self.classes[i]), ""
         except Exception as e:                            # decoders of damaged files raise nearly everything
-            return i, -1, None, False, f"{name}: {' '.join(str(e).split())[:200] or type(e).__name__}"
+            return None, False, -1, f"{name}: {' '.join(str(e).split())[:200] or type(e).__name__}"
 
 
 def read_images(data, items, rows, classes, found):
     """`Part.read` of items as in `Squared`."""
     workers = min(16, os.cpu_count() or 1) if len(rows) >= 2000 else 0
-    loader = torch.utils.data.DataLoader(Squared(items, data.size), batch_size=256, sampler=rows.tolist(),
+    loader = torch.utils.data.DataLoader(Squared(items, classes, data.size), batch_size=256, sampler=rows.tolist(),
                                          num_workers=workers, collate_fn=list)
     for batch in loader:
-        images, labels = [], []
-        for i, label, image, transparent, wrong in batch:
-            if wrong and not data.skip_bad:
-                raise UserError(f"unreadable image {wrong} (skip such files with data.skip_bad=true)")
-            if wrong:
-                found["unreadable"].append(wrong)
-                continue
-            found["transparent"] += transparent
-            images.append(image)
-            labels.append(label if classes is None else classes[i])
-        if images:
+        good = [(image, label) for image, _, label, wrong in batch if not wrong]
+        found["unreadable"] += [wrong for *_, wrong in batch if wrong]
+        found["transparent"] += sum(transparent for _, transparent, *_ in batch)
+        if found["unreadable"] and not data.skip_bad:
+            raise UserError(f"unreadable image {found['unreadable'][0]} (skip such files with data.skip_bad=true)")
+        if good:
+            images, labels = zip(*good)
             yield dict(images=np.stack(images), classes=np.array(labels))
 
 

@@ -119,6 +119,12 @@ def test_photographs_are_turned_and_16_bits_kept():
         square(Image.fromarray(np.zeros((8, 8), np.float32)), 8)
 
 
+def test_of_an_animation_the_first_picture_counts():
+    frames, file = [Image.new("RGB", (8, 8), (colour, 0, 0)) for colour in (100, 200)], io.BytesIO()
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
+    assert (square(Image.open(file), 8)[0][0] == 100).all()
+
+
 def test_transparent_parts_are_white(tmp_path, capsys):
     x = picture(0, (32, 32, 4))
     x[..., 3] = 255
