@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.data import input_shape, load_data, load_labels, row_shape
-from configs.run import (Model, UserError, atomic, autocast, cli, digest, fill, gpu_flags, key, read_json, require,
-                         save_grid, seed_of, seeded, start, wide)
+from configs.run import (ALONE, Model, Processes, UserError, atomic, autocast, cli, digest, fill, gpu_flags, key,
+                         read_json, require, save_grid, seed_of, seeded, start, wide)
 from train_diffusion import (PATHS, PUBLISHED, Training, announce, build_model, check_training, cost, diffuse, fit,
                              footprint, load_checkpoint, missing, placed, save_checkpoint)
 from extract_features import cost_shares, matching, reader, stream
-from self_label import alone, gather, in_blocks, nmi, over_ranks, prices, save_labels, score_labels, sinkhorn, size_entropy
+from self_label import in_blocks, nmi, potentials, save_labels, score_labels, sinkhorn, size_entropy
 
 
 @dataclass
@@ -232,6 +232,13 @@ class Labeller(nn.Module):
         self.prices = None                                # of the labels, once training is finished
         self.readers = {}                                 # network -> function that reads its feature
 
+    @property
+    def ranks(self):
+        """The processes whose images are balanced together."""
+        out = Processes()
+        out.rank, out.world = self.rank, self.world
+        return out
+
     def get_extra_state(self):
         """What a checkpoint holds besides parameters and buffers: the settled labels."""
         return self.settled
@@ -266,7 +273,7 @@ class Labeller(nn.Module):
     def learn_statistics(self, f, updates):
         """Running mean and variance of the teacher's feature rows [n, D] over all processes, over about as many as the queue holds."""
         n = len(f) * self.world
-        mean, square = over_ranks(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
+        mean, square = self.ranks.total(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
         share = max(n / max(self.cfg.sk_queue, 4 * n), 1 / (updates + 1))
         self.mean.lerp_(mean.float(), share)
         self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
@@ -275,7 +282,7 @@ class Labeller(nn.Module):
     def targets(self, scores, past):
         """Balanced targets q [B, K] of this rank's rows. scores: the teacher's, [B, K]; past: those of the queue [Q, K], equal on all ranks."""
         share = past[self.rank::self.world]               # every rank contributes a part of the queue once
-        return sinkhorn(torch.cat([scores, share]), self.cfg.sk_eps, self.cfg.sk_iterations)[:len(scores)]
+        return sinkhorn(torch.cat([scores, share]), self.cfg.sk_eps, self.cfg.sk_iterations, self.ranks)[:len(scores)]
 
     @torch.no_grad()
     def labels(self, scores, past):
@@ -283,7 +290,7 @@ class Labeller(nn.Module):
         if self.cfg.assign == "argmax":
             return scores.argmax(1)
         every = torch.cat([scores, past[self.rank::self.world]])
-        return (scores / self.cfg.sk_eps - prices(in_blocks(every), self.cfg.sk_eps, self.cfg.sk_iterations)).argmax(1)
+        return (scores / self.cfg.sk_eps - potentials(in_blocks(every), self.cfg.sk_eps, self.cfg.sk_iterations, self.ranks)).argmax(1)
 
     def remember(self, h, updates):
         """Put the embeddings [n, d] of all processes into the queue, in order of image number."""
@@ -300,8 +307,8 @@ class Labeller(nn.Module):
         """Give every training image the label that it keeps: by the averaged network and labeller as they are now, under one draw of noise."""
         n = len(self.inputs)
         rows = np.arange(n * self.rank // self.world, n * (self.rank + 1) // self.world)
-        ids = label_images(ema, teacher, self.inputs, rows, context, "settle")[0]
-        self.settled = torch.from_numpy(np.concatenate(gather(ids.numpy().astype(np.int16)))).to(self.mean.device)
+        ids = label_images(ema, teacher, self.inputs, rows, context, "settle", self.ranks)[0]
+        self.settled = torch.from_numpy(np.concatenate(self.ranks.gather(ids.numpy().astype(np.int16)))).to(self.mean.device)
 
     def step(self, net, ema, teacher, index, x, z, u, seen, context):
         """(weighted Sinkhorn loss to be differentiated, condition of the batch). index: [b], the images' rows; x: [b, C, H, W]; z: [b, 2, C, H, W]; u: [b, 12].
@@ -378,10 +385,9 @@ class Labeller(nn.Module):
 
     def report(self, ema, teacher, seen, context):
         """What tells a healthy labeller from a collapsed one, over a fixed set of training images; NMI with the classes only as a monitor."""
-        sums = over_ranks(self.sums.clone())
+        sums = self.ranks.total(self.sums.clone())
         self.sums.zero_()
-        with alone():
-            told, _, alike, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
+        told, _, alike, _ = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")
         ids = told if self.settled is None else self.settled[self.rows].cpu().long()     # labels that stay are those that condition
         K = self.cfg.K
         counts = torch.bincount(ids.flatten(), minlength=K)
@@ -407,8 +413,7 @@ class Labeller(nn.Module):
             return {}
         size, no = row_shape(self.images)[1:], torch.zeros(120, dtype=torch.bool, device=self.mean.device)
         if self.cfg.condition == "patch":
-            with alone():
-                ids = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")[0][:12].repeat_interleave(10, 0)
+            ids = label_images(ema, teacher, self.images, np.arange(len(self.images)), context, "watched")[0][:12].repeat_interleave(10, 0)
         else:
             ids = torch.from_numpy(np.unique(np.linspace(0, self.cfg.K - 1, min(12, self.cfg.K)).round().astype(int)).repeat(10))[:, None]
         return self.condition(ids.to(no.device), size, no[:len(ids)], teacher)
@@ -482,7 +487,7 @@ def bank_of(maps, kinds, seed, labels=None, K=0, size=2000):
 
 
 @torch.no_grad()
-def label_images(net, labeller, images, rows, context, purpose):
+def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE):
     """(labels int64 [n, patches], their scores float32 [n, patches], mean cosine between embeddings, prices [K]) of the images at `rows`; CPU.
 
     By an averaged network and labeller: at sk_t, without a condition. With assign=sinkhorn labels are balanced over all images of this call, on
@@ -498,7 +503,7 @@ def label_images(net, labeller, images, rows, context, purpose):
     h = torch.cat(h) if h else labeller.mean.new_zeros(0, 1, cfg.sk_dim)         # [n, patches, d]; their scores, [n, patches, K], are never held at once
     blocks = lambda: (labeller.scores(part.to(device).float()) for part in h.flatten(0, 1).split(2048 if h.dtype == torch.float32 else 2 ** 16))
     if g is None:
-        g = prices(blocks, eps, 50) if cfg.assign == "sinkhorn" else labeller.mean.new_zeros(cfg.K)
+        g = potentials(blocks, eps, 50, ranks) if cfg.assign == "sinkhorn" else labeller.mean.new_zeros(cfg.K)
     best = [(k := (S / eps - g).argmax(1), S.gather(1, k[:, None])[:, 0]) for S in blocks()]
     ids, score = (torch.cat(v).view(h.shape[:2]).cpu() for v in zip(*best))
     return ids, score, float(h.mean((0, 1), dtype=torch.float32).square().sum()) if len(h) else 0.0, g
@@ -563,9 +568,9 @@ def finish_online(run, cfg, net, side, state, folder, data):
     labels, typical = {}, None
     for split, d in splits.items():
         rows = run.share(len(d))
-        ids, score, _, side.prices = label_images(net, side, d.inputs, rows, context, split)    # test images under the prices of the training images
+        ids, score, _, side.prices = label_images(net, side, d.inputs, rows, context, split, run)    # test images under the prices of the training images
         side_ = math.isqrt(ids.shape[1])
-        ids, score = (np.concatenate(gather(v.numpy())) for v in (ids, score))
+        ids, score = (np.concatenate(run.gather(v.numpy())) for v in (ids, score))
         ids = ids if settled is None or split == "test" else settled.cpu().numpy().astype(ids.dtype)
         labels[split] = ids[:, 0] if ids.shape[1] == 1 else ids.reshape(-1, side_, side_).astype(np.int16)
         typical = score.mean(1) if split == "train" else typical

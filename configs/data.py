@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 import torch
 import torch.utils.checkpoint
 
-from configs.run import (UserError, ahead, bar, create_rows, read_json, require, seed_of, unknown, weights_hash, wide,
+from configs.run import (UserError, ahead, bar, create_rows, digest, read_json, require, seed_of, unknown, weights_hash, wide,
                          write_json, write_rows)
 from configs.shapes import SHAPES_CLASSES, draw_shapes
 
@@ -529,6 +529,11 @@ def load_features(run, name, split):
     return arrays, info
 
 
+def arrays_hash(arrays):
+    """Hash of a label file's arrays {name: array}: its description holds it, so that the two are known to belong together."""
+    return digest(*(arrays[k] for k in sorted(arrays)))
+
+
 def load_labels(run, name):
     """(dict(train int64 [N], test int64 [N'], ...), info) of labels/<name>.npz, checked against the run's data."""
     path = run.dir / "labels" / f"{name}.npz"
@@ -548,4 +553,6 @@ def load_labels(run, name):
                             "make the labels again")
     if train.dtype.kind not in "iu" or not 0 <= train.min() <= train.max() < K:
         raise UserError(f"{path}: labels must be whole numbers in 0 ... {K - 1} (num_labels={K}); found {train.dtype}, {train.min()} ... {train.max()}")
+    if info.get("hash") not in (None, arrays_hash(labels)):
+        raise UserError(f"{path}: not the arrays that its .json describes; make the labels again")
     return labels | {"train": train.astype(np.int64)}, info | {"num_labels": K}

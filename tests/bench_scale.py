@@ -20,7 +20,7 @@ from bench_hardware import rates
 from bench_sampling import DEVICE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from self_label import lloyd, prices, rows_of            # noqa: E402
+from self_label import lloyd, potentials, rows_of            # noqa: E402
 from configs.run import create_rows, write_rows                # noqa: E402
 
 ROWS, D, K, BLOCK, PROCESSES = int(sys.argv[1]) if len(sys.argv) > 1 else 1_280_000, 1024, 5000, 500, 2
@@ -92,7 +92,7 @@ def main():
         rate = rates()["float32"]
         c = rows_of(x, np.arange(K), "cosine", DEVICE)
         chunks = lambda: (rows_of(x, slice(i, i + 8192), "cosine", DEVICE) @ c.T for i in range(0, ROWS, 8192))
-        for what, f in (("k-means", lambda: lloyd(x, c, "cosine", 1, 4096)), ("Sinkhorn", lambda: prices(chunks, 0.05, 1))):
+        for what, f in (("k-means", lambda: lloyd(x, c, "cosine", 1, 4096)), ("Sinkhorn", lambda: potentials(chunks, 0.05, 1))):
             with Memory() as memory:
                 tick = time.perf_counter()
                 f()
