@@ -28,7 +28,6 @@ import dataclasses
 import math
 import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Literal
@@ -493,7 +492,7 @@ def crop(maps, boxes, cells):
     return F.grid_sample(maps, points, padding_mode="border", align_corners=False).flatten(1)
 
 
-def segment(x, grid, size, centroids, offset=None, metric="cosine", smooth=0.3):
+def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
     """Segments uint8 [n, H, W] of patch features [n, P, D]: each pixel's cluster, as in `assign`, by upsampled scores.
 
     smooth: weight of the mean over a patch's 3 x 3 neighbourhood in its scores.
@@ -623,31 +622,22 @@ def fit_projection(chunks, components, white, ranks=ALONE):
     return mean.float(), (u / e[keep].sqrt() if white else u).float()
 
 
-@dataclass
-class Clusters:
-    """Clusters as `assign` takes them: centroids [K, d], offset [K], metric. arrays, facts: for the label file."""
-    centroids: torch.Tensor
-    offset: torch.Tensor
-    metric: str
-    arrays: dict
-    facts: dict
-
-
 def fit_clusters(run, cfg, rows, by, K):
-    """K `Clusters` by k-means or Sinkhorn-Knopp of the rows of a memory map [N, d]; every process reads its share."""
+    """K clusters of the rows of a memory map [N, d], by k-means or Sinkhorn-Knopp; every process reads its share.
+
+    Returns (what `assign` needs: centroids [K, d], metric, offset [K]; arrays and facts for the label file).
+    """
     mine = rows[len(rows) * run.rank // run.world:len(rows) * (run.rank + 1) // run.world]
     if run.device.type == "cuda" and 2 * mine.nbytes < torch.cuda.mem_get_info(run.device)[0]:
         mine = torch.from_numpy(np.array(mine)).to(run.device)                   # once over the bus, not in every pass
     how = dict(seed=cfg.seed, device=run.device, ranks=run)
     if by == "sinkhorn":
         c, g, facts = sinkhorn_cluster(mine, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
-        arrays = dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy())
-        return Clusters(c, cfg.eps * g, "cosine", arrays, facts)
+        return (c, "cosine", cfg.eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
     batch = max(cfg.batch, 4 * K) if len(rows) > cfg.full else 0
     c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts,
                                batch=batch, **how)
-    arrays = dict(centroids=c.cpu().numpy())
-    return Clusters(c, c.square().sum(1) / 2, cfg.metric, arrays, dict(inertia=inertia) | facts)
+    return (c, cfg.metric, None), dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,10 +658,10 @@ class Labels:
 def cluster(run, cfg, folder, read, counts, by):
     """Labels of rows that read[split](slice) gives as float32 [n, 1, D], counts[split] of them: their clusters."""
     maps = prepare(run, cfg, folder, read, counts)
-    clusters = fit_clusters(run, cfg, maps["train"], by, cfg.K)
-    found = {split: assign(x, clusters.centroids, clusters.metric, clusters.offset) for split, x in maps.items()}
+    clusters, arrays, facts = fit_clusters(run, cfg, maps["train"], by, cfg.K)
+    found = {split: assign(x, *clusters) for split, x in maps.items()}
     ids = {split: ids.numpy() for split, (ids, _) in found.items()}
-    return Labels(ids, cfg.K, found["train"][1].numpy(), clusters.arrays, clusters.facts)
+    return Labels(ids, cfg.K, found["train"][1].numpy(), arrays, facts)
 
 
 def cluster_features(run, cfg, data, folder):
@@ -722,23 +712,23 @@ def label_objects(run, cfg, data, folder):
     for split in data:
         found[split], grid, info = search(run, cfg, data, folder, split)
         exists = found[split]["boxes"][..., 0] >= 0       # [N, objects]
-        taken = exists | (np.arange(cfg.objects) == 0)    # every image has a first region, if only the whole image
-        rows[split] = np.flatnonzero(taken)
-        regions = found[split]["regions"].reshape(taken.size, -1)
+        exists[:, 0] = True                               # every image has a first region, if only the whole image
+        rows[split] = np.flatnonzero(exists)
+        regions = found[split]["regions"].reshape(exists.size, -1)
         read[split] = lambda part, x=regions, at=rows[split]: torch.from_numpy(x[at[part]])[:, None]
     out = cluster(run, cfg, folder, read, {split: len(v) for split, v in rows.items()}, cfg.by)
     out.typical = out.typical[rows["train"] % cfg.objects == 0]
     out.about |= dict(grid=list(grid), scales=info["scales"])
-    for split, f in found.items():
-        ids = np.full(f["boxes"].shape[:2], -1)
+    for split, layout in found.items():
+        ids = np.full(layout["boxes"].shape[:2], -1)
         ids.flat[rows[split]] = out.ids[split]
         out.ids[split] = ids[:, 0]
-        layout = {k: np.asarray(f[k]) for k in ("boxes", "confidence", "masks")}
         layout["ids"] = np.where(layout["boxes"][..., 0] >= 0, ids, -1)
-        segments = of_clusters(layout["masks"], layout["ids"]) if cfg.method == "masks" else None
-        out.scores |= prefixed(split, score_layouts(layout | dict(segments=segments), data[split]))
-        layout["masks"] = layout["masks"] if segments is None else segments
-        out.arrays |= {f"{k}_{split}": v for k, v in layout.items()}
+        if cfg.method == "masks":
+            layout["segments"] = of_clusters(layout["masks"], layout["ids"])
+        out.scores |= prefixed(split, score_layouts(layout, data[split]))
+        layout["masks"] = layout.pop("segments", layout["masks"])
+        out.arrays |= {f"{k}_{split}": np.asarray(v) for k, v in layout.items() if k != "regions"}
     boxes, masks = out.arrays["boxes_train"], out.arrays["masks_train"]
     out.scores["boxes_per_image"] = float((boxes[..., 0] >= 0).sum(1).mean())
     out.paint = lambda image, i: draw_layout(image, masks[i], boxes[i])
@@ -758,19 +748,17 @@ def label_segments(run, cfg, data, folder):
     _, grid, info = opened["train"]
     read = {split: r for split, (r, _, _) in opened.items()}
     patches = prepare(run, cfg, folder / "patches", read, counts)
-    clusters = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
-    how = clusters.centroids, clusters.offset, clusters.metric
+    clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
     means = {split: lambda rows, r=r: r(rows).mean(1, keepdim=True) for split, r in read.items()}
     out = cluster(run, cfg, folder / "means", means, counts, cfg.by)
-    out.arrays |= {f"segment_{k}": a for k, a in clusters.arrays.items()}
-    out.about |= dict(segments=cfg.segments, patches=clusters.facts, grid=list(grid), scales=info["scales"])
+    out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
+    out.about |= dict(segments=cfg.segments, patches=facts, grid=list(grid), scales=info["scales"])
     for split, d in data.items():
         size = d.images.shape[2:]
         x = patches[split].reshape(len(d), math.prod(grid), -1)
 
         def compute(rows):
-            part = torch.from_numpy(np.array(x[rows]))
-            return dict(masks=segment(part, grid, size, *how, cfg.smooth))
+            return dict(masks=segment(torch.from_numpy(np.array(x[rows])), grid, size, *clusters, cfg.smooth))
         step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
         found = fill_arrays(run, folder / split, len(d), dict(masks=("u1", size)), step, compute)
         out.arrays[f"masks_{split}"] = np.asarray(found["masks"])
@@ -1039,21 +1027,6 @@ def are_made(run, path, recipe):
     return whole and finished(run, note, recipe)
 
 
-@contextmanager
-def working_folder(run, path):
-    """A folder for files on the way, seen by all processes and removed in the end (what is mapped stays readable)."""
-    if run.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)           # of a command that was killed
-        path.mkdir(parents=True)
-    run.wait()
-    try:
-        yield path
-        run.wait()
-    finally:
-        if run.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def recipe_of(run, cfg, data):
     """(what decides the labels: method, its settings, data, features, reference; where features come from, or {})."""
     names = settings_of(cfg)
@@ -1099,8 +1072,13 @@ def main():
             return
         # make
         tick = time.time()
-        with working_folder(run, folder / f".{cfg.name}.tmp") as aside:
+        aside = folder / f".{cfg.name}.tmp"               # for files on the way
+        run.agreed(lambda: shutil.rmtree(aside, ignore_errors=True))             # those of a command that was killed
+        try:
             out = METHODS[cfg.method][0](run, cfg, data, aside)
+            run.wait()
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)      # what is mapped stays readable
         about = out.about | about | dict(seconds=round(time.time() - tick, 2))
         # write
         typical = np.zeros(len(data["train"])) if out.typical is None else out.typical

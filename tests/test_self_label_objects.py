@@ -1,13 +1,17 @@
 """Objects: LOST and normalised cut on drawn examples, outlines, segments, scores by brute force, the stage."""
 import itertools
+import os
+import socket
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import stage
 from test_self_label import label, write_features, write_run
 
 import self_label
@@ -187,7 +191,7 @@ def test_segments_are_assignments_at_patch_resolution():
     x, c, offset = torch.randn(5, 36, 8, generator=g), torch.randn(4, 8, generator=g), torch.randn(4, generator=g)
     for metric, shift in (("cosine", None), ("euclidean", None), ("cosine", offset)):
         ids = assign(x.flatten(0, 1), c, metric, shift)[0].view(5, 6, 6)
-        assert torch.equal(ids, segment(x, (6, 6), (6, 6), c, shift, metric, smooth=0).long())
+        assert torch.equal(ids, segment(x, (6, 6), (6, 6), c, metric, shift, smooth=0).long())
     x = torch.zeros(36, 2) + torch.tensor([1.0, 0])
     x[14] = torch.tensor([0.5, 0.6])                      # one patch that leans to the other side by itself
     assert segment(x[None], (6, 6), (6, 6), torch.eye(2), smooth=0).sum() == 1
@@ -296,8 +300,21 @@ def test_boxes(run, tiny, monkeypatch, words):
     assert not list((run / "labels").glob(".*"))
 
 
+def one_of_two(rank, port, words):
+    """The stage as torchrun starts it, in a forked process."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    sys.argv = ["self_label.py", *words]
+    self_label.main()
+    dist.destroy_process_group()
+
+
 def equal_on_two_ranks(run, tiny, words, one, *names):
-    stage("self_label", tiny, f"run={run}", *words, "name=ranks", "overwrite=true", ranks=2)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    words = [str(tiny), f"run={run}", *words, "name=ranks", "overwrite=true"]
+    mp.start_processes(one_of_two, (port, words), 2, start_method="fork")
     two = np.load(run / "labels/ranks.npz")
     assert all((one[k] == two[k]).mean() > 0.999 for k in names)
 
