@@ -50,7 +50,7 @@ from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, dra
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, UViT, build_model, diffuse, load_checkpoint, load_model, say_network
 from extract_features import catalogue, cost_shares, matching, noise_level, reader, stream
-from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
+from self_label import assign, bounds, corloc, find_objects, iou, kmeans, largest_component, nmi
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
@@ -346,8 +346,7 @@ def sweep(run, cfg, net, state, context):
             rows, clusters = [], []
             for n in names:
                 mean = a[n].mean(0)                       # centred: activations share a large common direction
-                with alone():
-                    free, ids = label_free_scores(a[n] - mean, b[n] - mean if few else None, K, cfg.seed)
+                free, ids = label_free_scores(a[n] - mean, b[n] - mean if few else None, K, cfg.seed)
                 rows.append(dict(activation=n, **noise_level(state["path"], t), **free))
                 clusters.append(ids)
                 if known:
@@ -356,7 +355,7 @@ def sweep(run, cfg, net, state, context):
                                      knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
                 progress.update(1)
             table += [r | dict(consensus=float(c)) for r, c in zip(rows, consensus(clusters))]
-    table = sorted(itertools.chain(*gather(table)), key=lambda r: (names.index(r["activation"]), r["t"]))
+    table = sorted(itertools.chain(*run.gather(table)), key=lambda r: (names.index(r["activation"]), r["t"]))
     pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
     # the noisiest time at which the blocks still agree about as well as anywhere, and there the block that agrees most
     best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in cfg.t}
@@ -414,7 +413,7 @@ def boxes(run, cfg, net, state, context):
                             got = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), size, "lost")["boxes"][:, 0]
                             mine.setdefault((name, t), [[], []])[noise].append(got.cpu().numpy())
             progress.update(1)
-    found = {k: [np.concatenate(v) for v in pair] for some in gather(mine) for k, pair in some.items()}
+    found = {k: [np.concatenate(v) for v in pair] for some in run.gather(mine) for k, pair in some.items()}
     found = {(n, t): found[n, t] for n in names for t in times if (n, t) in found}
     truth = None if data.boxes is None else np.asarray(data.boxes[rows]).reshape(len(rows), -1, 4)
     mutual, table = np.array([[box_agreement(a[0], b[0]) for b in found.values()] for a in found.values()]), []

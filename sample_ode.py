@@ -35,7 +35,7 @@ from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, cre
                          wide, write_json, write_rows)
 from train_diffusion import PATHS, load_checkpoint, load_model, say_network, to_x_and_z
 from extract_features import matching, noise_level, pooled, stream, tapped
-from self_label import bounds, find_objects, gather, joined, largest_component
+from self_label import bounds, find_objects, joined, largest_component
 from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
 
 
@@ -849,7 +849,7 @@ def find_layouts(run, finder, images, rows, boxes, context):
                             device=run.device, context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=min(64, run.cfg.batch)):
         maps = [got[k] if of["pool"] == "none" else got[k].unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for k in places]
         shown = torch.from_numpy(np.array(images[part])).to(run.device) if how["guide"] else None
-        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"], how["objects"], how["tau"], how["contrast"],
+        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"], how["objects"], how.get("tau", 0.2), how["contrast"],
                              how["refine"], shown)
         out.append(draw_boxes(found["boxes"].cpu().numpy(), size[0]) == 0 if boxes else found["masks"].cpu().numpy() > 0)
     return np.concatenate(out) if out else np.zeros((0, *size), bool)
@@ -877,7 +877,7 @@ def layout_fidelity(run, finder, state, images, rows, labels, context):
     for key, found in got.items():
         either = (asked | found).sum((1, 2))
         each = np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)    # nothing asked for, nothing there
-        out[key] = float(np.concatenate(gather(each)).mean())
+        out[key] = float(np.concatenate(run.gather(each)).mean())
     return out | (dict(finder=finder["name"]) if finder else {})
 
 

@@ -704,6 +704,11 @@ def load_features(run, name, split):
     return arrays, info
 
 
+def arrays_hash(arrays):
+    """Hash of a label file's arrays {name: array}; its description holds it, so that the two are known to fit."""
+    return digest(*(arrays[k] for k in sorted(arrays)))
+
+
 def load_labels(run, name):
     """(dict(train int64 [N], test int64 [N'], ...), info) of labels/<name>.npz, checked against the run's data."""
     path, hint = run.dir / "labels" / f"{name}.npz", "make the labels again"
@@ -711,6 +716,8 @@ def load_labels(run, name):
     with reading(path, hint):
         with np.load(path, allow_pickle=False) as f:
             labels = {k: f[k] for k in f.files}
+        if info.get("hash") not in (None, arrays_hash(labels)):
+            raise ValueError("not the arrays that its .json describes")
         K, made_of = int(labels["num_labels"]), info["data"]
         for split in SPLITS:
             ids, data = labels[split], load_data(run, split)
