@@ -39,7 +39,7 @@ from train_diffusion import (PATHS, Condition, GivenLabels, NoLabels, Training, 
                              every_tenth, fit, load_checkpoint, load_condition, move_average, new_state, placed,
                              save_checkpoint, say_training)
 from extract_features import matching, reader, stream
-from self_label import alone, in_blocks, nmi, prices, save_labels, score_labels, size_entropy
+from self_label import in_blocks, nmi, potentials, save_labels, score_labels, sinkhorn, size_entropy
 
 
 @dataclass
@@ -160,17 +160,6 @@ def layout_maps(run, cfg, labels, info, split, kinds=0):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels that are found while training
-
-# For self_label.py as it is now; its next version has these two
-
-def potentials(blocks, eps, iterations, ranks=ALONE):
-    with nullcontext() if ranks.world > 1 else alone():
-        return prices(blocks, eps, iterations)
-
-
-def sinkhorn(scores, eps, iterations, ranks=ALONE):
-    return torch.softmax(scores / eps - potentials(in_blocks(scores), eps, iterations, ranks), 1)
-
 
 class Standardised(nn.Module):
     """Features less their running mean, over their running standard deviation.
