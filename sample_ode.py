@@ -11,8 +11,8 @@ Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional
     python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=base-nfe sweep=nfe              # distance against network evaluations
     python sample_ode.py configs/shapes.yaml --table                                                   # all results of the run side by side
 """
+import copy
 import itertools
-import json
 import math
 import os
 import shutil
@@ -28,15 +28,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import Folder, Squared, as_input, decode, load_data, load_labels, open_autoencoder, to_latents
-from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
+from configs.data import as_input, decode, load_data, load_labels, open_autoencoder
+from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
                          finished, key, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          wide, write_json, write_rows)
-from train_diffusion import DECODE, PATHS, cost, estimates, footprint, load_checkpoint, load_model
-from extract_features import matching, noise_level, pooled, stream, tapped
-from self_label import bounds, find_objects, gather, joined, largest_component
-from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
+from train_diffusion import PATHS, estimates, load_checkpoint, load_model
+from extract_features import matching, noise_level, pooled, tapped
+from train_guided import TrainGuided, conditioned, draw_boxes, layout_maps
 
 
 @dataclass
@@ -66,12 +66,6 @@ class SampleOde:
     layouts: Literal["train", "test"] = key("train",
                                             "models with box or mask conditions: layouts of the bank in the "
                                             "checkpoint, or of the test images")
-    finder: str = key("",
-                      "models with box or mask conditions: whose labeller looks for layouts in samples; empty = the "
-                      "model's")
-    like: str = key("",
-                    "models with online labels: a folder of images (or 'test') whose labels to use, cycling through "
-                    "them")
     direction: Literal["generate", "encode"] = key("generate", "encode: test images back to noise and forth again")
     evaluate: bool = key(True, "compare with real images")
     evaluator: str = key("judge",
@@ -94,7 +88,6 @@ class SampleOde:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network; the ODE state is float32 always")
     compile: bool = key(False, "torch.compile the network: a minute or so that pays where n is many batches")
     seed: int = key(0, "sample i is a function of (seed, i)")
-    runs: list[str] = key([], "--table: further run folders (other seeds) to average with")
     overwrite: bool = key(False, "replace samples that another recipe left under this name")
 
 
@@ -668,81 +661,55 @@ def plot(path, curves, title, x_label, y_label, log_x=False, log_y=False, size=(
         sheet.save(f, "PNG")
 
 
+COLUMNS = {                                               # of the table: what it shows of metrics.json
+    "K": lambda m: m.get("K", m["num_labels"]) or None,
+    "NMI": lambda m: (m.get("label_scores") or {}).get("nmi"),
+    "distance w=1": lambda m: m.get("scores_w1", m["scores"] if m["w"] == 1 else {}).get(kind_of(m)),
+    "chosen w": lambda m: m["w"] if m["num_labels"] else None,
+    "distance": lambda m: m["scores"][kind_of(m)],
+    **{k: lambda m, k=k: m["scores"].get(k) for k in ("precision", "recall", "coverage", "memorisation")},
+    **{k: lambda m, k=k: m["scores"].get(k, {}).get(kind_of(m)) for k in ("head", "tail")},
+    "network calls": lambda m: m["network_calls"],
+    "training images": lambda m: m["total_seen"],
+}
+
+
+def kind_of(m):
+    """Name of the distance in a metrics.json."""
+    return "fid" if "fid" in m["scores"] else "frechet"
+
+
+def cell(v):
+    """A number of the table as text."""
+    if v is None:
+        return "-"
+    return f"{v:,.0f}" if abs(v) >= 100 or float(v).is_integer() else f"{v:.{3 if abs(v) < 2 else 2}f}"
+
+
 def table(run):
-    """Print every samples/*/metrics.json of the run side by side, and write samples/table.md and .json.
-
-    With runs= (the same chain from other seeds) every number is the mean over runs, with the standard deviation behind it.
-    """
-    folders, rows = [run.dir, *map(Path, run.cfg.runs)], {}
-    for folder in folders:
-        for path in sorted((folder / "samples").glob("*/metrics.json")):
-            m = json.loads(path.read_text())
-            if "scores" not in m or m["recipe"]["sweep"]:        # a sweep is a picture, not a row
-                continue
-            s, K = m["scores"], m.get("K", m["num_labels"])
-            kind = "fid" if "fid" in s else "frechet"
-            plain = m.get("scores_w1", s if m["w"] == 1 else {})
-            chosen = "chosen on other samples and other real images" if "selection" in m else "given" if K else "-"
-            rows.setdefault(path.parent.name, []).append({
-                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind),
-                "chosen w": m["w"] if K else None, "distance": s[kind], "kind": kind, "w": chosen, "precision": s["precision"], "recall": s["recall"],
-                "coverage": s["coverage"], "memorisation": s["memorisation"], "head": s.get("head", {}).get(kind), "tail": s.get("tail", {}).get(kind),
-                "layout IoU": m.get("layout", {}).get("layout_iou"), "exact IoU": m.get("layout", {}).get("exact_iou"),
-                "network calls": m["network_calls"], "training images": m["total_seen"],
-                "evaluator": s["evaluator"], "reference": s["reference"], "samples": s["samples"], "solver": f"{m['solver']} {m['steps']}",
-                "weights": m["weights"], "seed": m["seed"]})
-    if not rows:
+    """Print every samples/*/metrics.json of the run side by side, and write samples/table.md and table.json."""
+    found = {}
+    for path in sorted((run.dir / "samples").glob("*/metrics.json")):
+        m = read_json(path, "delete it")
+        if "scores" in m and not m["recipe"]["sweep"]:    # a sweep is a picture, not a row
+            found[path.parent.name] = m
+    if not found:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
-
-    def cell(values):
-        values = [v for v in values if v is not None]
-        if not values:
-            return "-"
-        mean, digits = np.mean(values), 0 if max(map(abs, values)) >= 100 else 3 if max(map(abs, values)) < 2 else 2
-        spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
-        return f"{mean:,.0f}{spread}" if all(float(v).is_integer() for v in values) and not spread else f"{mean:.{digits}f}{spread}"
-
-    head = [k for k in next(iter(rows.values()))[0] if k not in ("run", "kind", "w", "evaluator", "reference", "samples", "solver", "weights", "seed")]
-    text = ""
-    for evaluator in sorted({r["evaluator"].split()[0] for v in rows.values() for r in v}):      # distances of different evaluators do not compare
-        some = {name: kept for name, v in rows.items() if (kept := [r for r in v if r["evaluator"].split()[0] == evaluator])}
-        order = sorted(some, key=lambda n: -np.mean([r["distance"] for r in some[n]]))
-        cells = [["samples", *head], *([name, *(cell([r[h] for r in some[name]]) for h in head)] for name in order)]
-        widths = [max(len(r[i]) for r in cells) for i in range(len(head) + 1)]
-        lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in cells]
+    text, evaluator = "", lambda m: m["scores"]["evaluator"].split()[0]
+    for name in sorted({evaluator(m) for m in found.values()}):                  # distances of different evaluators do not compare
+        some = {k: m for k, m in found.items() if evaluator(m) == name}
+        order = sorted(some, key=lambda k: -some[k]["scores"][kind_of(some[k])])
+        cells = [["samples", *COLUMNS], *([k, *(cell(show(some[k])) for show in COLUMNS.values())] for k in order)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["| " + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) + " |" for row in cells]
         lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-        said = {k: sorted({str(r[k]) for v in some.values() for r in v}) for k in ("kind", "evaluator", "reference", "samples", "solver", "weights", "w")}
-        text += "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(v)}" for k, v in said.items()) + f"; runs: {len(folders)}\n\n"
+        said = dict(distance={kind_of(m) for m in some.values()}, solver={f"{m['solver']} {m['steps']}" for m in some.values()}, weights={m["weights"] for m in some.values()})
+        said |= {k: {str(m["scores"][k]) for m in some.values()} for k in ("evaluator", "reference", "samples")}
+        text += "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in said.items()) + "\n\n"
     with atomic(run.dir / "samples" / "table.md") as f:
         f.write(text.encode())
-    write_json(run.dir / "samples" / "table.json", rows)
+    write_json(run.dir / "samples" / "table.json", {k: {c: show(m) for c, show in COLUMNS.items()} for k, m in found.items()})
     run.say(text)
-
-
-def read_like(run, cfg, net, state, context):
-    """The images that `like` names, uint8 [n, 3, H, W]; the labels that the model's own labeller finds in them become cfg.labels."""
-    side = load_labeller(run, net, state)
-    if cfg.like == "test":
-        images, inputs = (np.asarray(v[:cfg.n]) for v in (load_data(run, "test").images, load_data(run, "test").inputs))
-    else:
-        size = state["size"] if run.vae is None else run.data.size
-        items = Squared(Folder(Data(source="folder", root=cfg.like, size=size, test_fraction=0), "train"), size)
-        read = [items[i] for i in range(min(len(items), cfg.n))]
-        if bad := [complaint for _, _, complaint in read if complaint]:
-            raise UserError(f"like: unreadable image {bad[0]}")
-        images = inputs = np.stack([x for x, _, _ in read])
-        if run.vae is not None:
-            latents = [to_latents(run.vae, as_input(torch.from_numpy(x[None])).to(run.device)) for x in images]
-            inputs = torch.cat(latents)[:, None].half().cpu().numpy()            # [n, 1, 2C, h, w]
-    ids, *_ = label_images(net, side, inputs, np.arange(len(images)), context, "like")
-    if state.get("condition") == "patch":                 # their maps take the place of those from training
-        maps = ids.reshape(len(ids), math.isqrt(ids.shape[1]), -1).to(state["maps"].dtype)
-        state |= dict(maps=torch.cat([maps, torch.full_like(maps[:1], state["map_labels"])]), num_labels=len(maps))
-        ids = torch.arange(len(maps))[:, None]
-    if not state["num_labels"]:
-        raise UserError(f"like={cfg.like}: {state['file']} was trained with condition=none")
-    cfg.labels = [str(int(k)) for k in ids[:, 0]]
-    return images
 
 
 def read_layouts(run, cfg, state):
@@ -793,91 +760,6 @@ def read_layouts(run, cfg, state):
     null = np.full_like(maps[:1], kinds)
     state |= dict(maps=torch.from_numpy(np.concatenate([maps, null])), bank_labels=torch.tensor([*map(int, labels), K]), num_labels=len(maps),
                   marginal=torch.from_numpy(share))
-
-
-def warm(images):
-    """Exact masks bool [n, H, W] of `shapes` [n, 3, H, W]: objects have more red than blue, by 92 on average, the ground has less, by 51."""
-    return images[:, 0].astype(np.int16) - images[:, 2] > 20
-
-
-def made_by(run, name):
-    """(name, recipe) of the labels that labels/<name> come from: of shuffled ones (method=random) those of their reference. No recipe: made by another program, or gone."""
-    while True:
-        file = run.dir / "labels" / f"{name}.json"
-        how = read_json(file, "make the labels again").get("recipe", {}) if file.exists() else {}
-        if how.get("method") != "random":
-            return name, how
-        name = how["reference"]
-
-
-def open_finder(run, cfg, state):
-    """What finds objects in samples as the labels of the model (or those that finder= names) were found: dict(name, recipe, features, network, its state).
-
-    None if those labels were not found as objects. Opened before the work, so that what does not fit is said then.
-    """
-    name = cfg.finder or made_by(run, state["label_file"])[0]
-    if not cfg.finder and not (run.dir / "labels" / f"{name}.json").exists():
-        return None
-    info = load_labels(run, name)[1]
-    how = info.get("recipe", {})                          # other programs may write label files, too
-    method = how.get("foreground", "none") if how.get("method") == "masks" else how.get("method")
-    if method not in ("lost", "ncut"):
-        if cfg.finder:
-            raise UserError(f"finder={name}: labels/{name} were not found as boxes or masks of objects; name labels made with method=lost, ncut or masks")
-        return None
-    of = info["features"]
-    if ":" in of["checkpoint"] and not cfg.finder:
-        run.say(f"note: labels/{name} come from features of {of['checkpoint']}; layouts are not looked for in the samples")
-        return None
-    net, own = load_model(run, of["checkpoint"], of["weights"])
-    if of["weights"] == "ema" and own["weights"] != of["hash"]:
-        why = f"labels/{name}.json: made with features of {of['checkpoint']} {of['hash']}, which now holds {own['weights']}; make features and labels again"
-        if cfg.finder:
-            raise UserError(why)
-        run.say(f"note: {why}; layouts are not looked for in the samples")
-        return None
-    return dict(name=name, method=method, how=how, info=info, net=net, state=own)
-
-
-def find_layouts(run, finder, images, rows, boxes, context):
-    """Where the finder sees objects in these rows of uint8 images: bool [n, H, W], their masks, or with `boxes` their boxes filled."""
-    how, info, size, out = finder["how"], finder["info"], images.shape[2:], []
-    of = info["features"]
-    places = [(a["activation"], a["t"]) for a in of["arrays"]]
-    for part, got in stream(finder["net"], finder["state"], images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}),
-                            device=run.device, context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=min(64, run.cfg.batch)):
-        maps = [got[k] if of["pool"] == "none" else got[k].unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for k in places]
-        shown = torch.from_numpy(np.array(images[part])).to(run.device) if how["guide"] else None
-        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"], how["objects"], how["tau"], how["contrast"],
-                             how["refine"], shown)
-        out.append(draw_boxes(found["boxes"].cpu().numpy(), size[0]) == 0 if boxes else found["masks"].cpu().numpy() > 0)
-    return np.concatenate(out) if out else np.zeros((0, *size), bool)
-
-
-def layout_fidelity(run, finder, state, images, rows, labels, context):
-    """How well samples uint8 [N, 3, H, W] keep to the layouts they were asked for: mean IoU of areas over all ranks, each of which looks at its rows [n].
-
-    layout_iou: with what the finder sees in the samples (absent without one); exact_iou: with exact masks on `shapes`, where layouts mean objects there: not
-    for segments of all patches, nor for boxes of several objects. Of boxes the filled boxes are compared. labels: int64 [n], positions in the bank of layouts.
-    """
-    boxes, maps = state["condition"] == "box", state["maps"][torch.from_numpy(labels)].numpy()
-    asked, got = (maps == 0 if boxes else (maps > 0) & (maps < state["map_labels"])), {}
-    if finder:
-        got["layout_iou"] = find_layouts(run, finder, images, rows, boxes, context)
-    how = made_by(run, state["label_file"])[1]
-    segments, several = how.get("method") == "masks" and how.get("foreground") == "none", boxes and how.get("objects", 1) > 1
-    if run.data.source == "shapes" and not segments and not several:
-        exact = torch.from_numpy(warm(images[rows]))
-        if boxes:                                         # the largest object's box, as in the data
-            exact = bounds(largest_component(exact.flatten(1), exact.shape[1:]).view_as(exact))
-            exact = draw_boxes(exact[:, None].numpy(), state["size"]) == 0
-        got["exact_iou"] = np.asarray(exact)
-    out = {}
-    for key, found in got.items():
-        either = (asked | found).sum((1, 2))
-        each = np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)    # nothing asked for, nothing there
-        out[key] = float(np.concatenate(gather(each)).mean())
-    return out | (dict(finder=finder["name"]) if finder else {})
 
 
 def encode(run, cfg, models, state, context, folder):
@@ -984,26 +866,20 @@ def nfe_sweep(run, cfg, every, w, context, judge, folder):
     return dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves, straightness=means, deviation=bends)
 
 
-def announce_samples(run, cfg, net, state, folder):
-    """What sampling would cost, for --dry-run."""
-    each = 100 if cfg.solver == "dopri5" else cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0])
-    many = cfg.n + (cfg.select * len(cfg.guidance) + cfg.n if len(cfg.guidance) > 1 else 0)
-    twice, flops = 1 + any(w not in (0, 1) for w in cfg.guidance), footprint(net, state["channels"], state["size"])[0]
-    cost(run, f"{flops / 1e9:,.1f} GFLOP a network call x {each} evaluations{' (a guess for dopri5)' if cfg.solver == 'dopri5' else ''} x {twice} "
-         f"({'guided' if twice > 1 else 'not guided'}) x {many:,} samples{', those for the choice of w included' if many > cfg.n else ''}", flops * each * twice * many)
-    if run.data.latents:
-        cost(run, f"decoding: {DECODE * run.data.size ** 2 / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x {many:,} samples", DECODE * run.data.size ** 2 * many, "tf32")
-    run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
+def plan(run, cfg, net, state, folder):
+    """What sampling would do, for --dry-run."""
+    example = torch.zeros(1, state["channels"], state["size"], state["size"], device="meta")
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(net).to("meta")(example, torch.zeros(1, device="meta"))
+    size = run.data.size if run.data.latents else state["size"]
+    run.say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {counter.get_total_flops() / 1e9:,.1f} GFLOP a forward pass of one image")
+    run.say(f"{cfg.n:,} samples from {state['file']} into {folder}: {cfg.n * 3 * size ** 2 / 1e6:,.0f} MB")
 
 
-def sample_sheet(folder, run, cfg, models, state, w, context, given):
-    """Write grid.png of a folder of samples: a row for each label, layout or given image."""
+def sample_sheet(folder, run, cfg, models, state, w, context):
+    """Write grid.png of a folder of samples: a row for each label or layout."""
     images = np.load(folder / "images.npy", mmap_mode="r")
-    if given is not None:
-        blank = [np.full_like(given[0], 255)] * 9
-        rows = [[given[i], *images[i::len(given)][:9], *blank][:10] for i in range(min(20, len(given)))]
-        save_grid(folder / "grid.png", np.concatenate(rows), 10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
-    elif state.get("map_labels"):
+    if state.get("map_labels"):
         layout_sheet(folder / "grid.png", run, cfg, models, state, w, context)
     elif state["num_labels"]:
         labels = np.load(folder / "labels.npy")
@@ -1016,7 +892,7 @@ def sample_sheet(folder, run, cfg, models, state, w, context, given):
 
 def main():
     """Sample, from the command line."""
-    run = start("sample_ode", SampleOde, __doc__, flags={"--table": "all results of the run (and of runs=) side by side"})
+    run = start("sample_ode", SampleOde, __doc__, flags={"--table": "all results of the run side by side"})
     cfg = run.cfg
     if "--table" in run.flags:
         return table(run)
@@ -1025,12 +901,9 @@ def main():
     require(len(cfg.interval) == 2 and cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
             "sweeps and a choice of w need evaluate=true and at least two samples")
-    net, state = load_model(run, cfg.checkpoint, cfg.weights, cfg.compile)
-    if state.get("planned"):
-        cfg.guidance = cfg.guidance if state["num_labels"] or cfg.autoguide else [1.0]
-        return announce_samples(run, cfg, net, state, run.dir / "samples" / cfg.name)
-    weak, other = load_model(run, cfg.autoguide, cfg.weights, cfg.compile) if cfg.autoguide else (None, None)
-    if other and not other.get("planned") and any(other[k] != state[k] for k in ("path", "predict", "size")):
+    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    weak, other = load_model(run, cfg.autoguide, cfg.weights) if cfg.autoguide else (None, None)
+    if other and any(other[k] != state[k] for k in ("path", "predict", "size")):
         raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
     if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "layout", "label_digest", "condition")):
         raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
@@ -1041,13 +914,10 @@ def main():
         raise UserError(f"guidance={cfg.guidance}: {state['file']} has no null label to guide with; use guidance=1, or autoguide= an unconditional model")
     if not state["num_labels"] and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing to guide with
-    given = read_like(run, cfg, net, state, context) if cfg.like and not run.dry_run else None
     if cfg.boxes or cfg.mask or cfg.layouts != "train":
         read_layouts(run, cfg, state)
     if other and other["num_labels"]:                     # both networks are shown the same
         other |= {k: state[k] for k in ("maps", "bank_labels", "sets", "num_labels", "marginal") if k in state}
-    require(not cfg.finder or state.get("condition") in ("box", "mask"), cfg, "finder checkpoint", "only models with box or mask conditions have layouts to find")
-    finder = open_finder(run, cfg, state) if state.get("condition") in ("box", "mask") and not run.dry_run else None
     if cfg.features:
         matching(net, cfg.features)
         last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
@@ -1056,18 +926,16 @@ def main():
         require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdecimal() and int(cfg.features_pool), cfg, "features_pool",
                 "must be mean, none or a number")
         require(not cfg.compile, cfg, "features compile", "activations are read from the network as it is: compile=false")
-    varying = cfg.solver == "dopri5" or cfg.sweep == "nfe"                       # dopri5 leaves out rows that have arrived
-    ready = lambda net, state: conditioned(torch.compile(net, dynamic=None if varying else False) if cfg.compile else net, state)
+    ready = lambda net, state: conditioned(torch.compile(net) if cfg.compile else net, state)
     models = ready(net, state), ready(weak, other) if weak else None
     sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
     folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs") and (cfg.features or not k.startswith("features"))}
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch") and (cfg.features or not k.startswith("features"))}
     recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
-    recipe |= dict(given=digest(given)) if given is not None else {}             # what names of files and folders stand for
     recipe |= dict(bank=digest(state["maps"].numpy())) if cfg.mask or cfg.layouts != "train" else {}
     recipe |= dict(others=[load_checkpoint(run, name)["weights"] for name in cfg.against]) if cfg.against and not run.dry_run else {}
     if run.dry_run:
-        return announce_samples(run, cfg, net, state, folder)
+        return plan(run, cfg, net, state, folder)
     if run.agreed(lambda: finished(run, folder / "metrics.json", recipe)):
         return
     if run.rank == 0:
@@ -1091,7 +959,7 @@ def main():
         if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
             w, metrics["selection"] = choose_w(run, cfg, models, state, context, judge, aside)
         if cfg.sweep == "nfe":
-            others = {name: load_model(run, name, cfg.weights, cfg.compile) for name in cfg.against}
+            others = {name: load_model(run, name, cfg.weights) for name in cfg.against}
             every = {cfg.checkpoint: (models, state)} | {name: ((ready(*pair), None), pair[1]) for name, pair in others.items()}
             metrics["nfe_sweep"] = nfe_sweep(run, cfg, every, w, context, judge, aside)
 
@@ -1104,17 +972,12 @@ def main():
         write_share(run, aside / "images.npy", cfg.n, rows, images)
         if state["num_labels"]:
             write_share(run, aside / "labels.npy", cfg.n, rows, labels)
-        if state.get("condition") in ("box", "mask"):
-            every, asked = np.load(aside / "images.npy", mmap_mode="r"), np.zeros(0, np.int64) if labels is None else labels
-            metrics["layout"] = layout_fidelity(run, finder, state, every, rows, asked, context)
-            if metrics["layout"]:
-                run.say("layouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["layout"].items() if k != "finder"))
         if judge:
             metrics["scores"] = judge.scores(images)
             if w != 1 and len(cfg.guidance) > 1:          # the gain of guidance apart from that of labels: the same at w = 1
                 metrics["scores_w1"] = judge.scores(generate(run, cfg, models, state, cfg.n, w=1.0, context=context, what="w = 1")[1])
         if run.rank == 0:
-            sample_sheet(aside, run, cfg, models, state, w, context, given)
+            sample_sheet(aside, run, cfg, models, state, w, context)
 
     # close: the finished folder replaces the previous one at once
     if run.rank == 0:
