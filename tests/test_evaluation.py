@@ -1,17 +1,22 @@
 """Distances between sets of features against scipy, closed forms and plain loops."""
 import json
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import stage
 
 import sample_ode
 from sample_ode import Judge, features_of, frechet, kernel_distance, manifold, nearest
-from configs.data import torchvision_datasets
-from configs.run import UserError
+from configs.data import Split, torchvision_datasets
+from configs.run import Data, Processes, UserError
+from configs.shapes import draw_shapes
+
+
+class Here(Processes):
+    device = torch.device("cpu")
 
 
 def points(n, d, seed=0, spread=1.0, shift=0.0):
@@ -136,7 +141,7 @@ def test_nearest(offset):
 # Evaluators
 
 def test_features_of_streams_images_in_order():
-    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    run = Here()
     images = np.random.default_rng(0).integers(0, 256, (230, 3, 8, 8), dtype=np.uint8)
     net = Judge(4).eval()
     rows = np.arange(20, 230)
@@ -182,7 +187,7 @@ def test_images_reach_inception_as_in_clean_fid(tmp_path, monkeypatch, size):
     from cleanfid.resize import build_resizer
     torch.jit.script(Base()).save(tmp_path / "inception-2015-12-05.pt")
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
-    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), turns=lambda: [True])
+    run = Here()
     evaluator, text, name = sample_ode.open_evaluator(run, "inception")
     images = np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8)
     resized = torch.from_numpy(np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2))
@@ -200,10 +205,10 @@ def test_inception_without_weights_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr(cleanfid.inception_torchscript, "check_download_inception", offline)
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"could not be downloaded \(no route\); put inception-2015-12-05.pt there"):
-        sample_ode.open_evaluator(SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), turns=lambda: [True]), "inception")
+        sample_ode.open_evaluator(Here(), "inception")
 
 
-def test_pixel_components_are_those_of_an_svd_and_need_no_classes(small_run, tiny):
+def test_pixel_components_are_those_of_an_svd(small_run):
     images = np.load(small_run / "data/train/images.npy")
     features = sample_ode.pixel_components(images)(torch.from_numpy(images))
     x = torch.from_numpy(images).double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1) / 127.5 - 1
@@ -211,6 +216,75 @@ def test_pixel_components_are_those_of_an_svd_and_need_no_classes(small_run, tin
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     best = u[:, :64] * s[:64] @ (u[:, :64] * s[:64]).T   # all products of the best 64 numbers an image
     assert features.shape == (160, 64) and torch.allclose(features.double() @ features.double().T, best, atol=1e-3)
-    stage("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "n=24", "name=by-pixels", "evaluator=pixels", "steps=1", "guidance=1")
-    scores = json.loads((small_run / "samples/by-pixels/metrics.json").read_text())["scores"]
-    assert scores["evaluator"].startswith("pixels") and scores["frechet"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies, limits, refusals, caches
+
+def test_copies_are_found_when_they_are_shifted():
+    rng = np.random.default_rng(0)
+    train = rng.integers(0, 256, (60, 3, 6, 6), dtype=np.uint8).repeat(4, 2).repeat(4, 3)        # [60, 3, 24, 24]
+    new = rng.integers(0, 256, (3, 3, 6, 6), dtype=np.uint8).repeat(4, 2).repeat(4, 3)
+    copies = np.stack([np.roll(train[5], (2, -1), (1, 2)), train[7], np.roll(train[9], -2, 2)])
+    small = sample_ode.thumbnail(torch.from_numpy(train)).numpy()
+    d = sample_ode.shifted_distance(np.concatenate([copies, new]), train, small)
+    assert (d[:3] == 0).all() and (d[3:] > 500).all()
+
+
+def sampled(monkeypatch, tiny, run, *words):
+    """The metrics of a stage that runs in this process."""
+    words = [f"run={run}", "data.train=160", "data.test=40", "n=24", "steps=1", "name=x", "overwrite=true", *words]
+    monkeypatch.setattr(sys, "argv", ["sample_ode.py", str(tiny), *words])
+    sample_ode.main()
+    return json.loads((run / "samples/x/metrics.json").read_text())
+
+
+def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, capsys):
+    """An unconditional model ignores several w; fewer images than features are pointed out; nothing is left behind."""
+    m = sampled(monkeypatch, tiny, small_run, "guidance=1,2")
+    scores = m["scores"]
+    assert scores["evaluator"].startswith("pixels") and "selection" not in m and m["w"] == 1
+    assert 0 < scores["distance_floor"] < scores["frechet"] and 0 < scores["coverage_ceiling"] <= 1
+    assert 0 <= scores["copies_pixels"] <= 1 and "as many other real images" in capsys.readouterr().out
+    assert {f.name for f in (small_run / "samples/x").iterdir()} == {"images.npy", "grid.png", "metrics.json"}
+    m = sampled(monkeypatch, tiny, small_run, "autoguide=diffusion/base", "guidance=1,1", "select=10")
+    assert m["selection"]["fewer_than_features"] and "fewer samples" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run, monkeypatch):
+    words = [tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no"]
+    assert "evaluate=false guidance=W" in refuse("sample_ode", *words, "evaluator=judge")        # of 160 images
+    assert "guidance=2" in refuse("sample_ode", *words, "sweep=nfe", "evaluate=false")
+    load = sample_ode.load_data
+    one = lambda run, split: replace(load(run, split), images=load(run, split).images[:1])
+    monkeypatch.setattr(sample_ode, "load_data", one)
+    assert "1 train images are too few" in refuse("sample_ode", *words)
+    assert not (small_run / "samples/no").exists()
+
+
+def test_damaged_caches_are_one_line(refuse, tiny, small_run, monkeypatch):
+    sampled(monkeypatch, tiny, small_run, "n=2")
+    for file in (small_run / "samples/.reference").glob("*.npy"):
+        good = file.read_bytes()
+        for bad in (b"", good[:200], good[:-9]):
+            file.write_bytes(bad)
+            said = refuse("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no")
+            assert file.name in said and "delete it" in said
+        file.write_bytes(good)
+
+
+def test_the_judge_is_trained_once(tmp_path, monkeypatch):
+    """Whoever saves it first, all use the same; a damaged file is named."""
+    images, classes, *_ = draw_shapes(0, np.arange(300))
+    data = Split(images, classes, None, None, dict(fingerprint="abc"))
+    monkeypatch.setattr(sample_ode, "load_data", lambda run, split: data)
+    run = Here()
+    run.dir, run.data = tmp_path, Data()
+    with pytest.raises(UserError, match="too few to train it"):
+        sample_ode.open_judge(run)
+    monkeypatch.setattr(sample_ode, "JUDGE_UPDATES", 2)
+    (a, text), (b, again) = sample_ode.open_judge(run), sample_ode.open_judge(run)
+    assert text == again and "test accuracy" in text and all(map(torch.equal, a.parameters(), b.parameters()))
+    (tmp_path / "samples/.judge.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="judge.pt: damaged"):
+        sample_ode.open_judge(run)

@@ -68,8 +68,8 @@ def test_head_and_tail_scores():
     g = torch.Generator().manual_seed(0)
     real, fake = torch.randn(400, 4, generator=g), torch.randn(200, 4, generator=g) + 0.2
     net = SimpleNamespace(head=lambda x: torch.stack([x[:, 0], -x[:, 0], torch.full_like(x[:, 0], -9)], 1))     # class 0 where the first feature is positive
-    judge = SimpleNamespace(net=net, run=SimpleNamespace(device="cpu"), groups=dict(head=[0], tail=[2]), real=real.numpy(), kind="frechet")
-    out = Evaluation.apart(judge, fake)
+    judge = SimpleNamespace(net=net, run=SimpleNamespace(device="cpu"), groups=dict(head=[0], tail=[2]), kind="frechet")
+    out = Evaluation.apart(judge, fake, real.numpy())
     assert out["head"]["frechet"] == pytest.approx(frechet(fake[fake[:, 0] > 0], real[real[:, 0] > 0])) and out["head"]["samples"] == (fake[:, 0] > 0).sum()
     assert "frechet" not in out["tail"] and out["tail"]["samples"] == 0          # nothing to fit a Gaussian to
 
@@ -121,7 +121,9 @@ def test_agreement_of_boxes():
 
 def test_long_tailed_models_report_head_and_tail(call, capsys):
     call(train_guided, "labels=lost", "condition=box", "images=64")
-    call(sample_ode, "checkpoint=guided/lost", "name=lost", "guidance=2", "n=40")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_ode, "JUDGE_UPDATES", 1)     # which it would refuse
+        call(sample_ode, "checkpoint=guided/lost", "name=lost", "guidance=2", "n=40", "evaluator=judge")
     m = json.loads((call.dir / "samples/lost/metrics.json").read_text())
     assert {"head", "tail"} <= set(m["scores"]) and m["scores"]["head"]["classes"] == [0, 1, 2][:len(m["scores"]["head"]["classes"])]
     call(sample_ode, "--table")
