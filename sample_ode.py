@@ -152,8 +152,8 @@ def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
     h, calls = first_step(f, y, slope, s0, s1, tol), 2
     for _ in range(max_steps):
         left = abs(s1 - s)
-        step = h if h < (1 - 1e-9) * left else left       # no tiny step behind the last one
-        if step < 1e-9 * abs(s1 - s0):
+        step = h if h < (1 - 1e-9) * left else left       # reach the end where that is all but so
+        if step < min(left, 1e-9 * abs(s1 - s0)):         # the last one may be tiny
             raise UserError(f"solver=dopri5: the step shrank to {step:.1e} at {s:.6f}; "
                             "raise tol, or use a fixed-step solver")
         slopes = [slope]
@@ -247,25 +247,6 @@ def integrate(field, x, label, solver, steps, tol, reverse=False):
     else:
         y, calls = solve_fixed(slope, y, clock, solver), steps * len(TABLEAUS[solver][0])
     return y * float(path.scale(grid[-1])), calls
-
-
-@torch.no_grad()
-def straightness(field, x, label, steps=32):
-    """How far sampling paths from noise x [B, C, H, W] are from straight lines: (times [steps], deviation [steps]).
-
-    The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2, averaged over images; 0 everywhere means that
-    one Euler step is exact.
-    """
-    path, t = field.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    clock, y, points = path.clock(t).tolist(), x / float(path.scale(t[0])), [x]
-    for i in range(steps):
-        y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock[i:i + 2], "midpoint")
-        points.append(y * float(path.scale(t[i + 1])))
-    points = torch.stack(points).flatten(2).double()                             # [steps + 1, B, D]
-    chord = points[-1] - points[0]
-    off = (points[1:] - points[:-1]) * steps - chord                             # [steps, B, D]
-    deviation = (off.square().sum(2) / chord.square().sum(1)).mean(1)
-    return ((t[1:] + t[:-1]) / 2).tolist(), deviation.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,25 +402,28 @@ def batches(rows, cfg):
     return [np.arange(b * BLOCK, (b + 1) * BLOCK) for b in range(rows[0] // BLOCK, rows[-1] // BLOCK + 1)]
 
 
+def noise_and_labels(run, cfg, state, indices):
+    """(noise [B, C, H, W], labels int64 [B] or None) of samples, on the device: functions of (seed, index)."""
+    z = draw(cfg.seed, "sample noise", indices, (state["channels"], state["size"], state["size"]))
+    label = sample_labels(cfg, state, indices, cfg.seed)
+    return z.to(run.device), None if label is None else label.to(run.device)
+
+
 def generate(run, cfg, sampler, w, file, what="sampling", record=False):
     """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share; returns what it took.
 
     Sample i is a function of (cfg.seed, i). record: also write the activations that `features` names beside it.
     """
     state, field, rows = sampler.state, sampler.field(cfg, w), run.share(cfg.n)
-    shape = (state["channels"], state["size"], state["size"])
     side = run.data.size if run.vae is not None else state["size"]
     if run.rank == 0:
         create_rows(file, np.uint8, (cfg.n, 3, side, side))
     run.wait()
     evaluations, integrated, tick = 0, 0, time.time()
-    noise = lambda part: (part, draw(cfg.seed, "sample noise", part, shape))
     recording = recorded(cfg, sampler.net, field) if record else nullcontext({})
     with bar(run, cfg.n, what) as progress, recording as seen:
-        for part, z in ahead(noise, batches(rows, cfg)):
-            label = sample_labels(cfg, state, part, cfg.seed)
-            label = None if label is None else label.to(run.device)
-            x, calls = integrate(field, z.to(run.device), label, cfg.solver, cfg.steps, cfg.tol)
+        for part, z, label in ahead(lambda part: (part, *noise_and_labels(run, cfg, state, part)), batches(rows, cfg)):
+            x, calls = integrate(field, z, label, cfg.solver, cfg.steps, cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state['file']}: samples are not finite; is it a healthy model? "
                                 "(precision=fp32 may help)")
@@ -520,12 +504,32 @@ def encode(run, cfg, sampler, folder):
     if run.vae is not None:                               # the noise is none of pixels
         del rows["noise"]
     save_grid(folder / "grid.png", to_uint8(torch.cat(list(rows.values()))).numpy(), len(image), list(rows))
-    return dict(noise_mean=float(noise.mean(dtype=np.float64)), noise_std=float(noise.std(dtype=np.float64)),
-                round_trip_psnr=10 * math.log10(4 * n / error), images=n)
+    mean, std = noise.mean(dtype=np.float64), noise.std(dtype=np.float64, ddof=1)
+    return dict(noise_mean=float(mean), noise_std=float(std), images=n,
+                round_trip_psnr=10 * math.log10(4 * n / max(error, 1e-30)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which w, how many evaluations
+
+@torch.no_grad()
+def straightness(run, cfg, sampler, w, steps=32, paths=64):
+    """How far sampling paths are from straight lines: (times [steps], deviation [steps]), averaged over 64 paths.
+
+    The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2; 0 everywhere means that one Euler step is exact.
+    """
+    field, (x, label) = sampler.field(cfg, w), noise_and_labels(run, cfg, sampler.state, range(paths))
+    path, t = field.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    clock, y, points = path.clock(t).tolist(), x / float(path.scale(t[0])), [x]
+    for i in range(steps):
+        y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock[i:i + 2], "midpoint")
+        points.append(y * float(path.scale(t[i + 1])))
+    points = torch.stack(points).flatten(2).double()                             # [steps + 1, paths, D]
+    chord = points[-1] - points[0]
+    off = (points[1:] - points[:-1]) * steps - chord                             # [steps, paths, D]
+    deviation = (off.square().sum(2) / chord.square().sum(1)).mean(1)
+    return ((t[1:] + t[:-1]) / 2).tolist(), deviation.tolist()
+
 
 def choose_w(run, cfg, sampler, judge, folder):
     """(best w of `guidance`, what was measured): on samples of another seed, against real images of the other split."""
@@ -561,7 +565,7 @@ def sweep_nfe(run, cfg, sampler, w, judge, folder):
             distance, curve = judge.distance(file), prefix + other.solver
             curves.setdefault(curve, []).append((report["nfe"], distance))
             run.say(f"  {prefix}{other.solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {distance:.3f}")
-        times, deviation = bend_of(run, cfg, sampler, w_here)
+        times, deviation = straightness(run, replace(cfg, seed=cfg.seed + 1), sampler, w_here)
         bends[f"{name} ({sampler.state['path']})"] = list(zip(times, deviation))
         means[name] = float(np.mean(deviation))
         run.say(f"  {name}: paths deviate from straight lines by {means[name]:.3f} (0 = straight), mean over t")
@@ -583,14 +587,6 @@ def settings_of(cfg):
             continue
         stages = len(TABLEAUS[solver][0]) if solver in TABLEAUS else 1
         yield from (replace(cfg, solver=solver, steps=steps) for steps in cfg.sweep_steps if steps * stages <= 64)
-
-
-def bend_of(run, cfg, sampler, w):
-    """`straightness` of 64 paths."""
-    state, rows = sampler.state, np.arange(min(64, cfg.select))
-    z = draw(cfg.seed + 1, "sample noise", rows, (state["channels"], state["size"], state["size"])).to(run.device)
-    label = sample_labels(cfg, state, rows, cfg.seed + 1)
-    return straightness(sampler.field(cfg, w), z, label if label is None else label.to(run.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -732,10 +728,9 @@ def thumbnail(x):
 @torch.no_grad()
 def features_of(run, evaluator, images, rows, what):
     """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]; the next are read meanwhile."""
-    feed = ahead if isinstance(images, np.ndarray) else map                      # what is decoded keeps the GPU busy
     read = lambda i: torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]]))
     with bar(run, len(rows) * run.world, what) as progress:
-        for x in feed(read, range(0, len(rows), 100)):
+        for x in ahead(read, range(0, len(rows), 100)):
             out = evaluator(x.to(run.device)).float().cpu()
             if not torch.isfinite(out).all():
                 raise UserError(f"{what}: the evaluator returned non-finite features")
@@ -839,20 +834,6 @@ def shifted_distance(images, train, thumbnails, shift=2, candidates=10):
     return np.array(best)
 
 
-class Decoded:
-    """Images as the autoencoder gives them back, uint8, decoded when they are looked at."""
-
-    def __init__(self, run, inputs, rows):
-        self.run, self.inputs, self.rows = run, inputs, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        x = as_input(torch.from_numpy(self.inputs[self.rows[i]])).to(self.run.device)
-        return to_uint8(decode(self.run.vae, x)).cpu().numpy()
-
-
 class Evaluation:
     """Real images as one evaluator sees them, against which sets of samples are scored.
 
@@ -916,9 +897,10 @@ class Evaluation:
     def distance_of_decoded(self):
         """What the autoencoder alone costs: up to 10,000 reference images there and back, against all of them."""
         run, split = self.run, self.cfg.reference
-        decoded = Decoded(run, self.data[split].inputs, np.sort(self.rows(split, "decoded")))
+        latents = self.data[split].inputs[np.sort(self.rows(split, "decoded"))]
+        see = lambda rows: self.net(to_uint8(decode(run.vae, as_input(rows))))
         name = digest(self.cfg.evaluator, self.text, self.data[split].info["fingerprint"], run.data.latents)
-        features = self.cached(name, self.net, decoded, "evaluator on decoded images")
+        features = self.cached(name, see, latents, "evaluator on decoded images")
         distance = run.agreed(lambda: frechet(moments(features, run.device), self.gaussian(split)))
         run.say(f"{self.kind} of decoded {split} images against the images themselves: {distance:.3f}")
         return distance
@@ -947,32 +929,32 @@ class Evaluation:
         """Scores of samples: evaluator features [n, D], and the images."""
         run, reference = self.run, self.cfg.reference
         some = self.some(reference).to(run.device)
-        out = self.apart(fake, np.asarray(self.sets[reference])) if self.groups else {}
+        out = self.tail_scores(fake, np.asarray(self.sets[reference])) if self.groups else {}
         out[self.kind] = frechet(moments(fake, run.device), self.gaussian(reference))
         out["kernel"] = kernel_distance(fake.to(run.device), some)
         out |= manifold(fake.to(run.device), some, self.cfg.neighbours)
-        close, usual = nearest(fake[:2000], self.sets["train"], run.device), self.usual
+        close, usual = nearest(fake[:2000], self.sets["train"], run.device), self.test_distances
         out["memorisation"] = float(close.median() / usual.median())
         out["copies"] = float((close < usual.quantile(0.01)).float().mean())
         pixels = shifted_distance(np.array(images[:500]), self.data["train"].images, self.thumbnails)
-        out["copies_pixels"] = float((pixels < np.quantile(self.usual_pixels, 0.01)).mean())
+        out["copies_pixels"] = float((pixels < np.quantile(self.test_pixel_distances, 0.01)).mean())
         if self.decoded is not None:
             out["decoded"] = self.decoded
         text = f"{reference}, {len(self.data[reference]):,} images"
         return out | dict(evaluator=self.text, reference=text, samples=len(fake))
 
     @cached_property
-    def usual(self):
+    def test_distances(self):
         """How far test images are from training images in features."""
         return nearest(self.some("test", 2000), self.sets["train"], self.run.device)
 
     @cached_property
-    def usual_pixels(self):
+    def test_pixel_distances(self):
         """How far test images are from training images in pixels."""
         rows = np.sort(self.rows("test", "reference test", 500))
         return shifted_distance(self.data["test"].images[rows], self.data["train"].images, self.thumbnails)
 
-    def limits(self, n):
+    def real_scores(self, n):
         """What n real images of the other split score in place of samples; nothing if there are fewer."""
         def real_against_real():
             rows = self.rows(self.unreported, "limits", n)
@@ -985,7 +967,7 @@ class Evaluation:
         return self.run.agreed(real_against_real)
 
     @torch.no_grad()
-    def apart(self, fake, real):
+    def tail_scores(self, fake, real):
         """Scores of the most and the least frequent classes, from features of samples [n, D] and real images [N, D].
 
         The judge says which class either is of, so that its errors fall on both sides alike. There is no distance with
@@ -1165,11 +1147,13 @@ def check_request(cfg, sampler):
 
 
 def recipe_of(run, cfg, sampler):
-    """What decides about the results: settings, and hashes of the files they name."""
-    state, unimportant = sampler.state, {"overwrite", "batch"}
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in unimportant}
-    if not cfg.features:
-        recipe = {k: v for k, v in recipe.items() if not k.startswith("features")}
+    """What decides about the results: settings that are in use, and hashes of the files they name."""
+    state, nfe, chosen = sampler.state, cfg.sweep == "nfe", len(cfg.guidance) > 1 or cfg.sweep
+    unused = {"overwrite": True, "batch": True, "steps": cfg.solver == "dopri5", "tol": cfg.solver != "dopri5",
+              "select": not chosen, "against": not nfe, "sweep_steps": not nfe, "sweep_solvers": not nfe}
+    unused |= {k: not cfg.features for k in ("features", "features_at", "features_pool")}
+    unused |= {k: not cfg.evaluate for k in ("evaluator", "reference", "neighbours")}
+    recipe = {k: v for k, v in run.sections[run.stage].items() if not unused.get(k)}
     weak = load_checkpoint(run, cfg.autoguide)["weights"] if cfg.autoguide else None
     recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=weak)
     if cfg.mask or cfg.layouts != "train":
@@ -1208,7 +1192,7 @@ def sample(run, cfg, sampler, folder):
         sheet = layout_sheet if sampler.state.get("map_labels") else sample_sheet
         sheet(run, cfg, sampler, w, folder)
     if judge:
-        metrics["scores"] = judge.scores(file) | judge.limits(cfg.n)
+        metrics["scores"] = judge.scores(file) | judge.real_scores(cfg.n)
         if w != 1 and len(cfg.guidance) > 1:              # the gain of guidance apart from that of labels
             plain = folder / "plain.npy"
             generate(run, cfg, sampler, 1.0, plain, "w = 1")

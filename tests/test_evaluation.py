@@ -36,7 +36,10 @@ def with_moments(n, mean, covariance, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Frechet distance
 
-@pytest.mark.parametrize("n, d", [(500, 1), (500, 16), (300, 64), (40, 64)])     # the last one: fewer points than dimensions
+
+@pytest.mark.parametrize(
+    "n, d", [(500, 1), (500, 16), (300, 64), (40, 64)]
+)  # the last one: fewer points than dimensions
 def test_frechet_against_the_matrix_root_of_scipy(n, d):
     a, b = points(n, d), points(n + 50, d, 1, 1.5, 0.3)
     x, y = a.double().numpy(), b.double().numpy()
@@ -50,13 +53,19 @@ def test_frechet_of_gaussians_with_commuting_covariances():
     q, _ = torch.linalg.qr(points(8, 8, 5).double())
     s1, s2 = torch.linspace(0.1, 2, 8).double(), torch.linspace(1.5, 0.5, 8).double()
     m1, m2 = torch.zeros(8).double(), torch.linspace(-1, 1, 8).double()
-    a, b = (with_moments(200 + 40 * i, m, q @ torch.diag(s ** 2) @ q.T, i) for i, (m, s) in enumerate([(m1, s1), (m2, s2)]))
+    a, b = (
+        with_moments(200 + 40 * i, m, q @ torch.diag(s**2) @ q.T, i) for i, (m, s) in enumerate([(m1, s1), (m2, s2)])
+    )
     assert frechet(a, b) == pytest.approx(float(((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()), rel=1e-9)
 
 
 def test_frechet_is_a_squared_distance():
     a, b = points(300, 12), points(400, 12, 1, 2.0)
-    assert frechet(a, a) == pytest.approx(0, abs=1e-9) and frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9) and frechet(a, b) > 0
+    assert (
+        frechet(a, a) == pytest.approx(0, abs=1e-9)
+        and frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9)
+        and frechet(a, b) > 0
+    )
     assert frechet(a, a + 0.5) == pytest.approx(12 * 0.25, rel=1e-5)             # a shift costs its square
     assert frechet(3 * a, 3 * b) == pytest.approx(9 * frechet(a, b), rel=1e-4)
 
@@ -68,14 +77,16 @@ def test_kernel_distance_against_a_plain_loop():
     a, b = points(30, 5), points(23, 5, 1, 1.3, 0.2)
     x, y = a.double().numpy(), b.double().numpy()
     k = lambda u, v: (u @ v / 5 + 1) ** 3
-    pairs = lambda s: sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (len(s) * (len(s) - 1))
+    pairs = lambda s: sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (
+        len(s) * (len(s) - 1)
+    )
     expected = pairs(x) + pairs(y) - 2 * np.mean([[k(u, v) for v in y] for u in x])
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert kernel_distance(a, b, limit=10) == pytest.approx(kernel_distance(a[:10], b[:10]), rel=1e-12)
 
 
 def test_kernel_distance_against_torchmetrics():
-    torchvision_datasets()                                # torchmetrics imports torchvision: make sure that this works beside a CPU-only torch
+    torchvision_datasets()  # torchmetrics imports torchvision: make sure that this works beside a CPU-only torch
     from torchmetrics.image.kid import poly_mmd
     a, b = points(200, 16), points(200, 16, 1, 1.3, 0.2)
     assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a.double(), b.double())), rel=1e-9)
@@ -84,7 +95,9 @@ def test_kernel_distance_against_torchmetrics():
 def test_kernel_distance_is_unbiased():
     """Two sets of one distribution: zero on average, so sometimes negative."""
     g = torch.Generator().manual_seed(0)
-    values = np.array([kernel_distance(torch.randn(40, 3, generator=g), torch.randn(40, 3, generator=g)) for _ in range(400)])
+    values = np.array(
+        [kernel_distance(torch.randn(40, 3, generator=g), torch.randn(40, 3, generator=g)) for _ in range(400)]
+    )
     assert abs(values.mean()) < 4 * values.std() / 20 and (values < 0).any() and (values > 0).any()
 
 
@@ -119,7 +132,10 @@ def test_manifold_of_a_set_with_itself():
 
 def test_manifold_tells_narrow_from_wide():
     real = points(600, 4)
-    narrow, wide, elsewhere = (manifold(points(600, 4, 0)[torch.randperm(600, generator=torch.Generator().manual_seed(1))] * s + m, real, 5) for s, m in ((0.3, 0), (3.0, 0), (1, 50)))
+    narrow, wide, elsewhere = (
+        manifold(points(600, 4, 0)[torch.randperm(600, generator=torch.Generator().manual_seed(1))] * s + m, real, 5)
+        for s, m in ((0.3, 0), (3.0, 0), (1, 50))
+    )
     assert narrow["precision"] > 0.95 and narrow["recall"] < 0.6 and wide["precision"] < 0.6 and wide["recall"] > 0.9
     assert elsewhere == dict(precision=0, recall=0, density=0, coverage=0)
     assert manifold(real[:3], real, 5)["precision"] == 1  # fewer points than neighbours
@@ -145,21 +161,31 @@ def test_features_of_streams_images_in_order():
     images = np.random.default_rng(0).integers(0, 256, (230, 3, 8, 8), dtype=np.uint8)
     net = Judge(4).eval()
     rows = np.arange(20, 230)
-    assert torch.allclose(torch.cat(list(features_of(run, net, images, rows, "test"))), net(torch.from_numpy(images[20:])), atol=1e-5)
+    assert torch.allclose(
+        torch.cat(list(features_of(run, net, images, rows, "test"))), net(torch.from_numpy(images[20:])), atol=1e-5
+    )
     with pytest.raises(UserError, match="non-finite"):
         list(features_of(run, lambda x: x.float().flatten(1) / 0, images, rows, "test"))
 
 
 def test_features_that_do_not_fit_memory(tmp_path, monkeypatch):
     """Moments and nearest rows of a memory-mapped file, chunk by chunk, are those of the whole."""
-    x = (100 + torch.randn(1050, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
+    x = 100 + torch.randn(1050, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+        6, 6, generator=torch.Generator().manual_seed(1)
+    )
     np.save(tmp_path / "x.npy", x.numpy())
     there, a = np.load(tmp_path / "x.npy", mmap_mode="r"), x[:300] + 0.5
     assert len(list(sample_ode.chunks_of(there, size=100))) == 11
     monkeypatch.setattr(sample_ode.chunks_of, "__defaults__", ("cpu", 100))
     mean, covariance = sample_ode.moments(there)
-    assert np.allclose(mean, x.double().mean(0), rtol=1e-12) and np.allclose(covariance, np.cov(x.double().numpy().T), rtol=1e-9)
-    assert frechet(a, there) == pytest.approx(frechet(a, x), rel=1e-9) == pytest.approx(frechet(sample_ode.moments(a), (mean, covariance)), rel=1e-12)
+    assert np.allclose(mean, x.double().mean(0), rtol=1e-12) and np.allclose(
+        covariance, np.cov(x.double().numpy().T), rtol=1e-9
+    )
+    assert (
+        frechet(a, there)
+        == pytest.approx(frechet(a, x), rel=1e-9)
+        == pytest.approx(frechet(sample_ode.moments(a), (mean, covariance)), rel=1e-12)
+    )
     assert torch.allclose(nearest(a, there), torch.cdist(a.double(), x.double()).amin(1).float(), atol=1e-6)
 
 
@@ -190,7 +216,9 @@ def test_images_reach_inception_as_in_clean_fid(tmp_path, monkeypatch, size):
     run = Here()
     evaluator, text, name = sample_ode.open_evaluator(run, "inception")
     images = np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8)
-    resized = torch.from_numpy(np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2))
+    resized = torch.from_numpy(
+        np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2)
+    )
     assert (sample_ode.inception_resize(torch.from_numpy(images)) - resized).abs().max() < 0.011
     got = torch.cat(list(features_of(run, evaluator, images, np.arange(6), "features")))
     assert name == "fid" and "clean" in text and torch.allclose(got, Layers()((resized - 128) / 128), atol=1e-4)
@@ -211,7 +239,10 @@ def test_inception_without_weights_or_network(tmp_path, monkeypatch):
 def test_pixel_components_are_those_of_an_svd(small_run):
     images = np.load(small_run / "data/train/images.npy")
     features = sample_ode.pixel_components(images)(torch.from_numpy(images))
-    x = torch.from_numpy(images).double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1) / 127.5 - 1
+    x = (
+        torch.from_numpy(images).double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1) / 127.5
+        - 1
+    )
     x = x - x.mean(0)
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     best = u[:, :64] * s[:64] @ (u[:, :64] * s[:64]).T   # all products of the best 64 numbers an image

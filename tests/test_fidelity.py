@@ -33,14 +33,24 @@ def test_sets_add_embeddings_and_drop_to_null(tiny):
     u = torch.tensor([[0, 0, 0.5], [0, 0, 0.05], [0, 0, 0.9]])
     vector = set_condition(sets, 0.1, "cpu")(torch.arange(3), u)["vector"]
     assert torch.equal(vector, torch.tensor([[1., 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]]))
-    model = fill("model", train_diffusion.Model, dict(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4))
+    model = fill(
+        "model",
+        train_diffusion.Model,
+        dict(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4),
+    )
     net = build_model(model, 32, seed=0, vector_dim=4).eval()
     for p in net.parameters():
         if not p.any():
-            torch.nn.init.normal_(p, std=0.1)             # networks start with zeros at the end of every branch, which would hide all
+            torch.nn.init.normal_(
+                p, std=0.1
+            )  # networks start with zeros at the end of every branch, which would hide all
     weight = net.vector_emb.weight                        # [width, 4]
-    assert torch.allclose(net.vector_emb(vector)[0], weight[:, 0] + weight[:, 2]) and not net.vector_emb(vector)[1].any()
-    by_id = conditioned(net, dict(condition="set", num_labels=3, size=32, sets=torch.from_numpy(np.pad(sets, ((0, 1), (0, 0))))))
+    assert (
+        torch.allclose(net.vector_emb(vector)[0], weight[:, 0] + weight[:, 2]) and not net.vector_emb(vector)[1].any()
+    )
+    by_id = conditioned(
+        net, dict(condition="set", num_labels=3, size=32, sets=torch.from_numpy(np.pad(sets, ((0, 1), (0, 0)))))
+    )
     x, t = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([300., 700.])
     with torch.no_grad():
         assert torch.equal(by_id(x, t, label=torch.tensor([3, 3])), net(x, t))   # the null id is no condition, exactly
@@ -59,18 +69,28 @@ def test_sets_need_several_labels():
 def test_long_tail_counts(ratio):
     classes = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 500))
     rows = long_tail(classes, ratio, 0)
-    assert np.array_equal(np.bincount(classes[rows]), [int(500 * ratio ** (-k / 9) + 1e-9) for k in range(10)]) and (np.diff(rows) > 0).all()
-    assert np.array_equal(rows, long_tail(classes, ratio, 0)) and (ratio == 1 or not np.array_equal(rows, long_tail(classes, ratio, 1)))
+    assert (
+        np.array_equal(np.bincount(classes[rows]), [int(500 * ratio ** (-k / 9) + 1e-9) for k in range(10)])
+        and (np.diff(rows) > 0).all()
+    )
+    assert np.array_equal(rows, long_tail(classes, ratio, 0)) and (
+        ratio == 1 or not np.array_equal(rows, long_tail(classes, ratio, 1))
+    )
 
 
 def test_head_and_tail_scores():
     assert head_and_tail(np.repeat(np.arange(6), [5, 50, 10, 40, 1, 3])) == dict(head=[1, 3], tail=[5, 4])
     g = torch.Generator().manual_seed(0)
     real, fake = torch.randn(400, 4, generator=g), torch.randn(200, 4, generator=g) + 0.2
-    net = SimpleNamespace(head=lambda x: torch.stack([x[:, 0], -x[:, 0], torch.full_like(x[:, 0], -9)], 1))     # class 0 where the first feature is positive
+    net = SimpleNamespace(
+        head=lambda x: torch.stack([x[:, 0], -x[:, 0], torch.full_like(x[:, 0], -9)], 1)
+    )  # class 0 where the first feature is positive
     judge = SimpleNamespace(net=net, run=SimpleNamespace(device="cpu"), groups=dict(head=[0], tail=[2]), kind="frechet")
-    out = Evaluation.apart(judge, fake, real.numpy())
-    assert out["head"]["frechet"] == pytest.approx(frechet(fake[fake[:, 0] > 0], real[real[:, 0] > 0])) and out["head"]["samples"] == (fake[:, 0] > 0).sum()
+    out = Evaluation.tail_scores(judge, fake, real.numpy())
+    assert (
+        out["head"]["frechet"] == pytest.approx(frechet(fake[fake[:, 0] > 0], real[real[:, 0] > 0]))
+        and out["head"]["samples"] == (fake[:, 0] > 0).sum()
+    )
     assert "frechet" not in out["tail"] and out["tail"]["samples"] == 0          # nothing to fit a Gaussian to
 
 
@@ -99,8 +119,13 @@ def test_long_tailed_data(call):
     train, test = (json.loads((call.dir / f"data/{s}/info.json").read_text()) for s in ("train", "test"))
     classes = draw_shapes(seed_of(0, "train"), np.arange(512))[1]
     full = np.bincount(classes)
-    assert train["class_counts"] == [min(full[k], max(1, int(full.max() * 8 ** (-k / 9) + 1e-9))) for k in range(10)] and sum(train["class_counts"]) == train["count"]
-    assert test["count"] == 256 and all(len(np.load(call.dir / f"data/train/{k}.npy")) == train["count"] for k in train["arrays"])
+    assert (
+        train["class_counts"] == [min(full[k], max(1, int(full.max() * 8 ** (-k / 9) + 1e-9))) for k in range(10)]
+        and sum(train["class_counts"]) == train["count"]
+    )
+    assert test["count"] == 256 and all(
+        len(np.load(call.dir / f"data/train/{k}.npy")) == train["count"] for k in train["arrays"]
+    )
     images, masks = (np.load(call.dir / f"data/train/{k}.npy") for k in ("images", "masks"))
     warm = images[:, 0].astype(int) - images[:, 2] > 20   # as objects of shapes are
     assert ((masks > 0) & warm).sum() / ((masks > 0) | warm).sum() > 0.95        # rows still belong together
@@ -108,10 +133,15 @@ def test_long_tailed_data(call):
 
 def test_boxes_are_chosen_without_labels(call):
     r = json.loads((call.dir / "probe/boxes.json").read_text())
-    assert max(r["table"], key=lambda v: v["stability"] + v["consensus"])["activation"] == r["label_free"]["activation"] and {"corloc", "iou"} <= set(r["table"][0])
+    assert max(r["table"], key=lambda v: v["stability"] + v["consensus"])["activation"] == r["label_free"][
+        "activation"
+    ] and {"corloc", "iou"} <= set(r["table"][0])
     assert all(-1 <= v["consensus"] <= 1 for v in r["table"]) and (call.dir / "probe/boxes.png").exists()
     info = json.loads((call.dir / "features/dense/info.json").read_text())
-    assert [info["arrays"][0]["activation"], info["arrays"][0]["t"]] == [r["label_free"]["activation"], r["label_free"]["t"]]
+    assert [info["arrays"][0]["activation"], info["arrays"][0]["t"]] == [
+        r["label_free"]["activation"],
+        r["label_free"]["t"],
+    ]
 
 
 def test_agreement_of_boxes():
@@ -125,7 +155,9 @@ def test_long_tailed_models_report_head_and_tail(call, capsys):
         patch.setattr(sample_ode, "JUDGE_UPDATES", 1)     # which it would refuse
         call(sample_ode, "checkpoint=guided/lost", "name=lost", "guidance=2", "n=40", "evaluator=judge")
     m = json.loads((call.dir / "samples/lost/metrics.json").read_text())
-    assert {"head", "tail"} <= set(m["scores"]) and m["scores"]["head"]["classes"] == [0, 1, 2][:len(m["scores"]["head"]["classes"])]
+    assert {"head", "tail"} <= set(m["scores"]) and m["scores"]["head"]["classes"] == [0, 1, 2][
+        : len(m["scores"]["head"]["classes"])
+    ]
     call(sample_ode, "--table")
     assert "tail" in capsys.readouterr().out
 

@@ -147,7 +147,6 @@ def test_compiled_features_are_the_same():
 
 
 def test_dopri5_gives_the_cpu_s_samples():
-    """On a GPU the rows that still move are rounded up to a multiple of 16."""
     cr.gpu_flags(training=False)
     net = td.build_model(cr.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval()
     x, label, got = torch.randn(21, 3, 32, 32), torch.arange(21) % 3, []
@@ -155,4 +154,4 @@ def test_dopri5_gives_the_cpu_s_samples():
         field = sample_ode.Field(net.to(device), td.PATHS["cv"], "v", 2.0)
         y, calls = sample_ode.integrate(field, x.to(device), label.to(device), "dopri5", 1, 1e-3)
         got.append((y.cpu(), calls))
-    assert torch.allclose(got[0][0], got[1][0], atol=1e-3) and (got[0][1] - got[1][1]).abs().max() <= 6
+    assert torch.allclose(got[0][0], got[1][0], atol=1e-3) and abs(got[0][1] - got[1][1]) <= 6

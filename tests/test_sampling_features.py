@@ -52,10 +52,23 @@ def test_activations_are_those_of_the_path(labels, w, tmp_path):
 
 
 def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
-    words = [tiny, f"run={run}", *WORDS[:2], "n=10", "steps=3", "solver=euler", "evaluate=false", "features=mid-repeat?-res-out", "features_at=0,2", "features_pool=2"]
+    words = [
+        tiny,
+        f"run={run}",
+        *WORDS[:2],
+        "n=10",
+        "steps=3",
+        "solver=euler",
+        "evaluate=false",
+        "features=mid-repeat?-res-out",
+        "features_at=0,2",
+        "features_pool=2",
+    ]
     called(monkeypatch, sample_ode, *words, "name=seen", "batch=4")
     about = json.loads((run / "samples/seen/metrics.json").read_text())["features"]
-    assert [(a["activation"], a["evaluation"], a["shape"]) for a in about] == [(f"mid-repeat{r}-res-out", i, [128]) for i in (0, 2) for r in (0, 1)]
+    assert [(a["activation"], a["evaluation"], a["shape"]) for a in about] == [
+        (f"mid-repeat{r}-res-out", i, [128]) for i in (0, 2) for r in (0, 1)
+    ]
     assert about[2]["t"] == pytest.approx(2 / 3, abs=1e-6)
     first = {a["file"]: np.load(run / "samples/seen" / a["file"]) for a in about}
     assert all(v.shape == (10, 128) and v.any(1).all() for v in first.values())
@@ -64,7 +77,16 @@ def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
     assert np.array_equal(*(np.load(run / f"samples/{n}/images.npy").astype(int) // 8 for n in ("seen", "ranks")))
 
 
-@pytest.mark.parametrize("words, said", [(["features=nid*"], "no such activation"), (["features=mid*", "features_at=9"], "0 to 1"), (["features=mid*", "solver=dopri5"], "fixed-step"),
-                                         (["features=mid*", "features_pool=x"], "features_pool=x")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["features=nid*"], "no such activation"),
+        (["features=mid*", "features_at=9"], "0 to 1"),
+        (["features=mid*", "solver=dopri5"], "fixed-step"),
+        (["features=mid*", "features_pool=x"], "features_pool=x"),
+    ],
+)
 def test_bad_input(refuse, tiny, run, words, said):  # noqa: F811
-    assert said in refuse("sample_ode", tiny, f"run={run}", *WORDS[:2], "n=4", "steps=2", "solver=euler", "name=bad", *words)
+    assert said in refuse(
+        "sample_ode", tiny, f"run={run}", *WORDS[:2], "n=4", "steps=2", "solver=euler", "name=bad", *words
+    )

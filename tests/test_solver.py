@@ -35,15 +35,27 @@ def test_order_of_convergence(dopri5_fixed, solver, order):
     """Halving the step divides the error by 2^order; y' = y cos s has y = y0 exp(sin s)."""
     f = lambda y, s: y * math.cos(s)
     exact = y0 * math.exp(math.sin(2.0))
-    errors = [float((solve_fixed(f, y0, torch.linspace(0, 2, n + 1, dtype=torch.float64).tolist(), solver) - exact).abs().max()) for n in (40, 80, 160)]
+    errors = [
+        float(
+            (solve_fixed(f, y0, torch.linspace(0, 2, n + 1, dtype=torch.float64).tolist(), solver) - exact).abs().max()
+        )
+        for n in (40, 80, 160)
+    ]
     measured = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert measured[-1] == pytest.approx(order, abs=0.15), (measured, errors)
     assert measured[0] == pytest.approx(order, abs=0.4)
 
 
-@pytest.mark.parametrize("solver, factor", [
-    ("euler", lambda z: 1 + z), ("midpoint", lambda z: 1 + z + z ** 2 / 2), ("heun", lambda z: 1 + z + z ** 2 / 2), ("rk4", lambda z: sum(z ** k / math.factorial(k) for k in range(5))),
-    ("dopri5", lambda z: sum(z ** k / math.factorial(k) for k in range(6)) + z ** 6 / 600)])
+@pytest.mark.parametrize(
+    "solver, factor",
+    [
+        ("euler", lambda z: 1 + z),
+        ("midpoint", lambda z: 1 + z + z**2 / 2),
+        ("heun", lambda z: 1 + z + z**2 / 2),
+        ("rk4", lambda z: sum(z**k / math.factorial(k) for k in range(5))),
+        ("dopri5", lambda z: sum(z**k / math.factorial(k) for k in range(6)) + z**6 / 600),
+    ],
+)
 def test_one_step_of_a_linear_field(dopri5_fixed, solver, factor):
     """Each method multiplies y' = r y by its stability polynomial."""
     for r in (-1.5, 0.3, 2.0):
@@ -54,7 +66,11 @@ def test_one_step_of_a_linear_field(dopri5_fixed, solver, factor):
 def test_fixed_steps_against_torchdiffeq(solver, theirs):
     f = lambda s, y: torch.sin(3 * y) + s * y
     grid = torch.linspace(0, 1, 8, dtype=torch.float64) ** 1.5                   # an uneven one
-    assert torch.allclose(solve_fixed(lambda y, s: f(s, y), y0, grid.tolist(), solver), torchdiffeq.odeint(f, y0, grid, method=theirs)[-1], rtol=1e-12)
+    assert torch.allclose(
+        solve_fixed(lambda y, s: f(s, y), y0, grid.tolist(), solver),
+        torchdiffeq.odeint(f, y0, grid, method=theirs)[-1],
+        rtol=1e-12,
+    )
 
 
 def test_rk4_against_torchdiffeq():
@@ -82,24 +98,38 @@ def van_der_pol(s, y):
     return torch.stack([y[..., 1], 20 * (1 - y[..., 0] ** 2) * y[..., 1] - y[..., 0]], -1)
 
 
-FIELDS = {                                                # name: (f(s, y), start [1, D], end)
-    "smooth": (lambda s, y: torch.cos(torch.as_tensor(2 * s)) - y + torch.sin(y), torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64), 10.0),
-    "oscillating": (lambda s, y: torch.stack([y[..., 1], -25 * y[..., 0]], -1), torch.tensor([[1.0, 0.0]], dtype=torch.float64), 3.0),
-    "stiff decay": (lambda s, y: -50 * (y - torch.cos(torch.as_tensor(s))), torch.tensor([[0.0]], dtype=torch.float64), 3.0),
+FIELDS = {  # name: (f(s, y), start [1, D], end)
+    "smooth": (
+        lambda s, y: torch.cos(torch.as_tensor(2 * s)) - y + torch.sin(y),
+        torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64),
+        10.0,
+    ),
+    "oscillating": (
+        lambda s, y: torch.stack([y[..., 1], -25 * y[..., 0]], -1),
+        torch.tensor([[1.0, 0.0]], dtype=torch.float64),
+        3.0,
+    ),
+    "stiff decay": (
+        lambda s, y: -50 * (y - torch.cos(torch.as_tensor(s))),
+        torch.tensor([[0.0]], dtype=torch.float64),
+        3.0,
+    ),
     "van der Pol": (van_der_pol, torch.tensor([[2.0, 0.0]], dtype=torch.float64), 20.0),
 }
 
 
-@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("tol", [1e-3, 1e-6])
 @pytest.mark.parametrize("name", FIELDS)
 def test_dopri5_against_other_programs(name, tol):
-    """As exact as torchdiffeq and scipy for as many calls. (torchdiffeq estimates errors about a third lower: 8 % fewer steps.)"""
+    """As exact as torchdiffeq and scipy for as many calls. (torchdiffeq estimates errors a third lower: 8 % fewer.)"""
     f, start, end = FIELDS[name]
     ends = torch.tensor([0.0, end], dtype=torch.float64)
     exact = torchdiffeq.odeint(f, start, ends, method="dopri8", rtol=1e-11, atol=1e-11)[-1]
     counted, calls = count(f)
     theirs = torchdiffeq.odeint(counted, start, ends, method="dopri5", rtol=tol, atol=tol)[-1]
-    scipys = scipy.integrate.solve_ivp(lambda s, y: f(s, torch.from_numpy(y)[None])[0].numpy(), (0, end), start[0].numpy(), "RK45", rtol=tol, atol=tol)
+    scipys = scipy.integrate.solve_ivp(
+        lambda s, y: f(s, torch.from_numpy(y)[None])[0].numpy(), (0, end), start[0].numpy(), "RK45", rtol=tol, atol=tol
+    )
     ours, nfe = solve_dopri5(lambda y, s: f(s, y), start, 0.0, end, tol)
     assert 0.8 * calls[0] <= nfe <= 1.1 * calls[0] + 6, (nfe, calls[0])          # 6 calls are one step
     assert abs(nfe - scipys.nfev) <= 0.1 * scipys.nfev + 6, (nfe, scipys.nfev)
@@ -141,11 +171,16 @@ def test_dopri5_back_and_forth():
     assert torch.allclose(solve_dopri5(f, end, 1.0, 0.0, 1e-9)[0], y0, atol=1e-7) and (end - y0).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("f, words", [
-    (lambda y, s: y ** 2 * 2, "step shrank|non-finite"),  # blows up at s = 1 / (2 y0)
-    (lambda y, s: y if s < 0.4 else y * math.nan, "non-finite"),
-    (lambda y, s: y * math.inf, "non-finite"),
-    (lambda y, s: -1e9 * (y - s), "more than 10000 steps|step shrank")], ids=["singular", "nan", "infinite", "too stiff"])
+@pytest.mark.parametrize(
+    "f, words",
+    [
+        (lambda y, s: y**2 * 2, "step shrank|non-finite"),  # blows up at s = 1 / (2 y0)
+        (lambda y, s: y if s < 0.4 else y * math.nan, "non-finite"),
+        (lambda y, s: y * math.inf, "non-finite"),
+        (lambda y, s: -1e9 * (y - s), "more than 10000 steps|step shrank"),
+    ],
+    ids=["singular", "nan", "infinite", "too stiff"],
+)
 def test_hopeless_fields_are_user_errors(f, words):
     with pytest.raises(UserError, match=words):
         solve_dopri5(f, y0, 0.0, 1.0, 1e-6)
@@ -155,7 +190,7 @@ def test_the_last_step_is_not_a_tiny_one():
     """Where rounding would leave 1e-10 of the way, the step before goes all of it."""
     asked = []
     solve_dopri5(lambda y, s: asked.append(s) or torch.ones_like(y), y0[:1], 0.0, 1e6, 1e-6)
-    end = asked[2 + 6 + 5] * (1 + 1e-10)                  # two calls choose the first step, six make one; its end is last
+    end = asked[2 + 6 + 5] * (1 + 1e-10)  # two calls choose the first step, six make one; its end is last
     y, calls = solve_dopri5(lambda y, s: torch.ones_like(y), y0[:1], 0.0, end, 1e-6)
     assert calls == 2 + 2 * 6 and y.item() == pytest.approx(y0[0].item() + end)
 
@@ -164,7 +199,7 @@ def test_the_last_step_is_not_a_tiny_one():
 # Integration in the variables of the paths
 
 class Flow:
-    """A network for data of independent pixels N(mu, std^2): its predictions, and where the exact flow takes noise, in closed form."""
+    """A network for data of independent pixels N(mu, std^2), and where the exact flow takes noise, in closed form."""
 
     def __init__(self, kind, predict):
         g = torch.Generator().manual_seed(0)
@@ -180,7 +215,9 @@ class Flow:
 
     def end(self, z):
         """Quantiles are kept: from N(alpha mu, alpha^2 std^2 + sigma^2) at t = 0 to the same at t = 1."""
-        (a0, a1), (s0, s1) = [f(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() for f in (self.path.alpha, self.path.sigma)]
+        (a0, a1), (s0, s1) = [
+            f(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() for f in (self.path.alpha, self.path.sigma)
+        ]
         scale = ((a1 * self.std) ** 2 + s1 ** 2).sqrt() / ((a0 * self.std) ** 2 + s0 ** 2).sqrt()
         return a1 * self.mu + scale * (z - a0 * self.mu)
 
@@ -197,7 +234,14 @@ def sample(net, path, predict, z, solver="heun", steps=12, tol=1e-5, label=None,
 @pytest.mark.parametrize("predict", ["v", "eps", "x"])
 def test_gaussian_data_is_reached_exactly(kind, predict):
     flow, z = Flow(kind, predict), noise()
-    for solver, steps, limit in (("heun", 100, 5e-3), ("rk4", 100, 4e-3), ("dopri5", 1, 4e-3), ("midpoint", 100, 4e-3), ("euler", 400, 2e-2), ("ddim", 400, 2e-2)):
+    for solver, steps, limit in (
+        ("heun", 100, 5e-3),
+        ("rk4", 50, 4e-3),
+        ("dopri5", 1, 4e-3),
+        ("midpoint", 100, 4e-3),
+        ("euler", 200, 4e-2),
+        ("ddim", 200, 4e-2),
+    ):
         error = float((sample(flow, flow.path, predict, z, solver, steps) - flow.end(z)).abs().max())
         assert error < limit, (solver, error)
 
@@ -215,13 +259,18 @@ def test_small_errors_of_the_network_stay_small(kind, predict):
 def test_samples_have_the_mean_and_spread_of_the_data(kind):
     flow = Flow(kind, "v")
     x = sample(flow, flow.path, "v", noise(4000), "rk4", 25)
-    assert torch.allclose(x.mean(0, keepdim=True), flow.mu, atol=0.06) and torch.allclose(x.std(0, keepdim=True), flow.std, rtol=0.06)
+    assert torch.allclose(x.mean(0, keepdim=True), flow.mu, atol=0.06) and torch.allclose(
+        x.std(0, keepdim=True), flow.std, rtol=0.06
+    )
 
 
 def test_both_paths_take_noise_to_the_same_picture():
     """Quantiles are kept on either path, up to the 0.6 % of data in VP's noise end: one noise, one picture."""
     z = noise()
-    straight, curved = (sample(Flow(kind, predict), PATHS[kind], predict, z, "rk4", 100) for kind, predict in (("cv", "v"), ("vp", "eps")))
+    straight, curved = (
+        sample(Flow(kind, predict), PATHS[kind], predict, z, "rk4", 100)
+        for kind, predict in (("cv", "v"), ("vp", "eps"))
+    )
     assert torch.allclose(straight, curved, atol=0.02) and straight.std() > 0.3
 
 
@@ -239,19 +288,28 @@ def test_constant_velocity_needs_one_step(solver):
     v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
     net = lambda x, time: v[:len(x)]                      # one v for all times
     assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1), z + v, atol=2e-6)
-    assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6 if solver != "ddim" else 2e-3)
+    assert torch.allclose(
+        sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6 if solver != "ddim" else 2e-3
+    )
 
 
-def test_straightness_of_a_constant_field_and_of_gaussian_data():
+def bend(net, kind, predict, z, steps, monkeypatch):
+    """`straightness` of paths from given noise."""
+    monkeypatch.setattr(sample_ode, "draw", lambda *_: z)
+    state = dict(path=kind, predict=predict, num_labels=0, channels=3, size=4)
+    return straightness(Here(), SampleOde(), Sampler(net, state), 1.0, steps, len(z))
+
+
+def test_straightness_of_a_constant_field_and_of_gaussian_data(monkeypatch):
     v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
-    times, deviation = straightness(Field(lambda x, time: v[:len(x)], PATHS["cv"], "v"), z, None, 8)
+    times, deviation = bend(lambda x, time: v[:len(x)], "cv", "v", z, 8, monkeypatch)
     assert max(deviation) < 1e-8 and len(times) == 8
     bends = {}
     for kind, predict in (("cv", "v"), ("vp", "eps")):
         flow = Flow(kind, predict)
-        times, deviation = straightness(Field(flow, flow.path, predict), z.double(), None, 200)
+        times, deviation = bend(flow, kind, predict, z.double(), 200, monkeypatch)
         bends[kind] = np.mean(deviation)
-        t = torch.linspace(0, 1, 201, dtype=torch.float64)                       # the exact path keeps quantiles at every t
+        t = torch.linspace(0, 1, 201, dtype=torch.float64)  # the exact path keeps quantiles
         a, s = (f(t)[:, None, None, None, None] for f in (flow.path.alpha, flow.path.sigma))
         width = ((a * flow.std) ** 2 + s ** 2).sqrt()
         x = (a * flow.mu + width / width[0] * (z - a[0] * flow.mu)).flatten(2)
@@ -262,12 +320,16 @@ def test_straightness_of_a_constant_field_and_of_gaussian_data():
 
 
 @EVERY_PATH
-@pytest.mark.parametrize("solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 0.02), ("ddim", 500, 0.1)])
+@pytest.mark.parametrize(
+    "solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 0.02), ("ddim", 500, 0.1)]
+)
 def test_encoding_returns_to_the_start(kind, solver, steps, atol):
     flow, z = Flow(kind, "v"), noise()
     x = flow.end(z)
     back = sample(flow, flow.path, "v", x, solver, steps, 1e-6, reverse=True)
-    assert torch.allclose(back, z, atol=atol) and torch.allclose(sample(flow, flow.path, "v", back, solver, steps, 1e-6), x, atol=atol)
+    assert torch.allclose(back, z, atol=atol) and torch.allclose(
+        sample(flow, flow.path, "v", back, solver, steps, 1e-6), x, atol=atol
+    )
 
 
 @pytest.mark.parametrize("solver, calls", [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20), ("ddim", 5)])
@@ -330,7 +392,9 @@ def test_whole_trajectories_at_zero_and_one(kind):
     for w, label in ((0.0, null16), (1.0, label16)):
         plain = sample(Labelled(), PATHS[kind], "v", z, label=label)
         assert torch.equal(sample(Labelled(), PATHS[kind], "v", z, label=label16, w=w), plain)
-    assert torch.equal(sample(Labelled(), PATHS[kind], "v", z, label=null16), sample(Labelled(), PATHS[kind], "v", z))     # null = no label given
+    assert torch.equal(
+        sample(Labelled(), PATHS[kind], "v", z, label=null16), sample(Labelled(), PATHS[kind], "v", z)
+    )  # null = no label given
 
 
 def test_one_doubled_batch_equals_two_calls():
@@ -415,7 +479,7 @@ def test_random_numbers_are_independent_and_standard():
     assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.02 and (u.mean(0) - 0.5).abs().max() < 0.01
     together = torch.cat([z, z[1:].roll(-1, 0)[:1].expand(0, 4)]).T              # within an index ...
     assert (torch.corrcoef(together) - torch.eye(4)).abs().max() < 0.03
-    assert abs(float(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1])) < 0.03                # ... and between neighbours
+    assert abs(float(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1])) < 0.03  # ... and between neighbours
 
 
 def test_seeds_of_one_purpose_never_collide():
@@ -443,7 +507,13 @@ def test_labels_follow_the_marginal():
 
 def test_labels_by_name():
     state = dict(num_labels=5, marginal=torch.full((5,), 0.2))
-    assert sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7), 0).tolist() == [5, 3, 0, 5, 3]      # cycles by index; 5 = null
+    assert sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7), 0).tolist() == [
+        5,
+        3,
+        0,
+        5,
+        3,
+    ]  # cycles by index; 5 = null
     assert sample_labels(configured(), dict(num_labels=0), [0], 0) is None
     for wrong in (["6"], ["-1"], ["cat"], ["1.5"], []):
         with pytest.raises(UserError, match="labels"):
