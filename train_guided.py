@@ -697,36 +697,5 @@ def main():
     run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}{guidance}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# For sample_ode.py as it is now; its next version calls `load_condition` and goes without these
-
-class Conditioned(nn.Module):
-    def __init__(self, net, condition):
-        super().__init__()
-        self.net, self.condition, self.num_labels = net, condition, condition.null
-
-    def forward(self, x, time, label=None):
-        return self.net(x, time, **({} if label is None else self.condition(label)))
-
-
-def conditioned(net, state):
-    device = next(net.parameters()).device
-    if "maps" in state:
-        condition = Condition("map", state["maps"], state["map_labels"], state["size"], state.get("bank_labels"))
-    else:
-        condition = load_condition(state, device)
-    return net if condition is None or condition.kind == "label" else Conditioned(net, condition.to(device))
-
-
-def load_labeller(run, net, state):
-    cfg = fill("train_guided", TrainGuided, state["config"]["train_guided"])
-    if state.get("potentials") is None:
-        raise UserError(f"{state['file']}: was not trained with labels=online, or is not finished")
-    labeller = Labeller(cfg, net, state["sk_activation"], state["size"], state["channels"])
-    labeller.load_state_dict(state["labeller_ema"])
-    labeller.potentials = state["potentials"].to(labeller.prototypes.device)
-    return labeller.eval().requires_grad_(False)
-
-
 if __name__ == "__main__":
     cli(main)

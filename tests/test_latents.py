@@ -22,7 +22,7 @@ train_diffusion: {images: 64, batch: 32, log_every: 32, grid_every: 64, precisio
 extract_features: {activations: [mid-vit-block0-out], t: [0.9], precision: fp32}
 self_label: {K: 4, restarts: 1}
 train_guided: {images: 32, batch: 16, grid_every: 32, precision: fp32}
-sample_ode: {n: 6, steps: 2, solver: euler, precision: fp32}
+sample_ode: {n: 6, steps: 2, solver: euler, precision: fp32, evaluator: pixels}
 """
 
 
