@@ -180,33 +180,40 @@ class Field:
     Guidance and autoguidance mix outputs of networks. Estimates of x and z are affine in them: velocities mix alike.
     """
 
-    def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=nullcontext, batch=10 ** 9):
-        """net, weak: (network, its `Condition` or None); predict: v, eps or x; batch: rows that they see at once."""
+    def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=nullcontext, batch=10 ** 9,
+                 condition=None, weak_condition=None):
+        """predict: what networks predict (v, eps, x); weak: a weaker network, or None; batch: rows they see at once.
+
+        condition, weak_condition: a `Condition`, or None where the network knows no labels.
+        """
         self.net, self.path, self.predict, self.context = net, path, predict, context
         self.w, self.interval, self.weak = w, interval, weak
+        self.condition, self.weak_condition = condition, weak_condition
         self.batch, self.images = batch, 0
         self.evaluations, self.watch = 0, None            # of the present integration; called after each of them
 
-    def call(self, model, x, t, ids):
-        """The prediction of a model, (network, condition), told ids [B]; counted."""
-        net, condition = model
+    def call(self, net, condition, x, t, ids):
+        """One network's prediction; counted."""
         self.images += len(x)
         time = 1000 * torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        told = {} if condition is None or ids is None else condition(ids)
         with self.context():
-            return net(x.float(), time, **({} if condition is None else condition(ids))).to(x.dtype)
+            return net(x.float(), time, **told).to(x.dtype)
 
     def output(self, x, t, ids):
         """The prediction, guided. x: [B, C, H, W]; t: a number; ids: int64 [B], or None without labels."""
         low, high = self.interval
         inside = low - 1e-6 <= t <= high + 1e-6           # the ends count as inside, however they are rounded
+        model = self.net, self.condition
         if self.w == 1 or not inside or self.weak is None and ids is None:
-            return self.call(self.net, x, t, ids)
+            return self.call(*model, x, t, ids)
         if self.weak is not None:
-            return torch.lerp(self.call(self.weak, x, t, ids), self.call(self.net, x, t, ids), self.w)
-        null = torch.full_like(ids, self.net[1].null)
+            strong = self.call(*model, x, t, ids)
+            return torch.lerp(self.call(self.weak, self.weak_condition, x, t, ids), strong, self.w)
+        null = torch.full_like(ids, self.condition.null)
         if self.w == 0:
-            return self.call(self.net, x, t, null)
-        both = self.call(self.net, torch.cat([x, x]), t, torch.cat([ids, null]))          # conditional, unconditional
+            return self.call(*model, x, t, null)
+        both = self.call(*model, torch.cat([x, x]), t, torch.cat([ids, null]))   # conditional, unconditional
         cond, uncond = both.chunk(2)
         return torch.lerp(uncond, cond, self.w)
 
@@ -254,23 +261,25 @@ class Sampler:
     """A network in eval mode, its checkpoint and condition, and perhaps a weaker network to guide by."""
     net: nn.Module
     state: dict
-    condition: Condition | None                           # ids 0 ... null - 1 are what samples are drawn for
-    marginal: torch.Tensor | None                         # float64 [null]: how common each id is; None = not known yet
-    weak: tuple | None = None                             # (network, condition)
+    condition: Condition | None = None                    # ids 0 ... null - 1 are what samples are drawn for
+    marginal: torch.Tensor | None = None                  # float64 [null]: how common each id is; None = not known yet
+    weak: nn.Module | None = None
+    weak_condition: Condition | None = None
     context: Callable = nullcontext
 
     def field(self, cfg, w):
         path, predict = PATHS[self.state["path"]], self.state["predict"]
-        model = self.net, self.condition
-        return Field(model, path, predict, w, cfg.interval, self.weak, self.context, cfg.batch)
+        return Field(self.net, path, predict, w, cfg.interval, self.weak, self.context, cfg.batch, self.condition,
+                     self.weak_condition)
 
 
 def open_sampler(run, cfg, context=nullcontext):
     """The Sampler that the settings name; a weaker model that does not fit it is a UserError."""
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
-    condition, marginal, weak = load_condition(state, run.device), state["marginal"], None
+    condition, marginal = load_condition(state, run.device), state["marginal"]
     if cfg.boxes or cfg.mask or cfg.layouts != "train":
         condition, marginal = asked_layouts(run, cfg, state, condition)
+    weak = weak_condition = None
     if cfg.autoguide:
         weak, other = load_model(run, cfg.autoguide, cfg.weights)
         same = lambda *names: all(other.get(k) == state.get(k) for k in names)
@@ -279,8 +288,9 @@ def open_sampler(run, cfg, context=nullcontext):
         if other["num_labels"] and not same("num_labels", "labels", "layout", "label_digest", "condition"):
             raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
         own = other["num_labels"] == 0 or state["condition"] == "prototype"      # else both are shown the same
-        weak = compiled(weak, cfg), load_condition(other, run.device) if own else condition
-    return Sampler(compiled(net, cfg), state, condition, marginal, weak, context)
+        weak_condition = load_condition(other, run.device) if own else condition
+        weak = compiled(weak, cfg)
+    return Sampler(compiled(net, cfg), state, condition, marginal, weak, weak_condition, context)
 
 
 def compiled(net, cfg):

@@ -1,4 +1,6 @@
 """Conditions of images: labels and layouts dropped and mirrored with them, banks; layouts sampled and drawn by hand."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -116,23 +118,22 @@ def test_a_drawn_layout_never_stands_without_a_label(run, tmp_path):
     """In training both are dropped together: a layout beside the null label is a condition that it has never seen."""
     bank = np.zeros((4, 8, 8), np.uint8)
     bank[0, :4], bank[1, :4], bank[2, 2:6], bank[3] = 1, 2, 2, 3                  # the last is null: kinds = 3
-    state = lambda condition, maps: dict(size=8, condition=condition, file="x", maps=torch.from_numpy(maps.copy()),
-                                         map_labels=3 if condition == "mask" else 1,
-                                         bank_labels=torch.tensor([4, 2, 2, 5]))
+    labels = torch.tensor([4, 2, 2, 5])
+    run = SimpleNamespace(device=torch.device("cpu"))
     mask = np.zeros((8, 8), np.uint8)
     mask[5:, 5:] = 2
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    asked = state("mask", bank)
-    sample_ode.read_layouts(None, sample_ode.SampleOde(mask=str(tmp_path / "mask.png")), asked)
-    assert asked["bank_labels"].tolist() == [2, 5] and (asked["maps"][-1] == 3).all()
-    assert (asked["maps"][0].numpy() == mask).all()
-    asked = state("box", np.minimum(bank, 1))
-    sample_ode.read_layouts(None, sample_ode.SampleOde(boxes=[[1, 1, 4, 6]]), asked)
-    assert asked["bank_labels"].tolist() == [2, 4, 5] and asked["marginal"].tolist() == [2 / 3, 1 / 3]
-    assert asked["num_labels"] == 2
-    asked = state("box", np.minimum(bank, 1))
-    sample_ode.read_layouts(None, sample_ode.SampleOde(boxes=[[1, 1, 4, 6, 3], [5, 5, 8, 8]]), asked)
-    assert asked["bank_labels"].tolist() == [3, 5] and asked["num_labels"] == 1
+
+    def asked(kind, maps, kinds, **keys):
+        condition = Condition("map", torch.from_numpy(maps.copy()), kinds, 8, labels)
+        return sample_ode.asked_layouts(run, sample_ode.SampleOde(**keys), dict(condition=kind, file="x"), condition)
+
+    told, _ = asked("mask", bank, 3, mask=str(tmp_path / "mask.png"))
+    assert told.labels.tolist() == [2, 5] and (told.table[-1] == 3).all() and (told.table[0].numpy() == mask).all()
+    told, marginal = asked("box", np.minimum(bank, 1), 1, boxes=[[1, 1, 4, 6]])
+    assert told.labels.tolist() == [2, 4, 5] and marginal.tolist() == [2 / 3, 1 / 3] and told.null == 2
+    told, _ = asked("box", np.minimum(bank, 1), 1, boxes=[[1, 1, 4, 6, 3], [5, 5, 8, 8]])
+    assert told.labels.tolist() == [3, 5] and told.null == 1
 
 
 @pytest.mark.parametrize("model, words, part", [

@@ -11,7 +11,7 @@ import torch
 from conftest import stage
 from torch.nn.functional import normalize
 
-from configs.run import Model, UserError
+from configs.run import Model, UserError, fill
 from configs.shapes import draw_shapes
 from extract_features import matching
 from train_diffusion import Batch, build_model, layout_of
@@ -289,9 +289,11 @@ def test_the_label_of_an_image_does_not_depend_on_the_others(toy):
     """Balanced labels of one image alone would be a matter of rounding: potentials are those of the training images."""
     folder, _ = toy
     from train_diffusion import load_model
-    from train_guided import load_labeller
     net, state = load_model(SimpleNamespace(dir=folder / "run", device=torch.device("cpu")), "guided/online")
-    labeller = load_labeller(None, net, state)
+    cfg = fill("train_guided", TrainGuided, state["config"]["train_guided"])
+    labeller = Labeller(cfg, net, state["sk_activation"], state["size"]).eval()
+    labeller.load_state_dict(state["labeller_ema"])
+    labeller.potentials = state["potentials"]
     images = np.load(folder / "run/data/test/images.npy")
     labels = np.load(folder / "run/labels/online.npz")["test"]
     for k in (0, 1):

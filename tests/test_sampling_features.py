@@ -13,7 +13,7 @@ import sample_ode
 from extract_features import tapped
 from sample_ode import Field, SampleOde, Sampler, generate, integrate
 from configs.run import Processes, draw
-from train_diffusion import PATHS
+from train_diffusion import PATHS, Condition
 
 NAMES = ["down-level0-repeat0-res-out", "up-level0-repeat0-res-out"]
 
@@ -27,18 +27,19 @@ def test_activations_are_those_of_the_path(labels, w, tmp_path):
     """The first evaluation sees the noise, the last one the state that steps before it lead to; guided: the conditional
     pass; batches change nothing."""
     net = network("stem", num_labels=labels)
-    state = dict(path="cv", predict="v", num_labels=labels, channels=3, size=16, marginal=torch.ones(3) / 3, file="x")
+    state = dict(path="cv", predict="v", channels=3, size=16, file="x")
+    told = Condition("label", torch.arange(labels + 1)) if labels else None
     got = {}
     for batch in (7, 3):
         cfg = SampleOde(features=NAMES, features_at=[0, 3], steps=2, solver="heun", batch=batch, n=7,
                         labels=["1"] if labels else ["marginal"])
-        about = generate(Here(), cfg, Sampler(net, state), w, tmp_path / "x.npy", record=True)["features"]
+        about = generate(Here(), cfg, Sampler(net, state, told, torch.ones(3) / 3), w, tmp_path / "x.npy", record=True)["features"]
         got[batch] = {(a["activation"], a["evaluation"], a["t"]): np.load(tmp_path / a["file"]) for a in about}
     assert set(got[7]) == {(n, i, t) for n in NAMES for i, t in ((0, 0.0), (3, 1.0))}
     assert all(len(got[7][k]) == 7 and np.allclose(got[7][k], got[3][k], atol=1e-5) for k in got[7])
     assert not any(m._forward_hooks for m in net.modules())
     x, label = draw(0, "sample noise", range(7), (3, 16, 16)), torch.full((7,), 1 if w else 3) if labels else None
-    field = Field(net, PATHS["cv"], "v", w)
+    field = Field(net, PATHS["cv"], "v", w, condition=told)
     states = []
     field.output = lambda y, t, label, true=field.output: (states.append((y, t)), true(y, t, label))[1]
     integrate(field, x, None if not labels else torch.ones(7, dtype=torch.long), "heun", 2, 0)

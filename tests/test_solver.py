@@ -11,7 +11,7 @@ import sample_ode
 from sample_ode import (BLOCK, DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, Sampler, generate, integrate,
                         sample_labels, solve_dopri5, solve_fixed, straightness)
 from configs.run import Processes, UserError, draw, seed_of, to_uint8, wide
-from train_diffusion import PATHS
+from train_diffusion import PATHS, Condition
 
 FIXED = list(TABLEAUS)
 ORDERS = dict(euler=1, midpoint=2, heun=2, rk4=4)
@@ -227,7 +227,9 @@ def noise(n=16):
 
 
 def sample(net, path, predict, z, solver="heun", steps=12, tol=1e-5, label=None, reverse=False, **more):
-    return integrate(Field(net, path, predict, **more), z, label, solver, steps, tol, reverse)[0]
+    condition = None if label is None else Condition("label", torch.arange(5))
+    field = Field(net, path, predict, condition=condition, **more)
+    return integrate(field, z, label, solver, steps, tol, reverse)[0]
 
 
 @EVERY_PATH
@@ -371,6 +373,14 @@ class Labelled:
         return torch.sin(x + self.turn + wide(label.float())) + wide(time / 1000)
 
 
+LABELS = Condition("label", torch.arange(5))
+
+
+def labelled(net, path, *more, **kw):
+    """A field of a network that knows labels and predicts v."""
+    return Field(net, path, "v", *more, condition=LABELS, **kw)
+
+
 label16 = torch.arange(16) % 4
 null16 = torch.full((16,), 4)
 
@@ -379,7 +389,10 @@ null16 = torch.full((16,), 4)
 def test_guidance_scale(kind):
     """v = v_null + w (v_cond - v_null): w = 0 and w = 1 are exactly the two fields, the rest is linear in w."""
     z, t = noise(), 0.4
-    velocity = lambda w, label=label16: PATHS[kind].slope(*Field(Labelled(), PATHS[kind], "v", w).estimate(z, t, label))
+    def velocity(w, ids=label16):
+        x_hat, z_hat = labelled(Labelled(), PATHS[kind], w).estimate(z, t, ids)
+        return PATHS[kind].slope(x_hat, z_hat, torch.tensor(t))
+
     assert torch.equal(velocity(0.0), velocity(1.0, null16)) and torch.equal(velocity(1.0), velocity(1.0, label16))
     assert not torch.allclose(velocity(0.0), velocity(1.0))
     for w in (-0.5, 0.3, 1.4, 4.0):
@@ -399,10 +412,10 @@ def test_whole_trajectories_at_zero_and_one(kind):
 
 def test_one_doubled_batch_equals_two_calls():
     z, t, w, net = noise(), 0.4, 2.5, Labelled()
-    field = Field(net, PATHS["cv"], "v", w)
+    field = labelled(net, PATHS["cv"], w)
     got = field.estimate(z, t, label16)
     assert len(net.asked) == 1 and len(net.asked[0][1]) == 32 == field.images
-    two = [Field(Labelled(), PATHS["cv"], "v").estimate(z, t, k) for k in (label16, null16)]
+    two = [labelled(Labelled(), PATHS["cv"]).estimate(z, t, k) for k in (label16, null16)]
     for g, cond, null in zip(got, *two):
         assert torch.allclose(g, null + w * (cond - null), atol=1e-6)
 
@@ -410,7 +423,7 @@ def test_one_doubled_batch_equals_two_calls():
 @pytest.mark.parametrize("w, images", [(0.0, 16), (1.0, 16), (2.0, 32)])
 def test_network_calls_of_guidance(w, images):
     net = Labelled()
-    field = Field(net, PATHS["cv"], "v", w)
+    field = labelled(net, PATHS["cv"], w)
     _, n = integrate(field, noise(), label16, "heun", 3, 1e-3)
     assert field.images == 6 * images == sum(len(t) for t, _ in net.asked) and n == 6
 
@@ -420,26 +433,26 @@ def test_guidance_interval(w):
     """Inside the interval guided, outside plain conditional; its ends count as inside, however they are rounded."""
     z = noise()
     for t in (0.0, 0.1, 0.3, 0.5, 0.1 + 0.2 + 0.4, 1.0):
-        part = Field(Labelled(), PATHS["cv"], "v", w, (0.3, 0.7))
-        same = Field(Labelled(), PATHS["cv"], "v", w if 0.29 < t < 0.71 else 1.0)
+        part = labelled(Labelled(), PATHS["cv"], w, (0.3, 0.7))
+        same = labelled(Labelled(), PATHS["cv"], w if 0.29 < t < 0.71 else 1.0)
         for a, b in zip(part.estimate(z, t, label16), same.estimate(z, t, label16)):
             assert torch.equal(a, b)
         assert part.images == same.images                 # outside, nothing is computed for nothing
     for kind in ("cv", "vp"):                             # 11 evaluations, of which those at 0.3 ... 0.7 are guided
-        field = Field(Labelled(), PATHS[kind], "v", 3.0, (0.3, 0.7))
+        field = labelled(Labelled(), PATHS[kind], 3.0, (0.3, 0.7))
         integrate(field, z, label16, "euler", 10, 0)
         assert field.images == 16 * (10 + 5)
 
 
 def test_autoguidance():
     z, t = noise(), 0.4
-    main, weak = (Field(Labelled(turn), PATHS["cv"], "v").estimate(z, t, label16) for turn in (0.0, 0.7))
+    main, weak = (labelled(Labelled(turn), PATHS["cv"]).estimate(z, t, label16) for turn in (0.0, 0.7))
     for w in (0.0, 1.0, 2.5):
-        field = Field(Labelled(), PATHS["cv"], "v", w, weak=Labelled(0.7))
+        field = labelled(Labelled(), PATHS["cv"], w, weak=Labelled(0.7), weak_condition=LABELS)
         for g, a, b in zip(field.estimate(z, t, label16), main, weak):
             assert torch.allclose(g, b + w * (a - b), atol=1e-5)
         assert field.images == 32 or w == 1               # at w = 1 the weak model may be left alone
-    early = Field(Labelled(), PATHS["cv"], "v", 2.5, (0.5, 1.0), weak=Labelled(0.7)).estimate(z, t, label16)
+    early = labelled(Labelled(), PATHS["cv"], 2.5, (0.5, 1.0), weak=Labelled(0.7), weak_condition=LABELS).estimate(z, t, label16)
     assert torch.allclose(early[0], main[0], atol=1e-5)   # the interval holds for it too
 
 
@@ -453,7 +466,7 @@ def test_autoguidance_of_models_without_labels():
 
 def test_networks_see_a_part_of_the_rows_at_once():
     z, net = noise(), Labelled()
-    parts, whole = Field(net, PATHS["cv"], "v", 2.0, batch=6), Field(Labelled(), PATHS["cv"], "v", 2.0)
+    parts, whole = labelled(net, PATHS["cv"], 2.0, batch=6), labelled(Labelled(), PATHS["cv"], 2.0)
     assert torch.equal(integrate(parts, z, label16, "heun", 2, 0)[0], integrate(whole, z, label16, "heun", 2, 0)[0])
     assert [len(t) for t, _ in net.asked[:3]] == [12, 12, 8]
 
@@ -494,7 +507,7 @@ def configured(**more):
 def test_labels_follow_the_marginal():
     p = torch.tensor([0.5, 0.0, 0.3, 0.05, 0.15], dtype=torch.float64)
     for kind, expected in (("marginal", p), ("uniform", (p > 0) / 4)):           # never one that no image had
-        cfg, state = configured(labels=[kind]), dict(num_labels=5, marginal=p)
+        cfg, state = configured(labels=[kind]), Sampler(None, {}, Condition("label", torch.arange(6)), p)
         labels = sample_labels(cfg, state, np.arange(10_000), seed=0)
         seen = torch.bincount(labels, minlength=5).double()
         used = expected > 0
@@ -506,7 +519,7 @@ def test_labels_follow_the_marginal():
 
 
 def test_labels_by_name():
-    state = dict(num_labels=5, marginal=torch.full((5,), 0.2))
+    state = Sampler(None, {}, Condition("label", torch.arange(6)), torch.full((5,), 0.2))
     assert sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7), 0).tolist() == [
         5,
         3,
@@ -514,7 +527,7 @@ def test_labels_by_name():
         5,
         3,
     ]  # cycles by index; 5 = null
-    assert sample_labels(configured(), dict(num_labels=0), [0], 0) is None
+    assert sample_labels(configured(), Sampler(None, {}), [0], 0) is None
     for wrong in (["6"], ["-1"], ["cat"], ["1.5"], []):
         with pytest.raises(UserError, match="labels"):
             sample_labels(configured(labels=wrong), state, [0], 0)
@@ -534,7 +547,11 @@ class Here(Processes):
         return x
 
 
-STATE = dict(path="cv", predict="v", channels=3, size=8, num_labels=4, marginal=torch.full((4,), 0.25), file="x")
+STATE = dict(path="cv", predict="v", channels=3, size=8, file="x")
+
+
+def sampler():
+    return Sampler(Labelled(), STATE, LABELS, torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
@@ -546,7 +563,7 @@ def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, tmp_path, 
     def run(n=150, worlds=1, seed=0, **more):
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
         cfg = configured(solver=solver, tol=1e-3, n=n, seed=seed, **more)
-        reports = [generate(Here(rank, worlds), cfg, Sampler(Labelled(), STATE), 2.0, file) for rank in range(worlds)]
+        reports = [generate(Here(rank, worlds), cfg, sampler(), 2.0, file) for rank in range(worlds)]
         return np.load(file), reports[0]
     images, report = run()
     assert images.shape == (150, 3, 8, 8) and images.dtype == np.uint8 and len(np.unique(images)) > 50
@@ -559,10 +576,10 @@ def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, tmp_path, 
 def test_blocks_of_dopri5_share_their_steps(tmp_path):
     """The steps of a block are those that the block takes alone, wherever the share of a process ends."""
     cfg = configured(solver="dopri5", tol=1e-3, n=BLOCK + 10)
-    generate(Here(), cfg, Sampler(Labelled(), STATE), 2.0, tmp_path / "x.npy")
+    generate(Here(), cfg, sampler(), 2.0, tmp_path / "x.npy")
     rows = range(BLOCK, 2 * BLOCK)
-    z, label = draw(0, "sample noise", rows, (3, 8, 8)), sample_labels(cfg, STATE, rows, 0)
-    x, _ = integrate(Field(Labelled(), PATHS["cv"], "v", 2.0), z, label, "dopri5", 2, 1e-3)
+    z, label = draw(0, "sample noise", rows, (3, 8, 8)), sample_labels(cfg, sampler(), rows, 0)
+    x, _ = integrate(labelled(Labelled(), PATHS["cv"], 2.0), z, label, "dopri5", 2, 1e-3)
     assert np.array_equal(np.load(tmp_path / "x.npy")[BLOCK:], to_uint8(x)[:10].numpy())
 
 
@@ -570,5 +587,5 @@ def test_broken_networks_do_not_become_pictures(tmp_path):
     """Not-a-number would turn into some uint8 and pass as an image."""
     for solver in ("heun", "dopri5"):
         with pytest.raises(UserError, match="non-finite|not finite"):
-            broken = Sampler(lambda x, time: x * math.nan, STATE | dict(num_labels=0))
+            broken = Sampler(lambda x, time: x * math.nan, STATE)
             generate(Here(), configured(solver=solver), broken, 1.0, tmp_path / "x.npy")

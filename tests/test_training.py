@@ -145,11 +145,12 @@ def test_no_update_waits_for_the_gpu(path, tmp_path):
 def test_no_step_of_a_sampler_waits_for_the_gpu(path, solver, interval):
     """Tensors without data have no value that the host could ask for: an attempt would be an error."""
     net = td.build_model(dataclasses.replace(SMALL, mult=[1]), 32, num_labels=3).eval().to("meta")
-    field = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval)
+    told = td.Condition("label", torch.arange(4)).to("meta")
+    field = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval, condition=told)
     x, label = torch.randn(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
     x, calls = sample_ode.integrate(field, x, label, solver, 9, 1e-3)
     assert x.shape == (4, 3, 32, 32) and x.is_meta
-    evaluations = int(calls[0])                           # guided ones take two
+    evaluations = calls                                   # guided ones take two
     if interval[0] == 0:
         assert field.images == 4 * evaluations * 2
     else:
