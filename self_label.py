@@ -399,8 +399,8 @@ def second_eigenvector(A):
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
     first = F.normalize(degree.sqrt(), dim=1)
     M = A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None]
-    values, vectors = torch.linalg.eigh(M)
-    return values[:, -1], vectors[:, :, -1] * (degree > 0)
+    values, vectors = torch.linalg.eigh(M.double())       # in float32 it fails where many patches are equal
+    return values[:, -1].float(), vectors[:, :, -1].float() * (degree > 0)
 
 
 def largest_component(mask, grid):
