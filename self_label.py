@@ -323,9 +323,10 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
         inside, rest = mean_over(x, patches), mean_over(x, left & ~patches)
         apart = (inside - rest).square().sum(1)
         first = apart if j == 0 else first
-        a, b = patches.sum(1), (left & ~patches).sum(1)
-        # judged by size instead, halves of a plain ground would be objects
-        exists = exists & (a > 0) & (b > 0) & (apart >= contrast * first * (j > 0))
+        a, b = patches.sum(1), (left & ~patches).sum(1)   # patches of the object, of the rest
+        exists = exists & (a > 0) & (b > 0)
+        if j > 0:                                         # judged by size, halves of a plain ground would be objects
+            exists = exists & (apart >= contrast * first)
         patches = patches & exists[:, None]
         pixels = enlarge(patches, grid, size, "nearest") > 0
         if refine:
@@ -713,8 +714,7 @@ def label_objects(run, cfg, data, folder):
         exists[:, 0] = True                               # every image has a first region, if only the whole image
         rows[split] = np.flatnonzero(exists)
         regions = found[split]["regions"].reshape(exists.size, -1)
-        read = lambda part, x=regions, at=rows[split]: torch.from_numpy(x[at[part]])[:, None]
-        sources[split] = len(rows[split]), read
+        sources[split] = len(rows[split]), partial(rows_at, regions, rows[split])
     out = cluster(run, cfg, folder, sources, cfg.by)
     out.typical = out.typical[rows["train"] % cfg.objects == 0]
     out.about |= {k: info[k] for k in ("grid", "scales")}
@@ -734,6 +734,11 @@ def label_objects(run, cfg, data, folder):
     return out
 
 
+def rows_at(x, at, part):
+    """Rows at[part] of an array x [M, D], as [n, 1, D]."""
+    return torch.from_numpy(x[at[part]])[:, None]
+
+
 def of_clusters(masks, ids):
     """Masks uint8 [N, H, W] of 1 + the cluster of objects, from masks of 1 + object and their ids [N, objects]."""
     table = np.pad(ids + 1, ((0, 0), (1, 0))).astype(np.uint8)
@@ -742,11 +747,13 @@ def of_clusters(masks, ids):
 
 def label_segments(run, cfg, data, folder):
     """masks with foreground=none: clusters of the patches of all images; an image bears the cluster of its mean."""
+    def mean_of(read, rows):
+        return read(rows).mean(1, keepdim=True)
     sources, means = {}, {}
     for split, d in data.items():
         read, info = open_features(run, cfg.features, split, dense=True)
         sources[split] = len(d), read
-        means[split] = len(d), lambda rows, read=read: read(rows).mean(1, keepdim=True)
+        means[split] = len(d), partial(mean_of, read)
     patches = prepare(run, cfg, folder / "patches", sources)
     clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
     out = cluster(run, cfg, folder / "means", means, cfg.by)
@@ -797,16 +804,17 @@ def permuted(run, cfg, data, folder):
     return Labels({split: reference[split][order[split]] for split in data}, info["num_labels"], arrays=arrays)
 
 
-CLUSTERS = "K center pca whiten seed"
-OBJECTS = f"features by {CLUSTERS} objects contrast refine guide cells"
+ROWS = "K center pca whiten seed"
+KMEANS = f"{ROWS} metric iterations restarts batch full"
+OBJECTS = f"features by {ROWS} objects contrast refine guide cells"
 METHODS = {                                               # name: (function, the settings that it reads)
-    "kmeans": (cluster_features, f"features {CLUSTERS} metric iterations restarts batch full"),
-    "sinkhorn": (cluster_features, f"features {CLUSTERS} eps sk_iterations rounds"),
+    "kmeans": (cluster_features, f"features {KMEANS}"),
+    "sinkhorn": (cluster_features, f"features {ROWS} eps sk_iterations rounds"),
     "lost": (label_objects, OBJECTS),
     "ncut": (label_objects, f"{OBJECTS} tau"),
-    "masks": (label_masks, f"features by {CLUSTERS} foreground"),
-    "colours": (colours, f"{CLUSTERS} metric iterations restarts batch full"),
-    "pixels": (pixels, f"{CLUSTERS} metric iterations restarts batch full pool"),
+    "masks": (label_masks, f"features by {ROWS} foreground"),
+    "colours": (colours, KMEANS),
+    "pixels": (pixels, f"{KMEANS} pool"),
     "classes": (classes, ""),
     "random": (permuted, "reference seed"),
     "subgroups": (subgroups, "groups seed"),
