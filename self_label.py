@@ -158,7 +158,7 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, b
 def own_rows(chosen, N, ranks):
     """Which of the rows `chosen` among all N are this process's, counted from the first of its share."""
     share = ranks.share(N)
-    return chosen[np.isin(chosen, share)] - share[:1].sum()   # no row at all: nothing is chosen
+    return chosen[np.isin(chosen, share)] - share[:1].sum()                      # the first, if there is one
 
 
 def plus_plus(x, K, generator):
