@@ -158,7 +158,7 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, b
 def own_rows(chosen, N, ranks):
     """Which of the rows `chosen` among all N are this process's, counted from the first of its share."""
     share = ranks.share(N)
-    return chosen[np.isin(chosen, share)] - share[:1].sum()   # no row at all: nothing is chosen
+    return chosen[np.isin(chosen, share)] - share[:1].sum()                      # the first, if there is one
 
 
 def plus_plus(x, K, generator):
@@ -323,9 +323,10 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
         inside, rest = mean_over(x, patches), mean_over(x, left & ~patches)
         apart = (inside - rest).square().sum(1)
         first = apart if j == 0 else first
-        a, b = patches.sum(1), (left & ~patches).sum(1)
-        # judged by size instead, halves of a plain ground would be objects
-        exists = exists & (a > 0) & (b > 0) & (apart >= contrast * first * (j > 0))
+        a, b = patches.sum(1), (left & ~patches).sum(1)   # patches of the object, of the rest
+        exists = exists & (a > 0) & (b > 0)
+        if j > 0:                                         # judged by size, halves of a plain ground would be objects
+            exists = exists & (apart >= contrast * first)
         patches = patches & exists[:, None]
         pixels = enlarge(patches, grid, size, "nearest") > 0
         if refine:
@@ -399,8 +400,8 @@ def second_eigenvector(A):
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
     first = F.normalize(degree.sqrt(), dim=1)
     M = A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None]
-    values, vectors = torch.linalg.eigh(M)
-    return values[:, -1], vectors[:, :, -1] * (degree > 0)
+    values, vectors = torch.linalg.eigh(M.double())       # in float32 it fails where many patches are equal
+    return values[:, -1].float(), vectors[:, :, -1].float() * (degree > 0)
 
 
 def largest_component(mask, grid):
@@ -510,10 +511,10 @@ def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
 # From files of features to rows that can be clustered
 
 def open_features(run, name, split, dense=False):
-    """(read, (h, w), info) of features/<name>: read(rows) is float32 [n, h w, D], all activations side by side.
+    """(read, info) of features/<name>: read(rows) is float32 [n, h w, D], all activations side by side.
 
-    dense: as maps on the grid (h, w) of the largest; else h = w = 1. Several activations are scaled to unit mean norm
-    over the first training images.
+    info["grid"]: (h, w); with dense=True that of the largest map, else h = w = 1. info["scales"]: several activations
+    are scaled to unit mean norm over the first training images.
     """
     arrays, info = load_features(run, name, split)
     pool = info["pool"]
@@ -526,26 +527,25 @@ def open_features(run, name, split, dense=False):
             raise UserError(f"features/{name}: pool={pool} does not fit this method; extract with {advice}")
         return a if dense else a[:, :, None, None]
 
-    def norm(a):
-        return max(float(np.linalg.norm(a.astype(np.float32), axis=1).mean()), 1e-9)
+    def scale(a):
+        few = as_map(a)[:1000 if dense else 20_000].astype(np.float32)
+        return 1 / max(float(np.linalg.norm(few, axis=1).mean()), 1e-9)
 
     maps = [as_map(a) for a in arrays]
     grid = max(a.shape[2:] for a in maps)
     if dense and min(grid) < 2:
         raise UserError(f"features/{name}: boxes and masks need 2 x 2 positions; extract with pool=none or a number")
-    scales = [1.0]
-    if len(maps) > 1:
-        few = 1000 if dense else 20_000
-        scales = [1 / norm(as_map(a)[:few]) for a in load_features(run, name, "train")[0]]
+    scales = [scale(a) for a in load_features(run, name, "train")[0]] if len(maps) > 1 else [1.0]
 
     def read(rows):
         parts = [torch.from_numpy(a[rows].astype(np.float32)) for a in maps]
-        bad = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in parts]).all(0)
+        x = joined(parts, grid, scales)
+        bad = ~x.isfinite().all(2).all(1)
         if bad.any():
             row = rows.start + int(bad.int().argmax())
             raise UserError(f"features/{name}: row {row} of {split} is not finite; extract again")
-        return joined(parts, grid, scales)
-    return read, grid, info | dict(scales=scales)
+        return x
+    return read, info | dict(grid=grid, scales=scales)
 
 
 def joined(parts, grid, scales):
@@ -578,27 +578,25 @@ def fill_arrays(run, folder, n, shapes, step, compute):
     return {k: np.load(f, mmap_mode="r") for k, f in files.items()}
 
 
-def prepare(run, cfg, folder, read, counts):
-    """What is clustered, {split: float32 memory map [counts[split] * P, d]}: centred, perhaps projected.
+def prepare(run, cfg, folder, sources):
+    """What is clustered, {split: float32 memory map [n * P, d]}: centred, perhaps projected.
 
-    read: {split: function of a slice of images -> float32 [n, P, D]}, P rows (patches, objects) per image. Centring
-    comes first: activations share a large direction, beside which differences between images hardly turn vectors.
+    sources: {split: (n, read)}; read(slice of n images) is float32 [.., P, D], P rows (patches, objects) of an image.
+    Centring comes first: activations share a large direction, beside which differences between images hardly count.
     """
-    P, D = read["train"](slice(0, 1)).shape[1:]
+    n, read = sources["train"]
+    P, D = read(slice(0, 1)).shape[1:]
     step = max(1, 8192 // P)                              # images at a time
-    rows = (read["train"](part).flatten(0, 1) for part in batches(run, counts["train"], step))
+    rows = (read(part).flatten(0, 1) for part in batches(run, n, step))
     mean, projection = fit_projection(rows, cfg.pca, cfg.whiten, run)
     mean = mean if cfg.center else torch.zeros_like(mean)
-
-    def compute(split, part):
-        x = read[split](part) - mean
-        return dict(rows=x if projection is None else x @ projection)
-
     width = D if projection is None else projection.shape[1]
     out = {}
-    for split, n in counts.items():
-        shapes = dict(rows=("f4", (P, width)))
-        maps = fill_arrays(run, folder / f"rows-{split}", n, shapes, step, partial(compute, split))
+    for split, (n, read) in sources.items():
+        def compute(part):
+            x = read(part) - mean
+            return dict(rows=x if projection is None else x @ projection)
+        maps = fill_arrays(run, folder / f"rows-{split}", n, dict(rows=("f4", (P, width))), step, compute)
         out[split] = maps["rows"].reshape(n * P, width)
     return out
 
@@ -655,9 +653,9 @@ class Labels:
     paint: Callable | None = None                         # (image uint8 [3, H, W], row) -> image with its layout
 
 
-def cluster(run, cfg, folder, read, counts, by):
-    """Labels of rows that read[split](slice) gives as float32 [n, 1, D], counts[split] of them: their clusters."""
-    maps = prepare(run, cfg, folder, read, counts)
+def cluster(run, cfg, folder, sources, by):
+    """Labels of rows: their clusters. sources: as in `prepare`, with one row of an image."""
+    maps = prepare(run, cfg, folder, sources)
     clusters, arrays, facts = fit_clusters(run, cfg, maps["train"], by, cfg.K)
     found = {split: assign(x, *clusters) for split, x in maps.items()}
     ids = {split: ids.numpy() for split, (ids, _) in found.items()}
@@ -666,16 +664,16 @@ def cluster(run, cfg, folder, read, counts, by):
 
 def cluster_features(run, cfg, data, folder):
     """kmeans, sinkhorn: clusters of stored features."""
-    read = {split: open_features(run, cfg.features, split)[0] for split in data}
-    return cluster(run, cfg, folder, read, {split: len(d) for split, d in data.items()}, cfg.method)
+    sources = {split: (len(d), open_features(run, cfg.features, split)[0]) for split, d in data.items()}
+    return cluster(run, cfg, folder, sources, cfg.method)
 
 
 def cluster_images(run, cfg, data, folder, numbers):
     """Control: k-means on numbers(x) [n, D] of images x float32 [n, 3, H, W] in 0 ... 1."""
-    def read(split, rows):
-        return numbers(torch.from_numpy(np.array(data[split].images[rows])).float() / 255)[:, None]
-    counts = {split: len(d) for split, d in data.items()}
-    return cluster(run, cfg, folder, {split: partial(read, split) for split in data}, counts, "kmeans")
+    def read(images, rows):
+        return numbers(torch.from_numpy(np.array(images[rows])).float() / 255)[:, None]
+    sources = {split: (len(d), partial(read, d.images)) for split, d in data.items()}
+    return cluster(run, cfg, folder, sources, "kmeans")
 
 
 def colours(run, cfg, data, folder):
@@ -689,36 +687,37 @@ def pixels(run, cfg, data, folder):
 
 
 def search(run, cfg, data, folder, split):
-    """({boxes, confidence, masks, regions} of all images of a split, as `find_objects` has them; grid; info)."""
-    read, grid, info = open_features(run, cfg.features, split, dense=True)
+    """({boxes, confidence, masks, regions} of all images of a split, as `find_objects` has them; info of features)."""
+    read, info = open_features(run, cfg.features, split, dense=True)
     method = cfg.foreground if cfg.method == "masks" else cfg.method
-    images, (P, D) = data[split].images, read(slice(0, 1)).shape[1:]
+    images = data[split].images
     size = images.shape[2:]
-    shapes = dict(boxes=("f4", (cfg.objects, 4)), confidence=("f4", (cfg.objects,)), masks=("u1", size),
-                  regions=("f4", (cfg.objects, D * cfg.cells ** 2)))
+    P, D = read(slice(0, 1)).shape[1:]
     step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
 
     def compute(rows):
         shown = torch.from_numpy(np.array(images[rows])).to(run.device) if cfg.guide else None
-        return find_objects(read(rows).to(run.device), grid, size, method, cfg.objects, cfg.tau, cfg.contrast,
+        return find_objects(read(rows).to(run.device), info["grid"], size, method, cfg.objects, cfg.tau, cfg.contrast,
                             cfg.refine, shown, cfg.cells)
-    return fill_arrays(run, folder / split, len(images), shapes, step, compute), grid, info
+    shapes = dict(boxes=("f4", (cfg.objects, 4)), confidence=("f4", (cfg.objects,)), masks=("u1", size),
+                  regions=("f4", (cfg.objects, D * cfg.cells ** 2)))
+    return fill_arrays(run, folder / split, len(images), shapes, step, compute), info
 
 
 def label_objects(run, cfg, data, folder):
     """lost, ncut, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
     require(cfg.method != "masks" or cfg.K <= 254, cfg, "method K", "masks hold ids up to 255, so K is at most 254")
-    found, read, rows = {}, {}, {}
+    found, rows, sources = {}, {}, {}
     for split in data:
-        found[split], grid, info = search(run, cfg, data, folder, split)
+        found[split], info = search(run, cfg, data, folder, split)
         exists = found[split]["boxes"][..., 0] >= 0       # [N, objects]
         exists[:, 0] = True                               # every image has a first region, if only the whole image
         rows[split] = np.flatnonzero(exists)
         regions = found[split]["regions"].reshape(exists.size, -1)
-        read[split] = lambda part, x=regions, at=rows[split]: torch.from_numpy(x[at[part]])[:, None]
-    out = cluster(run, cfg, folder, read, {split: len(v) for split, v in rows.items()}, cfg.by)
+        sources[split] = len(rows[split]), partial(rows_at, regions, rows[split])
+    out = cluster(run, cfg, folder, sources, cfg.by)
     out.typical = out.typical[rows["train"] % cfg.objects == 0]
-    out.about |= dict(grid=list(grid), scales=info["scales"])
+    out.about |= {k: info[k] for k in ("grid", "scales")}
     for split, layout in found.items():
         ids = np.full(layout["boxes"].shape[:2], -1)
         ids.flat[rows[split]] = out.ids[split]
@@ -735,6 +734,11 @@ def label_objects(run, cfg, data, folder):
     return out
 
 
+def rows_at(x, at, part):
+    """Rows at[part] of an array x [M, D], as [n, 1, D]."""
+    return torch.from_numpy(x[at[part]])[:, None]
+
+
 def of_clusters(masks, ids):
     """Masks uint8 [N, H, W] of 1 + the cluster of objects, from masks of 1 + object and their ids [N, objects]."""
     table = np.pad(ids + 1, ((0, 0), (1, 0))).astype(np.uint8)
@@ -743,26 +747,28 @@ def of_clusters(masks, ids):
 
 def label_segments(run, cfg, data, folder):
     """masks with foreground=none: clusters of the patches of all images; an image bears the cluster of its mean."""
-    counts = {split: len(d) for split, d in data.items()}
-    opened = {split: open_features(run, cfg.features, split, dense=True) for split in data}
-    _, grid, info = opened["train"]
-    read = {split: r for split, (r, _, _) in opened.items()}
-    patches = prepare(run, cfg, folder / "patches", read, counts)
-    clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
-    means = {split: lambda rows, r=r: r(rows).mean(1, keepdim=True) for split, r in read.items()}
-    out = cluster(run, cfg, folder / "means", means, counts, cfg.by)
-    out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
-    out.about |= dict(segments=cfg.segments, patches=facts, grid=list(grid), scales=info["scales"])
+    def mean_of(read, rows):
+        return read(rows).mean(1, keepdim=True)
+    sources, means = {}, {}
     for split, d in data.items():
-        size = d.images.shape[2:]
+        read, info = open_features(run, cfg.features, split, dense=True)
+        sources[split] = len(d), read
+        means[split] = len(d), partial(mean_of, read)
+    patches = prepare(run, cfg, folder / "patches", sources)
+    clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
+    out = cluster(run, cfg, folder / "means", means, cfg.by)
+    grid, size = info["grid"], data["train"].images.shape[2:]
+    step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
+    for split, d in data.items():
         x = patches[split].reshape(len(d), math.prod(grid), -1)
 
         def compute(rows):
             return dict(masks=segment(torch.from_numpy(np.array(x[rows])), grid, size, *clusters, cfg.smooth))
-        step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
         found = fill_arrays(run, folder / split, len(d), dict(masks=("u1", size)), step, compute)
         out.arrays[f"masks_{split}"] = np.asarray(found["masks"])
         out.scores |= prefixed(split, score_layouts(found, d))
+    out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
+    out.about |= dict(segments=cfg.segments, patches=facts, grid=grid, scales=info["scales"])
     out.paint = lambda image, i: draw_layout(image, out.arrays["masks_train"][i] + 1)      # 0 is a segment, too
     return out
 
@@ -798,16 +804,17 @@ def permuted(run, cfg, data, folder):
     return Labels({split: reference[split][order[split]] for split in data}, info["num_labels"], arrays=arrays)
 
 
-CLUSTERS = "K center pca whiten seed"
-OBJECTS = f"features by {CLUSTERS} objects contrast refine guide cells"
+ROWS = "K center pca whiten seed"
+KMEANS = f"{ROWS} metric iterations restarts batch full"
+OBJECTS = f"features by {ROWS} objects contrast refine guide cells"
 METHODS = {                                               # name: (function, the settings that it reads)
-    "kmeans": (cluster_features, f"features {CLUSTERS} metric iterations restarts batch full"),
-    "sinkhorn": (cluster_features, f"features {CLUSTERS} eps sk_iterations rounds"),
+    "kmeans": (cluster_features, f"features {KMEANS}"),
+    "sinkhorn": (cluster_features, f"features {ROWS} eps sk_iterations rounds"),
     "lost": (label_objects, OBJECTS),
     "ncut": (label_objects, f"{OBJECTS} tau"),
-    "masks": (label_masks, f"features by {CLUSTERS} foreground"),
-    "colours": (colours, f"{CLUSTERS} metric iterations restarts batch full"),
-    "pixels": (pixels, f"{CLUSTERS} metric iterations restarts batch full pool"),
+    "masks": (label_masks, f"features by {ROWS} foreground"),
+    "colours": (colours, KMEANS),
+    "pixels": (pixels, f"{KMEANS} pool"),
     "classes": (classes, ""),
     "random": (permuted, "reference seed"),
     "subgroups": (subgroups, "groups seed"),

@@ -37,7 +37,7 @@ def test_fidelity_of_the_truth_and_of_others(kind, tmp_path):
     images, _, boxes, masks = draw_shapes(4, np.arange(50), two=0)
     maps = draw_boxes(boxes[:, None], 32) if kind == "box" else masks
     state = dict(condition=kind, label_file="none", maps=torch.from_numpy(maps), map_labels=1 if kind == "box" else 11, size=32)
-    run = SimpleNamespace(dir=tmp_path, world=1, data=SimpleNamespace(source="shapes"))
+    run = SimpleNamespace(dir=tmp_path, world=1, gather=lambda v: [v], data=SimpleNamespace(source="shapes"))
     fidelity = lambda labels: layout_fidelity(run, None, state, images, np.arange(50), labels, None)
     assert fidelity(np.arange(50))["exact_iou"] > 0.93 and fidelity(np.roll(np.arange(50), 1))["exact_iou"] < (0.65 if kind == "box" else 0.5)
     state["maps"][:25] = 1 if kind == "box" else 0        # nothing asked for, where something is
