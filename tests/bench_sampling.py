@@ -11,10 +11,11 @@ Both sides of a ratio run in turns, so that a slow moment hits both; the ratio i
 import json
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from extract_features import catalogue, reader, stream                           # noqa: E402
-from sample_ode import SampleOde, generate                                       # noqa: E402
-from configs.run import Model, fill, gpu_flags                # noqa: E402
+from sample_ode import SampleOde, Sampler, generate                              # noqa: E402
+from configs.run import Model, Processes, fill, gpu_flags     # noqa: E402
 from train_diffusion import build_model, placed                # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
+FILE = Path(tempfile.gettempdir()) / "bench_sampling.npy"
 
 
 def seconds(f):
@@ -61,7 +63,8 @@ def sampling(model, size, batch, steps, labels, w, channels=3, path="cv", solver
     torch._dynamo.reset()                                 # all networks share their code, of which so many versions are compiled and no more
     net = placed(build_model(model, size, channels, num_labels=labels).eval().requires_grad_(False), DEVICE, compiled=GPU)
     net, context = (torch.compile(net, dynamic=False), lambda: torch.autocast("cuda", torch.bfloat16)) if GPU else (net, nullcontext)
-    cfg, run = SampleOde(batch=batch, steps=steps, solver=solver, interval=list(interval)), SimpleNamespace(rank=0, world=1, device=DEVICE, vae=None, share=np.arange)
+    cfg, run = SampleOde(batch=batch, steps=steps, solver=solver, interval=list(interval)), Processes()
+    run.device, run.vae = DEVICE, None
     state = dict(path=path, predict="v", channels=channels, size=size, num_labels=labels, marginal=torch.full((max(labels, 1),), 1 / max(labels, 1)))
     grid = torch.linspace(0, 1, steps + 1).tolist()       # Heun looks at both ends of a step, DDIM at the first
     times = [t for ends in zip(grid[:-1], grid[1:]) for t in ends[:2 if solver == "heun" else 1]]
@@ -75,7 +78,7 @@ def sampling(model, size, batch, steps, labels, w, channels=3, path="cv", solver
             with context():
                 net(x[:n], t[:n], label[:n]) if labels else net(x[:n], t[:n])
     turns = 8 if GPU else 1                               # batches: the next one's noise is drawn while this one is computed
-    return dict(generate=lambda: generate(run, cfg, (net, None), state, turns * batch, w=w, context=context), network=lambda: [bare() for _ in range(turns)])
+    return dict(generate=lambda: generate(run, replace(cfg, n=turns * batch), Sampler(net, state, None, context), w, FILE), network=lambda: [bare() for _ in range(turns)])
 
 
 def extraction(model, size, batch):
