@@ -43,17 +43,18 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs.data import as_input, load_data, load_features, prepare_data, require_shape, row_shape
 from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, draw, fill, finished, key, read_json, require,
                          save_grid, seed_of, seeded, start, write_json)
 from configs.shapes import shape_parts
-from train_diffusion import PATHS, Block, UViT, build_model, cost, diffuse, footprint, load_checkpoint, load_model
-from extract_features import catalogue, cost_shares, matching, noise_level, reader, stream
+from train_diffusion import PATHS, Block, UViT, build_model, diffuse, load_checkpoint, load_model
+from extract_features import catalogue, matching, noise_level, reader, stream
 from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
-KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
+KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden"},       # that only these protocols read
             select={"measured", "noisy", "fine", "local"}, segment=FIT_KEYS | {"head", "masks", "members"}, correspond={"pairs", "points"},
             detect=FIT_KEYS | {"masks"}, cka={"grid", "against", "compared"}, boxes={"boxed"})
 
@@ -65,7 +66,7 @@ class Probe:
     protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka"] = key("sweep",
         "what is measured: see above")
     checkpoint: str = key("diffusion/base",
-                          "a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE")
+                          "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     activations: list[str] = key(["blocks"],
                                  "names and globs; blocks = every block output, for linear and head the label-free "
@@ -108,7 +109,6 @@ class Probe:
     lr: list[float] = key([3e-4, 1e-3, 3e-3],
                           "head, segment, detect: AdamW, one cycle; selected on the validation part")
     l2: list[float] = key([0.0, 0.05], "head, segment, detect: weight decay; selected with lr")
-    finetune: float = key(0.0, "head: above 0, the network is trained, too, at so many times the head's lr")
     flip: bool = key(False, "head, segment: mirror images at random")
     crop: int = key(0, "head, segment: shift images by up to so many pixels")
     seeds: list[int] = key([0, 1, 2], "head, segment, detect: of labelled subset, weights, order, noise")
@@ -677,23 +677,6 @@ class DifFeed(nn.Module):
         return self.head([second])
 
 
-class Tuned(nn.Module):
-    """A head and its own copy of the network that it reads, trained together: fine-tuning."""
-
-    def __init__(self, head, r, context):
-        super().__init__()
-        self.head, self.net, self.names, self.context = head, copy.deepcopy(r.net).requires_grad_(True), r.names, context
-
-    def train(self, mode=True):                           # without the network's dropout, whose numbers belong to no seed
-        self.head.train(mode)
-        return self
-
-    def forward(self, maps, x_t, t):
-        with self.context():
-            maps = reader(self.net, self.names, "none")(x_t, t)
-        return self.head([maps])
-
-
 @dataclass
 class Reading:
     """A kind of head and what it reads: names x times of a frozen network, maps averaged over noise draws; without a network raw pixels, or stored maps."""
@@ -703,7 +686,6 @@ class Reading:
     times: list
     draws: int = 1
     hidden: int = 0                                       # of the transformer's feed-forward parts; 0 = 4 x width
-    tuned: float = 0.0                                    # above 0: the head trains a copy of the network with itself, at so many times its lr
     stored: bool = False                                  # the maps come from a file
 
     @property
@@ -720,9 +702,6 @@ class Reading:
             return x, None, None
         if self.net is None:
             return [[x]], x, None
-        if self.tuned:                                    # the head makes the pass
-            t = torch.full((len(x),), self.times[0], device=x.device)
-            return None, diffuse(path, x, z[0], t), t
         maps, taps = [], [n for n, _ in mirrors(self.net)] if self.kind == "diffeed" else self.names
         for level in self.times:
             t = torch.full((len(x),), level, device=x.device)
@@ -760,7 +739,7 @@ def build_head(cfg, r, path, images, classes, seed, device="cpu", context=nullco
     """A fresh head for reading `r` of such images, or latents, or stored maps."""
     x = scaled(images, np.arange(1), device)
     size = None if r.stored else x.shape[2]
-    shapes, common = [m.shape[1:] for m in replace(r, tuned=0).views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
+    shapes, common = [m.shape[1:] for m in r.views(path, x, [x], nullcontext)[0][0]], (classes, cfg.width, cfg.depth, cfg.heads, cfg.side)
     with seeded(seed, "head"):
         if r.kind in ("linear", "mlp"):
             h = PooledHead(len(r.times) * shapes, classes, cfg.grid if r.net or r.stored else size, cfg.hidden if r.kind == "mlp" else ())
@@ -776,7 +755,7 @@ def build_head(cfg, r, path, images, classes, seed, device="cpu", context=nullco
             h = DifFeed(r.net, r.names[0], shapes, shape, *common, context)
         else:
             h = DifFormer(shapes, len(r.times), *common, r.hidden)
-    return (Tuned(h, r, context) if r.tuned else h).to(device)
+    return h.to(device)
 
 
 def augmented(x, flip, crop, g):
@@ -821,9 +800,8 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
     """
     trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
     steps, heads = max(1, cfg.images // batch), [build_head(cfg, r, path, images, int(y.max()) + 1, seed, device, context) for _ in trials]
-    groups = lambda h, lr: [dict(params=[*m.parameters()], lr=v) for m, v in ([(h.head, lr), (h.net, r.tuned * lr)] if r.tuned else [(h, lr)])]
-    opts = [torch.optim.AdamW(groups(h, lr), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
-    plans = [torch.optim.lr_scheduler.OneCycleLR(o, [g["lr"] for g in o.param_groups], steps + 1) for o in opts]
+    opts = [torch.optim.AdamW(h.parameters(), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
+    plans = [torch.optim.lr_scheduler.OneCycleLR(o, lr, steps + 1) for o, (lr, _) in zip(opts, trials)]
     for step in range(steps):
         rows = np.sort(np.random.default_rng(seed_of(seed, "head rows", step)).choice(fit, batch, replace=False))
         g = torch.Generator().manual_seed(seed_of(seed, "head noise", step))
@@ -836,9 +814,6 @@ def fit_head(cfg, r, path, images, y, fit, val, seed, device="cpu", context=null
         seen = r.views(path, x, torch.randn(r.draws, *x.shape, generator=g).to(device) if r.net else [], context)
         for h, o, p in zip(heads, opts, plans):
             F.cross_entropy(h.train()(*seen), target).backward()
-            if not step:                                  # parts of a network behind the activation are not trained
-                for q in h.parameters():
-                    q.requires_grad_(q.grad is not None)
             o.step()
             o.zero_grad()
             p.step()
@@ -876,9 +851,7 @@ def check_head(cfg, latents, size):
             "segment takes head=linear, uper or ensemble; head all but these two last")
     require(cfg.masks >= 0 and cfg.members >= 1 and (cfg.head != "ensemble" or cfg.masks), cfg, "head masks members",
             "an ensemble learns from few masks: name their number")
-    require(not cfg.finetune or cfg.protocol == "head" and cfg.finetune > 0 and cfg.head in ("linear", "mlp", "cnn", "attention"), cfg,
-            "protocol head finetune", "head=linear, mlp, cnn or attention can be fine-tuned, at a positive multiple of lr")
-    require(cfg.head != "diffeed" and not cfg.finetune or cfg.precision != "fp16", cfg, "head finetune precision",
+    require(cfg.head != "diffeed" or cfg.precision != "fp16", cfg, "head precision",
             "gradients go through the network here: use bf16 or fp32")
     require(cfg.head_batch >= 2 and 0 <= cfg.crop < size, cfg, "head_batch crop", f"head_batch is at least 2, crop at least 0 and below the image size, {size}")
     require(not (latents and (cfg.flip or cfg.crop)), cfg, "flip crop", "belong to pixels: latents are not mirrored and shifted with their images (data.latents)")
@@ -914,11 +887,9 @@ def readings(run, cfg, net, state, context, names, times, images, y, fit, val):
     count = lambda r: sum(p.numel() for p in build_head(cfg, r, path, images.only(r.names, r.times) if stored else images, classes, 0, run.device).parameters())
     score = ridge_ranking(run, cfg, net, state, context, images, y, fit, val, names, times) if len(names) * len(times) > 1 else {(names[0], times[0]): 0}
     name, t = max(score, key=score.get)
-    together = cfg.head == "difformer" or (cfg.head in ("linear", "mlp") and not cfg.finetune)      # the other heads read one map
+    together = cfg.head in ("difformer", "linear", "mlp")      # the other heads read one map
     where, plain = (names, times) if together else ([name], [t]), "attention" if fused else cfg.head
-    out = {cfg.head: read(cfg.head, *where, tuned=cfg.finetune)}
-    if cfg.finetune:
-        out["frozen network"] = read(cfg.head, *where)
+    out = {cfg.head: read(cfg.head, *where)}
     if fused:
         one, spare = read(plain, [name], [t]), cfg.depth * (2 * cfg.width + 1)                      # spare: parameters of one more hidden unit in every block
         out["best single (block, t)"] = one
@@ -955,7 +926,7 @@ def head(run, cfg, net, state, context):
             draws = cfg.draws if r.net and r.times != [1.0] else 1               # without noise all draws are equal
             tested = [evaluate([best], r, path, unseen, y_test, np.arange(len(test)), cfg.batch, seed, f"head test {d}", **where)[0][0] for d in range(draws)]
             row = rows.setdefault(what, dict(head=r.kind, passes=r.passes, results=[],
-                                             parameters=sum(p.numel() for p in best.parameters() if p.requires_grad)))
+                                             parameters=sum(p.numel() for p in best.parameters())))
             row["results"].append(dict(seed=seed, activations=r.names, t=r.times, lr=lr, l2=l2, validation=score, test=tested))
     for what, row in rows.items():
         means, spreads = zip(*(mean_std(s["test"]) for s in row["results"]))
@@ -1721,15 +1692,12 @@ def cka(run, cfg, net, state, context):
     return dict(images=len(rows), table=table, cka=matrix)
 
 
-def images_read(cfg, times, n, m):
-    """How many passes of single images a protocol makes, for --dry-run, at so many noise times; n, m: training and test images."""
-    val, few = min(cfg.validation, n // 5), min(cfg.fit + cfg.validation, n)
-    if cfg.protocol in ("head", "segment", "detect"):
-        passes = 2 if cfg.head == "diffeed" else times if cfg.protocol == "segment" or cfg.head in ("linear", "mlp", "difformer") else 1
-        again = len(cfg.lr) * len(cfg.l2) if cfg.protocol == "detect" else 1     # trials of a head share their passes
-        return len(cfg.seeds) * passes * (again * (cfg.images + val) + m * (cfg.draws if cfg.protocol == "head" else 1))
-    return times * dict(sweep=few, boxes=2 * min(cfg.boxed, n), select=2 * cfg.measured + few, correspond=6 * cfg.pairs, cka=2 * min(cfg.compared, m),
-                        linear=cfg.draws * (n + m))[cfg.protocol]
+def operations(net, channels, size, device):
+    """(operations of a forward pass of one image, parameters)."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        net(torch.zeros(1, channels, size, size, device=device), torch.zeros(1, device=device))
+    return counter.get_total_flops(), sum(p.numel() for p in net.parameters())
 
 
 def main():
@@ -1740,8 +1708,8 @@ def main():
     if cfg.features:
         require(cfg.protocol == "linear" or cfg.protocol == "head" and cfg.head != "diffeed", cfg, "features protocol head",
                 "stored features serve protocol=linear, and head with any head but diffeed")
-        require(not (cfg.transfer or cfg.finetune or cfg.flip or cfg.crop or cfg.activations != ["blocks"]), cfg,
-                "features activations transfer finetune flip crop", "what is stored cannot be changed, and all of it is read")
+        require(not (cfg.transfer or cfg.flip or cfg.crop or cfg.activations != ["blocks"]), cfg,
+                "features activations transfer flip crop", "what is stored cannot be changed, and all of it is read")
         info = load_features(run, cfg.features, "train")[1]
         net, state, cfg.checkpoint = None, dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None), info["checkpoint"]
         if set(cfg.controls) - {"pixels"}:
@@ -1778,13 +1746,9 @@ def main():
         run.say(f"note: protocol={cfg.protocol} does not divide its work; one process is as fast")
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
-        if net and not cfg.transfer:
-            reads = recipe.get("reads") or (block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations), cfg.t)
-            x = torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device)
-            share = 1.0 if cfg.head == "diffeed" and cfg.protocol == "head" else max(v for n, v in cost_shares(net, x, torch.zeros(1, device=run.device)).items() if n in reads[0])
-            flops, count = footprint(net, state["channels"], state["size"])[0], images_read(cfg, len(reads[1]), *(len(load_data(run, s)) for s in ("train", "test")))
-            cost(run, f"about {flops / 1e9:,.2f} GFLOP forward an image x {share:.2f} (as far as is read) x {count:,} images and times, for the row that is asked for "
-                 "(controls, and heads themselves, come on top)", flops * share * count)
+        if net:
+            flops, count = operations(net, state["channels"], state["size"], run.device)
+            run.say(f"{count:,} parameters, {flops / 1e9:,.2f} GFLOP a forward pass")
         return
     if run.agreed(lambda: finished(run, path, recipe)):
         return
