@@ -87,18 +87,17 @@ class Probe:
     neighbours: int = key(20, "sweep: k of kNN (cosine); linear tries 1, 5, 20, 50", low=1)
     boxed: int = key(128, "boxes: images in which boxes are found", low=2)
     measured: int = key(64, "select: images whose maps are measured", low=2)
-    noisy: float = key(1.0, "select: keep up to so many times the median noise sensitivity of block outputs then", low=0)
-    fine: float = key(0.5, "select: keep from so many times the median granularity of block outputs of that size", low=0)
-    local: float = key(1.25, "select: keep up to so many times the median locality of block outputs of that size",
-                       low=0)
+    noisy: float = key(1.0, "select: keep up to so many times the median noise sensitivity of block outputs", low=0)
+    fine: float = key(0.5, "select: keep from so many times the median granularity of block outputs that size", low=0)
+    local: float = key(1.25, "select: keep up to so many times the median locality of block outputs that size", low=0)
     # controls
     controls: list[Literal["pixels", "random", "supervised"]] = key(["pixels", "random", "supervised"],
         "linear, head, segment, detect, correspond: what to compare with")
     supervised_images: int = key(100_000, "images that the supervised control is trained on", low=1)
     draws: int = key(3, "linear, head: noise draws, each probed or tested alone: mean and spread", low=1)
     # heads
-    head: str = key("attention", "head: linear, mlp, cnn, attention, difformer, diffeed; segment: linear, uper, ensemble")
-    labels_share: float = key(1.0, "head: share of the labels of each class, in training and validation", above=0, high=1)
+    head: str = key("attention", "linear, mlp, cnn, attention, difformer, diffeed; segment: linear, uper, ensemble")
+    labels_share: float = key(1.0, "head: share of the labels of each class, to learn and to select", above=0, high=1)
     per_class: int = key(0, "head: or so many labels of each class, of both", low=0)
     width: int = key(256, "head, segment, detect: channels of the head (papers: 1024)", low=1)
     depth: int = key(2, "head: transformer blocks of attention, difformer, diffeed", low=1)
@@ -108,8 +107,7 @@ class Probe:
     hidden: list[int] = key([512], "head: hidden sizes of mlp", low=1)
     images: int = key(100_000, "head, segment, detect: images that every head sees", low=1)
     head_batch: int = key(128, "head, segment, detect: images per update", low=2)
-    lr: list[float] = key([3e-4, 1e-3, 3e-3], "head, segment, detect: AdamW, one cycle; selected on the validation part",
-                          above=0)
+    lr: list[float] = key([3e-4, 1e-3, 3e-3], "head, segment, detect: of AdamW, one cycle; selected", above=0)
     l2: list[float] = key([0.0, 0.05], "head, segment, detect: weight decay; selected with lr", low=0)
     flip: bool = key(False, "head, segment: mirror images at random")
     crop: int = key(0, "head, segment: shift images by up to so many pixels", low=0)
@@ -129,7 +127,7 @@ class Probe:
     overwrite: bool = key(False, "replace a result of another recipe under this name")
 
 
-COMMON_KEYS = {"protocol", "weights", "activations", "t", "precision", "seed"}                   # every recipe has these
+COMMON_KEYS = {"protocol", "weights", "activations", "t", "precision", "seed"}   # every recipe has them
 CONTROL_KEYS = {"controls", "supervised_images", "validation"}
 TRAIN_KEYS = {"width", "images", "head_batch", "lr", "l2", "seeds"} | CONTROL_KEYS
 
@@ -139,7 +137,7 @@ TRAIN_KEYS = {"width", "images", "head_batch", "lr", "l2", "seeds"} | CONTROL_KE
 
 @dataclass
 class Source:
-    """Activations `names` at noise `times` of a frozen network. net=None: nothing but the images, or stored features."""
+    """Activations `names` at noise `times` of a frozen network. net=None: only the images, or stored features."""
     net: nn.Module | None
     state: dict                                           # its checkpoint
     names: list
@@ -241,6 +239,11 @@ class Stored:
         return torch.cat(out)
 
 
+def classes_of(data):
+    """Classes int64 [N]; -1 = not known."""
+    return torch.from_numpy(np.array(data.classes))
+
+
 def block_outputs(net):
     """Names of the catalogue that are the output of a whole block (between modules, not inside them)."""
     names = [n for n in catalogue(net) if n.endswith("-out") and n != "unet-out"]
@@ -269,6 +272,11 @@ def fit_and_validation(run, cfg, n):
         run.say(f"{n} training images: fit={fit} and validation={held} in place of {cfg.fit} and {cfg.validation}")
     order = shuffled(cfg, n)
     return np.sort(order[:fit]), np.sort(order[fit:fit + held])
+
+
+def some_rows(rows, seed, purpose, n):
+    """Up to n of the rows, or of range(rows), drawn by a seed; sorted."""
+    return np.sort(np.random.default_rng(seed_of(seed, purpose)).permutation(rows)[:n])
 
 
 def split_rows(cfg, n):
@@ -318,7 +326,7 @@ def score_time(source, cfg, data, fit, val, K):
     a, v = (source.vectors(data.inputs, rows, "probe 0") for rows in (fit, val))
     few = len(source.names) <= 2                          # they have nothing to agree with: the most stable is chosen
     b = source.vectors(data.inputs, fit, "probe 1") if few else None
-    y = torch.from_numpy(np.array(data.classes))
+    y = classes_of(data)
     classes, known = int(y.max()) + 1, bool((y >= 0).all())
     y_fit, y_val = (y[rows].to(source.device) for rows in (fit, val))
     rows, clusters = [], []
@@ -348,12 +356,11 @@ def label_free_choice(table, criterion):
     return max(table, key=lambda r: r[criterion])
 
 
-PLACE = ("activation", "t", "rho", "log_snr")
 SWEEP_KEYS = {"fit", "validation", "K", "neighbours"}
 
 
 def sweep(run, cfg, source):
-    """Score every (activation, t) and choose one without labels; draws the surfaces."""
+    """Score every (activation, t) and choose one without labels."""
     data = probed(run, "train")
     fit, val = fit_and_validation(run, cfg, len(data))
     K = min(cfg.K, max(2, len(fit) // 4))                 # clusters of four images at least
@@ -366,25 +373,43 @@ def sweep(run, cfg, source):
             progress.update(1)
     table = sorted(itertools.chain(*run.gather(table)), key=lambda r: (source.names.index(r["activation"]), r["t"]))
     criterion = "stability" if len(source.names) <= 2 else "consensus"
+    how = criterion + ", noisiest time within 3 %" * (criterion == "consensus")
     chosen = label_free_choice(table, criterion)
-    result = dict(K=K, fit=len(fit), validation=len(val),
-                  criterion="stability" if criterion == "stability" else "consensus, noisiest time within 3 %",
-                  label_free=pick(chosen, *PLACE, criterion))
-    marks, said = [("F", chosen)], f"{criterion} {chosen[criterion]:.3f}"
-    if "nmi" in chosen:
-        best = {k: max(table, key=lambda r: r[k]) for k in ("nmi", "knn", "linear")}
-        tracks = {k: rank_correlation(table, k, "nmi") for k in (criterion, "silhouette")}
-        result |= dict(label_free_scores=pick(chosen, *best), tracks_nmi=tracks,
-                       oracle={k: pick(r, *PLACE, k) for k, r in best.items()})
-        said += (f"; NMI {chosen['nmi']:.3f}, linear probe {chosen['linear']:.3f}; with labels one would take "
-                 f"{at(best['nmi'])} (NMI {best['nmi']['nmi']:.3f}); rank correlation with NMI {tracks[criterion]:.2f}")
-        draw_surface(run, "-linear", table, "linear", "validation accuracy of a linear probe; F = label-free choice, "
-                     "O = best", [*marks, ("O", best["linear"])])
-        marks.append(("O", best["nmi"]))
-    shown = "nmi" if "nmi" in chosen else criterion
-    draw_surface(run, "", table, shown, f"{shown} of k-means (K={K}); F = label-free choice, O = best with labels", marks)
-    run.say(f"label-free choice: {at(chosen)}: {said}")
-    return result | dict(table=table)
+    return dict(K=K, fit=len(fit), validation=len(val), criterion=how) | report_choice(
+        run, table, chosen, [criterion], ["nmi", "linear", "knn"])
+
+
+def report_choice(run, table, chosen, criteria, truth):
+    """What is known of the row of a table that was chosen without labels; beside it, where labels gave the scores
+    `truth`, the choices by these and how the criteria follow them. Draws the surfaces of the first two."""
+    def about(row, *keys):
+        return {k: row[k] for k in ("activation", "t", "rho", "log_snr", *keys)}
+
+    result = dict(label_free=about(chosen, *criteria))
+    if truth[0] not in chosen:
+        draw_surface(run, "", table, criteria[0], "F = label-free choice", [("F", chosen)])
+        run.say(f"label-free choice: {about_line(chosen, criteria[0])}")
+        return result | dict(table=table)
+    best = {k: max(table, key=lambda r: r[k]) for k in truth}
+    for k, suffix in zip(truth, ("", f"-{truth[1]}")):
+        marks = [("F", chosen), ("O", best[k])]
+        draw_surface(run, suffix, table, k, "F = label-free choice, O = the best by labels", marks)
+    tracks = {c: {k: rank_correlation(table, c, k) for k in truth} for c in criteria}
+    run.say(f"label-free choice: {about_line(chosen, criteria[0], *truth)}; with labels one would take "
+            f"{about_line(best[truth[0]], truth[0])}; rank correlation of {criteria[0]} with {truth[0]} "
+            f"{tracks[criteria[0]][truth[0]]:.2f}")
+    return result | dict(label_free_scores={k: chosen[k] for k in truth}, tracks=tracks,
+                         oracle={k: about(row, k) for k, row in best.items()}, table=table)
+
+
+def about_line(row, *keys):
+    """Place and scores of a row as text."""
+    return f"{row['activation']} at t={row['t']:g} ({', '.join(f'{k} {row[k]:.3f}' for k in keys)})"
+
+
+def rank_correlation(table, a, b):
+    """Spearman's rho of two columns; one that is constant correlates with nothing."""
+    return float(np.nan_to_num(spearmanr([r[a] for r in table], [r[b] for r in table]).statistic))
 
 
 def box_agreement(a, b):
@@ -410,14 +435,14 @@ BOXES_KEYS = {"boxed"}
 
 
 def boxes(run, cfg, source):
-    """Score every (activation, t) by the boxes found with it, without labels; draws the surface.
+    """Score every (activation, t) by the boxes found with it, without labels.
 
     stability: agreement of the boxes under two noise draws. consensus: mean agreement with the boxes of all other
     activations and times. Stability alone would take the least noise, consensus alone the coarse middle of the network,
     where boxes are loose: the choice is the greatest sum.
     """
     data = probed(run, "train")
-    rows = np.sort(shuffled(cfg, len(data))[:cfg.boxed])
+    rows = some_rows(len(data), cfg.seed, "probe rows", cfg.boxed)
     if len(source.names) * len(source.times) < 2 or len(rows) < 2:
         raise UserError("protocol=boxes compares activations and times, on at least two images")
     mine, times = {}, sorted(source.times)
@@ -436,37 +461,9 @@ def boxes(run, cfg, source):
         if truth is not None:
             scores |= dict(corloc=corloc(a[:, None], truth), iou=float(iou(a[:, None], truth).max(1).mean()))
         table.append(dict(activation=name, **noise_level(source.state["path"], t), **scores))
-    chosen, criteria = max(table, key=lambda r: r["agreement"]), ("agreement", "stability", "consensus")
-    result = dict(images=len(rows), method="lost", criterion="stability + consensus",
-                  label_free=pick(chosen, *PLACE, *criteria))
-    marks, said = [("F", chosen)], f"agreement {chosen['agreement']:.3f}"
-    if truth is not None:
-        best = max(table, key=lambda r: r["iou"])
-        tracks = {k: {s: rank_correlation(table, k, s) for s in ("corloc", "iou")} for k in criteria}
-        result |= dict(label_free_scores=pick(chosen, "corloc", "iou"), tracks=tracks,
-                       oracle=pick(best, "activation", "t", "corloc", "iou"))
-        marks.append(("O", best))
-        said += (f"; IoU {chosen['iou']:.3f}; with true boxes one would take {at(best)} (IoU {best['iou']:.3f}); "
-                 f"rank correlation with IoU {tracks['agreement']['iou']:.2f}")
-    shown = "agreement" if truth is None else "iou"
-    draw_surface(run, "", table, shown, f"{shown} of boxes; F = label-free choice, O = best with true boxes", marks)
-    run.say(f"label-free choice: {at(chosen)}: {said}")
-    return result | dict(table=table)
-
-
-def pick(row, *keys):
-    """These keys of a dict."""
-    return {k: row[k] for k in keys}
-
-
-def at(row):
-    """The place that a row of a table is about, as text."""
-    return f"{row['activation']} at t={row['t']:g}"
-
-
-def rank_correlation(table, a, b):
-    """Spearman's rho of two columns; one that is constant correlates with nothing."""
-    return float(np.nan_to_num(spearmanr([r[a] for r in table], [r[b] for r in table]).statistic))
+    chosen = max(table, key=lambda r: r["agreement"])
+    return dict(images=len(rows), method="lost", criterion="stability + consensus") | report_choice(
+        run, table, chosen, ["agreement", "stability", "consensus"], ["iou", "corloc"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +486,7 @@ def ridge(x, y, classes, l2):
     return torch.linalg.solve(x.T @ x + torch.diag(penalty), x.T @ F.one_hot(y, classes).double()).float()
 
 
-SWEEP = 3e-4                                              # tolerance of a sweep: accuracies within 0.3 points of converged ones
+SWEEP = 3e-4                                              # tolerance of sweeps: accurate within 0.3 points
 
 
 def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=1000):
@@ -497,8 +494,8 @@ def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=1000):
 
     l2 on the weights, not the bias; start: weights to begin with. Solved for u, where w = u C^-1 and CC' = X'X / 2N +
     l2: the Hessian of each class is nowhere above CC' (Boehning 1992), so that of u is nowhere above 1. First by
-    accelerated steps, restarted when they point uphill (arXiv 1204.3982), in the layout [classes, N], in which a softmax
-    is cheap. They are enough unless l2 is small; then L-BFGS goes on.
+    accelerated steps, restarted when they point uphill (arXiv 1204.3982), in the layout [classes, N], whose softmax is
+    cheap. They are enough unless l2 is small; then L-BFGS goes on.
     """
     x = torch.cat([x, x.new_ones(len(x), 1)], 1).T.contiguous()                  # [D + 1, N]
     target = F.one_hot(y, classes).T.float()                                     # [classes, N]
@@ -571,7 +568,7 @@ def plus_minus(std):
     return "" if std is None else f" +- {std:.4f}"
 
 
-def compare(run, cfg, sources, measure, seeds, scores, title="", unit="seed"):
+def compare(run, sources, measure, seeds, scores, title="", unit="seed"):
     """A row for each source: what it is, what was measured with every seed, mean and spread of `scores`; says them.
 
     sources: seed -> {what: Source}; measure(what, source, seed) -> dict of results, one of them `parameters`.
@@ -593,13 +590,13 @@ def compare(run, cfg, sources, measure, seeds, scores, title="", unit="seed"):
                 f"parameters, {row['passes']} pass(es) per image")
     if title and run.rank == 0:
         means = [[row[k] for k in scores] for row in rows.values()]
-        heat_map(run.dir / "probe" / f"{cfg.name}.png", means, list(rows), scores, title)
+        heat_map(picture(run), means, list(rows), scores, title)
     return rows
 
 
 def controls(run, cfg, asked, single, images, y, rows):
-    """What to compare with, {what: Source}: random weights in place of those of `asked`; in place of `single`, which one
-    map is enough for, a network taught the classes y of `rows` of the images, and the raw pixels."""
+    """What to compare with, {what: Source}: random weights in place of those of `asked`; in place of those of `single`
+    a network taught the classes y of `rows` of the images; and the raw pixels."""
     out = {}
     if "random" in cfg.controls:
         out["random weights"] = replace(asked, net=random_network(asked))
@@ -638,7 +635,8 @@ def train_supervised(run, cfg, source, images, y, rows, batch=128):
         width = read(source.shown(images, rows[:1]), one)[0].shape[1]
     with seeded(source.seed, "supervised head"):
         head = nn.Linear(width, int(y.max()) + 1).to(source.device)
-    context = autocast(run, "auto" if cfg.precision == "fp16" else cfg.precision)[0]     # fp16 would need scaled gradients
+    precision = "auto" if cfg.precision == "fp16" else cfg.precision             # fp16 would need scaled gradients
+    context = autocast(run, precision)[0]
     steps = max(1, cfg.supervised_images // batch)
     opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps + 1)
@@ -669,7 +667,7 @@ def choice_or_named(run, cfg, net):
     if len(cfg.t) == 1 or len(cfg.t) > 1 and (cfg.protocol, cfg.head) == ("head", "difformer"):
         return names, cfg.t
     if cfg.t:
-        run.say(f"reads t={t:g}, the label-free choice: several times in t= are the sweep's; name activations= for them")
+        run.say(f"reads t={t:g}, the label-free choice: several times in t= are the sweep's")
     return names, [t]
 
 
@@ -682,7 +680,7 @@ def unlearnt(y, y_test):
 def known_classes(run, protocol):
     """Training and test part of the data with their classes, int64 [N]; a missing class is a UserError."""
     train, test = (probed(run, split) for split in ("train", "test"))
-    y, y_test = (torch.from_numpy(np.array(part.classes)) for part in (train, test))
+    y, y_test = (classes_of(part) for part in (train, test))
     if (y < 0).any() or (y_test < 0).any():
         raise UserError(f"protocol={protocol} needs the class of every image, and this data lacks some")
     if protocol != "select" and (new := unlearnt(y, y_test)):                    # it reads the training part alone
@@ -707,8 +705,8 @@ LINEAR_KEYS = CONTROL_KEYS | {"draws"}
 
 
 def linear(run, cfg, source):
-    """Linear probe and kNN of one activation, or several side by side, selected on the validation part; the test part is
-    reported once for every noise draw; controls beside it."""
+    """Linear probe and kNN of one activation, or several side by side, selected on the validation part; the test part
+    is reported once for every noise draw; controls beside it."""
     train, test, y, y_test = known_classes(run, "linear")
     fit, val = map(np.sort, split_rows(cfg, len(train)))
 
@@ -733,7 +731,7 @@ def linear(run, cfg, source):
     def sources(number):                                  # what reads no noise is measured once
         return {what: s for what, s in every.items() if s.noisy or number == 0}
 
-    rows = compare(run, cfg, sources, measure, range(cfg.draws), ["linear", "knn"], "test accuracy", unit="draw")
+    rows = compare(run, sources, measure, range(cfg.draws), ["linear", "knn"], "test accuracy", unit="draw")
     return dict(train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
 
 
@@ -834,7 +832,7 @@ class DifFeed(nn.Module):
 
     def __init__(self, net, name, shapes, shape, classes, width, depth, heads, side=16, context=nullcontext):
         super().__init__()
-        self.frozen = net, name, [m for _, m in mirrors(net)], context           # in a tuple: no part of what is trained
+        self.frozen = net, name, [m for _, m in mirrors(net)], context           # a tuple: not to be trained
         self.back = nn.ModuleList()
         for c, _, _ in shapes:
             self.back.append(nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()))
@@ -899,14 +897,14 @@ def feedback_head(cfg, inputs, classes):
 ALL, BEST = "all", "best"                                 # activations and times that a head reads
 HEADS = {                                                 # (protocol, name): (constructor, which it reads)
     ("head", "linear"): (pooled_head, ALL),
-    ("head", "mlp"): (lambda cfg, inputs, classes: pooled_head(cfg, inputs, classes, cfg.hidden), ALL),
-    ("head", "cnn"): (lambda cfg, inputs, classes: cnn_head(inputs.shapes[0][0], classes, cfg.width), BEST),
+    ("head", "mlp"): (lambda cfg, m, classes: pooled_head(cfg, m, classes, cfg.hidden), ALL),
+    ("head", "cnn"): (lambda cfg, m, classes: cnn_head(m.shapes[0][0], classes, cfg.width), BEST),
     ("head", "attention"): (transformer_head, BEST),
     ("head", "difformer"): (transformer_head, ALL),
     ("head", "diffeed"): (feedback_head, BEST),
-    ("segment", "linear"): (lambda cfg, inputs, classes: LinearMap(inputs.every, classes, inputs.side), ALL),
-    ("segment", "uper"): (lambda cfg, inputs, classes: UPer(inputs.shapes, inputs.times, classes, inputs.side, cfg.width), ALL),
-    ("segment", "ensemble"): (lambda cfg, inputs, classes: PixelMlps(inputs.every, classes, inputs.side, cfg.members), ALL),
+    ("segment", "linear"): (lambda cfg, m, classes: LinearMap(m.every, classes, m.side), ALL),
+    ("segment", "uper"): (lambda cfg, m, classes: UPer(m.shapes, m.times, classes, m.side, cfg.width), ALL),
+    ("segment", "ensemble"): (lambda cfg, m, classes: PixelMlps(m.every, classes, m.side, cfg.members), ALL),
 }
 
 
@@ -1049,8 +1047,8 @@ def readings(cfg, source, images, y, fit, val):
     return out, single
 
 
-HEAD_KEYS = TRAIN_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "draws", "flip",
-                          "crop"}
+HEAD_KEYS = TRAIN_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "draws",
+                          "flip", "crop"}
 
 
 def head(run, cfg, source):
@@ -1081,12 +1079,14 @@ def head(run, cfg, source):
     def measure(what, s, seed):
         seen, unseen = images[s.stored]
         best, chosen = fit_head(cfg, s, seen, y, *rows_of(seed), seed, run, what)
-        draws = range(cfg.draws if s.noisy else 1)
-        tested = [evaluate([best], s, unseen, y_test, np.arange(len(test)), seed, f"head test {d}")[0][0] for d in draws]
+        tested = []
+        for d in range(cfg.draws if s.noisy else 1):
+            (score, _), = evaluate([best], s, unseen, y_test, np.arange(len(test)), seed, f"head test {d}")
+            tested.append(score)
         mean, std = mean_std(tested)
         return chosen | dict(test=tested, accuracy=mean, noise_std=std, parameters=count(best))
 
-    rows = compare(run, cfg, sources, measure, cfg.seeds, ["accuracy"], f"test accuracy, {cfg.head} head")
+    rows = compare(run, sources, measure, cfg.seeds, ["accuracy"], f"test accuracy, {cfg.head} head")
     fit, val = rows_of(cfg.seeds[-1])
     return dict(head=cfg.head, seeds=cfg.seeds, fresh_noise=not source.stored, train_images=len(fit),
                 validation_images=len(val), test_images=len(test), rows=rows)
@@ -1108,8 +1108,8 @@ def granularity(a, size):
     """Length at which the spatial autocorrelation of maps [N, C, H, W], averaged over channels, falls to 1/e, in pixels
     of the size x size image.
 
-    The mean of each map is taken away, so that what is equal all over an image does not count as coarse; lengths of half
-    a map and more come out too small.
+    The mean of each map is taken away, so that what is equal all over an image does not count as coarse; lengths of
+    half a map and more come out too small.
     """
     whole, a = a.square().mean((0, 2, 3)), a - a.mean((2, 3), keepdim=True)
     power = a.square().mean((0, 2, 3))                    # [C]
@@ -1210,7 +1210,7 @@ def select(run, cfg, source):
         write_selection(run, cfg, chosen)
     shown = {r["activation"] for r in rest}
     draw_surface(run, "", [r for r in table if r["activation"] in shown], "linear",
-                 "validation accuracy of a linear probe; activations that pass", [("*", r) for r in best.values()])
+                 "validation accuracy, of activations that pass", [("*", r) for r in best.values()])
     return dict(measured=min(cfg.measured, len(fit)), chosen=chosen, table=table)
 
 
@@ -1220,8 +1220,9 @@ def write_selection(run, cfg, chosen):
     own = run.sections["probe"]
     keep = {k: own[k] for k in ("precision", "batch", "draws", "validation", "seed")}
     extract = run.sections.get("extract_features", {}) | whose | dict(name=cfg.name)
+    sections = run.sections | dict(extract_features=extract, probe=keep | whose)
     with atomic(run.dir / "probe" / f"{cfg.name}.yaml") as f:
-        f.write(yaml.safe_dump(run.sections | dict(extract_features=extract, probe=keep | whose), sort_keys=False).encode())
+        f.write(yaml.safe_dump(sections, sort_keys=False).encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1234,7 +1235,7 @@ def confusion_matrix(found, truth, classes):
 
 
 def mean_iou(table):
-    """Intersection over union, averaged over the classes that occur in truth or prediction; table [classes, classes]."""
+    """Intersection over union, averaged over the classes that occur in truth or prediction."""
     both = table.diag()
     union = table.sum(0) + table.sum(1) - both
     return float((both / union)[union > 0].mean())
@@ -1290,8 +1291,8 @@ class UPer(nn.Module):
 
 
 class PixelMlps(nn.Sequential):
-    """Ensemble of pixel classifiers (arXiv 2112.03126): channels -> 128 -> 32 -> classes (from 30 classes on 256 -> 128),
-    as groups of one convolution."""
+    """Ensemble of pixel classifiers (arXiv 2112.03126): channels -> 128 -> 32 -> classes (from 30 classes on 256 ->
+    128), as groups of one convolution."""
 
     def __init__(self, shapes, classes, size, members):
         sizes, layers = [sum(c for c, _, _ in shapes), *((256, 128) if classes >= 30 else (128, 32)), classes], []
@@ -1376,13 +1377,12 @@ def known_masks(run, protocol):
     """Training and test part with their masks, int16 [N, H, W], void -100."""
     parts = [probed(run, split) for split in ("train", "test")]
     if any(p.masks is None or p.masks.shape[1:] != p.images.shape[2:] for p in parts):
-        raise UserError(f"protocol={protocol} needs a mask for every image, and this data has none (data.source=shapes, "
-                        "or arrays with masks)")
+        raise UserError(f"protocol={protocol} needs a mask for every image, and this data has none")
     y = [torch.from_numpy(np.array(p.masks).astype(np.int16)) for p in parts]
     for m in y:
         m[m == 255] = -100
         if (m < 0).all():
-            raise UserError(f"protocol={protocol}: the masks of the training or the test images are void (255) everywhere")
+            raise UserError(f"protocol={protocol}: masks of training or test images are void (255) everywhere")
     if new := unlearnt(*y):
         run.say(f"note: class {new} is in test masks, but in none of training: it cannot be found, and counts as such")
     return *parts, *y
@@ -1390,7 +1390,7 @@ def known_masks(run, protocol):
 
 def few_rows(cfg, parts, seed):
     """(rows to learn from, rows to select on): `masks` of each part, or all."""
-    return [np.sort(np.random.default_rng(seed_of(seed, "masks")).permutation(part)[:cfg.masks or None]) for part in parts]
+    return [some_rows(part, seed, "masks", cfg.masks or None) for part in parts]
 
 
 @torch.no_grad()
@@ -1412,8 +1412,7 @@ def segment(run, cfg, source):
     train, test, y, y_test = known_masks(run, "segment")
     classes, parts = 1 + int(max(y.max(), y_test.max())), split_rows(cfg, len(train))
     source = replace(source, task="segment", head=cfg.head, batch=chunk_of(train.images))
-    known = torch.from_numpy(np.array(train.classes))
-    every = {cfg.head: source} | controls(run, cfg, source, source, train.images, known, parts[0])
+    every = {cfg.head: source} | controls(run, cfg, source, source, train.images, classes_of(train), parts[0])
     doubts = dict(right=[], wrong=[])                     # divergence at pixels that are found rightly and wrongly
 
     def measure(what, s, seed):
@@ -1431,11 +1430,11 @@ def segment(run, cfg, source):
                 doubts["right"].append(spread[(truth >= 0) & (found == truth)])
                 doubts["wrong"].append(spread[(truth >= 0) & (found != truth)])
         if what == cfg.head and seed == cfg.seeds[0] and run.rank == 0:
-            draw_segments(run.dir / "probe" / f"{cfg.name}.png", test.images, y_test, shown, cfg.head == "ensemble")
+            draw_segments(picture(run), test.images, y_test, shown, cfg.head == "ensemble")
         pixels = float(table.trace() / table.sum())
         return chosen | dict(miou=mean_iou(table), pixel_accuracy=pixels, parameters=count(best))
 
-    rows = compare(run, cfg, lambda seed: every, measure, cfg.seeds, ["miou"])
+    rows = compare(run, lambda seed: every, measure, cfg.seeds, ["miou"])
     fit, val = few_rows(cfg, parts, cfg.seeds[-1])
     result = dict(head=cfg.head, classes=classes, train_images=len(fit), test_images=len(test), rows=rows,
                   validation_images=0 if cfg.head == "ensemble" else len(val))
@@ -1537,9 +1536,9 @@ def similarity(source, target, points, size):
     """Cosine similarity of points [N, P, 2] in [-1, 1] of maps source [N, C, h, w] with every pixel of target
     [N, C, h, w], [N, P, size * size]. Maps are centred per pair, since activations share a large common direction."""
     mean = (source.mean((2, 3), keepdim=True) + target.mean((2, 3), keepdim=True)) / 2
-    a = F.grid_sample(source - mean, points[:, :, None], padding_mode="border", align_corners=False)[..., 0]     # [N, C, P]
+    a = F.grid_sample(source - mean, points[:, :, None], padding_mode="border", align_corners=False)
     b = F.normalize(enlarged(target - mean, size), dim=1).flatten(2)             # [N, C, size * size]
-    return F.normalize(a, dim=1).transpose(1, 2) @ b
+    return F.normalize(a[..., 0], dim=1).transpose(1, 2) @ b
 
 
 def matches(source, pairs):
@@ -1578,7 +1577,7 @@ def correspond_pairs(run, cfg):
     rows, warped = {}, {}
     for split, part in data.items():
         n = min(cfg.pairs, max(1, len(part) // 2))        # half at most, so that the supervised control has others
-        r = rows[split] = np.sort(np.random.default_rng(seed_of(cfg.seed, "pairs")).permutation(len(part))[:n])
+        r = rows[split] = some_rows(len(part), cfg.seed, "pairs", n)
         masks = None if part.masks is None else part.masks[r]
         warped[split] = warped_pairs(part.images[r], masks, cfg.points, seed_of(cfg.seed, f"warps {split}"))
     test, tasks = data["test"], dict(warps=warped["test"])
@@ -1593,8 +1592,8 @@ def correspond_pairs(run, cfg):
 
 
 def correspond(run, cfg, source):
-    """PCK of every (activation, t) on warped training images; of the best, and of all together, on test images; controls
-    beside it: random weights at the place that is best for them, the supervised network at the same activation without
+    """PCK of every (activation, t) on warped training images; of the best, and of all together, on test images; beside
+    it random weights at the place that is best for them, the supervised network at the same activation without
     noise. Nothing is trained (2410.03558 trains a convolution)."""
     known, tasks, train, rows = correspond_pairs(run, cfg)
 
@@ -1604,8 +1603,8 @@ def correspond(run, cfg, source):
         return replace(s, names=[name], times=[t]), score
 
     chosen, score = best_place(source)
-    y, others = torch.from_numpy(np.array(train.classes)), np.setdiff1d(np.arange(len(train)), rows)
-    compared = controls(run, cfg, source, chosen, train.images, y, others)
+    others = np.setdiff1d(np.arange(len(train)), rows)
+    compared = controls(run, cfg, source, chosen, train.images, classes_of(train), others)
     if "random weights" in compared:
         compared["random weights"] = best_place(compared["random weights"])[0]
     scores, (name, t) = {}, (chosen.names[0], chosen.times[0])
@@ -1620,10 +1619,10 @@ def correspond(run, cfg, source):
             scores.setdefault(what, {})[task] = got
             run.say(f"{task:8} {what:40} " + "  ".join(f"{k} {v:.3f}" for k, v in got.items()))
         if run.rank == 0:
-            draw_matches(run.dir / "probe" / f"{cfg.name}-{task}.png", pairs, every[name, t])
+            draw_matches(picture(run, f"-{task}"), pairs, every[name, t])
     table = [dict(activation=n, t=s, pck=v) for (n, s), v in score.items()]
     best = dict(activation=name, t=t)
-    draw_surface(run, "", table, "pck", "PCK@0.1 on warped training images; * = chosen", [("*", best)])
+    draw_surface(run, "", table, "pck", "at 0.1 on warped training images; * = chosen", [("*", best)])
     places = {what: dict(activation=s.names[0], t=s.times[0]) for what, s in compared.items() if s.net is not None}
     return dict(chosen=best, pairs={k: len(v.source) for k, v in tasks.items()}, points=cfg.points, scores=scores,
                 controls=places, table=table)
@@ -1651,20 +1650,18 @@ def instances(mask, least=4):
 
 def known_objects(run):
     """(training part, test part, function from a part and a row to its true objects, number of classes with the
-    background, are there masks). The objects are the pieces of the masks; without masks the boxes, of the image's class.
-    """
+    background, are there masks). Objects are the pieces of the masks; without masks the boxes, of the image's class."""
     parts = [probed(run, split) for split in ("train", "test")]
     if all(p.masks is not None and p.masks.shape[1:] == p.images.shape[2:] for p in parts):
         train, test, y, _ = known_masks(run, "detect")
         return train, test, lambda part, i: instances(torch.from_numpy(np.array(part.masks[i]))), int(y.max()) + 1, True
     if any(p.boxes is None for p in parts):
-        raise UserError("protocol=detect needs masks or boxes, and this data has none (data.source=shapes, or arrays with "
-                        "masks or boxes)")
+        raise UserError("protocol=detect needs masks or boxes, and this data has none")
     train, test, y, _ = known_classes(run, "detect")
 
     def boxed(part, i):
         boxes = torch.from_numpy(np.array(part.boxes[i], np.float32)).view(-1, 4)
-        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]                      # empty ones fill up images with fewer objects
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]                      # the others fill up
         return dict(labels=torch.full((len(boxes),), 1 + int(part.classes[i])), boxes=boxes)
     return train, test, boxed, int(y.max()) + 2, False
 
@@ -1699,8 +1696,8 @@ def detector(cfg, source, images, classes, masked, seed):
         from torchvision.ops import MultiScaleRoIAlign, nms
         nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError):
-        raise UserError("protocol=detect: torchvision's compiled operators do not load beside this PyTorch; install the "
-                        "torchvision that was built for it") from None
+        raise UserError("protocol=detect: torchvision's compiled operators do not load; install the one that was built "
+                        "for this PyTorch") from None
     size, width, x = images.shape[2], cfg.width, source.shown(images, np.arange(1))
     shapes = [m.shape[1:] for m in source.views(x, [x])[0][0]]
     strides = sorted(size / h for _, h, _ in shapes)
@@ -1826,8 +1823,7 @@ def detect(run, cfg, source):
     known = functools.lru_cache(10 ** 9 // (4 * n * n))(lambda i: objects(train, i))             # a gigabyte of them
     truth = [objects(test, i) for i in range(len(test))]
     kinds = dict(boxes=box_overlap, masks=mask_overlap) if masked else dict(boxes=box_overlap)
-    classes_of = torch.from_numpy(np.array(train.classes))
-    every = {"detect": source} | controls(run, cfg, source, source, train.images, classes_of, parts[0])
+    every = {"detect": source} | controls(run, cfg, source, source, train.images, classes_of(train), parts[0])
 
     def measure(what, s, seed):
         fit, val = few_rows(cfg, parts, seed)
@@ -1844,7 +1840,7 @@ def detect(run, cfg, source):
         _, lr, l2, net = best
         found = detections(net, s, test.images, np.arange(len(test)), seed, "detect test")
         if what == "detect" and seed == cfg.seeds[0] and run.rank == 0:
-            draw_objects(run.dir / "probe" / f"{cfg.name}.png", test.images, truth, found)
+            draw_objects(picture(run), test.images, truth, found)
         got = dict(lr=lr, l2=l2, parameters=count(net))
         for kind, overlap in kinds.items():
             ap = coco_ap(found, truth, overlap)
@@ -1852,7 +1848,7 @@ def detect(run, cfg, source):
         return got
 
     scores = [f"{kind}_{score}" for kind in kinds for score in ("ap", "ap50")]
-    rows = compare(run, cfg, lambda seed: every, measure, cfg.seeds, scores)
+    rows = compare(run, lambda seed: every, measure, cfg.seeds, scores)
     fit, val = few_rows(cfg, parts, cfg.seeds[-1])
     return dict(seeds=cfg.seeds, train_images=len(fit), validation_images=len(val), test_images=len(test),
                 objects=sum(len(t["labels"]) for t in truth), rows=rows)
@@ -1939,7 +1935,7 @@ def cka(run, cfg, source):
     if run.rank == 0:
         captions = [f"{i} {m if len(models) > 1 else ''} {n} t={t:g}" for i, (m, n, t) in enumerate(keys)]
         columns = [str(i) for i in range(len(keys))]
-        heat_map(run.dir / "probe" / f"{cfg.name}.png", matrix, captions, columns, "linear CKA")
+        heat_map(picture(run), matrix, captions, columns, "linear CKA")
     return dict(images=len(rows), table=table, cka=matrix)
 
 
@@ -1955,22 +1951,22 @@ def filled(boxes, size):
 
 
 def warm(images):
-    """Exact masks bool [n, H, W] of `shapes` [n, 3, H, W]: objects have more red than blue, by 92 on average, the ground
-    has less, by 51."""
+    """Exact masks bool [n, H, W] of `shapes` [n, 3, H, W]: objects have more red than blue, by 92 on average, the
+    ground has less, by 51."""
     return images[:, 0].astype(np.int16) - images[:, 2] > 20
 
 
 def asked_for(run, state, recipe, labels):
-    """Areas bool [n, H, W] that samples with these labels, rows of a bank of layouts, were to fill: inside the boxes, on
-    the masks. The bank is the checkpoint's, or what the samples' recipe put in its place."""
+    """Areas bool [n, H, W] that samples with these labels, rows of a bank of layouts, were to fill: inside the boxes,
+    on the masks. The bank is the checkpoint's, or what the samples' recipe put in its place."""
     if recipe.get("boxes") or recipe.get("mask") or recipe.get("layouts", "train") != "train":
         from sample_ode import SampleOde, read_layouts    # only here: other layouts than those of training
         known = {k: recipe[k] for k in ("boxes", "mask", "layouts")}
         state = dict(state)
         read_layouts(run, fill("sample_ode", SampleOde, known), state)
         if recipe.get("bank") != digest(state["maps"].numpy()):
-            raise UserError(f"samples/{run.cfg.samples}: the layouts that they were asked for have changed; sample again")
-    maps = state["maps"].numpy()[labels]                  # ids; boxes: 0 = inside; masks: 0 = no object, kinds = whatever
+            raise UserError(f"samples/{run.cfg.samples}: the layouts they were asked for have changed; sample again")
+    maps = state["maps"].numpy()[labels]                  # boxes: 0 = inside; masks: 0 = none, map_labels = whatever
     return maps == 0 if state["condition"] == "box" else (maps > 0) & (maps < state["map_labels"])
 
 
@@ -1986,39 +1982,31 @@ def made_by(run, name):
 
 
 def open_finder(run, cfg, label_file):
-    """What finds objects in samples as those of the labels were found: dict(name, method, how, info, source); or None,
-    where it cannot be known, unless finder= asks for it."""
+    """What finds objects in samples as those of the labels were found: (Source, what labels/<name>.json says)."""
     name, how = made_by(run, cfg.finder or label_file)
-    method = how.get("foreground") if how.get("method") == "masks" else how.get("method")
-    why = "were not found as boxes or masks of objects (method=lost, ncut or masks)"
-    if method in ("lost", "ncut"):
-        info = load_labels(run, name)[1]
-        of, why = info["features"], "come from features of another program's model"
-        if ":" not in of["checkpoint"]:
-            net, state = load_model(run, of["checkpoint"], of["weights"])
-            why = f"come from features of an earlier state of {of['checkpoint']}; make features and labels again"
-            if of["weights"] != "ema" or state["weights"] == of["hash"]:
-                names, times = (list(dict.fromkeys(a[k] for a in of["arrays"])) for k in ("activation", "t"))
-                context = autocast(run, cfg.precision)[0]
-                source = Source(net, state, names, times, device=run.device, context=context, seed=of["seed"])
-                return dict(name=name, method=method, how=how, info=info, source=source)
-    if cfg.finder:
-        raise UserError(f"finder={cfg.finder}: labels/{name} {why}")
-    run.say(f"note: labels/{name} {why}; objects are not looked for in the samples")
-    return None
+    if how.get("foreground" if how.get("method") == "masks" else "method") not in ("lost", "ncut"):
+        raise UserError(f"finder={name}: these labels were not found as objects (method=lost, ncut or masks)")
+    info = load_labels(run, name)[1]
+    of = info["features"]
+    net, state = load_model(run, of["checkpoint"], of["weights"])
+    if of["weights"] == "ema" and state["weights"] != of["hash"]:
+        raise UserError(f"finder={name}: {of['checkpoint']} has changed since; make features and labels again")
+    names, times = (list(dict.fromkeys(a[k] for a in of["arrays"])) for k in ("activation", "t"))
+    context = autocast(run, cfg.precision)[0]
+    return Source(net, state, names, times, device=run.device, context=context, seed=of["seed"]), info
 
 
-def find_layouts(finder, images, rows, as_boxes):
-    """Where the finder sees objects in these rows of uint8 images: bool [n, H, W], their masks, or their boxes filled."""
-    how, info, source, out = finder["how"], finder["info"], finder["source"], []
-    of, size = info["features"], images.shape[2:]
+def find_layouts(source, info, images, rows, as_boxes):
+    """Where the finder sees objects in these rows of uint8 images: bool [n, H, W], masks or filled boxes."""
+    how, of, size, out = info["recipe"], info["features"], images.shape[2:], []
+    method = how["foreground"] if how["method"] == "masks" else how["method"]
     read = source.stream(images, rows, "features samples", pool=of["pool"], draws=of["draws"], batch=64)
     for part, got in read:
         maps = [got[a["activation"], a["t"]] for a in of["arrays"]]
         if of["pool"] != "none":
             maps = [m.unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for m in maps]
         shown = torch.from_numpy(np.array(images[part])).to(source.device) if how["guide"] else None
-        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"],
+        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, method,
                              how["objects"], how["tau"], how["contrast"], how["refine"], shown)
         out.append(filled(found["boxes"].cpu().numpy(), size[0]) if as_boxes else found["masks"].cpu().numpy() > 0)
     return np.concatenate(out) if out else np.zeros((0, *size), bool)
@@ -2055,26 +2043,33 @@ def layout(run, cfg, source):
         recipe = read_json(folder / "metrics.json", "sample again")["recipe"]
         asked = asked_for(run, state, recipe, labels)
     rows, as_boxes, found = run.share(len(images)), state["condition"] == "box", {}
-    finder, how = open_finder(run, cfg, state["label_file"]), made_by(run, state["label_file"])[1]
-    if finder:
-        found["layout_iou"] = find_layouts(finder, images, rows, as_boxes)
+    how = made_by(run, state["label_file"])[1]
     segments = how.get("method") == "masks" and how.get("foreground") == "none"
     several = as_boxes and how.get("objects", 1) > 1
     if run.data.source == "shapes" and not segments and not several:
         found["exact_iou"] = exact_layouts(images[rows], as_boxes)
-    if not found:
-        raise UserError(f"samples/{cfg.samples}: nothing can tell where their objects are; name labels in finder=")
+    try:
+        found["layout_iou"] = find_layouts(*open_finder(run, cfg, state["label_file"]), images, rows, as_boxes)
+    except UserError as e:
+        if cfg.finder or not found:
+            raise
+        run.say(f"note: {e}; no layout_iou")
     scores = {k: float(np.concatenate(run.gather(overlap_of(asked[rows], v))).mean()) for k, v in found.items()}
     run.say("; ".join(f"{k} {v:.3f}" for k, v in scores.items()) + f" over {len(images):,} samples")
     if run.rank == 0:
         parts = [asked[rows], *found.values()]
         sheet = [tinted(images[i], v[i]) for v in parts for i in range(min(10, len(rows)))]
-        save_grid(run.dir / "probe" / f"{cfg.name}.png", np.stack(sheet), min(10, len(rows)), ["asked for", *found])
-    return dict(samples=cfg.samples, images=len(images), finder=finder and finder["name"], **scores)
+        save_grid(picture(run), np.stack(sheet), min(10, len(rows)), ["asked for", *found])
+    return dict(samples=cfg.samples, images=len(images), **scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
+
+def picture(run, suffix=""):
+    """Where a picture goes."""
+    return run.dir / "probe" / f"{run.cfg.name}{suffix}.png"
+
 
 def heat_map(path, values, rows, columns, title, marks=()):
     """A matrix as PNG: values [R][C] (None = blank), captions, marks [(row, column, letter)]; with many columns colours
@@ -2111,28 +2106,33 @@ def draw_surface(run, suffix, table, score, title, marks):
     values = [[cells.get((n, t)) for t in times] for n in names]
     marks = [(names.index(r["activation"]), times.index(r["t"]), letter) for letter, r in marks]
     if run.rank == 0:
-        path = run.dir / "probe" / f"{run.cfg.name}{suffix}.png"
-        heat_map(path, values, names, [f"t={t:g}" for t in times], title, marks)
+        heat_map(picture(run, suffix), values, names, [f"t={t:g}" for t in times], f"{score}; {title}", marks)
+
+
+def torchvision_utils():
+    """torchvision's functions that draw, also beside a CPU-only torch."""
+    torchvision_datasets()
+    from torchvision import utils
+    return utils
 
 
 def tinted(image, masks):
     """An image uint8 [3, H, W] under the colours of masks bool [n, H, W], or of one mask [H, W]."""
-    torchvision_datasets()
-    from torchvision.utils import draw_segmentation_masks
     image, masks = torch.from_numpy(np.array(image)), torch.as_tensor(masks)
-    return draw_segmentation_masks(image, masks, 0.5, "red" if masks.dim() == 2 else None).numpy()
+    colours = "red" if masks.dim() == 2 else None         # else one for each mask
+    return torchvision_utils().draw_segmentation_masks(image, masks, 0.5, colours).numpy()
 
 
 def draw_segments(path, images, truth, shown, uncertain, n=10):
-    """Images, true and found classes in colours (class 0 and void as they are), and where members of an ensemble differ.
+    """Images, true and found classes in colours (not class 0 and void), and where members of an ensemble differ.
 
     shown: what `segmented` yielded, [(rows, found, divergence)].
     """
     _, found, spread = (torch.cat([torch.as_tensor(v) for v in some])[:n] for some in zip(*shown))
-    n, kinds = len(found), range(1, int(max(truth[:n].max(), found.max())) + 1)
+    n, kinds = len(found), range(1, max(2, 1 + int(max(truth[:n].max(), found.max()))))
 
     def painted(masks):
-        return [tinted(image, torch.stack([m == k for k in kinds])) if kinds else image for image, m in zip(images, masks)]
+        return [tinted(image, torch.stack([m == k for k in kinds])) for image, m in zip(images, masks)]
 
     sheet = [*images[:n], *painted(truth[:n]), *painted(found)]
     if uncertain:
@@ -2141,37 +2141,37 @@ def draw_segments(path, images, truth, shown, uncertain, n=10):
     save_grid(path, np.stack(sheet), n, ["image", "truth", "found", "uncertainty"][:len(sheet) // n])
 
 
+def enlarged_image(image, zoom):
+    """An image uint8 [3, H, W] with larger pixels, for torchvision to draw on."""
+    return torch.from_numpy(np.array(image)).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+
 def draw_matches(path, pairs, found, n=6, zoom=4):
     """Pairs side by side, a line from each point to where it was found: green within 0.1 of the limit, else red."""
-    size, n = pairs.source.shape[2] * zoom, min(n, len(pairs.source))
-    sheet = Image.new("RGB", (2 * size, n * (size + 2)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i in range(n):
-        top = i * (size + 2)
-        for left, image in ((0, pairs.source[i]), (size, pairs.target[i])):
-            tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-            sheet.paste(tile.resize((size, size)), (left, top))
-        for start, end, goal in zip((pairs.points[i] + 1) * size / 2, found[i], pairs.goal[i]):
-            (x0, y0), (x1, y1) = start.tolist(), (end * zoom).tolist()
-            right = (end - goal).norm() <= 0.1 * pairs.limit[i]
-            pen.line([x0, top + y0, x1 + size, top + y1], "lime" if right else "red")
-    with atomic(path) as f:
-        sheet.save(f, "PNG")
+    size, tiles = pairs.source.shape[2], []
+    start, end = (pairs.points + 1) * size / 2, found + torch.tensor([size, 0.0])
+    lines = zoom * torch.stack([start, end], 2)           # [N, P, 2, 2]
+    right = (found - pairs.goal).norm(dim=2) <= 0.1 * pairs.limit[:, None]
+    for i in range(min(n, len(lines))):
+        tile = enlarged_image(np.concatenate([pairs.source[i], pairs.target[i]], 2), zoom)
+        for some, colour in ((right[i], "lime"), (~right[i], "red")):
+            if some.any():
+                tile = torchvision_utils().draw_keypoints(tile, lines[i][some], [(0, 1)], colour, radius=1, width=1)
+        tiles.append(tile.numpy())
+    save_grid(path, np.stack(tiles), 1, zoom=1)
 
 
 def draw_objects(path, images, truth, found, n=12, zoom=4):
     """The first images with true boxes in white, found ones (score above 0.5) in red, and found masks, if any."""
-    torchvision_datasets()
-    from torchvision.utils import draw_bounding_boxes
     tiles = []
     for image, t, f in list(zip(images, truth, found))[:n]:
         sure = f["scores"] > 0.5
         if "masks" in f and sure.any():
             image = tinted(image, f["masks"][sure].any(0))
-        tile = torch.from_numpy(np.array(image)).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        tile = enlarged_image(image, zoom)
         for boxes, colour in ((t["boxes"], "white"), (f["boxes"][sure], "red")):
             if len(boxes):
-                tile = draw_bounding_boxes(tile, boxes * zoom, colors=colour)
+                tile = torchvision_utils().draw_bounding_boxes(tile, boxes * zoom, colors=colour)
         tiles.append(tile.numpy())
     save_grid(path, np.stack(tiles), 6, zoom=1)
 
@@ -2179,7 +2179,7 @@ def draw_objects(path, images, truth, found, n=12, zoom=4):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-PROTOCOLS = dict(                                         # protocol: (function, settings that it reads beside COMMON_KEYS)
+PROTOCOLS = dict(                                         # (function, settings that it reads beside COMMON_KEYS)
     sweep=(sweep, SWEEP_KEYS), boxes=(boxes, BOXES_KEYS), linear=(linear, LINEAR_KEYS), head=(head, HEAD_KEYS),
     select=(select, SELECT_KEYS), segment=(segment, SEGMENT_KEYS), correspond=(correspond, CORRESPOND_KEYS),
     detect=(detect, DETECT_KEYS), cka=(cka, CKA_KEYS), layout=(layout, LAYOUT_KEYS))
@@ -2210,10 +2210,10 @@ def check_settings(run, cfg):
     require(len({f"{t:g}" for t in cfg.t}) == len(cfg.t), cfg, "t", "times must differ within six digits")
     if run.data.latents:
         require(protocol not in ("segment", "correspond", "detect", "layout"), cfg, "protocol", "is defined on pixels")
-        require(not (cfg.transfer or cfg.flip or cfg.crop), cfg, "transfer flip crop", "belong to pixels; models see latents")
+        require(not (cfg.transfer or cfg.flip or cfg.crop), cfg, "transfer flip crop", "are for pixels, not latents")
     if protocol in ("head", "segment", "detect"):
         require(cfg.lr and cfg.l2 and cfg.seeds, cfg, "lr l2 seeds", "at least one of each")
-        require(cfg.labels_share == 1 or not cfg.per_class, cfg, "labels_share per_class", "a share or a number of images per class, not both")
+        require(cfg.labels_share == 1 or not cfg.per_class, cfg, "labels_share per_class", "not both")
         require(cfg.width % cfg.heads == 0 or cfg.head not in ("attention", "difformer", "diffeed"), cfg, "width heads",
                 "width must be a multiple of heads")
         require(protocol != "segment" or cfg.head != "ensemble" or cfg.masks, cfg, "head masks",
@@ -2279,8 +2279,8 @@ def say_plan(run, cfg, source, path):
         x = torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device)
         with counter, torch.no_grad():
             source.net(x, torch.zeros(1, device=run.device))
-        run.say(f"reads {len(source.names)} activations at {len(source.times)} times; {count(source.net):,} parameters, "
-                f"{counter.get_total_flops() / 1e9:,.2f} GFLOP a forward pass of one image")
+        run.say(f"reads {len(source.names)} activations at {len(source.times)} times; {count(source.net):,} "
+                f"parameters, {counter.get_total_flops() / 1e9:,.2f} GFLOP a forward pass of one image")
 
 
 def main():
