@@ -211,6 +211,15 @@ class Source:
         return maps, x_t, t
 
 
+    def batches(self, images, rows, seed, purposes):
+        """Yield (rows of a batch, what heads are called with) in order; purposes: of the noise draws."""
+        for i in range(0, len(rows), self.batch):
+            part, noises = rows[i:i + self.batch], []
+            if self.net is not None:
+                noises = [draw(seed, purpose, part, row_shape(images)).to(self.device) for purpose in purposes]
+            yield part, self.views(self.shown(images, part), noises)
+
+
 class Stored:
     """features/<name> of one part of the data, read by row like images."""
 
@@ -609,6 +618,23 @@ def controls(run, cfg, asked, single, images, y, rows):
     return out
 
 
+class OneCycle:
+    """AdamW with one cycle of the learning rate, up to lr."""
+
+    def __init__(self, modules, lr, l2, steps):
+        params = [p for m in modules for p in m.parameters()]
+        self.optimizer = torch.optim.AdamW(params, lr, weight_decay=l2)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, steps + 1)
+
+    def step(self, loss, clip=math.inf):
+        loss.backward()
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+
 def same_network(source, seed):
     """A new network of the same architecture."""
     s = source.state
@@ -638,8 +664,7 @@ def train_supervised(run, cfg, source, images, y, rows, batch=128):
     precision = "auto" if cfg.precision == "fp16" else cfg.precision             # fp16 would need scaled gradients
     context = autocast(run, precision)[0]
     steps = max(1, cfg.supervised_images // batch)
-    opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps + 1)
+    opt = OneCycle([net, head], 2e-3, 0.05, steps)
     with bar(run, steps, "supervised control", "step") as progress:
         for step in range(steps):
             generator = np.random.default_rng(seed_of(source.seed, "supervised rows", step))
@@ -647,10 +672,7 @@ def train_supervised(run, cfg, source, images, y, rows, batch=128):
             with context():
                 logits = head(read(source.shown(images, part), one.expand(batch))[0])
                 loss = F.cross_entropy(logits.float(), y[part].to(source.device))
-            loss.backward()
-            opt.step()
-            opt.zero_grad()
-            schedule.step()
+            opt.step(loss)
             progress.update(1)
     return net.requires_grad_(False)
 
@@ -941,13 +963,8 @@ def evaluate(heads, source, images, y, rows, seed, purpose):
     y: int64 [N], or masks [N, H, W]; -100 = void.
     """
     score, tables = torch.zeros(len(heads), 2), [0] * len(heads)
-    for i in range(0, len(rows), source.batch):
-        part = rows[i:i + source.batch]
-        noises = []
-        if source.net is not None:
-            shape = row_shape(images)
-            noises = [draw(seed, f"{purpose} {d}", part, shape).to(source.device) for d in range(source.draws)]
-        seen, target = source.views(source.shown(images, part), noises), y[part].to(source.device).long()
+    for part, seen in source.batches(images, rows, seed, [f"{purpose} {d}" for d in range(source.draws)]):
+        target = y[part].to(source.device).long()
         for j, h in enumerate(heads):
             out = h.eval()(*seen)
             found = out.argmax(1)
@@ -970,8 +987,7 @@ def fit_head(cfg, source, images, y, fit, val, seed, run=ALONE, what="head"):
     trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
     steps, classes = max(1, cfg.images // batch), int(y.max()) + 1
     heads = [build_head(cfg, source, images, classes, seed) for _ in trials]
-    opts = [torch.optim.AdamW(h.parameters(), lr, weight_decay=l2) for h, (lr, l2) in zip(heads, trials)]
-    plans = [torch.optim.lr_scheduler.OneCycleLR(o, lr, steps + 1) for o, (lr, _) in zip(opts, trials)]
+    opts = [OneCycle([h], lr, l2, steps) for h, (lr, l2) in zip(heads, trials)]
     with bar(run, steps, f"{what}, seed {seed}", "step") as progress:
         for step in range(steps):
             rows = batch_rows(fit, batch, seed, step)
@@ -984,11 +1000,8 @@ def fit_head(cfg, source, images, y, fit, val, seed, run=ALONE, what="head"):
                 x = augmented(x, cfg.flip, cfg.crop, g)
             noises = [] if source.net is None else torch.randn(source.draws, *x.shape, generator=g).to(source.device)
             seen = source.views(x, noises)
-            for h, o, plan in zip(heads, opts, plans):
-                F.cross_entropy(h.train()(*seen), target).backward()
-                o.step()
-                o.zero_grad()
-                plan.step()
+            for h, opt in zip(heads, opts):
+                opt.step(F.cross_entropy(h.train()(*seen), target))
             progress.update(1)
     scores = evaluate(heads, source, images, y, val, seed, "head validation")
     best = max(range(len(trials)), key=lambda i: scores[i])
@@ -1339,11 +1352,9 @@ def fit_ensemble(cfg, source, images, y, rows, seed, epochs=100, batch=64):
 
     Ours: all members stop together, each image has its own noise, pixels are drawn with replacement, rare classes stay.
     """
-    net, x = build_head(cfg, source, images, int(y.max()) + 1, seed), []
+    net = build_head(cfg, source, images, int(y.max()) + 1, seed)
     with torch.no_grad():
-        for part in in_chunks(rows, images):
-            z = draw(seed, "ensemble 0", part, images.shape[1:]).to(source.device)
-            x.append(net.pixels(source.views(source.shown(images, part), [z])[0]))
+        x = [net.pixels(seen[0]) for _, seen in source.batches(images, rows, seed, ["ensemble 0"])]
     x, target = torch.cat(x).flatten(0, 2), y[rows].flatten().long().to(source.device)           # [pixels, C], [pixels]
     x, target = x[target >= 0], target[target >= 0]
     g = torch.Generator().manual_seed(seed_of(seed, "ensemble pixels"))
@@ -1366,11 +1377,6 @@ def fit_ensemble(cfg, source, images, y, rows, seed, epochs=100, batch=64):
 def chunk_of(images):
     """Images per pass where maps are enlarged to the images' size."""
     return max(1, 2 ** 14 // images.shape[2] ** 2)
-
-
-def in_chunks(rows, images):
-    """Rows in parts of at most `chunk_of`."""
-    return np.array_split(rows, math.ceil(len(rows) / chunk_of(images)))
 
 
 def known_masks(run, protocol):
@@ -1396,9 +1402,8 @@ def few_rows(cfg, parts, seed):
 @torch.no_grad()
 def segmented(head, source, images, seed):
     """Yield (rows, found classes [b, H, W], divergence of an ensemble's members [b, H, W]) of all images; CPU."""
-    for part in in_chunks(np.arange(len(images)), images):
-        z = draw(seed, "segment test", part, images.shape[1:]).to(source.device)
-        out = head.eval()(*source.views(source.shown(images, part), [z]))
+    for part, seen in source.batches(images, np.arange(len(images)), seed, ["segment test"]):
+        out = head.eval()(*seen)
         found, spread = vote(out if out.dim() == 5 else out[None])
         yield part, found.cpu(), spread.cpu()
 
@@ -1731,8 +1736,7 @@ def fit_detector(cfg, net, source, images, objects, rows, lr, l2, seed, progress
     """
     net, batch = net.train(), min(cfg.head_batch, len(rows))
     steps = max(1, cfg.images // batch)
-    opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=l2)
-    plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps + 1)
+    opt = OneCycle([net], lr, l2, steps)
     for step in range(steps):
         part = batch_rows(rows, batch, seed, step)
         part = np.array([i for i in part if len(objects(i)["labels"])], int)
@@ -1744,11 +1748,7 @@ def fit_detector(cfg, net, source, images, objects, rows, lr, l2, seed, progress
             with torch.random.fork_rng():                 # torchvision samples proposals by the global generator
                 torch.manual_seed(seed_of(seed, "proposals", step))
                 losses = net(list(x), targets)
-            sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            opt.step()
-            opt.zero_grad()
-        plan.step()
+            opt.step(sum(losses.values()), clip=1.0)
         progress.update(1)
     return net.eval()
 
@@ -2207,12 +2207,10 @@ def check_settings(run, cfg):
     """UserErrors for settings that do not fit each other."""
     protocol, kinds = cfg.protocol, [name for task, name in HEADS if task == cfg.protocol]
     require(not kinds or cfg.head in kinds, cfg, "head", f"{protocol} takes {', '.join(kinds)}")
-    require(len({f"{t:g}" for t in cfg.t}) == len(cfg.t), cfg, "t", "times must differ within six digits")
     if run.data.latents:
         require(protocol not in ("segment", "correspond", "detect", "layout"), cfg, "protocol", "is defined on pixels")
         require(not (cfg.transfer or cfg.flip or cfg.crop), cfg, "transfer flip crop", "are for pixels, not latents")
     if protocol in ("head", "segment", "detect"):
-        require(cfg.lr and cfg.l2 and cfg.seeds, cfg, "lr l2 seeds", "at least one of each")
         require(cfg.labels_share == 1 or not cfg.per_class, cfg, "labels_share per_class", "not both")
         require(cfg.width % cfg.heads == 0 or cfg.head not in ("attention", "difformer", "diffeed"), cfg, "width heads",
                 "width must be a multiple of heads")
@@ -2220,8 +2218,6 @@ def check_settings(run, cfg):
                 "an ensemble learns from few masks: name their number")
         require(protocol != "head" or cfg.head != "diffeed" or cfg.precision != "fp16", cfg, "head precision",
                 "gradients go through the network here: use bf16 or fp32")
-        require(protocol != "detect" or not (cfg.flip or cfg.crop), cfg, "flip crop", "detect does not augment")
-        require(cfg.crop < run.data.size, cfg, "crop", "must be below the image size")
     if cfg.features:
         require(protocol == "linear" or protocol == "head" and cfg.head != "diffeed", cfg, "features protocol head",
                 "stored features serve protocol=linear, and head with any head but diffeed")
