@@ -361,7 +361,7 @@ def test_protocol_detect(monkeypatch, tiny, run, operators, kinds):
                                  classes=data.classes[:3])
     monkeypatch.setattr(probe, "load_data", lambda r,
                         split: first(load_data(r, split)) if split == "test" else load_data(r, split))
-    name = "-".join(sorted(kinds))
+    name = "detect-" + "-".join(sorted(kinds))
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=2", "head_batch=2",
            "masks=2", "seeds=0", "lr=1e-3,3e-3", f"name={name}")
     got = result(run, name)
