@@ -133,170 +133,6 @@ TRAIN_KEYS = {"width", "images", "head_batch", "lr", "l2", "seeds"} | CONTROL_KE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is read: activations of a frozen network, at noise times
-
-@dataclass
-class Source:
-    """Activations `names` at noise `times` of a frozen network. net=None: only the images, or stored features."""
-    net: nn.Module | None
-    state: dict                                           # its checkpoint
-    names: list
-    times: list
-    head: str = ""                                        # the kind of head that reads it
-    task: str = "head"                                    # the protocol of that head
-    draws: int = 1                                        # noise draws that maps are averaged over
-    hidden: int = 0                                       # of the head's feed-forward parts; 0 = 4 x width
-    stored: bool = False                                  # the maps come from a file
-    device: typing.Any = "cpu"
-    context: typing.Callable = nullcontext                # of forward passes: autocast
-    seed: int = 0                                         # of the noise, and of controls
-    batch: int = 500
-
-    @property
-    def noisy(self):
-        """Whether two readings differ: not without a network, and not of clean images."""
-        return self.net is not None and self.times != [1.0]
-
-    @property
-    def passes(self):
-        """Passes of the network per image."""
-        once = 2 if self.head == "diffeed" else 1
-        return once * len(self.times) * self.draws if self.net or self.stored else 0
-
-    def stream(self, images, rows, purpose, **options):
-        """Yield (rows of a batch, {(name, t): activation on the device}); noise belongs to the image."""
-        options = dict(batch=self.batch) | options
-        return stream(self.net, self.state, images, rows, self.names, self.times, device=self.device,
-                      context=self.context, seed=self.seed, purpose=purpose, **options)
-
-    def maps(self, images, rows, purpose, pool="none"):
-        """The activations of a few rows in one go, {(name, t): [n, C, H, W]}."""
-        return next(self.stream(images, rows, purpose, pool=pool, batch=len(rows)))[1]
-
-    def vectors(self, images, rows, purpose):
-        """Pooled activations of all rows, {(name, t): float32 [len(rows), D]}, on the CPU."""
-        parts = {}
-        for _, out in self.stream(images, rows, purpose):
-            for place, value in out.items():
-                parts.setdefault(place, []).append(value.cpu())
-        return {place: torch.cat(v) for place, v in parts.items()}
-
-    def shown(self, images, rows):
-        """Rows of uint8 images as float [n, C, H, W] in [-1, 1], or means of latents; of a `Stored` its maps."""
-        if self.stored:
-            return images.maps(self.names, self.times, rows, self.device)
-        x = torch.from_numpy(np.array(images[rows], order="C"))                  # a copy: what is mapped is read-only
-        return as_input(x.to(self.device))
-
-    @torch.no_grad()
-    def views(self, x, noises):
-        """What heads are called with: maps [times][names] of [B, C, h, w], the last x_t [B, C, H, W], its t [B].
-
-        x: what `shown` gave; noises: one [B, C, H, W] per draw.
-        """
-        if self.stored:
-            return x, None, None
-        if self.net is None:
-            return [[x]], x, None
-        taps = [name for name, _ in mirrors(self.net)] if self.head == "diffeed" else self.names
-        read, path, maps = reader(self.net, taps, "none"), PATHS[self.state["path"]], []
-        for level in self.times:
-            t = torch.full((len(x),), level, device=x.device)
-            parts = []
-            for z in noises:
-                x_t = diffuse(path, x, z, t)
-                with self.context():
-                    parts.append(read(x_t, t))
-            maps.append([sum(p) / len(p) for p in zip(*parts)])
-        return maps, x_t, t
-
-
-    def batches(self, images, rows, seed, purposes):
-        """Yield (rows of a batch, what heads are called with) in order; purposes: of the noise draws."""
-        for i in range(0, len(rows), self.batch):
-            part, noises = rows[i:i + self.batch], []
-            if self.net is not None:
-                noises = [draw(seed, purpose, part, row_shape(images)).to(self.device) for purpose in purposes]
-            yield part, self.views(self.shown(images, part), noises)
-
-
-class Stored:
-    """features/<name> of one part of the data, read by row like images."""
-
-    def __init__(self, run, name, split):
-        arrays, self.info = load_features(run, name, split)
-        self.pool = self.info["pool"]
-        grid = int(self.pool) if self.pool.isdigit() else 1
-        self.arrays = {}                                  # (name, t): [N, C, h, w]
-        for a, entry in zip(arrays, self.info["arrays"]):
-            place = entry["activation"], entry["t"]
-            self.arrays[place] = a if a.ndim == 4 else a.reshape(len(a), -1, grid, grid)
-        self.names, self.times = (list(dict.fromkeys(v)) for v in zip(*self.arrays))
-
-    def maps(self, names, times, rows, device):
-        """Maps [times][names] of float32 [n, C, h, w]."""
-        def read(place):
-            return torch.from_numpy(np.asarray(self.arrays[place][rows], np.float32)).to(device)
-        return [[read((name, t)) for name in names] for t in times]
-
-    def pooled(self, place, rows):
-        """Rows of one activation as vectors, float32 [len(rows), D]: whole maps are averaged over positions."""
-        out = []
-        for part in np.array_split(rows, math.ceil(len(rows) / 4096)):
-            x = torch.from_numpy(np.asarray(self.arrays[place][part], np.float32)).flatten(2)
-            out.append(x.mean(2) if self.pool == "none" else x.flatten(1))
-        return torch.cat(out)
-
-
-def classes_of(data):
-    """Classes int64 [N]; -1 = not known."""
-    return torch.from_numpy(np.array(data.classes))
-
-
-def block_outputs(net):
-    """Names of the catalogue that are the output of a whole block (between modules, not inside them)."""
-    names = [n for n in catalogue(net) if n.endswith("-out") and n != "unet-out"]
-    return [n for n in names if "self" not in n and "ffn" not in n]
-
-
-def probed(run, split):
-    """One part of the images that are probed: the run's own, or those of transfer=."""
-    if not run.cfg.transfer:
-        return load_data(run, split)
-    return load_data(replace(run, dir=run.dir / "transfer" / Path(run.cfg.transfer).stem), split)
-
-
-def shuffled(cfg, n):
-    """Training rows in a random order, a function of the seed."""
-    return np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(n)
-
-
-def fit_and_validation(run, cfg, n):
-    """(rows to fit on, rows to select on) of n training images, sorted: the validation part is a fifth at most."""
-    if n < 20:
-        raise UserError(f"the run has only {n} training images, too few to fit on some and select on others")
-    held = min(cfg.validation, n // 5)
-    fit = min(cfg.fit, n - held)
-    if (fit, held) != (cfg.fit, cfg.validation):
-        run.say(f"{n} training images: fit={fit} and validation={held} in place of {cfg.fit} and {cfg.validation}")
-    order = shuffled(cfg, n)
-    return np.sort(order[:fit]), np.sort(order[fit:fit + held])
-
-
-def some_rows(rows, seed, purpose, n):
-    """Up to n of the rows, or of range(rows), drawn by a seed; sorted."""
-    return np.sort(np.random.default_rng(seed_of(seed, purpose)).permutation(rows)[:n])
-
-
-def split_rows(cfg, n):
-    """(training rows to learn from, rows to select on), a fifth of the n rows at most."""
-    if n < 5:
-        raise UserError(f"there are only {n} training images, too few to select on some")
-    order, held = shuffled(cfg, n), min(cfg.validation, n // 5)
-    return order[held:], order[:held]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The label-free choice of a block and a time
 
 def label_free_scores(a, b, K, seed):
@@ -473,6 +309,169 @@ def boxes(run, cfg, source):
     chosen = max(table, key=lambda r: r["agreement"])
     return dict(images=len(rows), method="lost", criterion="stability + consensus") | report_choice(
         run, table, chosen, ["agreement", "stability", "consensus"], ["iou", "corloc"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read: activations of a frozen network, at noise times
+
+@dataclass
+class Source:
+    """Activations `names` at noise `times` of a frozen network. net=None: only the images, or stored features."""
+    net: nn.Module | None
+    state: dict                                           # its checkpoint
+    names: list
+    times: list
+    head: str = ""                                        # the kind of head that reads it
+    task: str = "head"                                    # the protocol of that head
+    draws: int = 1                                        # noise draws that maps are averaged over
+    hidden: int = 0                                       # of the head's feed-forward parts; 0 = 4 x width
+    stored: bool = False                                  # the maps come from a file
+    device: typing.Any = "cpu"
+    context: typing.Callable = nullcontext                # of forward passes: autocast
+    seed: int = 0                                         # of the noise, and of controls
+    batch: int = 500
+
+    @property
+    def noisy(self):
+        """Whether two readings differ: not without a network, and not of clean images."""
+        return self.net is not None and self.times != [1.0]
+
+    @property
+    def passes(self):
+        """Passes of the network per image."""
+        once = 2 if self.head == "diffeed" else 1
+        return once * len(self.times) * self.draws if self.net or self.stored else 0
+
+    def stream(self, images, rows, purpose, **options):
+        """Yield (rows of a batch, {(name, t): activation on the device}); noise belongs to the image."""
+        options = dict(batch=self.batch) | options
+        return stream(self.net, self.state, images, rows, self.names, self.times, device=self.device,
+                      context=self.context, seed=self.seed, purpose=purpose, **options)
+
+    def maps(self, images, rows, purpose, pool="none"):
+        """The activations of a few rows in one go, {(name, t): [n, C, H, W]}."""
+        return next(self.stream(images, rows, purpose, pool=pool, batch=len(rows)))[1]
+
+    def vectors(self, images, rows, purpose):
+        """Pooled activations of all rows, {(name, t): float32 [len(rows), D]}, on the CPU."""
+        parts = {}
+        for _, out in self.stream(images, rows, purpose):
+            for place, value in out.items():
+                parts.setdefault(place, []).append(value.cpu())
+        return {place: torch.cat(v) for place, v in parts.items()}
+
+    def shown(self, images, rows):
+        """Rows of uint8 images as float [n, C, H, W] in [-1, 1], or means of latents; of a `Stored` its maps."""
+        if self.stored:
+            return images.maps(self.names, self.times, rows, self.device)
+        x = torch.from_numpy(np.array(images[rows], order="C"))                  # a copy: what is mapped is read-only
+        return as_input(x.to(self.device))
+
+    @torch.no_grad()
+    def views(self, x, noises):
+        """What heads are called with: maps [times][names] of [B, C, h, w], the last x_t [B, C, H, W], its t [B].
+
+        x: what `shown` gave; noises: one [B, C, H, W] per draw.
+        """
+        if self.stored:
+            return x, None, None
+        if self.net is None:
+            return [[x]], x, None
+        taps = [name for name, _ in mirrors(self.net)] if self.head == "diffeed" else self.names
+        read, path, maps = reader(self.net, taps, "none"), PATHS[self.state["path"]], []
+        for level in self.times:
+            t = torch.full((len(x),), level, device=x.device)
+            parts = []
+            for z in noises:
+                x_t = diffuse(path, x, z, t)
+                with self.context():
+                    parts.append(read(x_t, t))
+            maps.append([sum(p) / len(p) for p in zip(*parts)])
+        return maps, x_t, t
+
+    def batches(self, images, rows, seed, purposes):
+        """Yield (rows of a batch, what heads are called with) in order; purposes: of the noise draws."""
+        for i in range(0, len(rows), self.batch):
+            part, noises = rows[i:i + self.batch], []
+            if self.net is not None:
+                noises = [draw(seed, purpose, part, row_shape(images)).to(self.device) for purpose in purposes]
+            yield part, self.views(self.shown(images, part), noises)
+
+
+class Stored:
+    """features/<name> of one part of the data, read by row like images."""
+
+    def __init__(self, run, name, split):
+        arrays, self.info = load_features(run, name, split)
+        self.pool = self.info["pool"]
+        grid = int(self.pool) if self.pool.isdigit() else 1
+        self.arrays = {}                                  # (name, t): [N, C, h, w]
+        for a, entry in zip(arrays, self.info["arrays"]):
+            place = entry["activation"], entry["t"]
+            self.arrays[place] = a if a.ndim == 4 else a.reshape(len(a), -1, grid, grid)
+        self.names, self.times = (list(dict.fromkeys(v)) for v in zip(*self.arrays))
+
+    def maps(self, names, times, rows, device):
+        """Maps [times][names] of float32 [n, C, h, w]."""
+        def read(place):
+            return torch.from_numpy(np.asarray(self.arrays[place][rows], np.float32)).to(device)
+        return [[read((name, t)) for name in names] for t in times]
+
+    def pooled(self, place, rows):
+        """Rows of one activation as vectors, float32 [len(rows), D]: whole maps are averaged over positions."""
+        out = []
+        for part in np.array_split(rows, math.ceil(len(rows) / 4096)):
+            x = torch.from_numpy(np.asarray(self.arrays[place][part], np.float32)).flatten(2)
+            out.append(x.mean(2) if self.pool == "none" else x.flatten(1))
+        return torch.cat(out)
+
+
+def classes_of(data):
+    """Classes int64 [N]; -1 = not known."""
+    return torch.from_numpy(np.array(data.classes))
+
+
+def block_outputs(net):
+    """Names of the catalogue that are the output of a whole block (between modules, not inside them)."""
+    names = [n for n in catalogue(net) if n.endswith("-out") and n != "unet-out"]
+    return [n for n in names if "self" not in n and "ffn" not in n]
+
+
+def probed(run, split):
+    """One part of the images that are probed: the run's own, or those of transfer=."""
+    if not run.cfg.transfer:
+        return load_data(run, split)
+    return load_data(replace(run, dir=run.dir / "transfer" / Path(run.cfg.transfer).stem), split)
+
+
+def shuffled(cfg, n):
+    """Training rows in a random order, a function of the seed."""
+    return np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(n)
+
+
+def fit_and_validation(run, cfg, n):
+    """(rows to fit on, rows to select on) of n training images, sorted: the validation part is a fifth at most."""
+    if n < 20:
+        raise UserError(f"the run has only {n} training images, too few to fit on some and select on others")
+    held = min(cfg.validation, n // 5)
+    fit = min(cfg.fit, n - held)
+    if (fit, held) != (cfg.fit, cfg.validation):
+        run.say(f"{n} training images: fit={fit} and validation={held} in place of {cfg.fit} and {cfg.validation}")
+    order = shuffled(cfg, n)
+    return np.sort(order[:fit]), np.sort(order[fit:fit + held])
+
+
+def some_rows(rows, seed, purpose, n):
+    """Up to n of the rows, or of range(rows), drawn by a seed; sorted."""
+    return np.sort(np.random.default_rng(seed_of(seed, purpose)).permutation(rows)[:n])
+
+
+def split_rows(cfg, n):
+    """(training rows to learn from, rows to select on), a fifth of the n rows at most."""
+    if n < 5:
+        raise UserError(f"there are only {n} training images, too few to select on some")
+    order, held = shuffled(cfg, n), min(cfg.validation, n // 5)
+    return order[held:], order[:held]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1899,9 +1898,7 @@ def compared_models(run, cfg, source):
             models[name] = replace(source, net=random_network(source))
             continue
         net, state = load_model(run, name, cfg.weights)
-        if not cfg.transfer:
-            require_shape(run, state)
-        elif (state["channels"], state["size"]) != (source.state["channels"], source.state["size"]):
+        if any(state[k] != source.state[k] for k in ("channels", "size")):
             raise UserError(f"against={name}: sees images of another size")
         models[name] = replace(source, net=net, state=state, names=named(cfg, net))
     return models
@@ -1964,7 +1961,8 @@ def asked_for(run, state, recipe, labels):
         known = {k: recipe[k] for k in ("boxes", "mask", "layouts")}
         state = dict(state)
         read_layouts(run, fill("sample_ode", SampleOde, known), state)
-        if recipe.get("bank") != digest(state["maps"].numpy()):
+        there = digest(state["maps"].numpy())
+        if recipe.get("bank", there) != there:            # of boxes= the recipe holds the boxes themselves
             raise UserError(f"samples/{run.cfg.samples}: the layouts they were asked for have changed; sample again")
     maps = state["maps"].numpy()[labels]                  # boxes: 0 = inside; masks: 0 = none, map_labels = whatever
     return maps == 0 if state["condition"] == "box" else (maps > 0) & (maps < state["map_labels"])
@@ -2149,8 +2147,8 @@ def enlarged_image(image, zoom):
 def draw_matches(path, pairs, found, n=6, zoom=4):
     """Pairs side by side, a line from each point to where it was found: green within 0.1 of the limit, else red."""
     size, tiles = pairs.source.shape[2], []
-    start, end = (pairs.points + 1) * size / 2, found + torch.tensor([size, 0.0])
-    lines = zoom * torch.stack([start, end], 2)           # [N, P, 2, 2]
+    ends = (pairs.points + 1) * size / 2, found + torch.tensor([size, 0.0])
+    lines = zoom * torch.stack(ends, 2)                   # [N, P, 2, 2]
     right = (found - pairs.goal).norm(dim=2) <= 0.1 * pairs.limit[:, None]
     for i in range(min(n, len(lines))):
         tile = enlarged_image(np.concatenate([pairs.source[i], pairs.target[i]], 2), zoom)
