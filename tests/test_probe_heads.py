@@ -28,7 +28,7 @@ from probe import (DifFeed, DifFormer, Probe, Source, Stored, accuracy, augmente
                    rank_correlation,
                    ranking, readings, verdicts)
 from configs.data import load_data
-from configs.run import Data, Model
+from configs.run import Data, Model, UserError
 from train_diffusion import UNet, build_model, time_embedding
 
 HEADS = ["linear", "mlp", "cnn", "attention", "difformer", "diffeed"]
@@ -470,6 +470,17 @@ def test_sweep_reads_images_once_unless_stability_decides(monkeypatch, tiny, run
     assert set(got["tracks"]) == {criterion}
     best = max((r for r in got["table"] if passes == 2 or r["t"] == got["label_free"]["t"]), key=lambda r: r[criterion])
     assert got["label_free"] == {k: best[k] for k in ("activation", "t", "rho", "log_snr", criterion)}
+
+
+def test_small_sets_have_small_parts(capsys):
+    """A few hundred images are fitted and validated on; what was asked for, and what there is, stands in one line."""
+    here = SimpleNamespace(say=print)
+    fit, val = probe.fit_and_validation(here, Probe(), 179)
+    assert len(fit) == 144 and len(val) == 35 and not set(fit) & set(val)
+    assert "fit=144 and validation=35" in capsys.readouterr().out
+    assert [len(v) for v in probe.fit_and_validation(here, Probe(), 5000)] == [2000, 1000] and not capsys.readouterr().out
+    with pytest.raises(UserError, match="only 12 training images"):
+        probe.fit_and_validation(here, Probe(), 12)
 
 
 def test_linear_probe_of_several_activations(monkeypatch, tiny, run):
