@@ -1953,6 +1953,19 @@ def warm(images):
     return images[:, 0].astype(np.int16) - images[:, 2] > 20
 
 
+def open_samples(run, cfg, how):
+    """The model that samples/<samples> are of, as (Source without a network, what the samples add to the recipe)."""
+    check_name("samples", cfg.samples)
+    file = run.dir / "samples" / cfg.samples / "metrics.json"
+    made = read_json(file, "make the samples with sample_ode.py")
+    with reading(file, "sample again"):
+        cfg.checkpoint, hash_then, recipe = made["checkpoint"], made["hash"], digest(made["recipe"])
+    state = load_checkpoint(run, cfg.checkpoint)
+    require(state["weights"] == hash_then, cfg, "samples", f"were made by an earlier state of {cfg.checkpoint}")
+    require(state.get("condition") in ("box", "mask"), cfg, "samples", "were asked for no boxes or masks")
+    return Source(None, state, [], [], **how), dict(samples=recipe)
+
+
 def asked_for(run, state, recipe, labels):
     """Areas bool [n, H, W] that samples with these labels, rows of a bank of layouts, were to fill: inside the boxes,
     on the masks. The bank is the checkpoint's, or what the samples' recipe put in its place."""
@@ -2025,7 +2038,7 @@ def overlap_of(asked, found):
     return np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)
 
 
-LAYOUT_KEYS = {"samples", "finder"}
+LAYOUT_KEYS = {"finder"}
 
 
 def layout(run, cfg, source):
@@ -2230,32 +2243,29 @@ def named(cfg, net):
     return matching(net, ["*"]) if cfg.protocol == "select" else block_outputs(net)
 
 
+def open_features(run, cfg, how):
+    """Stored features as (Source, what they add to the recipe)."""
+    part = Stored(run, cfg.features, "train")
+    cfg.checkpoint = part.info["checkpoint"]
+    cfg.controls = [c for c in cfg.controls if c == "pixels"]                    # there is no network for the others
+    state = dict(file=f"features/{cfg.features}", weights=part.info["hash"], seen=None)
+    source = Source(None, state, part.names, part.times, stored=True, draws=part.info["draws"], **how)
+    return source, dict(reads=part.info)
+
+
 def open_source(run, cfg):
     """(what is probed, as a Source; what that adds to the recipe)."""
     how = dict(device=run.device, context=autocast(run, cfg.precision)[0], seed=cfg.seed, batch=cfg.batch)
     if cfg.features:
-        part = Stored(run, cfg.features, "train")
-        cfg.checkpoint, state = part.info["checkpoint"], dict(file=f"features/{cfg.features}", seen=None)
-        cfg.controls = [c for c in cfg.controls if c == "pixels"]                # there is no network for the others
-        state["weights"] = part.info["hash"]
-        how |= dict(stored=True, draws=part.info["draws"])
-        return Source(None, state, part.names, part.times, **how), dict(reads=part.info)
+        return open_features(run, cfg, how)
     if cfg.protocol == "layout":
-        check_name("samples", cfg.samples)
-        file = run.dir / "samples" / cfg.samples / "metrics.json"
-        made = read_json(file, "make the samples with sample_ode.py")
-        with reading(file, "sample again"):
-            cfg.checkpoint, was, recipe = made["checkpoint"], made["hash"], digest(made["recipe"])
+        return open_samples(run, cfg, how)
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
-    extra = dict(transfer=prepare_transfer(run, state["size"]) if cfg.transfer else None)
     if cfg.transfer:
         require(state["channels"] == 3, cfg, "transfer", "other images are probed as pixels; this model sees latents")
     else:
         require_shape(run, state)
-    if cfg.protocol == "layout":
-        require(state["weights"] == was, cfg, "samples", f"were made by an earlier state of {cfg.checkpoint}")
-        require(state.get("condition") in ("box", "mask"), cfg, "samples", "were asked for no boxes or masks")
-        return Source(net, state, [], [], **how), extra | dict(sampled=recipe)
+    extra = dict(transfer=prepare_transfer(run, state["size"]) if cfg.transfer else None)
     if cfg.protocol in ("linear", "head", "segment", "detect"):
         names, times = choice_or_named(run, cfg, net)
         return Source(net, state, names, times, **how), extra | dict(reads=[names, times])
