@@ -353,7 +353,9 @@ class Source:
         return next(self.stream(images, rows, purpose, pool=pool, batch=len(rows)))[1]
 
     def vectors(self, images, rows, purpose):
-        """Pooled activations of all rows, {(name, t): float32 [len(rows), D]}, on the CPU."""
+        """Pooled activations of all rows, {(name, t): float32 [len(rows), D]}, on the CPU. images: or a `Stored`."""
+        if self.stored:
+            return {place: images.pooled(place, rows) for place in itertools.product(self.names, self.times)}
         parts = {}
         for _, out in self.stream(images, rows, purpose):
             for place, value in out.items():
@@ -733,14 +735,12 @@ def linear(run, cfg, source):
 
     def vectors(s, split, number):                        # float32 [N, D]
         data = train if split == "train" else test
-        if s.stored:
-            part, rows = Stored(run, cfg.features, split), np.arange(len(data))
-            return torch.cat([part.pooled(p, rows) for p in itertools.product(s.names, s.times)], 1)
-        if s.net is None:                                 # larger images are averaged: many columns tell little
+        if s.net is None and not s.stored:                # larger images are averaged: many columns tell little
             side, chunks = min(32, data.images.shape[2]), range(0, len(data), 1000)
             small = [F.adaptive_avg_pool2d(s.shown(data.images, slice(i, i + 1000)), side) for i in chunks]
             return torch.cat(small).flatten(1)
-        out = s.vectors(data.inputs, np.arange(len(data)), f"linear {split} {number}")
+        images = Stored(run, cfg.features, split) if s.stored else data.inputs
+        out = s.vectors(images, np.arange(len(data)), f"linear {split} {number}")
         return torch.cat([out[p] for p in itertools.product(s.names, s.times)], 1)
 
     def measure(what, s, number):
@@ -1024,12 +1024,9 @@ def labelled(y, rows, share, per_class, seed):
 
 def ranking(source, images, y, fit, val):
     """{(name, t): validation accuracy of a ridge classifier on the pooled activation}, of images or stored features."""
-    score, a, v = {}, None, None
-    if not source.stored:
-        a, v = (source.vectors(images, rows, "ranking") for rows in (fit, val))
+    score, (a, v) = {}, (source.vectors(images, rows, "ranking") for rows in (fit, val))
     for place in itertools.product(source.names, source.times):
-        pair = [images.pooled(place, rows) for rows in (fit, val)] if source.stored else [a[place], v[place]]
-        x, x_val = standardise(*pair)
+        x, x_val = standardise(a[place], v[place])
         score[place] = accuracy(ridge(x, y[fit], int(y.max()) + 1, 1e-3), x_val, y[val])
     return score
 
