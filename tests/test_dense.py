@@ -234,7 +234,7 @@ WORDS = ["t=0.8", "activations=mid-repeat1-res-out,up-level1-repeat0-res-out", "
 
 
 @pytest.mark.parametrize("head, more", [("uper", []), ("linear", ["flip=true", "crop=2", "controls="]),
-                                        ("ensemble", ["masks=3", "members=3", "controls=random"])])
+                                        ("ensemble", ["masks=2", "members=2", "seeds=0", "controls=random"])])
 def test_protocol_segment(monkeypatch, tiny, run, head, more):
     teach, taught = probe.train_supervised, []
     monkeypatch.setattr(probe, "train_supervised", lambda *a: taught.append(len(a[-1])) or teach(*a))
@@ -242,9 +242,10 @@ def test_protocol_segment(monkeypatch, tiny, run, head, more):
     got = result(run, head)
     assert set(got["rows"]) == {head} | {"uper": {"random weights", "raw pixels", "supervised, same size"},
                                          "linear": set(), "ensemble": {"random weights"}}[head]
-    assert all(0 <= r["miou"] <= 1 and len(r["results"]) == 2 and r["parameters"] > 0 for r in got["rows"].values())
+    assert all(0 <= r["miou"] <= 1 and len(r["results"]) == (1 if head == "ensemble" else 2) and r["parameters"] > 0
+               for r in got["rows"].values())
     assert (run / f"probe/{head}.png").exists()
-    assert got["classes"] == 11 and got["train_images"] == (3 if head == "ensemble" else 128)
+    assert got["classes"] == 11 and got["train_images"] == (2 if head == "ensemble" else 128)
     assert taught == [128] * (head == "uper")             # nor does a control see the validation part
     assert head != "ensemble" or set(got["uncertainty"]) == {"right", "wrong"}
 
@@ -363,7 +364,7 @@ def test_protocol_detect(monkeypatch, tiny, run, operators, kinds):
                         split: first(load_data(r, split)) if split == "test" else load_data(r, split))
     name = "detect-" + "-".join(sorted(kinds))
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=2", "head_batch=2",
-           "masks=2", "seeds=0", "lr=1e-3,3e-3", f"name={name}")
+           "masks=2", "seeds=0", "lr=1e-3" if "masks" in kinds else "lr=1e-3,3e-3", f"name={name}")
     got = result(run, name)
     assert set(got["rows"]) == {"detect"} and (run / f"probe/{name}.png").exists() and got["objects"] >= 3
     assert all(0 <= r[f"{k}_ap"] <= 1 and r["results"][0]["lr"] in (1e-3, 3e-3) for r in got["rows"].values()
@@ -449,12 +450,14 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
         (lost / f"samples/{labels}").mkdir(parents=True)
         np.save(lost / f"samples/{labels}/images.npy", images)
         np.save(lost / f"samples/{labels}/labels.npy", np.arange(60))
-        about = dict(checkpoint=f"guided/{labels}", hash=state["weights"], recipe=dict(boxes=[], mask="", layouts="train"))
+        about = dict(checkpoint=f"guided/{labels}", hash=state["weights"],
+                     recipe=dict(boxes=[], mask="", layouts="train"))
         (lost / f"samples/{labels}/metrics.json").write_text(json.dumps(about))
         called(monkeypatch, probe, *words, f"samples={labels}", f"name={labels}")
         layout[labels] = result(lost, labels)
     assert all(r["exact_iou"] > 0.9 and r["images"] == 60 for r in layout.values())
-    assert 0 <= layout["lost"]["layout_iou"] == layout["random"]["layout_iou"] < 1        # shuffled labels: the same finder
+    # shuffled labels: the same finder
+    assert 0 <= layout["lost"]["layout_iou"] == layout["random"]["layout_iou"] < 1
     assert "layout_iou" not in layout["classes"] and "were not found as objects" in capsys.readouterr().out
     assert (lost / "probe/lost.png").exists()
     assert "finder=classes" in refuse("probe", *words, "samples=lost", "finder=classes", "name=bad")
@@ -574,7 +577,7 @@ def test_protocols_on_other_images(monkeypatch, refuse, tiny, run, tmp_path):
 
 def test_bad_transfer(refuse, tiny, run, tmp_path):
     words = [tiny, f"run={run}", "protocol=head", "name=bad", *WORDS]
-    assert "transfer=none.yaml" in refuse("probe", *words, "transfer=none.yaml")
+    assert "none.yaml: No such file" in refuse("probe", *words, "transfer=none.yaml")
     np.savez(tmp_path / "more.npz", images=np.zeros((20, 3, 32, 32), np.uint8), classes=np.arange(20) % 3,
              test_images=np.zeros((8, 3, 32, 32), np.uint8),
              test_classes=np.arange(8))
