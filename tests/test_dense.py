@@ -585,8 +585,8 @@ def test_bad_transfer(refuse, tiny, run, tmp_path):
     assert "the test images have class 3, 4, 5, 6, 7, the training" in refuse("probe", *words,
         f"transfer={tmp_path / 'more.yaml'}", "activations=mid-repeat1-res-out")
     assert "not latents" in refuse("probe", *words, f"transfer={tmp_path / 'more.yaml'}", "data.latents=x", "--dry-run")
-    (tmp_path / "other.yaml").write_text("data: {source: shapes, train: 7}")
-    assert "another data section" in refuse("probe", *words, f"transfer={tmp_path / 'other.yaml'}")
+    (tmp_path / "more.yaml").write_text("data: {source: shapes, train: 7}")
+    assert "another data section" in refuse("probe", *words, f"transfer={tmp_path / 'more.yaml'}")
 
 
 @pytest.mark.parametrize("words, said", [
