@@ -248,10 +248,8 @@ def test_linear_protocol_with_controls(chain, tiny):
     inside("probe", tiny, f"run={chain}", "protocol=linear", "supervised_images=128")
     found = json.loads((chain / "probe/linear.json").read_text())
     rows, choice = found["rows"], json.loads((chain / "probe/sweep.json").read_text())["label_free"]
-    assert (rows["features"]["activation"], rows["features"]["t"]) == (
-        [choice["activation"]],
-        [choice["t"]],
-    )  # the YAML's t is the grid of the sweep
+    read = rows["features"]["results"][0]                 # the YAML's t is the grid of the sweep
+    assert (read["activations"], read["t"]) == ([choice["activation"]], [choice["t"]])
     assert {"features", "random weights", "supervised, same size", "raw pixels"} == set(rows)
     assert all(0 <= r["linear"] <= 1 and 0 <= r["knn"] <= 1 for r in rows.values())
 

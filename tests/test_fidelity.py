@@ -125,19 +125,6 @@ def test_long_tailed_data(call):
     assert ((masks > 0) & warm(images)).sum() / ((masks > 0) | warm(images)).sum() > 0.95              # rows still belong together
 
 
-def test_boxes_are_chosen_without_labels(call):
-    r = json.loads((call.dir / "probe/boxes.json").read_text())
-    assert max(r["table"], key=lambda v: v["stability"] + v["consensus"])["activation"] == r["label_free"]["activation"] and {"corloc", "iou"} <= set(r["table"][0])
-    assert all(-1 <= v["consensus"] <= 1 for v in r["table"]) and (call.dir / "probe/boxes.png").exists()
-    info = json.loads((call.dir / "features/dense/info.json").read_text())
-    assert [info["arrays"][0]["activation"], info["arrays"][0]["t"]] == [r["label_free"]["activation"], r["label_free"]["t"]]
-
-
-def test_agreement_of_boxes():
-    a = np.array([[0, 0, 4, 4], [4, 4, 8, 8], [0, 4, 4, 8]], float)
-    assert probe.box_agreement(a, a) == 1 and probe.box_agreement(np.tile(a[:1], (3, 1)), np.tile(a[:1], (3, 1))) == 0
-
-
 def test_layout_models_report_fidelity_and_tails(call, capsys):
     for labels in ("lost", "random"):                     # random: the same boxes, of other images, found by the same labeller
         call(train_guided, f"labels={labels}", "condition=box", "images=64")
@@ -160,7 +147,6 @@ def test_sets_train_and_sample(call):
 def test_bad_input(call, tiny, refuse):
     words = [tiny, f"run={call.dir}", TAIL]
     assert "imbalance=0.5" in refuse("train_diffusion", tiny, f"run={call.dir}-x", "data.imbalance=0.5")
-    assert "boxed=1" in refuse("probe", *words, "protocol=boxes", "boxed=1", "name=no")
     call(self_label, "method=classes")
     assert "no ids_train" in refuse("train_guided", *words, "labels=classes", "condition=set", "name=no")
     call(train_guided, "labels=classes", "condition=box", "name=truth", "images=64")
