@@ -48,9 +48,9 @@ from configs.data import as_input, load_data, load_features, prepare_data, requi
 from configs.run import (Data, Model, UserError, atomic, autocast, bar, cli, draw, fill, finished, key, read_json, require,
                          save_grid, seed_of, seeded, start, write_json)
 from configs.shapes import shape_parts
-from train_diffusion import PATHS, Block, UViT, build_model, cost, diffuse, footprint, load_checkpoint, load_model
+from train_diffusion import PATHS, Block, UViT, build_model, diffuse, load_checkpoint, load_model, say_network
 from extract_features import catalogue, cost_shares, matching, noise_level, reader, stream
-from self_label import alone, assign, bounds, corloc, find_objects, gather, iou, kmeans, largest_component, nmi
+from self_label import assign, bounds, corloc, find_objects, iou, kmeans, largest_component, nmi
 
 FIT_KEYS = {"width", "images", "head_batch", "lr", "l2", "flip", "crop", "seeds"}
 KEYS = dict(head=FIT_KEYS | {"head", "labels_share", "per_class", "depth", "heads", "side", "grid", "hidden", "finetune"},       # that only these protocols read
@@ -308,7 +308,7 @@ def heat_map(path, values, rows, columns, title, marks=()):
 
 def block_outputs(net):
     """Names of the catalogue that are the output of a whole block (between modules, not inside them)."""
-    return [n for n in catalogue(net) if n.endswith("-out") and "self" not in n and "ffn" not in n and n != "unet-out"]
+    return matching(net, ["blocks"])
 
 
 def vectors(net, state, images, rows, names, times, **options):
@@ -346,8 +346,7 @@ def sweep(run, cfg, net, state, context):
             rows, clusters = [], []
             for n in names:
                 mean = a[n].mean(0)                       # centred: activations share a large common direction
-                with alone():
-                    free, ids = label_free_scores(a[n] - mean, b[n] - mean if few else None, K, cfg.seed)
+                free, ids = label_free_scores(a[n] - mean, b[n] - mean if few else None, K, cfg.seed)
                 rows.append(dict(activation=n, **noise_level(state["path"], t), **free))
                 clusters.append(ids)
                 if known:
@@ -356,7 +355,7 @@ def sweep(run, cfg, net, state, context):
                                      knn=knn(a[n] - mean, y_fit, v[n] - mean, y_val, cfg.neighbours, count))
                 progress.update(1)
             table += [r | dict(consensus=float(c)) for r, c in zip(rows, consensus(clusters))]
-    table = sorted(itertools.chain(*gather(table)), key=lambda r: (names.index(r["activation"]), r["t"]))
+    table = sorted(itertools.chain(*run.gather(table)), key=lambda r: (names.index(r["activation"]), r["t"]))
     pick = lambda key: {k: max(table, key=lambda r: r[key])[k] for k in ("activation", "t", "rho", "log_snr", key)}
     # the noisiest time at which the blocks still agree about as well as anywhere, and there the block that agrees most
     best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in cfg.t}
@@ -414,7 +413,7 @@ def boxes(run, cfg, net, state, context):
                             got = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), size, "lost")["boxes"][:, 0]
                             mine.setdefault((name, t), [[], []])[noise].append(got.cpu().numpy())
             progress.update(1)
-    found = {k: [np.concatenate(v) for v in pair] for some in gather(mine) for k, pair in some.items()}
+    found = {k: [np.concatenate(v) for v in pair] for some in run.gather(mine) for k, pair in some.items()}
     found = {(n, t): found[n, t] for n in names for t in times if (n, t) in found}
     truth = None if data.boxes is None else np.asarray(data.boxes[rows]).reshape(len(rows), -1, 4)
     mutual, table = np.array([[box_agreement(a[0], b[0]) for b in found.values()] for a in found.values()]), []
@@ -1778,13 +1777,8 @@ def main():
         run.say(f"note: protocol={cfg.protocol} does not divide its work; one process is as fast")
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
-        if net and not cfg.transfer:
-            reads = recipe.get("reads") or (block_outputs(net) if cfg.activations == ["blocks"] else matching(net, cfg.activations), cfg.t)
-            x = torch.zeros(1, state["channels"], state["size"], state["size"], device=run.device)
-            share = 1.0 if cfg.head == "diffeed" and cfg.protocol == "head" else max(v for n, v in cost_shares(net, x, torch.zeros(1, device=run.device)).items() if n in reads[0])
-            flops, count = footprint(net, state["channels"], state["size"])[0], images_read(cfg, len(reads[1]), *(len(load_data(run, s)) for s in ("train", "test")))
-            cost(run, f"about {flops / 1e9:,.2f} GFLOP forward an image x {share:.2f} (as far as is read) x {count:,} images and times, for the row that is asked for "
-                 "(controls, and heads themselves, come on top)", flops * share * count)
+        if net:
+            say_network(run, net, state["channels"], state["size"])
         return
     if run.agreed(lambda: finished(run, path, recipe)):
         return

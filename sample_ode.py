@@ -1,105 +1,92 @@
 """Sample: a model in, images along the ODE out, and how good they are.
 
-Reads   {diffusion,guided}/<name>/checkpoint.pt; for evaluation also data/{train,test}
-Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png of several w; with sweep=nfe nfe.png and straightness.png
-Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0.
-Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write v_c + s (v_c - v_0) have s = w - 1.
+Reads   {diffusion,guided}/<name>/checkpoint.pt; for scores also data/{train,test}
+Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png where w was
+        chosen; with sweep=nfe nfe.png and straightness.png
+Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0 and back.
+Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write
+        v_c + s (v_c - v_0) have s = w - 1.
 
-    python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans-w guidance=1,1.5,2,3   # picks w on other samples than it reports
-    python sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k evaluator=inception       # one GPU; FID proper (the YAML compares with train)
-    torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k      # the same images, eight GPUs
-    python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=base-nfe sweep=nfe              # distance against network evaluations
-    python sample_ode.py configs/shapes.yaml --table                                                   # all results of the run side by side
+    python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans-w guidance=1,1.5,2,3
+    torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k
+    python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=base-nfe sweep=nfe
+    python sample_ode.py configs/shapes.yaml --table           # all results of the run side by side
+
+Several w: the best on other samples, against other real images, than the report uses. Several processes: the same
+images. The method is in `solve_fixed`, `solve_dopri5`, `Field` and `integrate`, then `generate`; evaluators,
+distances and pictures behind them can be skipped.
 """
 import itertools
-import json
 import math
 import os
-import shutil
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+import uuid
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from configs.data import Folder, Squared, as_input, decode, load_data, load_labels, open_autoencoder, to_latents
-from configs.run import (Data, UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill,
-                         finished, key, read_json, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
-                         wide, write_json, write_rows)
-from train_diffusion import DECODE, PATHS, cost, estimates, footprint, load_checkpoint, load_model
-from extract_features import matching, noise_level, pooled, stream, tapped
-from self_label import bounds, find_objects, gather, joined, largest_component
-from train_guided import TrainGuided, conditioned, draw_boxes, label_images, layout_maps, load_labeller
+from configs.data import as_input, decode, load_data, load_labels, open_autoencoder, row_shape, torchvision_datasets
+from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill, finished, key,
+                         making, read_json, reading, require, save_grid, seed_of, seeded, start, to_uint8,
+                         weights_hash, write_json, write_rows)
+from train_diffusion import PATHS, Condition, load_checkpoint, load_condition, load_model, say_network, to_x_and_z
+
+Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]
 
 
 @dataclass
 class SampleOde:
     """Section `sample_ode`."""
     name: str = key("base", "results go to samples/<name>")
-    checkpoint: str = key("diffusion/base",
-                          "a folder of the run, a .pt file, or published weights: adm:, ddpm:, uvit:, sgfm:FILE")
+    checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
-    n: int = key(10_000, "samples")
-    solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"] = key("heun",
-        "dopri5 adapts its steps to tol")
-    steps: int = key(12, "of the fixed-step solvers")
-    tol: float = key(1e-4, "dopri5: relative and absolute tolerance")
+    n: int = key(10_000, "samples", low=2)
+    solver: Solver = key("heun", "dopri5 adapts its steps to tol")
+    steps: int = key(12, "of the fixed-step solvers", low=1)
+    tol: float = key(1e-4, "dopri5: relative and absolute tolerance", above=0)
     guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
-    select: int = key(1_000, "samples per candidate when several w are given; from another seed than the report")
-    interval: list[float] = key([0.0, 1.0], "guide only while t is inside; outside w = 1")
-    autoguide: str = key("",
-                         "checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label if they know"
-                         " labels")
-    labels: list[str] = key(["marginal"],
-                            "marginal (of the training labels), uniform, or ids (places in the bank, if any)")
-    boxes: list[list[float]] = key([],
-                                   "models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] in "
-                                   "pixels")
+    select: int = key(1_000, "samples per candidate w; from another seed than those of the report", low=2)
+    interval: list[float] = key([0.0, 1.0], "guide only while t is inside; outside w = 1", count=2)
+    autoguide: str = key("", "checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label if they "
+                             "know labels")
+    labels: list[str] = key(["marginal"], "marginal (of the training labels), uniform over those that training images "
+                                          "had, or ids (places in the bank, if any)")
+    boxes: list[list[float]] = key([], "models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] "
+                                       "in pixels")
     mask: str = key("", "models with mask conditions: a PNG whose pixel values are the ids")
-    layouts: Literal["train", "test"] = key("train",
-                                            "models with box or mask conditions: layouts of the bank in the "
-                                            "checkpoint, or of the test images")
-    finder: str = key("",
-                      "models with box or mask conditions: whose labeller looks for layouts in samples; empty = the "
-                      "model's")
-    like: str = key("",
-                    "models with online labels: a folder of images (or 'test') whose labels to use, cycling through "
-                    "them")
-    direction: Literal["generate", "encode"] = key("generate", "encode: test images back to noise and forth again")
+    layouts: Literal["train", "test"] = key("train", "models with box or mask conditions: layouts of the bank in the "
+                                                     "checkpoint, or of the test images")
+    direction: Literal["generate", "encode"] = key("generate", "encode: test images to noise and back")
     evaluate: bool = key(True, "compare with real images")
-    evaluator: str = key("judge",
-                         "judge (small CNN on the run's classes), pixels (their principal components: no labels), "
-                         "inception (FID proper), or a TorchScript file")
+    evaluator: Literal["judge", "pixels", "inception"] = key("judge", "small CNN on the run's classes; principal "
+                                                                      "components, without labels; FID proper")
     reference: Literal["train", "test"] = key("test", "real images to compare with")
-    neighbours: int = key(5, "k of precision, recall, density, coverage")
+    neighbours: int = key(5, "k of precision, recall, density, coverage", low=1)
     sweep: Literal["", "nfe", "guidance"] = key("", "draw the distance against network evaluations, or against w")
-    against: list[str] = key([],
-                             "nfe sweep: further checkpoints to draw into the same figures, such as one of the other "
-                             "path")
-    sweep_steps: list[int] = key([2, 3, 5, 8, 12, 20, 32],
-                                 "of the nfe sweep, up to 64 evaluations; dopri5 varies its tolerance instead")
-    sweep_solvers: list[Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]] = key(["euler", "midpoint", "heun", "dopri5"],
-        "of the nfe sweep")
+    against: list[str] = key([], "nfe sweep: further checkpoints to draw into the same figures")
+    sweep_steps: list[int] = key([2, 3, 5, 8, 12, 20, 32], "of the nfe sweep, up to 64 evaluations; dopri5 varies its "
+                                                           "tolerance instead", low=1)
+    sweep_solvers: list[Solver] = key(["euler", "midpoint", "heun", "dopri5"], "of the nfe sweep")
     features: list[str] = key([], "also save these activations of the network, names and globs, while it samples")
-    features_at: list[int] = key([0], "at these evaluations of a fixed-step solver, from 0")
+    features_at: list[int] = key([0], "at these evaluations of a fixed-step solver, from 0", low=0)
     features_pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
-    batch: int = key(250, "images per network call and process")
+    batch: int = key(250, "images per network call and process", low=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network; the ODE state is float32 always")
     compile: bool = key(False, "torch.compile the network: a minute or so that pays where n is many batches")
     seed: int = key(0, "sample i is a function of (seed, i)")
-    runs: list[str] = key([], "--table: further run folders (other seeds) to average with")
     overwrite: bool = key(False, "replace samples that another recipe left under this name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Solvers of dy/ds = f(y, s). Every row of y is its own problem with its own s, so results do not depend on the batch.
+# Solvers of dy/ds = f(y, s) for a batch y [B, ...] and a number s
 
 TABLEAUS = {                                              # Butcher tableaus: nodes c, matrix a, weights b
     "euler": ([0], [[]], [1]),
@@ -107,316 +94,581 @@ TABLEAUS = {                                              # Butcher tableaus: no
     "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
     "rk4": ([0, 1 / 2, 1 / 2, 1], [[], [1 / 2], [0, 1 / 2], [0, 0, 1]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
 }
-DOPRI5 = (                                                # Dormand and Prince 1980: the last stage is the slope at the step's end
+FIFTH_ORDER = [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]
+DOPRI5 = (                                                # Dormand and Prince 1980; the last stage is the step's end
     [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1],
-    [[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9], [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
-     [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656], [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
-    [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0])
-DOPRI5_ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]       # 5th minus 4th order weights
+    [[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
+     [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
+     [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656], FIFTH_ORDER],
+    [*FIFTH_ORDER, 0])
+DOPRI5_ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]     # 5th minus 4th order
+BLOCK = 64                                                # consecutive samples that share the steps of dopri5
 
 
-def mix(ks, weights):
+def mix(slopes, weights):
     """Weighted sum of stage slopes, skipping zeros."""
-    return sum(w * k for w, k in zip(weights, ks) if w)
-
-
-def column(v, y):
-    """[B] -> [B, 1, ...], to multiply rows of y."""
-    return v.reshape(-1, *[1] * (y.dim() - 1))
+    return sum(w * k for w, k in zip(weights, slopes) if w)
 
 
 def solve_fixed(f, y, grid, solver):
-    """Explicit Runge-Kutta steps over a grid. f(y [B, ...], s: a number, the same for all rows) -> slope; grid: [steps + 1] -> y at grid[-1]."""
-    c, a, b = TABLEAUS[solver]
-    for s0, s1 in itertools.pairwise(grid.tolist()):
-        h, ks = s1 - s0, []
-        for node, row in zip(c, a):
-            ks.append(f(y + h * mix(ks, row) if row else y, s0 + node * h))
-        y = y + h * mix(ks, b)
+    """Explicit Runge-Kutta steps from y [B, ...] at grid[0] over the numbers in grid -> y at grid[-1]."""
+    nodes, matrix, weights = TABLEAUS[solver]
+    for s0, s1 in itertools.pairwise(grid):
+        h, slopes = s1 - s0, []
+        for node, row in zip(nodes, matrix):
+            slopes.append(f(y + h * mix(slopes, row) if row else y, s0 + node * h))
+        y = y + h * mix(slopes, weights)
     return y
 
 
-def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
-    """Adaptive Dormand-Prince 5(4) from s0 to s1 (either direction), each row with its own steps; atol = rtol = tol.
+def worst(e):
+    """Root mean square of each row of e [B, ...]; the largest of them."""
+    size = float(e.flatten(1).double().square().mean(1).sqrt().max())
+    if not math.isfinite(size):
+        raise UserError("solver=dopri5: the network returned a non-finite velocity")
+    return size
 
-    f(y [A, ...], s [A], rows [A]) is called for the rows that still move. Step control as in Hairer, Norsett and Wanner, section II.4.
-    Returns (y, calls per row [B]).
+
+def first_step(f, y, slope, s0, s1, tol):
+    """A first step size: an Euler step tells how fast the slope changes (Hairer, Norsett and Wanner, section II.4)."""
+    scale, sign = tol + tol * y.abs(), math.copysign(1, s1 - s0)
+    d0, d1 = worst(y / scale), worst(slope / scale)
+    h = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, abs(s1 - s0))
+    d2 = worst((f(y + sign * h * slope, s0 + sign * h) - slope) / scale) / h
+    d = max(d1, d2)
+    return min(100 * h, max(1e-6, 1e-3 * h) if d <= 1e-15 else (0.01 / d) ** 0.2)
+
+
+def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
+    """Adaptive Dormand-Prince 5(4) from s0 to s1, in either direction, with one step size for all rows of y [B, ...].
+
+    atol = rtol = tol. The worst row decides about a step: in an average over rows, easy ones would hide the error of a
+    hard one. Returns (y at s1, calls of f).
     """
-    B, sign = len(y), 1.0 if s1 > s0 else -1.0
-    norm = lambda e: e.flatten(1).double().square().mean(1).sqrt()               # [A] root mean square
-    c, a, _ = DOPRI5
-    rows, s = torch.arange(B, device=y.device), torch.full((B,), float(s0), dtype=torch.float64, device=y.device)
-    k1, calls = f(y, s.to(y), rows), torch.full((B,), 2, device=y.device)
-    # first step: one Euler trial step tells how fast the slope changes
-    scale = tol + tol * y.abs()
-    d0, d1 = norm(y / scale), norm(k1 / scale)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1).clamp(max=abs(s1 - s0))
-    d2 = norm((f(y + column(sign * h0, y).to(y) * k1, (s + sign * h0).to(y), rows) - k1) / scale) / h0
-    h1 = torch.where(torch.maximum(d1, d2) <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / torch.maximum(d1, d2)) ** 0.2)
-    h = torch.minimum(100 * h0, h1)                                              # [B] positive
-    y, k1 = y.clone(), k1.clone()
+    nodes, matrix, _ = DOPRI5
+    slope, s, sign = f(y, s0), s0, math.copysign(1, s1 - s0)
+    h, calls = first_step(f, y, slope, s0, s1, tol), 2
     for _ in range(max_steps):
-        left = (s1 - s) * sign
-        rows = (left > 1e-12 * max(abs(s1), abs(s0), 1)).nonzero().flatten()
-        if len(rows) == 0:
-            return y, calls
-        step = torch.minimum(h[rows], left[rows])
-        if not torch.isfinite(step).all():
-            raise UserError("solver=dopri5: the network returned a non-finite velocity")
-        stuck = ((step < 1e-9 * abs(s1 - s0)) & (step < left[rows])).nonzero().flatten()         # only the last step may be tiny
-        if len(stuck):
-            raise UserError(f"solver=dopri5: the step shrank to {float(step[stuck[0]]):.1e} at {float(s[rows[stuck[0]]]):.6f}; "
+        left = abs(s1 - s)
+        step = h if h < (1 - 1e-9) * left else left       # reach the end where that is all but so
+        if step < min(left, 1e-9 * abs(s1 - s0)):         # the last one may be tiny
+            raise UserError(f"solver=dopri5: the step shrank to {step:.1e} at {s:.6f}; "
                             "raise tol, or use a fixed-step solver")
-        yr, hs, ks = y[rows], column(sign * step, y).to(y), [k1[rows]]
-        for node, row in zip(c[1:], a[1:]):
-            stage = yr + hs * mix(ks, row)
-            ks.append(f(stage, (s[rows] + sign * node * step).to(y), rows))
-        calls[rows] += 6
-        new = stage                                                              # the last stage's argument is the 5th order solution
-        error = norm(hs * mix(ks, DOPRI5_ERROR) / (tol + tol * torch.maximum(yr.abs(), new.abs())))
-        if not torch.isfinite(error).all():
-            raise UserError("solver=dopri5: the network returned a non-finite velocity")
-        good = error <= 1
-        y[rows], k1[rows] = torch.where(column(good, y), new, yr), torch.where(column(good, y), ks[-1], ks[0])
-        s[rows] = torch.where(good, torch.where(step >= left[rows], s1, s[rows] + sign * step), s[rows])
-        factor = (0.9 * error.clamp(min=1e-10) ** -0.2).clamp(0.2, 10)
-        h[rows] = step * torch.where(good, factor.clamp(min=1), factor.clamp(max=1))
+        slopes = [slope]
+        for node, row in zip(nodes[1:], matrix[1:]):
+            stage = y + sign * step * mix(slopes, row)
+            slopes.append(f(stage, s + sign * node * step))
+        calls += 6
+        error = worst(sign * step * mix(slopes, DOPRI5_ERROR) / (tol + tol * torch.maximum(y.abs(), stage.abs())))
+        factor = min(10, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))
+        if error > 1:
+            h = step * min(factor, 1)
+            continue
+        y, slope = stage, slopes[-1]                      # the last stage is the solution
+        s, h = s + sign * step, step * max(factor, 1)
+        if step == left:
+            return y, calls
     raise UserError(f"solver=dopri5: more than {max_steps} steps; raise tol, or use a fixed-step solver")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The field: the network's velocity, guided
 
-def every_row(t, x):
-    """A time of all rows of x [B, ...], given as a number or as [B], as a tensor [B] beside x."""
-    return t if torch.is_tensor(t) else x.new_full((len(x),), t)
-
-
 class Field:
-    """Slope of the probability-flow ODE in the path's variables (y, s), with guidance; counts its network calls.
+    """Slope of the probability-flow ODE in the path's variables (y, s), with guidance; counts the images networks see.
 
-    Guidance and autoguidance mix outputs of networks; the estimates of x and z are affine in them, so velocities are mixed alike.
+    Guidance and autoguidance mix outputs of networks. Estimates of x and z are affine in them: velocities mix alike.
     """
 
-    def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=None):
-        self.net, self.path, self.predict, self.w, self.interval, self.weak, self.context = net, path, predict, w, interval, weak, context
-        self.null, self.images, self.watch = getattr(net, "num_labels", 0), 0, None
+    def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=nullcontext, batch=10 ** 9):
+        """net, weak: (network, its `Condition` or None); predict: v, eps or x; batch: rows that they see at once."""
+        self.net, self.path, self.predict, self.context = net, path, predict, context
+        self.w, self.interval, self.weak = w, interval, weak
+        self.batch, self.images = batch, 0
+        self.evaluations, self.watch = 0, None            # of the present integration; called after each of them
 
-    def call(self, net, x, t, label):
-        """One network call, counted."""
+    def call(self, model, x, t, ids):
+        """The prediction of a model, (network, condition), told ids [B]; counted."""
+        net, condition = model
         self.images += len(x)
-        with self.context() if self.context else nullcontext():
-            return net(x.float(), 1000 * t.float(), **({} if label is None else dict(label=label))).to(x.dtype)
+        time = 1000 * torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        with self.context():
+            return net(x.float(), time, **({} if condition is None else condition(ids))).to(x.dtype)
 
-    def output(self, x, t, label):
-        """The network's prediction, guided. x: [B, C, H, W]; t: a number or, if rows differ, [B]; label: [B] or None."""
-        low, high = self.interval[0] - 1e-6, self.interval[1] + 1e-6             # an evaluation at an end counts as inside, however its time is rounded
-        w, some, every = self.w, True, True               # some, every: of the rows, are to be guided
-        if not torch.is_tensor(t):
-            some = every = low <= t <= high
-        elif low > 0 or high < 1:                         # [B]; asking a tensor makes a GPU wait, a number does not
-            inside = (t >= low) & (t <= high)
-            w, some, every = torch.where(inside, self.w, 1.0), bool(inside.any()), bool(inside.all())
-        t = every_row(t, x)
-        if self.w == 1 or not some or (self.weak is None and label is None):
-            return self.call(self.net, x, t, label)
+    def output(self, x, t, ids):
+        """The prediction, guided. x: [B, C, H, W]; t: a number; ids: int64 [B], or None without labels."""
+        low, high = self.interval
+        inside = low - 1e-6 <= t <= high + 1e-6           # the ends count as inside, however they are rounded
+        if self.w == 1 or not inside or self.weak is None and ids is None:
+            return self.call(self.net, x, t, ids)
         if self.weak is not None:
-            good, bad = self.call(self.net, x, t, label), self.call(self.weak, x, t, label if getattr(self.weak, "num_labels", 0) else None)
-        elif self.w == 0 and every:
-            return self.call(self.net, x, t, torch.full_like(label, self.null))
-        else:                                             # conditional and unconditional in one batch
-            good, bad = self.call(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, torch.full_like(label, self.null)])).chunk(2)
-        return torch.lerp(bad, good, wide(w).to(x) if torch.is_tensor(w) else w)
+            return torch.lerp(self.call(self.weak, x, t, ids), self.call(self.net, x, t, ids), self.w)
+        null = torch.full_like(ids, self.net[1].null)
+        if self.w == 0:
+            return self.call(self.net, x, t, null)
+        both = self.call(self.net, torch.cat([x, x]), t, torch.cat([ids, null]))          # conditional, unconditional
+        cond, uncond = both.chunk(2)
+        return torch.lerp(uncond, cond, self.w)
 
-    def estimate(self, x, t, label):
+    def estimate(self, x, t, ids):
         """(x_hat, z_hat), guided."""
-        out, t = self.output(x, t, label), every_row(t, x)
+        parts = itertools.repeat(None) if ids is None else ids.split(self.batch)
+        out = torch.cat([self.output(part, t, told) for part, told in zip(x.split(self.batch), parts)])
         if self.watch:                                    # somebody wants the activations of this evaluation
-            self.watch(t)
-        return estimates(self.path, self.predict, out, x, t)
+            self.watch(self.evaluations, t)
+        self.evaluations += 1
+        return to_x_and_z(self.path, self.predict, out, x, x.new_full((len(x),), t))
 
-    def slope(self, y, s, label):
-        """dy/ds for states y [B, C, H, W] at s, a number or [B]."""
-        t = self.path.time(s) if torch.is_tensor(s) else float(self.path.time(torch.tensor(s, dtype=torch.float64)))
-        return self.path.slope(*self.estimate(y * wide(self.path.scale(every_row(t, y))), t, label))
-
-
-ROUNDED = dict(cuda=16)                                   # dopri5 rounds the number of rows that still move up to a multiple of so many, by copies of the last
+    def slope(self, y, s, ids):
+        """dy/ds for states y [B, C, H, W] at the number s."""
+        t = float(self.path.to_t(torch.tensor(s, dtype=torch.float64)))
+        time = y.new_full((1, 1, 1, 1), t)
+        return self.path.slope(*self.estimate(y * self.path.scale(time), t, ids), time)
 
 
 @torch.no_grad()
-def integrate(field, x, label, solver, steps, tol, reverse=False):
-    """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, field evaluations per row)."""
-    path = field.path
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)                  # on the host, which decides by it where guidance applies
+def integrate(field, x, ids, solver, steps, tol, reverse=False):
+    """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, evaluations)."""
+    path, field.evaluations = field.path, 0
+    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     grid = grid.flip(0) if reverse else grid
     if solver == "ddim":                                  # the formula itself; on VP the same as an Euler step in rho
         for t, s in itertools.pairwise(grid):
-            x_hat, z_hat = field.estimate(x, float(t), label)
+            x_hat, z_hat = field.estimate(x, float(t), ids)
             x = float(path.alpha(s)) * x_hat + float(path.sigma(s)) * z_hat
-        return x, torch.full((len(x),), steps)
-    y, clock = x / float(path.scale(grid[0])), path.clock(grid)
-    if solver == "dopri5":                                # ever smaller batches: trying out the kernels for each would take longer than it saves
-        step = ROUNDED.get(x.device.type, 1)              # and GPUs prepare kernels for every new size
-
-        def slope(y, s, rows):
-            pick = torch.arange(-(-len(y) // step) * step, device=y.device).clamp(max=len(y) - 1)
-            return field.slope(y[pick], s[pick], None if label is None else label[rows[pick]])[:len(y)]
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-            y, calls = solve_dopri5(slope, y, float(clock[0]), float(clock[-1]), tol)
+        return x, steps
+    y, times = x / float(path.scale(grid[0])), path.to_s(grid).tolist()
+    slope = lambda y, s: field.slope(y, s, ids)
+    if solver == "dopri5":
+        y, calls = solve_dopri5(slope, y, times[0], times[-1], tol)
     else:
-        y = solve_fixed(lambda y, s: field.slope(y, s, label), y, clock, solver)
-        calls = torch.full((len(x),), steps * len(TABLEAUS[solver][0]))
-    return y * float(path.scale(grid[-1])), calls.cpu()
-
-
-@torch.no_grad()
-def straightness(velocity, x, label, steps=32):
-    """How far sampling paths from noise x [B, C, H, W] are from straight lines: (times [steps], deviation [steps], mean).
-
-    The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2, averaged over images; 0 everywhere means that one Euler step is exact.
-    """
-    path, t = velocity.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    clock, y, points = path.clock(t), x / float(path.scale(t[0])), [x]
-    for i in range(steps):
-        y = solve_fixed(lambda y, s: velocity.slope(y, s, label), y, clock[i:i + 2], "midpoint")
-        points.append(y * float(path.scale(t[i + 1])))
-    points = torch.stack(points).flatten(2).double()                             # [steps + 1, B, D]
-    chord = points[-1] - points[0]
-    deviation = (((points[1:] - points[:-1]) * steps - chord).square().sum(2) / chord.square().sum(1)).mean(1)
-    return ((t[1:] + t[:-1]) / 2).tolist(), deviation.tolist(), float(deviation.mean())
-
-
-def kinds_of(state):
-    """How many labels the model of a checkpoint knows: not the size of its bank of maps or sets, whose positions are what samples are labelled with."""
-    given, kind = state.get("conditions") or {}, state.get("condition", "label")
-    return given.get({"set": "vector_dim", "patch": "layout_channels"}.get(kind, "num_labels")) or state["num_labels"]
-
-
-def sample_labels(cfg, state, indices, seed):
-    """Label of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
-    K = state["num_labels"]
-    if not K:
-        return None
-    if cfg.labels == ["marginal"] and state["marginal"] is None:
-        raise UserError(f"{state['file']}: its training is not finished, so how common its labels are is not known yet; use labels=uniform or ids")
-    if cfg.labels in (["marginal"], ["uniform"]):
-        p = state["marginal"].double() if cfg.labels == ["marginal"] else torch.full((K,), 1 / K, dtype=torch.float64)
-        u, _ = draw(seed, "sample label", indices, (0,), 1)
-        return torch.searchsorted(p.cumsum(0), u[:, 0].double() * p.sum(), right=True).clamp(max=K - 1)      # right: never a label that has no mass
-    try:
-        ids = [int(v) for v in cfg.labels]
-    except ValueError:
-        raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or label ids") from None
-    if not ids or min(ids) < 0 or max(ids) > K:
-        raise UserError(f"labels={','.join(cfg.labels)}: ids must be in 0 ... {K - 1} ({K} is the null label)")
-    return torch.tensor([ids[i % len(ids)] for i in indices])
-
-
-def generate(run, cfg, models, state, n, *, w, solver=None, steps=None, tol=None, seed=None, context=None, what="sampling", seen=None):
-    """n samples, the share of this process: (indices, uint8 [b, C, H, W], labels or None, report). Sample i is a function of (seed, i).
-
-    A dict `seen` is filled with the activations features= at the evaluations features_at=, {(name, evaluation, t): [arrays]}; of guided ones, the conditional.
-    """
-    seed = cfg.seed if seed is None else seed
-    mine = run.share(n)
-    velocity = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
-    images, labels, evaluations, tick = [], [], 0, time.time()
-    net = getattr(models[0], "net", models[0])
-    names = [] if seen is None else matching(net, cfg.features)
-    with bar(run, n, what) as progress, tapped(net, names) if names else nullcontext() as got:
-        shape = (state["channels"], state["size"], state["size"])
-        noise = lambda part: (part, draw(seed, "sample noise", part, shape))
-        for part, z in ahead(noise, (mine[i:i + cfg.batch] for i in range(0, len(mine), cfg.batch))):
-            count = itertools.count()
-
-            def watch(t):
-                if (number := next(count)) in cfg.features_at:
-                    for name in names:                    # the conditional half comes first
-                        seen.setdefault((name, number, float(t[0])), []).append(pooled(got[name][:len(t)], cfg.features_pool).cpu().numpy())
-            velocity.watch = watch if names else None
-            label = sample_labels(cfg, state, part, seed)
-            x, calls = integrate(velocity, z.to(run.device), None if label is None else label.to(run.device), solver or cfg.solver, steps or cfg.steps, tol or cfg.tol)
-            if not torch.isfinite(x).all():
-                raise UserError(f"{state.get('file', 'the model')}: samples are not finite; is it a healthy model? (precision=fp32 may help)")
-            images.append(to_uint8(decode(run.vae, x)).cpu().numpy())
-            labels.append(label)
-            evaluations += int(calls.sum())
-            progress.update(len(part) * run.world)
-    seconds = time.time() - tick
-    shape = (0, 3, *[state["size"] if run.vae is None else run.data.size] * 2)
-    images = np.concatenate(images) if images else np.zeros(shape, np.uint8)
-    labels = torch.cat(labels).numpy() if state["num_labels"] and len(mine) else None
-    counts = torch.tensor([evaluations, velocity.images], dtype=torch.float64)
-    if run.world > 1:
-        dist.all_reduce(counts)
-    return mine, images, labels, dict(nfe=float(counts[0]) / n, network_calls=float(counts[1]) / n, seconds_per_image=seconds / max(len(mine), 1))
+        y, calls = solve_fixed(slope, y, times, solver), steps * len(TABLEAUS[solver][0])
+    return y * float(path.scale(grid[-1])), calls
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: features of an evaluator, then distances between sets of features
+# What samples are drawn from: networks and their conditions
+
+@dataclass
+class Sampler:
+    """A network in eval mode, its checkpoint and condition, and perhaps a weaker network to guide by."""
+    net: nn.Module
+    state: dict
+    condition: Condition | None                           # ids 0 ... null - 1 are what samples are drawn for
+    marginal: torch.Tensor | None                         # float64 [null]: how common each id is; None = not known yet
+    weak: tuple | None = None                             # (network, condition)
+    context: Callable = nullcontext
+
+    def field(self, cfg, w):
+        path, predict = PATHS[self.state["path"]], self.state["predict"]
+        model = self.net, self.condition
+        return Field(model, path, predict, w, cfg.interval, self.weak, self.context, cfg.batch)
+
+
+def open_sampler(run, cfg, context=nullcontext):
+    """The Sampler that the settings name; a weaker model that does not fit it is a UserError."""
+    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    condition, marginal, weak = load_condition(state, run.device), state["marginal"], None
+    if cfg.boxes or cfg.mask or cfg.layouts != "train":
+        condition, marginal = asked_layouts(run, cfg, state, condition)
+    if cfg.autoguide:
+        weak, other = load_model(run, cfg.autoguide, cfg.weights)
+        same = lambda *names: all(other.get(k) == state.get(k) for k in names)
+        if not same("path", "predict", "size"):
+            raise UserError(f"autoguide={cfg.autoguide}: not the path, prediction or size of {cfg.checkpoint}")
+        if other["num_labels"] and not same("num_labels", "labels", "layout", "label_digest", "condition"):
+            raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
+        own = other["num_labels"] == 0 or state["condition"] == "prototype"      # else both are shown the same
+        weak = compiled(weak, cfg), load_condition(other, run.device) if own else condition
+    return Sampler(compiled(net, cfg), state, condition, marginal, weak, context)
+
+
+def compiled(net, cfg):
+    return torch.compile(net) if cfg.compile else net
+
+
+def sample_labels(cfg, sampler, indices, seed):
+    """Id of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
+    if sampler.condition is None:
+        return None
+    n, marginal = sampler.condition.null, sampler.marginal
+    if cfg.labels == ["marginal"] and marginal is None:
+        raise UserError(f"{sampler.state['file']}: its training is not finished, so how common its labels are is not "
+                        "known; use labels=uniform or ids")
+    if cfg.labels in (["marginal"], ["uniform"]):
+        p = torch.ones(n, dtype=torch.float64) if marginal is None else marginal.double()
+        if cfg.labels == ["uniform"]:                     # over labels that the network has seen
+            p = (p > 0).double() / (p > 0).sum()
+        u, _ = draw(seed, "sample label", indices, (0,), 1)
+        place = u[:, 0].double() * p.sum()
+        return torch.searchsorted(p.cumsum(0), place, right=True).clamp(max=n - 1)       # right: never one without mass
+    if not cfg.labels or not all(v.isdecimal() and int(v) <= n for v in cfg.labels):
+        raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or ids in 0 ... {n - 1} "
+                        f"({n} is the null label)")
+    return torch.tensor([int(cfg.labels[i % len(cfg.labels)]) for i in indices])
+
+
+def asked_layouts(run, cfg, state, condition):
+    """(condition, marginal) of the layouts that `boxes`, `mask` or `layouts` ask for, in place of the training images'.
+
+    In training a layout never stands without a label. Boxes without one take all labels, as often as in training; a
+    mask those of the training masks in which the same object is the largest.
+    """
+    kind = state.get("condition", "label")
+    if cfg.boxes and kind != "box" or cfg.mask and kind != "mask" or kind not in ("box", "mask"):
+        raise UserError(f"{state['file']} was trained with condition={kind}: boxes= needs box, mask= needs mask, "
+                        "layouts= either")
+    if cfg.boxes:
+        maps, labels = drawn_boxes(cfg.boxes, condition)
+    elif cfg.mask:
+        maps, labels = drawn_mask(cfg.mask, condition)
+    else:
+        maps, labels = layouts_of_test(run, state, condition)
+    share = np.full(len(labels), 1 / len(labels))
+    if len(maps) == 1:                                    # one layout, once with each of its labels
+        labels, count = np.unique(labels, return_counts=True)
+        maps, share = maps.repeat(len(labels), 0), count / count.sum()
+    null = np.full_like(maps[:1], condition.kinds)
+    table = torch.from_numpy(np.concatenate([maps, null]))
+    labels = torch.tensor([*map(int, labels), int(condition.labels[-1])])
+    condition = Condition("map", table, condition.kinds, condition.size, labels)
+    return condition.to(run.device), torch.from_numpy(share)
+
+
+def drawn_boxes(boxes, condition):
+    """(map uint8 [1, H, W], labels) of boxes [x0, y0, x1, y1] in pixels, perhaps with one label for all as a fifth."""
+    from train_guided import draw_boxes
+    size, K = condition.size, int(condition.labels[-1])
+    for b in boxes:
+        inside = len(b) in (4, 5) and 0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size
+        if not inside or len(b) == 5 and not 0 <= b[4] < K:
+            raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, "
+                            f"and perhaps a label in 0 ... {K - 1}")
+    named = sorted({int(b[4]) for b in boxes if len(b) == 5})
+    if len(named) > 1:
+        raise UserError(f"boxes={boxes}: an image has one label; name the same in every box, or in one")
+    return draw_boxes(np.array([[b[:4] for b in boxes]]), size), named or condition.labels[:-1].cpu().numpy()
+
+
+def drawn_mask(file, condition):
+    """(map uint8 [1, H, W], labels) of a picture of ids."""
+    size, kinds, bank = condition.size, condition.kinds, condition.labels[:-1].cpu().numpy()
+    try:
+        picture = Image.open(file)
+        ids = np.asarray(picture if picture.mode in ("L", "P") else picture.convert("L"))
+    except OSError as e:
+        raise UserError(f"mask={file}: cannot be read ({e})") from None
+    if ids.shape != (size, size) or ids.max() > kinds:
+        raise UserError(f"mask={file}: is {ids.shape[1]}x{ids.shape[0]} with values up to {ids.max()}; expected "
+                        f"{size}x{size}, ids 0 ... {kinds - 1} as in the label file's masks (0 = no object), "
+                        f"{kinds} = whatever")
+
+    def largest(m):                                       # object of a mask; 0 = there is none
+        return np.append(0.5, np.bincount(m[m < kinds].astype(int), minlength=2)[1:]).argmax()
+
+    alike = np.array([largest(m) == largest(ids) for m in condition.table[:-1].cpu().numpy()])
+    return ids[None].astype(np.uint8), bank[alike] if alike.any() else bank
+
+
+def layouts_of_test(run, state, condition):
+    """(maps uint8 [N, H, W], labels) of the test images, by the label file that the model was trained with."""
+    from train_guided import TrainGuided, layout_maps
+    then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
+    arrays, info = load_labels(run, then.labels)
+    if digest(arrays["train"]) != state["labels"]:
+        raise UserError(f"layouts=test: labels/{then.labels}.npz is not what {state['file']} was trained with; "
+                        "train again, or use layouts=train")
+    maps, _ = layout_maps(run, then, arrays, info, "test", condition.kinds)
+    return maps, arrays["test"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: pictures and activations go to disk while they are made
+
+def batches(rows, cfg):
+    """Sample indices in batches; with dopri5 in whole blocks of 64, wherever the share of a process begins and ends."""
+    if cfg.solver != "dopri5" or not len(rows):
+        return [rows[i:i + cfg.batch] for i in range(0, len(rows), cfg.batch)]
+    return [np.arange(b * BLOCK, (b + 1) * BLOCK) for b in range(rows[0] // BLOCK, rows[-1] // BLOCK + 1)]
+
+
+def noise_and_labels(run, cfg, sampler, indices):
+    """(noise [B, C, H, W], ids int64 [B] or None) of samples, on the device: functions of (seed, index)."""
+    channels, size = sampler.state["channels"], sampler.state["size"]
+    z = draw(cfg.seed, "sample noise", indices, (channels, size, size))
+    label = sample_labels(cfg, sampler, indices, cfg.seed)
+    return z.to(run.device), None if label is None else label.to(run.device)
+
+
+def generate(run, cfg, sampler, w, file, what="sampling", record=False):
+    """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share; returns what it took.
+
+    Sample i is a function of (cfg.seed, i). record: also write the activations that `features` names beside it.
+    """
+    state, field, rows = sampler.state, sampler.field(cfg, w), run.share(cfg.n)
+    side = run.data.size if run.vae is not None else state["size"]
+    if run.rank == 0:
+        create_rows(file, np.uint8, (cfg.n, 3, side, side))
+    run.wait()
+    evaluations, integrated, tick = 0, 0, time.time()
+    recording = recorded(cfg, sampler.net, field) if record else nullcontext({})
+    with bar(run, cfg.n, what) as progress, recording as seen:
+        for part, z, label in ahead(lambda part: (part, *noise_and_labels(run, cfg, sampler, part)), batches(rows, cfg)):
+            x, calls = integrate(field, z, label, cfg.solver, cfg.steps, cfg.tol)
+            if not torch.isfinite(x).all():
+                raise UserError(f"{state['file']}: samples are not finite; is it a healthy model? "
+                                "(precision=fp32 may help)")
+            own = (part >= rows[0]) & (part <= rows[-1])  # of a block
+            pictures = to_uint8(decode(run.vae, x[torch.from_numpy(own)]))
+            write_rows(file, part[own][0], pictures.cpu().numpy())
+            write_activations(run, cfg, seen, part, part[0] == rows[0], file.parent)
+            evaluations += calls * len(part)
+            integrated += len(part)
+            progress.update(own.sum() * run.world)
+    seconds = time.time() - tick
+    counts = torch.tensor([evaluations, field.images, integrated], dtype=torch.float64)
+    evaluations, images, integrated = run.total(counts).tolist()
+    about = dict(features=about_activations(cfg, state, seen)) if record else {}
+    return about | dict(nfe=evaluations / integrated, network_calls=images / integrated,
+                        seconds_per_image=seconds / max(len(rows), 1))
+
+
+@contextmanager
+def recorded(cfg, net, field):
+    """Within this context `integrate` leaves activations of the evaluations features_at in the yielded dict.
+
+    {(name, evaluation, t): pooled [B, ...]}, where guidance doubles the batch the conditional half first.
+    """
+    from extract_features import matching, pooled, tapped
+    seen = {}
+    names = matching(net, cfg.features)
+    with tapped(net, names, then=lambda x: pooled(x, cfg.features_pool)) as maps:
+        def keep(number, t):
+            if number in cfg.features_at:
+                seen.update({(name, number, t): maps[name].cpu().numpy() for name in names})
+        field.watch = keep
+        yield seen
+
+
+def write_activations(run, cfg, seen, part, first, folder):
+    """Put the activations of the samples `part` into features-<activation>-at<evaluation>.npy; row i is sample i."""
+    for (name, number, _), maps in seen.items():
+        file = folder / f"features-{name}-at{number}.npy"
+        if first:                                         # now it is known how large they are
+            if run.rank == 0:
+                create_rows(file, np.float32, (cfg.n, *maps.shape[1:]))
+            run.wait()
+        write_rows(file, part[0], maps[:len(part)])
+
+
+def about_activations(cfg, state, seen):
+    """What was written, for metrics.json."""
+    from extract_features import noise_level
+    return [dict(file=f"features-{name}-at{number}.npy", activation=name, evaluation=number, pool=cfg.features_pool,
+                 shape=list(maps.shape[1:]), **noise_level(state["path"], t))
+            for (name, number, t), maps in seen.items()]
+
+
+@torch.no_grad()
+def encode(run, cfg, sampler, folder):
+    """Test images to noise and back, without guidance: noise.npy, a picture, and the error of the round trip."""
+    data, field, condition = load_data(run, "test"), sampler.field(cfg, 1.0), sampler.condition
+    n, file = min(cfg.n, len(data)), folder / "noise.npy"
+    create_rows(file, np.float32, (n, *row_shape(data.inputs)))
+    shown, error = [], 0.0
+    with bar(run, n, "encoding") as progress:
+        for part in batches(np.arange(n), cfg):
+            part = part[part < len(data)]
+            x = as_input(torch.from_numpy(np.array(data.inputs[part]))).to(run.device)
+            label = torch.full((len(x),), condition.null, device=run.device) if condition else None
+            z, _ = integrate(field, x, label, cfg.solver, cfg.steps, cfg.tol, reverse=True)
+            back, _ = integrate(field, z, label, cfg.solver, cfg.steps, cfg.tol)
+            own = (part < n).sum()                        # of a block
+            write_rows(file, part[0], z[:own].cpu().numpy())
+            pair = torch.stack([decode(run.vae, v[:own]) for v in (x, back)]).cpu()              # [2, B, 3, H, W]
+            error += float((pair[1] - pair[0]).double().square().flatten(1).mean(1).sum())
+            if part[0] < 10:
+                shown.append(pair)
+            progress.update(own)
+    noise, (image, back) = np.load(file, mmap_mode="r"), torch.cat(shown, 1)[:, :10]
+    rows = dict(image=image, noise=torch.from_numpy(noise[:10] / 3), back=back)
+    if run.vae is not None:                               # the noise is none of pixels
+        del rows["noise"]
+    save_grid(folder / "grid.png", to_uint8(torch.cat(list(rows.values()))).numpy(), len(image), list(rows))
+    mean, std = noise.mean(dtype=np.float64), noise.std(dtype=np.float64, ddof=1)
+    return dict(noise_mean=float(mean), noise_std=float(std), images=n,
+                round_trip_psnr=10 * math.log10(4 * n / max(error, 1e-30)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which w, how many evaluations
+
+@torch.no_grad()
+def straightness(run, cfg, sampler, w, steps=32, paths=64):
+    """How far sampling paths are from straight lines: (times [steps], deviation [steps]), averaged over 64 paths.
+
+    The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2; 0 everywhere means that one Euler step is exact.
+    """
+    field, (x, label) = sampler.field(cfg, w), noise_and_labels(run, cfg, sampler, range(paths))
+    path, t = field.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    grid, y, points = path.to_s(t).tolist(), x / float(path.scale(t[0])), [x]
+    for i in range(steps):
+        y = solve_fixed(lambda y, s: field.slope(y, s, label), y, grid[i:i + 2], "midpoint")
+        points.append(y * float(path.scale(t[i + 1])))
+    points = torch.stack(points).flatten(2).double()                             # [steps + 1, paths, D]
+    chord = points[-1] - points[0]
+    off = (points[1:] - points[:-1]) * steps - chord                             # [steps, paths, D]
+    deviation = (off.square().sum(2) / chord.square().sum(1)).mean(1)
+    return ((t[1:] + t[:-1]) / 2).tolist(), deviation.tolist()
+
+
+def choose_w(run, cfg, sampler, judge, folder):
+    """(best w of `guidance`, what was measured): on samples of another seed, against real images of the other split."""
+    other, file, curve = replace(cfg, n=cfg.select, seed=cfg.seed + 1), folder / "candidates.npy", []
+    for w in cfg.guidance:
+        generate(run, other, sampler, w, file, f"w = {w:g}")
+        curve.append((w, judge.distance(file, judge.unreported)))
+        run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {other.seed}")
+    few = min(cfg.select, len(judge.data[judge.unreported])) <= judge.width
+    if few:
+        run.say(f"warning: fewer samples or {judge.unreported} images than the evaluator's {judge.width} features: "
+                "such a distance prefers samples that are too much alike; raise select, or give one w")
+    if run.rank == 0:
+        file.unlink()
+        title = f"{judge.kind} against w, {cfg.select:,} samples"
+        plot(folder / "guidance.png", {cfg.checkpoint: curve}, title, "w", judge.kind)
+    best = min(curve, key=lambda point: point[1])[0]
+    return best, dict(seed=other.seed, samples=cfg.select, curve=curve, fewer_than_features=few)
+
+
+def sweep_nfe(run, cfg, sampler, w, judge, folder):
+    """Distance against network evaluations for each solver, and the straightness of the paths; draws both."""
+    samplers = {cfg.checkpoint: sampler}
+    for name in cfg.against:
+        alone = replace(cfg, checkpoint=name, autoguide="", boxes=[], mask="", layouts="train")
+        samplers[name] = open_sampler(run, alone, sampler.context)
+    curves, bends, means, file = {}, {}, {}, folder / "candidates.npy"
+    for name, sampler in samplers.items():
+        w_here = w if sampler.condition or sampler.weak else 1.0
+        prefix = f"{name} " if len(samplers) > 1 else ""
+        for other in settings_of(cfg):
+            report = generate(run, other, sampler, w_here, file, f"{other.solver} {other.steps}")
+            distance, curve = judge.distance(file), prefix + other.solver
+            curves.setdefault(curve, []).append((report["nfe"], distance))
+            run.say(f"  {prefix}{other.solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {distance:.3f}")
+        times, deviation = straightness(run, replace(cfg, seed=cfg.seed + 1), sampler, w_here)
+        bends[f"{name} ({sampler.state['path']})"] = list(zip(times, deviation))
+        means[name] = float(np.mean(deviation))
+        run.say(f"  {name}: paths deviate from straight lines by {means[name]:.3f} (0 = straight), mean over t")
+    if run.rank == 0:
+        file.unlink()
+        title = f"{judge.kind} against network evaluations ({', '.join(samplers)}; {cfg.select:,} samples)"
+        plot(folder / "nfe.png", curves, title, "evaluations (NFE)", judge.kind, log=True)
+        title = "deviation of the path's velocity from the straight line, by time"
+        plot(folder / "straightness.png", bends, title, "t", "deviation")
+    return dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves, straightness=means, deviation=bends)
+
+
+def settings_of(cfg):
+    """The settings of every point of an nfe sweep: up to 64 evaluations; dopri5 at four tolerances."""
+    cfg = replace(cfg, n=cfg.select, seed=cfg.seed + 1)
+    for solver in cfg.sweep_solvers:
+        if solver == "dopri5":
+            yield from (replace(cfg, solver=solver, steps=1, tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3))
+            continue
+        stages = len(TABLEAUS[solver][0]) if solver in TABLEAUS else 1
+        yield from (replace(cfg, solver=solver, steps=steps) for steps in cfg.sweep_steps if steps * stages <= 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluators: uint8 images [B, 3, H, W] -> features float32 [B, D]
+
+JUDGE_BATCH, JUDGE_UPDATES = 128, 10                      # a judge needs so many updates an epoch
+UNSCORED = "or only sample: evaluate=false guidance=W"
+
 
 class Judge(nn.Module):
-    """A small CNN trained on the run's own classes; its last hidden layer measures sets for which ImageNet features mean nothing."""
+    """A small CNN trained on the run's own classes, for sets for which ImageNet features mean nothing."""
 
     def __init__(self, classes):
         super().__init__()
-        conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
-        self.body = nn.Sequential(conv(3, 32, 2), conv(32, 64, 1), conv(64, 64, 2), conv(64, 128, 1), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                  nn.Linear(2048, 64), nn.SiLU())
+
+        def conv(before, after, stride):
+            return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU())
+        self.body = nn.Sequential(conv(3, 32, 2), conv(32, 64, 1), conv(64, 64, 2), conv(64, 128, 1),
+                                  nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 64), nn.SiLU())
         self.head = nn.Linear(64, classes)
 
-    def forward(self, x):                                 # uint8 [B, 3, H, W] -> features [B, 64]
+    def forward(self, x):                                 # its last hidden layer, [B, 64]
         return self.body(x.float() / 127.5 - 1)
 
 
-def train_judge(run, epochs=2, batch=128):
-    """The judge of this run, from judge.pt in the run folder or trained now (rank 0) on data/train with its ground-truth classes."""
+def open_judge(run):
+    """(the judge of this run, its description); trained by the first process where it is not there yet."""
     path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
     known = np.flatnonzero(np.asarray(data.classes) >= 0)
-    if len(known) < batch:
-        raise UserError(f"evaluator=judge needs classes, and this data has {len(known)} labelled images; use evaluator=pixels, inception, or a TorchScript file")
+    if len(known) < JUDGE_BATCH * JUDGE_UPDATES:
+        raise UserError(f"evaluator=judge: {len(known)} training images with a class are too few to train it (at least "
+                        f"{JUDGE_BATCH * JUDGE_UPDATES}); use evaluator=pixels or inception, {UNSCORED}")
     with seeded(0, "judge"):
-        net = Judge(int(np.max(data.classes)) + 1)
-    if run.rank == 0 and (not path.exists() or torch.load(path, map_location="cpu", weights_only=True)["data"] != data.info["fingerprint"]):
-        net, test = net.to(run.device).train(), load_data(run, "test")
-        counts = np.bincount(data.classes[known], minlength=len(net.head.bias))
-        weight = torch.tensor(len(known) / counts.clip(1) / (counts > 0).sum(), dtype=torch.float32, device=run.device)
-        weight = weight if run.data.imbalance > 1 else None         # without weights, rare classes would not be seen
-        opt, steps, per_epoch = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), epochs * len(known) // batch, len(known) // batch
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, max(steps, 2))
-        with bar(run, steps, "training the judge", "step") as progress:
-            for step in range(steps):
-                if step % per_epoch == 0:
-                    order = np.random.default_rng(seed_of(0, "judge order", step)).permutation(known)
-                rows = np.sort(order[step % per_epoch * batch:][:batch])
-                x, y = torch.tensor(data.images[rows]).to(run.device), torch.tensor(data.classes[rows]).to(run.device)
-                loss = F.cross_entropy(net.head(net(x)), y, weight)
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                schedule.step()
-                progress.update(1)
-        net.eval()
-        with torch.no_grad():
-            guess = lambda i: net.head(net(torch.tensor(test.images[i:i + 500]).to(run.device))).argmax(1).cpu().numpy()
-            right = [guess(i) == test.classes[i:i + 500] for i in range(0, len(test), 500)]
-        with atomic(path) as f:
-            torch.save(dict(net=net.state_dict(), data=data.info["fingerprint"], test_accuracy=float(np.concatenate(right).mean())), f)
+        net = Judge(int(np.max(data.classes)) + 1).to(run.device)
+
+    def saved():
+        """What the file holds, or None if it is not there or of other images."""
+        with reading(path, "delete it"):
+            there = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"data": None}
+            return there if there["data"] == data.info["fingerprint"] else None
+
+    if run.rank == 0 and saved() is None:
+        accuracy = train_judge(run, net, data, known)
+        if saved() is None:                               # another command may have been faster
+            with atomic(path) as f:
+                torch.save(dict(net=net.state_dict(), data=data.info["fingerprint"], test_accuracy=accuracy), f)
     run.wait()
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    net.load_state_dict(saved["net"])
-    return net.to(run.device).eval(), f"judge {weights_hash(saved['net'])[:6]} (small CNN on this run's classes, test accuracy {saved['test_accuracy']:.3f})"
+    there = run.agreed(saved)
+    net.load_state_dict(there["net"])
+    name, accuracy = weights_hash(there["net"])[:6], there["test_accuracy"]
+    return net.eval(), f"judge {name} (small CNN on this run's classes, test accuracy {accuracy:.3f})"
+
+
+def train_judge(run, net, data, known, epochs=2):
+    """Two epochs over the training images at rows `known`; the share of test images whose class it then tells."""
+    counts, weight = np.bincount(data.classes[known], minlength=len(net.head.bias)), None
+    if run.data.imbalance > 1:                            # without weights, rare classes would not be seen
+        weight = len(known) / counts.clip(1) / (counts > 0).sum()
+        weight = torch.tensor(weight, dtype=torch.float32, device=run.device)
+    steps, per_epoch = epochs * len(known) // JUDGE_BATCH, len(known) // JUDGE_BATCH
+    opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
+    guess = lambda images: net.head(net(torch.tensor(images).to(run.device)))    # [B, classes]
+    with bar(run, steps, "training the judge", "step") as progress:
+        for step in range(steps):
+            if step % per_epoch == 0:
+                order = np.random.default_rng(seed_of(0, "judge order", step)).permutation(known)
+            rows = np.sort(order[step % per_epoch * JUDGE_BATCH:][:JUDGE_BATCH])
+            loss = F.cross_entropy(guess(data.images[rows]), torch.tensor(data.classes[rows]).to(run.device), weight)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            schedule.step()
+            progress.update(1)
+    test = load_data(run, "test")
+    with torch.no_grad():
+        told = [guess(test.images[i:i + 500]).argmax(1).cpu().numpy() for i in range(0, len(test), 500)]
+    return float((np.concatenate(told) == test.classes).mean())
 
 
 def pixel_components(images, side=16, count=64):
-    """The principal components of training images uint8 [N, 3, H, W], averaged to side x side: a function uint8 [B, 3, H, W] -> float32 [B, count].
+    """The principal components of training images uint8 [N, 3, H, W], averaged to side x side, as an evaluator.
 
-    An evaluator that no class and no other program has shaped: it sees colours and the layout of what is large, and nothing of what is fine.
+    No class and no other program has shaped it: it sees colours and the layout of what is large, and nothing fine.
     """
-    small = lambda x: F.adaptive_avg_pool2d(x.float() / 127.5 - 1, min(side, x.shape[-1])).flatten(1)            # [B, 3 side^2]
+    def small(x):                                         # [B, 3, H, W] -> [B, 3 side^2]
+        return F.adaptive_avg_pool2d(x.float() / 127.5 - 1, min(side, x.shape[-1])).flatten(1)
+
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int))
-    x = torch.cat([small(torch.from_numpy(np.ascontiguousarray(images[r]))) for r in np.array_split(rows, math.ceil(len(rows) / 500))]).double()
+    parts = np.array_split(rows, math.ceil(len(rows) / 500))
+    x = torch.cat([small(torch.from_numpy(np.ascontiguousarray(images[r]))) for r in parts]).double()
     mean = x.mean(0)
     axes = torch.linalg.eigh((x - mean).T @ (x - mean))[1].flip(1)[:, :count]    # [3 side^2, count], greatest first
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()      # the same signs on every process
@@ -425,51 +677,75 @@ def pixel_components(images, side=16, count=64):
 
 
 def inception_resize(x):
-    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255: clean-fid's clean resizing (Pillow's antialiased bicubic, not rounded) to about 0.01 grey levels, on x's device."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255, on x's device: clean-fid's clean resizing (Pillow's
+    antialiased bicubic, not rounded) to about 0.01 grey levels."""
     return F.interpolate(x.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
 
 
+def open_inception(run):
+    """clean-fid's Inception on resized images; its weights are downloaded where they are not there."""
+    torchvision_datasets()                                # clean-fid imports torchvision: beside a CPU-only torch, too
+    from cleanfid.inception_torchscript import InceptionV3W
+    folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for mine in run.turns():
+        if mine:
+            try:
+                net = InceptionV3W(str(folder), download=True).to(run.device).eval()
+            except (OSError, RuntimeError) as e:
+                why = str(e).splitlines()[0]
+                raise UserError(f"evaluator=inception: no weights in {folder}, and they could not be downloaded "
+                                f"({why}); put inception-2015-12-05.pt there (or set INCEPTION_DIR), "
+                                f"use another evaluator, {UNSCORED}") from None
+    return lambda x: net(inception_resize(x))
+
+
 def open_evaluator(run, name):
-    """(uint8 [B, 3, H, W] -> features float32 [B, D], description, name of the distance)."""
+    """(evaluator, description, name of its distance)."""
     if name == "judge":
-        net, text = train_judge(run)
-        return net, text, "frechet"
+        return *open_judge(run), "frechet"
     if name == "pixels":
         data = load_data(run, "train")
-        return pixel_components(data.images), f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})", "frechet"
-    if name == "inception":
-        from configs.data import torchvision_datasets
-        torchvision_datasets()                            # clean-fid imports torchvision: make sure that this works beside a CPU-only torch
-        from cleanfid.inception_torchscript import InceptionV3W
-        folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
-        folder.mkdir(parents=True, exist_ok=True)
-        for mine in run.turns():
-            if mine:
-                try:
-                    net = InceptionV3W(str(folder), download=True).to(run.device).eval()
-                except (OSError, RuntimeError) as e:
-                    raise UserError(f"evaluator=inception: no weights in {folder} and they could not be downloaded ({str(e).splitlines()[0]}); "
-                                    "put inception-2015-12-05.pt there (or set INCEPTION_DIR), or use another evaluator") from None
-        return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing by PyTorch", "fid"
-    try:
-        net = torch.jit.load(name, map_location=run.device).eval()
-    except (RuntimeError, ValueError, OSError):
-        raise UserError(f"evaluator={name}: must be judge, pixels, inception, or a readable TorchScript file") from None
-    return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}", "frechet"
+        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
+        return pixel_components(data.images), text, "frechet"
+    return open_inception(run), "clean-fid Inception, clean resizing by PyTorch", "fid"
+
+
+def thumbnail(x):
+    """Colours on a grid of 8 x 8: uint8 [B, 3, H, W] -> float32 [B, 192]."""
+    return F.adaptive_avg_pool2d(x.float(), 8).flatten(1)
 
 
 @torch.no_grad()
 def features_of(run, evaluator, images, rows, what):
-    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]. The next images are read meanwhile."""
+    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]; the next are read meanwhile."""
+    read = lambda i: torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]]))
     with bar(run, len(rows) * run.world, what) as progress:
-        feed = ahead if isinstance(images, np.ndarray) else map                   # what has to be decoded first does so on the GPU, which is busy
-        for x in feed(lambda i: torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]])), range(0, len(rows), 100)):
+        for x in ahead(read, range(0, len(rows), 100)):
             out = evaluator(x.to(run.device)).float().cpu()
             if not torch.isfinite(out).all():
                 raise UserError(f"{what}: the evaluator returned non-finite features")
             yield out
             progress.update(len(out) * run.world)
 
+
+def write_features(run, evaluator, images, file, what):
+    """Evaluator features of images into a .npy, float32 [N, D]; every process writes its share."""
+    rows = run.share(len(images))
+    if run.rank == 0:
+        width = next(features_of(run, evaluator, images, np.arange(1), what)).shape[1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        create_rows(file, np.float32, (len(images), width))
+    run.wait()
+    done = 0
+    for out in features_of(run, evaluator, images, rows, what):
+        write_rows(file, rows[done], out.numpy())
+        done += len(out)
+    run.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances between sets of features
 
 def chunks_of(x, device="cpu", size=20_000):
     """Rows of features [N, D], a tensor or a memory-mapped array, in chunks, float64 on the device."""
@@ -480,15 +756,17 @@ def chunks_of(x, device="cpu", size=20_000):
 
 def moments(x, device="cpu"):
     """Mean [D] and covariance [D, D] of features [N, D], float64; memory does not grow with N."""
-    mean = sum(c.sum(0) for c in chunks_of(x, device)) / len(x)
-    return mean.cpu(), (sum((c - mean).T @ (c - mean) for c in chunks_of(x, device)) / (len(x) - 1)).cpu()
+    mean = sum(part.sum(0) for part in chunks_of(x, device)) / len(x)
+    covariance = sum((part - mean).T @ (part - mean) for part in chunks_of(x, device)) / (len(x) - 1)
+    return mean.cpu(), covariance.cpu()
 
 
 def frechet(a, b):
-    """Frechet distance between Gaussians fitted to features a [N, D], b [M, D], or given as their moments: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64."""
+    """Frechet distance between Gaussians fitted to features a [N, D], b [M, D], or given as their moments, float64:
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
     (m1, c1), (m2, c2) = [x if isinstance(x, tuple) else moments(x) for x in (a, b)]
-    e, u = torch.linalg.eigh(c1)
-    root = (u * e.clamp(min=0).sqrt()) @ u.T              # symmetric square root of C1
+    values, vectors = torch.linalg.eigh(c1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T                    # symmetric square root of C1
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     return float(((m1 - m2) ** 2).sum() + c1.trace() + c2.trace() - 2 * cross)
 
@@ -496,136 +774,206 @@ def frechet(a, b):
 def kernel_distance(a, b, limit=5000):
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (arXiv 1801.01401), on at most `limit` rows of each."""
     a, b = a[:limit].double(), b[:limit].double()
-    k = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
-    off = lambda m: (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
-    return float(off(k(a, a)) + off(k(b, b)) - 2 * k(a, b).mean())
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def off_diagonal(m):
+        return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+    return float(off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean())
 
 
 def manifold(fake, real, k=5, limit=10_000):
     """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) by k-nearest-neighbour balls."""
-    fake, real = (fake[:limit].double(), real[:limit].double())                  # float64: the fast formula for distances cancels
+    fake, real = fake[:limit].double(), real[:limit].double()                    # torch.cdist cancels in float32
     k = min(k, len(fake) - 1, len(real) - 1)
-    radius = lambda x: torch.cat([torch.cdist(c, x).kthvalue(k + 1, 1).values for c in x.split(1000)])           # the nearest is the point itself
+
+    def radius(x):                                        # the nearest is the point itself
+        return torch.cat([torch.cdist(part, x).kthvalue(k + 1, 1).values for part in x.split(1000)])
+
     r_real, r_fake = radius(real), radius(fake)
-    d = torch.cat([torch.cdist(c, real) for c in fake.split(1000)])                                              # [fake, real]
-    return dict(precision=float((d < r_real).any(1).float().mean()), recall=float((d < r_fake[:, None]).any(0).float().mean()),
-                density=float((d < r_real).sum(1).float().mean() / k), coverage=float((d.min(0).values < r_real).float().mean()))
+    d = torch.cat([torch.cdist(part, real) for part in fake.split(1000)])        # [fake, real]
+    inside = d < r_real
+    return dict(precision=float(inside.any(1).float().mean()),
+                recall=float((d < r_fake[:, None]).any(0).float().mean()),
+                density=float(inside.sum(1).float().mean() / k),
+                coverage=float((d.min(0).values < r_real).float().mean()))
 
 
 def nearest(x, train, device="cpu"):
     """Distance of each row of x to its nearest row of train, [N]; train may be a memory-mapped array."""
-    x, best = x.to(device).double(), torch.full((len(x),), math.inf, dtype=torch.float64, device=device)
-    for part in chunks_of(train, device):                 # float64, since the fast formula for distances cancels
-        best = torch.minimum(best, torch.cat([torch.cdist(c, part).amin(1) for c in x.split(500)]))
+    x = x.to(device).double()                             # the fast formula for distances cancels
+    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=device)
+    for part in chunks_of(train, device):
+        best = torch.minimum(best, torch.cat([torch.cdist(rows, part).amin(1) for rows in x.split(500)]))
     return best.float().cpu()
 
 
-class Decoded:
-    """Images as the autoencoder gives them back, uint8, decoded when they are looked at."""
+def shifted_distance(images, train, thumbnails, shift=2, candidates=10):
+    """Smallest mean squared difference of images uint8 [n, 3, H, W] to training images moved by up to 2 pixels, [n].
 
-    def __init__(self, run, inputs, rows):
-        self.run, self.inputs, self.rows = run, inputs, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return to_uint8(decode(self.run.vae, as_input(torch.from_numpy(self.inputs[self.rows[i]])).to(self.run.device))).cpu().numpy()
+    It is looked for among those training images whose thumbnails [N, 192] are nearest.
+    """
+    small = thumbnail(torch.from_numpy(images)).double()
+    d = torch.cat([torch.cdist(small, part).float() for part in chunks_of(thumbnails)], 1)       # [n, N]
+    near = d.topk(min(candidates, len(train)), largest=False).indices.numpy()
+    best = []
+    for x, rows in zip(images, near):
+        middle = x[:, shift:-shift, shift:-shift]
+        moved = np.lib.stride_tricks.sliding_window_view(train[np.sort(rows)], middle.shape, (1, 2, 3))
+        best.append(np.square(moved - middle.astype(np.float32)).mean((-3, -2, -1)).min())
+    return np.array(best)
 
 
 class Evaluation:
-    """Real images seen by one evaluator; scores sets of samples against them. The first process holds the features and compares, all get the numbers."""
+    """Real images as one evaluator sees them, against which sets of samples are scored.
+
+    All processes compute features. The first one compares, for it alone reads them again, and tells the others.
+    """
 
     def __init__(self, run, cfg):
-        self.run, self.cfg = run, cfg
+        self.run, self.cfg, self.moments_of = run, cfg, {}
+        self.unreported = "train" if cfg.reference == "test" else "test"         # the split that reports do not use
+        self.data = {split: load_data(run, split) for split in ("train", "test")}
+        for split, data in self.data.items():
+            if len(data) < 2:
+                raise UserError(f"evaluate=true: {len(data)} {split} images are too few to compare with; "
+                                "evaluate=false guidance=W only samples")
         self.net, self.text, self.kind = open_evaluator(run, cfg.evaluator)
-        self.groups = head_and_tail(load_data(run, "train").classes) if cfg.evaluator == "judge" and run.data.imbalance > 1 else {}
-        self.sets, self.known, some, self.decoded = {}, {}, {}, None
-        for split in ("train", "test"):
-            data = load_data(run, split)
-            order = np.random.default_rng(seed_of(0, f"reference {split}")).permutation(len(data))[:10_000]        # some scores look at so many rows only
-            self.sets[split] = self.cached(data.images, f"evaluator on {split} images", data.info["fingerprint"])
-            some[split] = torch.from_numpy(self.sets[split][order]) if run.rank == 0 else None
-        self.real, self.some = self.sets[cfg.reference], some[cfg.reference]
-        if run.vae is not None:                           # what the autoencoder alone costs: up to 10,000 reference images there and back, against all of them
-            data = load_data(run, cfg.reference)
-            order = np.random.default_rng(seed_of(0, "decoded")).permutation(len(data))[:10_000]
-            features = self.cached(Decoded(run, data.inputs, np.sort(order)), "evaluator on decoded images", data.info["fingerprint"], run.data.latents)
-            if run.rank == 0:
-                self.decoded = frechet(moments(features, run.device), self.reference())
-                run.say(f"{self.kind} of decoded {cfg.reference} images against the images themselves: {self.decoded:.3f}")
-        if run.rank == 0:
-            self.to_train = nearest(some["test"][:2000], self.sets["train"], run.device)
+        self.sets, self.thumbnails = {}, {}
+        for split, data in self.data.items():
+            name = digest(cfg.evaluator, self.text, data.info["fingerprint"])
+            self.sets[split] = self.cached(name, self.net, data.images, f"evaluator on {split} images")
+        name = digest("thumbnails", self.data["train"].info["fingerprint"])
+        self.thumbnails = self.cached(name, thumbnail, self.data["train"].images, "thumbnails of train images")
+        self.width = run.agreed(lambda: self.sets["train"].shape[1])
+        tailed = cfg.evaluator == "judge" and run.data.imbalance > 1
+        self.groups = head_and_tail(self.data["train"].classes) if tailed else {}
+        self.decoded = self.distance_of_decoded() if run.vae is not None else None
 
-    def cached(self, images, what, *key):
-        """Evaluator features [N, D] of images as a memory map, computed once, by all processes, and kept in the run folder; None beside the first process."""
-        run, file = self.run, self.run.dir / "samples" / ".reference" / f"{digest(self.cfg.evaluator, self.text, *key)}.npy"
+    def cached(self, name, evaluator, images, what):
+        """Evaluator features [N, D] of images as a memory map, computed once by all processes and kept in the run
+        folder; None beside the first process."""
+        run, file = self.run, self.run.dir / "samples" / ".reference" / f"{name}.npy"
         if not run.agreed(file.exists):
-            rows, aside = run.share(len(images)), file.with_name(f".{file.name}.tmp")
-            width = next(features_of(run, self.net, images, np.arange(1), what)).shape[1]
-            if run.rank == 0:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                create_rows(aside, np.float32, (len(images), width))
-            run.wait()
-            at = rows[0] if len(rows) else 0
-            for out in features_of(run, self.net, images, rows, what):
-                write_rows(aside, at, out.numpy())
-                at += len(out)
-            run.wait()
-            if run.rank == 0:
+            aside = run.agreed(lambda: file.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp"))
+            write_features(run, evaluator, images, aside, what)
+            if run.rank == 0 and not file.exists():       # another command may have been faster
                 os.replace(aside, file)
-        return np.load(file, mmap_mode="r", allow_pickle=False) if run.rank == 0 else None
+            elif run.rank == 0:
+                aside.unlink()
+        if run.rank:
+            return None
+        with reading(file, "delete it"):
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+            if found.ndim != 2 or len(found) != len(images):
+                raise ValueError(f"{found.shape} for {len(images)} images")
+        return found
 
-    def reference(self, unreported=False):
-        """Moments of the reference, or of the real images that the report does not use; computed when first asked for."""
-        split = self.cfg.reference if not unreported else "train" if self.cfg.reference == "test" else "test"
-        if split not in self.known:
-            self.known[split] = moments(self.sets[split], self.run.device)
-        return self.known[split]
+    def rows(self, split, purpose, limit=10_000):
+        """Up to so many rows of a split in random order, the same at all times."""
+        order = np.random.default_rng(seed_of(0, purpose)).permutation(len(self.data[split]))
+        return order[:limit]
 
-    def of_samples(self, images):
-        """Features of the samples of all ranks, each of which passes its own, on the first process; None elsewhere."""
-        run, out = self.run, list(features_of(self.run, self.net, images, np.arange(len(images)), "evaluator on samples"))
-        every = [None] * run.world if run.rank == 0 else None
-        if run.world > 1:
-            dist.gather_object(out, every)
-        return torch.cat([part for parts in every for part in parts] if run.world > 1 else out) if run.rank == 0 else None
+    def some(self, split, limit=10_000):
+        """Features of up to so many images of a split; some scores look at no more."""
+        return torch.from_numpy(self.sets[split][self.rows(split, f"reference {split}", limit)])
 
-    def distance(self, images, unreported=False):
-        """Frechet distance alone (every rank passes its own samples), to the reference or to the real images that the report does not use."""
-        fake = self.of_samples(images)
-        return self.run.agreed(lambda: frechet(moments(fake, self.run.device), self.reference(unreported)))
+    def gaussian(self, split):
+        """Moments of a split, computed when first asked for."""
+        if split not in self.moments_of:
+            self.moments_of[split] = moments(self.sets[split], self.run.device)
+        return self.moments_of[split]
 
-    def scores(self, images):
-        """All scores of a set of samples, with what they were measured with."""
-        fake = self.of_samples(images)
-        return self.run.agreed(lambda: self.compare(fake))
+    def distance_of_decoded(self):
+        """What the autoencoder alone costs: up to 10,000 reference images there and back, against all of them."""
+        run, split = self.run, self.cfg.reference
+        latents = self.data[split].inputs[np.sort(self.rows(split, "decoded"))]
+        see = lambda rows: self.net(to_uint8(decode(run.vae, as_input(rows))))
+        name = digest(self.cfg.evaluator, self.text, self.data[split].info["fingerprint"], run.data.latents)
+        features = self.cached(name, see, latents, "evaluator on decoded images")
+        distance = run.agreed(lambda: frechet(moments(features, run.device), self.gaussian(split)))
+        run.say(f"{self.kind} of decoded {split} images against the images themselves: {distance:.3f}")
+        return distance
 
-    def compare(self, fake):
-        """Scores of evaluator features [n, D]."""
-        close, ours, theirs = nearest(fake[:2000], self.sets["train"], self.run.device), fake.to(self.run.device), self.some.to(self.run.device)
-        return self.apart(fake) | {self.kind: frechet(moments(fake, self.run.device), self.reference()), "kernel": kernel_distance(ours, theirs),
-                **manifold(ours, theirs, self.cfg.neighbours),
-                "memorisation": float(close.median() / self.to_train.median()),
-                "copies": float((close < self.to_train.quantile(0.01)).float().mean()),
-                **({} if self.decoded is None else {"decoded": self.decoded}),
-                "evaluator": self.text, "reference": f"{self.cfg.reference}, {len(self.real):,} images", "samples": len(fake)}
+    def of_samples(self, file):
+        """Features [n, D] of the samples in a .npy on the first process; None elsewhere."""
+        run, aside = self.run, Path(file).with_suffix(".features.npy")
+        write_features(run, self.net, np.load(file, mmap_mode="r"), aside, "evaluator on samples")
+        if run.rank:
+            return None
+        features = torch.from_numpy(np.load(aside))
+        aside.unlink()
+        return features
+
+    def distance(self, file, split=None):
+        """Frechet distance alone, of the samples in a .npy to a split, or to the reference."""
+        fake, split = self.of_samples(file), split or self.cfg.reference
+        return self.run.agreed(lambda: frechet(moments(fake, self.run.device), self.gaussian(split)))
+
+    def scores(self, file):
+        """All scores of the samples in a .npy, with what they were measured with."""
+        fake = self.of_samples(file)
+        return self.run.agreed(lambda: self.compare(fake, np.load(file, mmap_mode="r")))
+
+    def compare(self, fake, images):
+        """Scores of samples: evaluator features [n, D], and the images."""
+        run, reference = self.run, self.cfg.reference
+        some = self.some(reference).to(run.device)
+        out = self.tail_scores(fake, np.asarray(self.sets[reference])) if self.groups else {}
+        out[self.kind] = frechet(moments(fake, run.device), self.gaussian(reference))
+        out["kernel"] = kernel_distance(fake.to(run.device), some)
+        out |= manifold(fake.to(run.device), some, self.cfg.neighbours)
+        close, usual = nearest(fake[:2000], self.sets["train"], run.device), self.test_distances
+        out["memorisation"] = float(close.median() / usual.median())
+        out["copies"] = float((close < usual.quantile(0.01)).float().mean())
+        pixels = shifted_distance(np.array(images[:500]), self.data["train"].images, self.thumbnails)
+        out["copies_pixels"] = float((pixels < np.quantile(self.test_pixel_distances, 0.01)).mean())
+        if self.decoded is not None:
+            out["decoded"] = self.decoded
+        text = f"{reference}, {len(self.data[reference]):,} images"
+        return out | dict(evaluator=self.text, reference=text, samples=len(fake))
+
+    @cached_property
+    def test_distances(self):
+        """How far test images are from training images in features."""
+        return nearest(self.some("test", 2000), self.sets["train"], self.run.device)
+
+    @cached_property
+    def test_pixel_distances(self):
+        """How far test images are from training images in pixels."""
+        rows = np.sort(self.rows("test", "reference test", 500))
+        return shifted_distance(self.data["test"].images[rows], self.data["train"].images, self.thumbnails)
+
+    def real_scores(self, n):
+        """What n real images of the other split score in place of samples; nothing if there are fewer."""
+        def real_against_real():
+            rows = self.rows(self.unreported, "limits", n)
+            if len(rows) < n:
+                return {}
+            real, reference = torch.from_numpy(self.sets[self.unreported][rows]), self.cfg.reference
+            pair = real.to(self.run.device), self.some(reference).to(self.run.device)
+            return dict(distance_floor=frechet(moments(real, self.run.device), self.gaussian(reference)),
+                        coverage_ceiling=manifold(*pair, self.cfg.neighbours)["coverage"])
+        return self.run.agreed(real_against_real)
 
     @torch.no_grad()
-    def apart(self, fake):
-        """Of long-tailed data, {head, tail: the distance between samples and real images of these classes, and how many there are of each}.
+    def tail_scores(self, fake, real):
+        """Scores of the most and the least frequent classes, from features of samples [n, D] and real images [N, D].
 
-        The judge says which class a sample and a real image are of, so that its errors fall on both sides alike. No distance with too few of either
-        for a covariance: as many as features.
+        The judge says which class either is of, so that its errors fall on both sides alike. There is no distance with
+        fewer of either than a covariance needs: as many as features.
         """
+        real, out = torch.from_numpy(np.array(real)), {}
         guess = lambda x: self.net.head(x.to(self.run.device)).argmax(1).cpu()
-        out, every = {}, torch.from_numpy(np.array(self.real)) if self.groups else None
-        ours, real = (guess(fake), guess(every)) if self.groups else (None, None)
+        fake_class, real_class = guess(fake), guess(real)
         for name, classes in self.groups.items():
-            a, b = (x[torch.isin(c, torch.tensor(classes))] for x, c in ((fake, ours), (every, real)))
-            enough = min(len(a), len(b)) > fake.shape[1]
-            out[name] = dict(classes=classes, samples=len(a), reference=len(b), share=len(a) / len(fake), reference_share=len(b) / len(every))
-            out[name] |= {self.kind: frechet(a, b)} if enough else {}
+            a = fake[torch.isin(fake_class, torch.tensor(classes))]
+            b = real[torch.isin(real_class, torch.tensor(classes))]
+            out[name] = dict(classes=classes, samples=len(a), reference=len(b),
+                             share=len(a) / len(fake), reference_share=len(b) / len(real))
+            if min(len(a), len(b)) > fake.shape[1]:
+                out[name][self.kind] = frechet(a, b)
         return out
 
 
@@ -639,494 +987,261 @@ def head_and_tail(classes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and tables
 
-def plot(path, curves, title, x_label, y_label, log_x=False, log_y=False, size=(760, 480)):
-    """Line chart as PNG with Pillow. curves: {name: [(x, y), ...]}."""
-    w, h, left, right, top, low = *size, 70, 20, 40, 50
-    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f"]
-    fx, fy = (math.log10 if log_x else float), (math.log10 if log_y else float)
-    xs, ys = [fx(x) for c in curves.values() for x, _ in c], [fy(y) for c in curves.values() for _, y in c]
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
-    place = lambda x, y: (left + (fx(x) - x0) / (x1 - x0) * (w - left - right), h - low - (fy(y) - y0) / (y1 - y0) * (h - top - low))
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f"]
+
+
+def plot(path, curves, title, x_label, y_label, log=False, size=(760, 480)):
+    """Line chart as PNG with Pillow. curves: {name: [(x, y), ...]}; log: both axes."""
+    (w, h), left, right, top, low = size, 70, 20, 40, 50
+    scale, back = (math.log10, lambda v: 10 ** v) if log else (float, float)
+    points = {name: [(scale(x), scale(y)) for x, y in sorted(curve)] for name, curve in curves.items()}
+    xs, ys = zip(*itertools.chain(*points.values()))
+    (x0, x1), (y0, y1) = [(min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys)]
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (w - left - right), h - low - (y - y0) / (y1 - y0) * (h - top - low)
+
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for i in range(6):
-        gx, gy = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
-        vx, vy = 10 ** gx if log_x else gx, 10 ** gy if log_y else gy
-        (px, _), (_, py) = place(vx, 10 ** y0 if log_y else y0), place(10 ** x0 if log_x else x0, vy)
-        pen.line([(px, top), (px, h - low)], "#e6e6e6"), pen.line([(left, py), (w - right, py)], "#e6e6e6")
-        pen.text((px - 10, h - low + 6), f"{vx:.3g}", "black"), pen.text((8, py - 6), f"{vy:.3g}", "black")
-    pen.text((left, 12), title, "black"), pen.text((w // 2 - 40, h - 22), x_label, "black"), pen.text((8, 22), y_label, "black")
-    for i, (name, curve) in enumerate(curves.items()):
-        points, colour = [place(x, y) for x, y in sorted(curve)], colours[i % len(colours)]
-        if len(points) > 1:
-            pen.line(points, colour, 2)
-        for px, py in points:
+    for i in range(6):                                    # grid lines with numbers
+        x, y = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
+        px, py = place(x, y)
+        pen.line([(px, top), (px, h - low)], "#e6e6e6")
+        pen.line([(left, py), (w - right, py)], "#e6e6e6")
+        pen.text((px - 10, h - low + 6), f"{back(x):.3g}", "black")
+        pen.text((8, py - 6), f"{back(y):.3g}", "black")
+    for at, text in (((left, 12), title), ((w // 2 - 40, h - 22), x_label), ((8, 22), y_label)):
+        pen.text(at, text, "black")
+    for i, (name, curve) in enumerate(points.items()):
+        colour, line = COLOURS[i % len(COLOURS)], [place(*point) for point in curve]
+        pen.line(line, colour, 2)
+        for px, py in line:
             pen.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colour)
         pen.text((w - right - 150, top + 6 + 14 * i), f"- {name}", colour)
     with atomic(path) as f:
         sheet.save(f, "PNG")
 
 
+def sample_sheet(run, cfg, sampler, w, folder):
+    """Write grid.png: a row for each label, or a hundred samples."""
+    images, order, names, head = np.load(folder / "images.npy", mmap_mode="r"), np.arange(min(100, cfg.n)), None, ""
+    if sampler.condition:
+        labels, head = np.load(folder / "labels.npy"), f": w = {w:g}"
+        often = [k for k in np.unique(labels) if (labels == k).sum() >= 10][:20]
+        if often:
+            order = np.concatenate([np.flatnonzero(labels == k)[:10] for k in often])
+            names, head = [str(k) for k in often], f"{head}, a row for each label with ten samples"
+    save_grid(folder / "grid.png", images[order], 10, names, head=cfg.name + head)
+
+
+def layout_sheet(run, cfg, sampler, w, folder, rows=10, columns=9):
+    """Write grid.png: each row one layout of the bank, drawn on the left; each column one noise."""
+    state, field = sampler.state, sampler.field(cfg, w)
+    kinds, n = sampler.condition.kinds, min(rows, sampler.condition.null)
+    z = draw(cfg.seed, "sample noise", range(columns), (state["channels"], state["size"], state["size"]))
+    z, label = z.repeat(n, 1, 1, 1).to(run.device), torch.arange(n, device=run.device).repeat_interleave(columns)
+    parts = zip(z.split(BLOCK), label.split(BLOCK))
+    x = torch.cat([integrate(field, *part, cfg.solver, cfg.steps, cfg.tol)[0] for part in parts])
+    images = to_uint8(decode(run.vae, x)).cpu().numpy()
+    images = images.reshape(n, columns, *images.shape[1:])
+    colours = np.random.default_rng(3).integers(60, 256, (kinds, 3))
+    colours = np.concatenate([colours, np.zeros((1, 3))]).astype(np.uint8)       # black where nothing is asked for
+    maps = torch.from_numpy(colours)[sampler.condition.table[:n].long().cpu()].permute(0, 3, 1, 2)                # [n, 3, h, w]
+    maps = F.interpolate(maps, size=images.shape[3:], mode="nearest").numpy()
+    cells = np.concatenate([maps[:, None], images], 1)                           # [n, 1 + columns, 3, H, W]
+    save_grid(folder / "grid.png", cells.reshape(-1, *images.shape[2:]), columns + 1,
+              head=f"{cfg.name}: w = {w:g}; rows: one layout, columns: one noise")
+
+
+def kind_of(scores):
+    """The name of the distance among scores."""
+    return "fid" if "fid" in scores else "frechet"
+
+
+def row_of(m):
+    """What the table shows of a metrics.json."""
+    scores, kind = m["scores"], kind_of(m["scores"])
+    plain = m.get("scores_w1", scores if m["w"] == 1 else {})
+    row = {"K": m.get("K", m["num_labels"]) or None, "NMI": (m.get("label_scores") or {}).get("nmi"),
+           "distance w=1": plain.get(kind), "chosen w": m["w"] if m["num_labels"] else None, "distance": scores[kind]}
+    row |= {k: scores[k] for k in ("precision", "recall", "coverage", "memorisation")}
+    row |= {k: scores.get(k, {}).get(kind) for k in ("head", "tail")}
+    return row | {"network calls": m["network_calls"], "training images": m["total_seen"]}
+
+
+def cell(v):
+    """A number of the table as text."""
+    if v is None:
+        return "-"
+    return f"{v:,.0f}" if abs(v) >= 100 or float(v).is_integer() else f"{v:.{3 if abs(v) < 2 else 2}f}"
+
+
+def as_text(metrics):
+    """{name: metrics.json} as a table, the largest distance first, and what these scores were measured with."""
+    shown = {name: row_of(m) for name, m in metrics.items()}
+    order = sorted(shown, key=lambda name: -shown[name]["distance"])
+    rows = [["samples", *shown[order[0]]], *([name, *map(cell, shown[name].values())] for name in order)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [[row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))] for row in rows]
+    rows.insert(1, ["-" * w for w in widths])
+    said = {k: {str(m["scores"][k]) for m in metrics.values()} for k in ("evaluator", "reference", "samples")}
+    said["solver"] = {f"{m['solver']} {m['steps']}" for m in metrics.values()}
+    notes = "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in said.items())
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{notes}\n\n"
+
+
 def table(run):
-    """Print every samples/*/metrics.json of the run side by side, and write samples/table.md and .json.
-
-    With runs= (the same chain from other seeds) every number is the mean over runs, with the standard deviation behind it.
-    """
-    folders, rows = [run.dir, *map(Path, run.cfg.runs)], {}
-    for folder in folders:
-        for path in sorted((folder / "samples").glob("*/metrics.json")):
-            m = json.loads(path.read_text())
-            if "scores" not in m or m["recipe"]["sweep"]:        # a sweep is a picture, not a row
-                continue
-            s, K = m["scores"], m.get("K", m["num_labels"])
-            kind = "fid" if "fid" in s else "frechet"
-            plain = m.get("scores_w1", s if m["w"] == 1 else {})
-            chosen = "chosen on other samples and other real images" if "selection" in m else "given" if K else "-"
-            rows.setdefault(path.parent.name, []).append({
-                "run": str(folder), "K": K or None, "NMI": (m.get("label_scores") or {}).get("nmi"), "distance w=1": plain.get(kind),
-                "chosen w": m["w"] if K else None, "distance": s[kind], "kind": kind, "w": chosen, "precision": s["precision"], "recall": s["recall"],
-                "coverage": s["coverage"], "memorisation": s["memorisation"], "head": s.get("head", {}).get(kind), "tail": s.get("tail", {}).get(kind),
-                "layout IoU": m.get("layout", {}).get("layout_iou"), "exact IoU": m.get("layout", {}).get("exact_iou"),
-                "network calls": m["network_calls"], "training images": m["total_seen"],
-                "evaluator": s["evaluator"], "reference": s["reference"], "samples": s["samples"], "solver": f"{m['solver']} {m['steps']}",
-                "weights": m["weights"], "seed": m["seed"]})
-    if not rows:
-        raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
-
-    def cell(values):
-        values = [v for v in values if v is not None]
-        if not values:
-            return "-"
-        mean, digits = np.mean(values), 0 if max(map(abs, values)) >= 100 else 3 if max(map(abs, values)) < 2 else 2
-        spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
-        return f"{mean:,.0f}{spread}" if all(float(v).is_integer() for v in values) and not spread else f"{mean:.{digits}f}{spread}"
-
-    head = [k for k in next(iter(rows.values()))[0] if k not in ("run", "kind", "w", "evaluator", "reference", "samples", "solver", "weights", "seed")]
-    text = ""
-    for evaluator in sorted({r["evaluator"].split()[0] for v in rows.values() for r in v}):      # distances of different evaluators do not compare
-        some = {name: kept for name, v in rows.items() if (kept := [r for r in v if r["evaluator"].split()[0] == evaluator])}
-        order = sorted(some, key=lambda n: -np.mean([r["distance"] for r in some[n]]))
-        cells = [["samples", *head], *([name, *(cell([r[h] for r in some[name]]) for h in head)] for name in order)]
-        widths = [max(len(r[i]) for r in cells) for i in range(len(head) + 1)]
-        lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in cells]
-        lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-        said = {k: sorted({str(r[k]) for v in some.values() for r in v}) for k in ("kind", "evaluator", "reference", "samples", "solver", "weights", "w")}
-        text += "\n".join(lines) + "\n\n" + "; ".join(f"{k}: {', '.join(v)}" for k, v in said.items()) + f"; runs: {len(folders)}\n\n"
-    with atomic(run.dir / "samples" / "table.md") as f:
+    """Print every samples/*/metrics.json of the run side by side, and write samples/table.md and table.json."""
+    folder, groups = run.dir / "samples", {}
+    for path in sorted(folder.glob("*/metrics.json")):
+        m = read_json(path, "delete it")
+        if "scores" in m and not m["recipe"]["sweep"]:    # a sweep is a picture, not a row
+            evaluator = m["scores"]["evaluator"].split()[0]                      # distances of two do not compare
+            groups.setdefault(evaluator, {})[path.parent.name] = m
+    if not groups:
+        raise UserError(f"{folder}: no evaluated samples yet")
+    text = "".join(as_text(groups[name]) for name in sorted(groups))
+    with atomic(folder / "table.md") as f:
         f.write(text.encode())
-    write_json(run.dir / "samples" / "table.json", rows)
+    write_json(folder / "table.json", {name: row_of(m) for group in groups.values() for name, m in group.items()})
     run.say(text)
 
 
-def read_like(run, cfg, net, state, context):
-    """The images that `like` names, uint8 [n, 3, H, W]; the labels that the model's own labeller finds in them become cfg.labels."""
-    side = load_labeller(run, net, state)
-    if cfg.like == "test":
-        images, inputs = (np.asarray(v[:cfg.n]) for v in (load_data(run, "test").images, load_data(run, "test").inputs))
-    else:
-        size = state["size"] if run.vae is None else run.data.size
-        items = Squared(Folder(Data(source="folder", root=cfg.like, size=size, test_fraction=0), "train"), size)
-        read = [items[i] for i in range(min(len(items), cfg.n))]
-        if bad := [complaint for _, _, complaint in read if complaint]:
-            raise UserError(f"like: unreadable image {bad[0]}")
-        images = inputs = np.stack([x for x, _, _ in read])
-        if run.vae is not None:
-            latents = [to_latents(run.vae, as_input(torch.from_numpy(x[None])).to(run.device)) for x in images]
-            inputs = torch.cat(latents)[:, None].half().cpu().numpy()            # [n, 1, 2C, h, w]
-    ids, *_ = label_images(net, side, inputs, np.arange(len(images)), context, "like")
-    if state.get("condition") == "patch":                 # their maps take the place of those from training
-        maps = ids.reshape(len(ids), math.isqrt(ids.shape[1]), -1).to(state["maps"].dtype)
-        state |= dict(maps=torch.cat([maps, torch.full_like(maps[:1], state["map_labels"])]), num_labels=len(maps))
-        ids = torch.arange(len(maps))[:, None]
-    if not state["num_labels"]:
-        raise UserError(f"like={cfg.like}: {state['file']} was trained with condition=none")
-    cfg.labels = [str(int(k)) for k in ids[:, 0]]
-    return images
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+def check_request(cfg, sampler):
+    """Combinations of settings that cannot work, before anything is computed."""
+    state = sampler.state
+    if not sampler.condition and not cfg.autoguide:
+        cfg.guidance = [1.0]                              # nothing to guide with
+    several = len(cfg.guidance) > 1 or cfg.sweep
+    require(cfg.guidance, cfg, "guidance", "name at least one w")
+    require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
+    require(cfg.evaluate or not several, cfg, "sweep guidance evaluate",
+            "sweeps and a choice of w need evaluate=true; with evaluate=false give one, such as guidance=2")
+    if sampler.condition and not state.get("null", True) and not cfg.autoguide and cfg.guidance != [1.0]:
+        raise UserError(f"guidance={cfg.guidance}: {state['file']} has no null label to guide with; use guidance=1, "
+                        "or autoguide= an unconditional model")
+    sample_labels(cfg, sampler, [0], cfg.seed)            # complains about labels
+    if cfg.features:
+        from extract_features import matching
+        matching(sampler.net, cfg.features)               # complains about names
+        last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
+        fits = cfg.solver != "dopri5" and cfg.direction == "generate" and cfg.features_at
+        require(fits and max(cfg.features_at) <= last, cfg, "solver direction features_at",
+                f"activations are kept at evaluations 0 to {last} of a fixed-step solver, while generating")
+        pool = cfg.features_pool
+        require(pool in ("mean", "none") or pool.isdecimal() and int(pool), cfg, "features_pool",
+                "must be mean, none or a number")
+        require(not cfg.compile, cfg, "features compile", "activations are read from the network as it is")
 
 
-def read_layouts(run, cfg, state):
-    """Put the layouts that `boxes`, `mask` or `layouts` ask for in place of the bank in `state`.
-
-    In training a layout never stands without a label. Boxes without one take all labels, as often as in training; a mask those of the training masks in
-    which the same object is the largest.
-    """
-    size, kind = state["size"], state.get("condition", "label")
-    if cfg.boxes and kind != "box" or cfg.mask and kind != "mask" or cfg.layouts != "train" and kind not in ("box", "mask"):
-        raise UserError(f"{state['file']} was trained with condition={kind}: boxes= needs box, mask= needs mask, layouts= either")
-    K, bank, kinds = int(state["bank_labels"][-1]), state["bank_labels"][:-1].numpy(), state["map_labels"]
-    if cfg.boxes:
-        for b in cfg.boxes:
-            if len(b) not in (4, 5) or not (0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size) or len(b) == 5 and not 0 <= b[4] < K:
-                raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, "
-                                f"and perhaps a label in 0 ... {K - 1}")
-        if len({b[4] for b in cfg.boxes if len(b) == 5}) > 1:
-            raise UserError(f"boxes={cfg.boxes}: an image has one label; name the same in every box, or in one")
-        maps, named = draw_boxes(np.array([[b[:4] for b in cfg.boxes]]), size), [int(b[4]) for b in cfg.boxes if len(b) == 5]
-        labels = named[:1] or bank
-    elif cfg.mask:
-        try:
-            picture = Image.open(cfg.mask)
-            ids = np.asarray(picture if picture.mode in ("L", "P") else picture.convert("L"))
-        except OSError as e:
-            raise UserError(f"mask={cfg.mask}: cannot be read ({e})") from None
-        if ids.shape != (size, size) or ids.max() > kinds:
-            raise UserError(f"mask={cfg.mask}: is {ids.shape[1]}x{ids.shape[0]} with values up to {ids.max()}; "
-                            f"expected {size}x{size}, ids 0 ... {kinds - 1} as in the label file's masks (0 = no object), {kinds} = whatever")
-
-        def largest(m):                                   # object of a mask; 0 = there is none
-            return np.append(0.5, np.bincount(m[m < kinds].astype(int), minlength=2)[1:]).argmax()
-
-        maps, alike = ids[None].astype(np.uint8), np.array([largest(m) == largest(ids) for m in state["maps"][:-1].numpy()])
-        labels = bank[alike] if alike.any() else bank
-    else:
-        then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
-        arrays, info = load_labels(run, then.labels)
-        if digest(arrays["train"]) != state["labels"]:
-            raise UserError(f"layouts=test: labels/{then.labels}.npz is not what {state['file']} was trained with; train again, or use layouts=train")
-        maps, _ = layout_maps(run, then, arrays, info, "test", kinds)
-        labels = arrays["test"]
-    share = np.full(len(labels), 1 / len(labels))
-    if len(maps) == 1:                                    # one layout, once with each of its labels
-        labels, share = np.unique(labels, return_counts=True)
-        maps, share = maps.repeat(len(labels), 0), share / share.sum()
-    null = np.full_like(maps[:1], kinds)
-    state |= dict(maps=torch.from_numpy(np.concatenate([maps, null])), bank_labels=torch.tensor([*map(int, labels), K]), num_labels=len(maps),
-                  marginal=torch.from_numpy(share))
+def recipe_of(run, cfg, sampler):
+    """What decides about the results: settings that are in use, and hashes of the files they name."""
+    state, nfe, chosen = sampler.state, cfg.sweep == "nfe", len(cfg.guidance) > 1 or cfg.sweep
+    unused = {"overwrite": True, "batch": True, "steps": cfg.solver == "dopri5", "tol": cfg.solver != "dopri5",
+              "select": not chosen, "against": not nfe, "sweep_steps": not nfe, "sweep_solvers": not nfe}
+    unused |= {k: not cfg.features for k in ("features", "features_at", "features_pool")}
+    unused |= {k: not cfg.evaluate for k in ("evaluator", "reference", "neighbours")}
+    recipe = {k: v for k, v in run.sections[run.stage].items() if not unused.get(k)}
+    weak = load_checkpoint(run, cfg.autoguide)["weights"] if cfg.autoguide else None
+    recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=weak)
+    if cfg.mask or cfg.layouts != "train":
+        recipe["bank"] = digest(sampler.condition.table.cpu().numpy())
+    if cfg.against:
+        recipe["others"] = [load_checkpoint(run, name)["weights"] for name in cfg.against]
+    return recipe
 
 
-def warm(images):
-    """Exact masks bool [n, H, W] of `shapes` [n, 3, H, W]: objects have more red than blue, by 92 on average, the ground has less, by 51."""
-    return images[:, 0].astype(np.int16) - images[:, 2] > 20
+def plan(run, cfg, sampler, folder):
+    """What sampling would do, for --dry-run."""
+    state = sampler.state
+    say_network(run, sampler.net, state["channels"], state["size"])
+    size = run.data.size if run.data.latents else state["size"]
+    run.say(f"{cfg.n:,} samples from {state['file']} into {folder}: {cfg.n * 3 * size ** 2 / 1e6:,.0f} MB")
 
 
-def made_by(run, name):
-    """(name, recipe) of the labels that labels/<name> come from: of shuffled ones (method=random) those of their reference. No recipe: made by another program, or gone."""
-    while True:
-        file = run.dir / "labels" / f"{name}.json"
-        how = read_json(file, "make the labels again").get("recipe", {}) if file.exists() else {}
-        if how.get("method") != "random":
-            return name, how
-        name = how["reference"]
+def sample(run, cfg, sampler, folder):
+    """Choose w, draw the sweep, write and score the samples; what was measured, for metrics.json."""
+    judge, metrics, w = Evaluation(run, cfg) if cfg.evaluate else None, {}, cfg.guidance[0]
+    if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
+        w, metrics["selection"] = choose_w(run, cfg, sampler, judge, folder)
+    if cfg.sweep == "nfe":
+        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, judge, folder)
 
-
-def open_finder(run, cfg, state):
-    """What finds objects in samples as the labels of the model (or those that finder= names) were found: dict(name, recipe, features, network, its state).
-
-    None if those labels were not found as objects. Opened before the work, so that what does not fit is said then.
-    """
-    name = cfg.finder or made_by(run, state["label_file"])[0]
-    if not cfg.finder and not (run.dir / "labels" / f"{name}.json").exists():
-        return None
-    info = load_labels(run, name)[1]
-    how = info.get("recipe", {})                          # other programs may write label files, too
-    method = how.get("foreground", "none") if how.get("method") == "masks" else how.get("method")
-    if method not in ("lost", "ncut"):
-        if cfg.finder:
-            raise UserError(f"finder={name}: labels/{name} were not found as boxes or masks of objects; name labels made with method=lost, ncut or masks")
-        return None
-    of = info["features"]
-    if ":" in of["checkpoint"] and not cfg.finder:
-        run.say(f"note: labels/{name} come from features of {of['checkpoint']}; layouts are not looked for in the samples")
-        return None
-    net, own = load_model(run, of["checkpoint"], of["weights"])
-    if of["weights"] == "ema" and own["weights"] != of["hash"]:
-        why = f"labels/{name}.json: made with features of {of['checkpoint']} {of['hash']}, which now holds {own['weights']}; make features and labels again"
-        if cfg.finder:
-            raise UserError(why)
-        run.say(f"note: {why}; layouts are not looked for in the samples")
-        return None
-    return dict(name=name, method=method, how=how, info=info, net=net, state=own)
-
-
-def find_layouts(run, finder, images, rows, boxes, context):
-    """Where the finder sees objects in these rows of uint8 images: bool [n, H, W], their masks, or with `boxes` their boxes filled."""
-    how, info, size, out = finder["how"], finder["info"], images.shape[2:], []
-    of = info["features"]
-    places = [(a["activation"], a["t"]) for a in of["arrays"]]
-    for part, got in stream(finder["net"], finder["state"], images, rows, list(dict.fromkeys(n for n, _ in places)), sorted({t for _, t in places}),
-                            device=run.device, context=context, pool=of["pool"], draws=of["draws"], seed=of["seed"], purpose="features samples", batch=min(64, run.cfg.batch)):
-        maps = [got[k] if of["pool"] == "none" else got[k].unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for k in places]
-        shown = torch.from_numpy(np.array(images[part])).to(run.device) if how["guide"] else None
-        found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, finder["method"], how["objects"], how["tau"], how["contrast"],
-                             how["refine"], shown)
-        out.append(draw_boxes(found["boxes"].cpu().numpy(), size[0]) == 0 if boxes else found["masks"].cpu().numpy() > 0)
-    return np.concatenate(out) if out else np.zeros((0, *size), bool)
-
-
-def layout_fidelity(run, finder, state, images, rows, labels, context):
-    """How well samples uint8 [N, 3, H, W] keep to the layouts they were asked for: mean IoU of areas over all ranks, each of which looks at its rows [n].
-
-    layout_iou: with what the finder sees in the samples (absent without one); exact_iou: with exact masks on `shapes`, where layouts mean objects there: not
-    for segments of all patches, nor for boxes of several objects. Of boxes the filled boxes are compared. labels: int64 [n], positions in the bank of layouts.
-    """
-    boxes, maps = state["condition"] == "box", state["maps"][torch.from_numpy(labels)].numpy()
-    asked, got = (maps == 0 if boxes else (maps > 0) & (maps < state["map_labels"])), {}
-    if finder:
-        got["layout_iou"] = find_layouts(run, finder, images, rows, boxes, context)
-    how = made_by(run, state["label_file"])[1]
-    segments, several = how.get("method") == "masks" and how.get("foreground") == "none", boxes and how.get("objects", 1) > 1
-    if run.data.source == "shapes" and not segments and not several:
-        exact = torch.from_numpy(warm(images[rows]))
-        if boxes:                                         # the largest object's box, as in the data
-            exact = bounds(largest_component(exact.flatten(1), exact.shape[1:]).view_as(exact))
-            exact = draw_boxes(exact[:, None].numpy(), state["size"]) == 0
-        got["exact_iou"] = np.asarray(exact)
-    out = {}
-    for key, found in got.items():
-        either = (asked | found).sum((1, 2))
-        each = np.where(either > 0, (asked & found).sum((1, 2)) / np.maximum(either, 1), 1.0)    # nothing asked for, nothing there
-        out[key] = float(np.concatenate(gather(each)).mean())
-    return out | (dict(finder=finder["name"]) if finder else {})
-
-
-def encode(run, cfg, models, state, context, folder):
-    """Test images to noise and back: writes noise.npy and a picture, returns the round trip's error."""
-    data = load_data(run, "test")
-    n, velocity = min(cfg.n, len(data)), Field(models[0], PATHS[state["path"]], state["predict"], 0.0, cfg.interval, None, context)
-    x = as_input(torch.from_numpy(np.array(data.inputs[:n])))
-    label = torch.full((n,), state["num_labels"]) if state["num_labels"] else None     # the null label
-    noise, back = [], []
-    with bar(run, n, "encoding") as progress:
-        for i in range(0, n, cfg.batch):
-            part = None if label is None else label[i:i + cfg.batch].to(run.device)
-            z, _ = integrate(velocity, x[i:i + cfg.batch].to(run.device), part, cfg.solver, cfg.steps, cfg.tol, reverse=True)
-            noise.append(z.cpu()), back.append(integrate(velocity, z, part, cfg.solver, cfg.steps, cfg.tol)[0].cpu())
-            progress.update(len(z))
-    noise, back = torch.cat(noise), torch.cat(back)
-    np.save(folder / "noise.npy", noise.numpy())
-    if run.vae is None:
-        save_grid(folder / "grid.png", to_uint8(torch.cat([x[:10], noise[:10] / 3, back[:10]])).numpy(), 10, ["image", "noise", "back"])
-    else:                                                 # the noise is none of pixels
-        x, back = (torch.cat([decode(run.vae, part.to(run.device)).cpu() for part in v.split(100)]) for v in (x, back))
-        save_grid(folder / "grid.png", to_uint8(torch.cat([x[:10], back[:10]])).numpy(), 10, ["decoded", "back"])
-    error = (back - x).square().mean()
-    return dict(noise_mean=float(noise.mean()), noise_std=float(noise.std()), round_trip_psnr=float(10 * torch.log10(4 / error)), images=n)
-
-
-def layout_sheet(path, run, cfg, models, state, w, context, rows=10, columns=9):
-    """A picture: each row one layout of the bank, drawn on the left; each column one noise."""
-    shape, n = (state["channels"], state["size"], state["size"]), min(rows, state["num_labels"])
-    z = draw(cfg.seed, "sample noise", range(columns), shape).repeat(n, 1, 1, 1).to(run.device)
-    label = torch.arange(n).repeat_interleave(columns).to(run.device)
-    field = Field(models[0], PATHS[state["path"]], state["predict"], w, cfg.interval, models[1], context)
-    x = torch.cat([integrate(field, *part, cfg.solver, cfg.steps, cfg.tol)[0] for part in zip(z.split(cfg.batch), label.split(cfg.batch))])
-    images, kinds = to_uint8(decode(run.vae, x)).cpu().numpy(), state["map_labels"]
-    zoom = images.shape[2] // state["maps"].shape[1]
-    colours = np.concatenate([np.random.default_rng(3).integers(60, 256, (kinds, 3)), np.zeros((1, 3), int)]).astype(np.uint8)   # black where nothing is asked for
-    maps = colours[state["maps"][:n].long().numpy().repeat(zoom, 1).repeat(zoom, 2)].transpose(0, 3, 1, 2)                         # [n, 3, H, W]
-    cells = [v for i in range(n) for v in (maps[i], *images[i * columns:(i + 1) * columns])]
-    save_grid(path, np.stack(cells), columns + 1, head=f"{cfg.name}: w = {w:g}; rows: one layout, columns: one noise")
-
-
-def write_share(run, file, n, rows, values):
-    """One array of n rows as a .npy, of which every process writes its `rows`."""
+    # the samples that are reported
+    file = folder / "images.npy"
+    metrics |= dict(w=w) | generate(run, cfg, sampler, w, file, record=bool(cfg.features))
     if run.rank == 0:
-        create_rows(file, values.dtype, (n, *values.shape[1:]))
-    run.wait()
-    write_rows(file, rows[0], values)
-    run.wait()
+        if sampler.condition:
+            np.save(folder / "labels.npy", sample_labels(cfg, sampler, range(cfg.n), cfg.seed).numpy())
+        sheet = layout_sheet if sampler.condition and sampler.condition.kind == "map" else sample_sheet
+        sheet(run, cfg, sampler, w, folder)
+    if judge:
+        metrics["scores"] = judge.scores(file) | judge.real_scores(cfg.n)
+        if w != 1 and len(cfg.guidance) > 1:              # the gain of guidance apart from that of labels
+            plain = folder / "plain.npy"
+            generate(run, cfg, sampler, 1.0, plain, "w = 1")
+            metrics["scores_w1"] = judge.scores(plain)
+            if run.rank == 0:
+                plain.unlink()
+    return metrics
 
 
-def save_features(run, cfg, state, folder, rows, seen):
-    """Activations seen while sampling as features-<activation>-at<evaluation>.npy, row i is sample i; what they are, for metrics.json."""
-    about = []
-    for name, number, t in run.agreed(lambda: list(seen)):
-        values, file = np.concatenate(seen[name, number, t]), folder / f"features-{name}-at{number}.npy"
-        write_share(run, file, cfg.n, rows, values.astype(np.float32))
-        about.append(dict(file=file.name, activation=name, evaluation=number, **noise_level(state["path"], t), pool=cfg.features_pool,
-                          shape=list(values.shape[1:])))
-    return about
-
-
-def choose_w(run, cfg, models, state, context, judge, folder):
-    """(best of the candidate w, what was measured): on samples of another seed, against the real images that the report does not use; draws guidance.png."""
-    curve = []
-    for w in cfg.guidance:
-        _, images, _, _ = generate(run, cfg, models, state, cfg.select, w=w, seed=cfg.seed + 1, context=context, what=f"w = {w:g}")
-        curve.append((w, judge.distance(images, unreported=True)))
-        run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {cfg.seed + 1}")
-    if run.rank == 0:
-        plot(folder / "guidance.png", {cfg.checkpoint: curve}, f"{judge.kind} against w, {cfg.select:,} samples", "w", judge.kind)
-    return min(curve, key=lambda p: p[1])[0], dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
-
-
-def nfe_sweep(run, cfg, every, w, context, judge, folder):
-    """Distance against network evaluations for each solver, and the straightness of the paths; draws nfe.png and straightness.png.
-
-    every: {checkpoint: ((network, weaker network or None), state)}; w is used for models with labels.
-    """
-    curves, bends, means = {}, {}, {}
-    for checkpoint, (models, state) in every.items():
-        w_here, prefix = w if state["num_labels"] or models[1] else 1.0, f"{checkpoint} " if len(every) > 1 else ""
-        for solver in cfg.sweep_solvers:
-            settings = [(s, cfg.tol) for s in cfg.sweep_steps] if solver != "dopri5" else [(1, tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
-            for steps, tol in settings:
-                if solver != "dopri5" and steps * len(TABLEAUS.get(solver, [[0]])[0]) > 64:
-                    continue
-                _, images, _, report = generate(run, cfg, models, state, cfg.select, w=w_here, solver=solver, steps=steps, tol=tol, seed=cfg.seed + 1,
-                                                context=context, what=f"{solver} {steps}")
-                curves.setdefault(prefix + solver, []).append((report["nfe"], judge.distance(images)))
-                run.say(f"  {prefix}{solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {curves[prefix + solver][-1][1]:.3f}")
-        rows = np.arange(min(64, cfg.select))
-        z = draw(cfg.seed + 1, "sample noise", rows, (state["channels"], state["size"], state["size"])).to(run.device)
-        label = sample_labels(cfg, state, rows, cfg.seed + 1)
-        velocity = Field(models[0], PATHS[state["path"]], state["predict"], w_here, cfg.interval, models[1], context)
-        parts = [straightness(velocity, z[i:i + cfg.batch], None if label is None else label[i:i + cfg.batch].to(run.device)) for i in range(0, len(z), cfg.batch)]
-        times, share = parts[0][0], [len(part) for part in z.split(cfg.batch)]
-        deviation, means[checkpoint] = (np.average([part[i] for part in parts], 0, share).tolist() for i in (1, 2))
-        bends[f"{checkpoint} ({state['path']})"] = list(zip(times, deviation))
-        run.say(f"  {checkpoint}: paths deviate from straight lines by {means[checkpoint]:.3f} (0 = straight), mean over t and {len(rows)} images")
-    if run.rank == 0:
-        plot(folder / "nfe.png", curves, f"{judge.kind} against network evaluations ({', '.join(every)}; {cfg.select:,} samples)", "evaluations (NFE)",
-             judge.kind, log_x=True, log_y=True)
-        plot(folder / "straightness.png", bends, "deviation of the path's velocity from the straight line, by time", "t", "deviation")
-    return dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves, straightness=means, deviation=bends)
-
-
-def announce_samples(run, cfg, net, state, folder):
-    """What sampling would cost, for --dry-run."""
-    each = 100 if cfg.solver == "dopri5" else cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0])
-    many = cfg.n + (cfg.select * len(cfg.guidance) + cfg.n if len(cfg.guidance) > 1 else 0)
-    twice, flops = 1 + any(w not in (0, 1) for w in cfg.guidance), footprint(net, state["channels"], state["size"])[0]
-    cost(run, f"{flops / 1e9:,.1f} GFLOP a network call x {each} evaluations{' (a guess for dopri5)' if cfg.solver == 'dopri5' else ''} x {twice} "
-         f"({'guided' if twice > 1 else 'not guided'}) x {many:,} samples{', those for the choice of w included' if many > cfg.n else ''}", flops * each * twice * many)
-    if run.data.latents:
-        cost(run, f"decoding: {DECODE * run.data.size ** 2 / 1e9:,.0f} GFLOP (as Stable Diffusion's autoencoder) x {many:,} samples", DECODE * run.data.size ** 2 * many, "tf32")
-    run.say(f"{cfg.n:,} samples from {state['file']} into {folder}, {cfg.n * 3 * (run.data.size if run.data.latents else state['size']) ** 2 / 1e6:,.0f} MB")
-
-
-def sample_sheet(folder, run, cfg, models, state, w, context, given):
-    """Write grid.png of a folder of samples: a row for each label, layout or given image."""
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    if given is not None:
-        blank = [np.full_like(given[0], 255)] * 9
-        rows = [[given[i], *images[i::len(given)][:9], *blank][:10] for i in range(min(20, len(given)))]
-        save_grid(folder / "grid.png", np.concatenate(rows), 10, head=f"{cfg.name}: w = {w:g}; left a given image, right samples with its label")
-    elif state.get("map_labels"):
-        layout_sheet(folder / "grid.png", run, cfg, models, state, w, context)
-    elif state["num_labels"]:
-        labels = np.load(folder / "labels.npy")
-        keep = [k for k in np.unique(labels)[:20] if (labels == k).sum() >= 10]
-        order = [i for k in keep for i in np.flatnonzero(labels == k)[:10]] or list(range(min(100, cfg.n)))
-        save_grid(folder / "grid.png", images[order], 10, [str(k) for k in keep] or None, head=f"{cfg.name}: w = {w:g}, one row per label")
-    else:
-        save_grid(folder / "grid.png", images[:100], 10, head=cfg.name)
+def report(run, metrics):
+    """Print what was measured."""
+    if "round_trip_psnr" in metrics:
+        run.say(f"noise of {metrics['images']} test images: mean {metrics['noise_mean']:.3f}, "
+                f"std {metrics['noise_std']:.3f}; round trip {metrics['round_trip_psnr']:.1f} dB")
+    if "scores" not in metrics:
+        return
+    s, kind = metrics["scores"], kind_of(metrics["scores"])
+    words = [f"{k} {s[k]:.3f}" for k in (kind, "kernel", "precision", "recall", "coverage")]
+    run.say("  ".join(words))
+    if "distance_floor" in s:
+        run.say(f"as many other real images: {kind} {s['distance_floor']:.3f}, coverage {s['coverage_ceiling']:.3f}")
+    run.say(f"memorisation {s['memorisation']:.3f} (1 = typically as far from the training images as test images are), "
+            f"copies {s['copies']:.1%}, in pixels {s['copies_pixels']:.1%} (of test images 1 %)")
+    run.say(f"w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  network calls {metrics['network_calls']:.1f}  "
+            f"{metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
 
 
 def main():
     """Sample, from the command line."""
-    run = start("sample_ode", SampleOde, __doc__, flags={"--table": "all results of the run (and of runs=) side by side"})
-    cfg = run.cfg
+    run = start("sample_ode", SampleOde, __doc__, flags={"--table": "all results of the run side by side"})
+    cfg, folder = run.cfg, run.dir / "samples" / run.cfg.name
     if "--table" in run.flags:
         return table(run)
-    require(cfg.n >= max(2, run.world) and min(cfg.steps, cfg.batch, cfg.neighbours) >= 1 and cfg.tol > 0 and cfg.guidance, cfg,
-            "n steps batch neighbours tol guidance", "n must be at least 2, and one for every process, the others positive")
-    require(len(cfg.interval) == 2 and cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
-    require(cfg.select >= 2 and (cfg.evaluate or not cfg.sweep and len(cfg.guidance) == 1), cfg, "sweep guidance select evaluate",
-            "sweeps and a choice of w need evaluate=true and at least two samples")
-    net, state = load_model(run, cfg.checkpoint, cfg.weights, cfg.compile)
-    if state.get("planned"):
-        cfg.guidance = cfg.guidance if state["num_labels"] or cfg.autoguide else [1.0]
-        return announce_samples(run, cfg, net, state, run.dir / "samples" / cfg.name)
-    weak, other = load_model(run, cfg.autoguide, cfg.weights, cfg.compile) if cfg.autoguide else (None, None)
-    if other and not other.get("planned") and any(other[k] != state[k] for k in ("path", "predict", "size")):
-        raise UserError(f"autoguide={cfg.autoguide}: its path, prediction or size differs from that of {cfg.checkpoint}")
-    if other and other["num_labels"] and any(other.get(k) != state.get(k) for k in ("num_labels", "labels", "layout", "label_digest", "condition")):
-        raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
+
+    # what to sample from, and whether that can be done
+    require(cfg.n >= run.world, cfg, "n", "at least one sample for every process")
     context, _, why = autocast(run, cfg.precision)
-    if not run.dry_run:
-        open_autoencoder(run)
-    if not (state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]) and state["num_labels"]:
-        raise UserError(f"guidance={cfg.guidance}: {state['file']} has no null label to guide with; use guidance=1, or autoguide= an unconditional model")
-    if not state["num_labels"] and not cfg.autoguide:
-        cfg.guidance = [1.0]                              # nothing to guide with
-    given = read_like(run, cfg, net, state, context) if cfg.like and not run.dry_run else None
-    if cfg.boxes or cfg.mask or cfg.layouts != "train":
-        read_layouts(run, cfg, state)
-    if other and other["num_labels"]:                     # both networks are shown the same
-        other |= {k: state[k] for k in ("maps", "bank_labels", "sets", "num_labels", "marginal") if k in state}
-    require(not cfg.finder or state.get("condition") in ("box", "mask"), cfg, "finder checkpoint", "only models with box or mask conditions have layouts to find")
-    finder = open_finder(run, cfg, state) if state.get("condition") in ("box", "mask") and not run.dry_run else None
-    if cfg.features:
-        matching(net, cfg.features)
-        last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
-        require(cfg.solver != "dopri5" and cfg.features_at and all(0 <= i <= last for i in cfg.features_at) and cfg.direction == "generate", cfg,
-                "solver direction features_at", f"activations are kept at evaluations 0 to {last} of a fixed-step solver, while generating")
-        require(cfg.features_pool in ("mean", "none") or cfg.features_pool.isdecimal() and int(cfg.features_pool), cfg, "features_pool",
-                "must be mean, none or a number")
-        require(not cfg.compile, cfg, "features compile", "activations are read from the network as it is: compile=false")
-    varying = cfg.solver == "dopri5" or cfg.sweep == "nfe"                       # dopri5 leaves out rows that have arrived
-    ready = lambda net, state: conditioned(torch.compile(net, dynamic=None if varying else False) if cfg.compile else net, state)
-    models = ready(net, state), ready(weak, other) if weak else None
-    sample_labels(cfg, state, [0], cfg.seed)              # complain about labels before the work
-    folder, aside = run.dir / "samples" / cfg.name, run.dir / "samples" / f".{cfg.name}.tmp"
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in ("overwrite", "batch", "runs") and (cfg.features or not k.startswith("features"))}
-    recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=other["weights"] if other else None)
-    recipe |= dict(given=digest(given)) if given is not None else {}             # what names of files and folders stand for
-    recipe |= dict(bank=digest(state["maps"].numpy())) if cfg.mask or cfg.layouts != "train" else {}
-    recipe |= dict(others=[load_checkpoint(run, name)["weights"] for name in cfg.against]) if cfg.against and not run.dry_run else {}
+    sampler = open_sampler(run, cfg, context)
+    check_request(cfg, sampler)
+    recipe, state = recipe_of(run, cfg, sampler), sampler.state
     if run.dry_run:
-        return announce_samples(run, cfg, net, state, folder)
+        return plan(run, cfg, sampler, folder)
     if run.agreed(lambda: finished(run, folder / "metrics.json", recipe)):
         return
-    if run.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    run.wait()
-    run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, {cfg.weights} weights); {why}")
-    metrics = dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"], seen=state["seen"], num_labels=state["num_labels"],
-                   total_seen=state["seen"] + (state.get("init") or {}).get("seen", 0),      # with the training that the initial weights come from
-                   K=kinds_of(state), label_file=state.get("label_file"), label_scores=state.get("label_scores"),
+    open_autoencoder(run)
+    run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, "
+            f"{cfg.weights} weights); {why}")
+
+    # sample, in a folder that takes the place of an earlier one when it is complete
+    metrics = dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"],
+                   seen=state["seen"], num_labels=state["num_labels"], K=state["num_labels"],
+                   total_seen=state["seen"] + (state.get("init") or {}).get("seen", 0),       # with those of its start
+                   label_file=state.get("label_file"), label_scores=state.get("label_scores"),
                    solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
-    judge = Evaluation(run, cfg) if cfg.evaluate and cfg.direction == "generate" else None
-
-    if cfg.direction == "encode":
+    with making(run, "samples", cfg.name, "metrics.json") as aside:
+        if cfg.direction == "generate":
+            metrics |= sample(run, cfg, sampler, aside)
+        elif run.rank == 0:
+            metrics |= encode(run, cfg, sampler, aside)
         if run.rank == 0:
-            metrics |= encode(run, cfg, models, state, context, aside)
-            run.say(f"noise of {metrics['images']} test images: mean {metrics['noise_mean']:.3f}, std {metrics['noise_std']:.3f}; "
-                    f"round trip {metrics['round_trip_psnr']:.1f} dB")
-    else:
-        w = cfg.guidance[0]
-        if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
-            w, metrics["selection"] = choose_w(run, cfg, models, state, context, judge, aside)
-        if cfg.sweep == "nfe":
-            others = {name: load_model(run, name, cfg.weights, cfg.compile) for name in cfg.against}
-            every = {cfg.checkpoint: (models, state)} | {name: ((ready(*pair), None), pair[1]) for name, pair in others.items()}
-            metrics["nfe_sweep"] = nfe_sweep(run, cfg, every, w, context, judge, aside)
-
-        # the samples that are reported
-        seen = {} if cfg.features else None
-        rows, images, labels, report = generate(run, cfg, models, state, cfg.n, w=w, context=context, seen=seen)
-        metrics |= dict(w=w) | report
-        if cfg.features:
-            metrics["features"] = save_features(run, cfg, state, aside, rows, seen)
-        write_share(run, aside / "images.npy", cfg.n, rows, images)
-        if state["num_labels"]:
-            write_share(run, aside / "labels.npy", cfg.n, rows, labels)
-        if state.get("condition") in ("box", "mask"):
-            every, asked = np.load(aside / "images.npy", mmap_mode="r"), np.zeros(0, np.int64) if labels is None else labels
-            metrics["layout"] = layout_fidelity(run, finder, state, every, rows, asked, context)
-            if metrics["layout"]:
-                run.say("layouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["layout"].items() if k != "finder"))
-        if judge:
-            metrics["scores"] = judge.scores(images)
-            if w != 1 and len(cfg.guidance) > 1:          # the gain of guidance apart from that of labels: the same at w = 1
-                metrics["scores_w1"] = judge.scores(generate(run, cfg, models, state, cfg.n, w=1.0, context=context, what="w = 1")[1])
-        if run.rank == 0:
-            sample_sheet(aside, run, cfg, models, state, w, context, given)
-
-    # close: the finished folder replaces the previous one at once
-    if run.rank == 0:
-        write_json(aside / "metrics.json", metrics)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    run.wait()
-    if "scores" in metrics:
-        s = metrics["scores"]
-        run.say(f"{judge.kind} {s[judge.kind]:.3f}  " + "  ".join(f"{k} {s[k]:.3f}" for k in ("kernel", "precision", "recall", "coverage", "memorisation")) +
-                f" (1 = typically as far from the training images as test images are)  copies {s['copies']:.1%}  w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  "
-                f"network calls {metrics['network_calls']:.1f}  {metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
+            write_json(aside / "metrics.json", metrics)
+    report(run, metrics)
     run.say(f"samples in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 

@@ -1,445 +1,410 @@
-"""Label: activations in, self-labels out: each image gets the id of its cluster, on demand also boxes and masks.
+"""Label: features in, self-labels out. Every image gets the id of its cluster, with some methods also boxes and masks.
 
-Reads   features/<features>/ (extract_features.py); for control labels only data/
-Writes  labels/<name>.npz (train int64 [N], test int64 [N'], num_labels, centroids), .json (recipe and scores), .png (contact sheet)
-        lost, ncut, masks with a foreground: also boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels, right and bottom exclusive; -1 = none),
-        confidence_<split> [N, objects], ids_<split> int64 [N, objects] (cluster of each box, -1 = none);
-        lost, ncut, masks: masks_<split> uint8 [N, H, W] (lost, ncut: object 1 ...; masks: cluster 1 ... K of the object; 0 = none; without a foreground: segment id)
+Reads   features/<features>/ (extract_features.py); the controls read data/ alone
+Writes  labels/<name>.npz   train int64 [N], test int64 [N'], num_labels; of clusters: centroids [K, D]
+                            of objects, for each split: boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels,
+                            right and bottom exclusive; -1 = none), confidence_<split> [N, objects], ids_<split>
+                            int64 [N, objects] (cluster of each box; -1 = none), masks_<split> uint8 [N, H, W]
+        labels/<name>.json  recipe, scores, hash of the arrays; written last
+        labels/<name>.png   contact sheet
 
-    python self_label.py configs/shapes.yaml method=kmeans                       # CPU, seconds
-    python self_label.py configs/cifar10.yaml method=sinkhorn K=100              # one GPU
-    torchrun --nproc_per_node=8 self_label.py configs/cifar10.yaml               # eight GPUs, the same labels
-    python self_label.py configs/shapes.yaml method=random reference=kmeans      # control: the same marginal, nothing about the image
-    python self_label.py configs/shapes.yaml method=ncut features=dense objects=2         # boxes; first extract_features.py name=dense pool=none
+    python self_label.py configs/shapes.yaml method=kmeans                                # CPU, seconds
+    torchrun --nproc_per_node=8 self_label.py configs/cifar10.yaml method=sinkhorn K=100  # eight GPUs, same labels
+    python self_label.py configs/shapes.yaml method=ncut features=dense objects=2         # boxes, of maps (pool=none)
 
-kmeans      clusters of any size. sinkhorn: clusters of equal size, by optimal transport (arXiv 1911.05371, 2006.09882).
-lost, ncut  boxes of objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.11539), and clusters of the boxed regions.
-masks       the objects that `foreground` finds, each with the id of its cluster: 0 = none, 1 ... K. foreground=none: clusters of all patches of all images,
-            smoothed: every pixel gets one of `segments` ids; image ids then cluster mean features.
-controls    classes (ground truth), random (permuted reference labels), subgroups (each class split at random into `groups` parts).
+kmeans      clusters of any size
+sinkhorn    clusters of equal size, by optimal transport (arXiv 1911.05371, 2006.09882)
+lost, ncut  objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.11539), and clusters of their regions.
+            masks: 1 + number of the object, 0 = none
+masks       the objects that `foreground` finds; masks: 1 + cluster of the object, 0 = none. foreground=none: clusters
+            of the patches of all images; masks: segment of every pixel; image ids are clusters of mean features
+controls    colours (k-means on mean and deviation of each channel), pixels (on images averaged to pool x pool),
+            classes (ground truth), random (permuted labels of `reference`), subgroups (each class split at random)
+
+Read first: `kmeans`, `potentials`, `sinkhorn_cluster`; then `find_objects`, if boxes interest you; then `METHODS`, the
+one place where a method is added. Skip what follows `METHODS`: scores, pictures, files.
 """
+import dataclasses
 import math
 import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Callable, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import entropy
+from scipy.stats.contingency import crosstab
 
-from configs.data import load_data, load_features, load_labels
-from configs.run import (UserError, atomic, cli, create_rows, digest, finished, key, read_json, require, save_grid,
-                         seed_of, start, write_json, write_rows)
-from train_diffusion import cost
+from configs.data import arrays_hash, load_data, load_features, load_labels, torchvision_datasets
+from configs.run import (ALONE, UserError, atomic, check_name, cli, create_rows, digest, finished, key, locked,
+                         read_json, reading, require, save_grid, seed_of, start, unknown, write_json, write_rows)
 
 
 @dataclass
 class SelfLabel:
     """Section `self_label`."""
     name: str = key("", "results go to labels/<name>.npz; empty = the method")
-    method: Literal["kmeans", "sinkhorn", "lost", "ncut", "masks", "classes", "random", "subgroups"] = key("kmeans",
-        "the last three are controls")
+    method: str = key("kmeans", "where labels come from: see the list above")
     features: str = key("base", "which features/<features> to cluster")
-    K: int = key(100, "clusters")
+    K: int = key(100, "clusters", low=1)
     metric: Literal["cosine", "euclidean"] = key("cosine", "kmeans: spherical or plain")
     center: bool = key(True, "subtract the mean feature first")
-    pca: int = key(0, "keep this many principal components; 0 = all")
+    pca: int = key(0, "keep this many principal components; 0 = all", low=0)
     whiten: bool = key(False, "scale principal components to unit variance")
-    iterations: int = key(30, "kmeans: at most")
-    restarts: int = key(3, "kmeans: keep the best of so many starts")
-    batch: int = key(16_384, "kmeans: mini-batch size above `full` rows (at least 4 times K)")
-    full: int = key(500_000, "kmeans: up to so many rows, every iteration is a full pass (Lloyd)")
-    eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer")
-    sk_iterations: int = key(20, "sinkhorn: balancing iterations per round")
-    rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes")
-    objects: int = key(1, "lost, ncut, masks: at most so many boxes per image")
-    contrast: float = key(0.5,
-                          "the same: a further object differs from the rest (squared) by at least this share of what "
-                          "the first does")
-    tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined")
+    iterations: int = key(30, "kmeans: at most", low=1)
+    restarts: int = key(3, "kmeans: keep the best of so many starts", low=1)
+    batch: int = key(16_384, "kmeans: mini-batch size above `full` rows (at least 4 times K)", low=1)
+    full: int = key(500_000, "kmeans: up to so many rows, every iteration is a full pass (Lloyd)", low=0)
+    eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
+    sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
+    rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
+    objects: int = key(1, "lost, ncut, masks: at most so many boxes per image", low=1, high=254)
+    contrast: float = key(0.5, "lost, ncut, masks: a further object differs from the rest (squared) by at least this "
+                               "share of what the first does", low=0, high=1)
+    tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined", low=-1, high=1)
     refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
     guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
-    cells: int = key(4,
-                     "lost, ncut, masks: what is clustered is a region's features on a grid of so many cells a side; "
-                     "1 = their mean")
-    foreground: Literal["lost", "ncut", "none"] = key("lost",
-                                                      "masks: what finds the objects; none = cluster all patches")
-    segments: int = key(21, "masks with foreground=none: clusters of patches, background included")
-    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none")
+    cells: int = key(4, "lost, ncut, masks: what is clustered is a region's features on a grid of so many cells a "
+                        "side; 1 = their mean", low=1)
+    foreground: Literal["lost", "ncut", "none"] = key("lost", "masks: what finds the objects; none = cluster all "
+                                                              "patches")
+    segments: int = key(21, "masks with foreground=none: clusters of patches, background included", low=2, high=255)
+    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none",
+                        low=0, high=1)
     by: Literal["kmeans", "sinkhorn"] = key("kmeans", "lost, ncut, masks: how regions and patches are clustered")
+    pool: int = key(8, "pixels: images are averaged to so many pixels a side", low=1)
     reference: str = key("kmeans", "random: whose marginal to keep")
-    groups: int = key(5, "subgroups: parts per class")
+    groups: int = key(5, "subgroups: parts per class", low=1, high=10_000)
     seed: int = key(0, "of starts, permutations, splits")
     overwrite: bool = key(False, "replace labels that another recipe left under this name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of features: streamed in chunks, split over ranks. Every rank passes its own slice; sums run over all ranks.
+# Rows of features. N rows may lie in memory or in a file; over several processes each passes its own share of them.
 
 def rows_of(features, rows, metric, device="cpu"):
-    """features[rows] as float32 [n, D] on the device, of unit length under the cosine metric. features: tensor or (memory-mapped) array [N, D]."""
+    """features[rows] as float32 [n, D] on the device; of unit length under the cosine metric.
+
+    features: tensor or (memory-mapped) array [N, D].
+    """
     x = features[rows]
-    x = torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.array(x))
     x = x.to(device).float()                              # in this order fewer bytes cross the bus
     return F.normalize(x, dim=1) if metric == "cosine" else x
 
 
-_alone = False
+def in_chunks(features, metric, device, chunk):
+    """All rows, as `rows_of` gives them, in chunks; at least one chunk, which is empty if there are no rows."""
+    for i in range(0, max(len(features), 1), chunk):
+        yield rows_of(features, slice(i, i + chunk), metric, device)
 
 
-@contextmanager
-def alone():
-    """Within this context a process clusters data of its own, whatever other ranks do."""
-    global _alone
-    _alone = True
-    try:
-        yield
-    finally:
-        _alone = False
+def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
+    """Cluster of every row: (ids int64 [N], closeness float32 [N]: minus half the squared distance). CPU tensors.
 
-
-def together():
-    """Whether the rows of all ranks belong together."""
-    return dist.is_initialized() and not _alone
-
-
-def over_ranks(x, op="SUM"):
-    """all_reduce in place where there are several ranks; returns x."""
-    if together():
-        dist.all_reduce(x, getattr(dist.ReduceOp, op))
-    return x
-
-
-def gather(value):
-    """Every rank's value, in order of rank."""
-    if not together():
-        return [value]
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every
-
-
-def offsets(n):
-    """(first global row of this rank's slice, rows of all slices together)."""
-    counts = gather(n)
-    return sum(counts[:dist.get_rank()]) if together() else 0, sum(counts)
-
-
-def pick_rows(features, chosen, metric, device):
-    """The rows with global numbers `chosen` (sorted, distinct), [len(chosen), D], equal on every rank however the rows are split."""
-    first, _ = offsets(len(features))
-    mine = chosen[(chosen >= first) & (chosen < first + len(features))] - first
-    return torch.cat(gather(rows_of(features, mine, metric, device).cpu())).to(device)
+    A row x belongs to the centroid c with the largest x.c - offset. The offset [K] is |c|^2 / 2 for the nearest one
+    (k-means), or eps g for clusters of equal size (Sinkhorn-Knopp).
+    """
+    half = centroids.square().sum(1) / 2
+    offset = half if offset is None else offset
+    ids, closeness = [], []
+    for x in in_chunks(features, metric, centroids.device, chunk):
+        score, best = torch.addmm(-offset, x, centroids.T).max(1)
+        ids.append(best.cpu())
+        closeness.append((score + (offset - half)[best] - x.square().sum(1) / 2).cpu())
+    return torch.cat(ids), torch.cat(closeness)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # k-means
 
-def assign(features, centroids, metric="cosine", chunk=4096):
-    """Nearest centroid of every row: (ids int64 [N], similarity float32 [N]: cosine, or minus half the squared distance). CPU tensors."""
-    c = F.normalize(centroids, dim=1) if metric == "cosine" else centroids
-    half, ids, best = 0.5 * c.square().sum(1), [], []
-    for i in range(0, len(features), chunk):
-        x = rows_of(features, slice(i, i + chunk), metric, c.device)
-        v, k = torch.addmm(-half, x, c.T).max(1)                                 # x.c - |c|^2 / 2 orders centroids as the distance does
-        ids.append(k.cpu())
-        best.append((v + 0.5 if metric == "cosine" else v - 0.5 * x.square().sum(1)).cpu())
-    return (torch.cat(ids), torch.cat(best)) if ids else (torch.zeros(0, dtype=torch.long), torch.zeros(0))
+def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, batch=0, chunk=4096, start=None,
+           device="cpu", ranks=ALONE):
+    """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts). Memory does not grow with N x K.
 
-
-def plus_plus(x, K, generator):
-    """k-means++ centroids [K, D] from rows x [M, D]: each is drawn with probability proportional to the squared distance to those chosen,
-    the best of 2 + ln K candidates (Arthur and Vassilvitskii 2007)."""
-    trials, norms = 2 + int(math.log(K)), x.square().sum(1)
-    chosen = [int(generator.integers(len(x)))]
-    d = (norms + norms[chosen[0]] - 2 * (x @ x[chosen[0]])).clamp(min=0)         # [M]
-    for _ in range(1, K):
-        mass = d.double().cumsum(0)
-        u = torch.from_numpy(generator.random(trials)).to(mass) * mass[-1]
-        tries = torch.searchsorted(mass, u).clamp(max=len(x) - 1)
-        left = torch.minimum(d, torch.addmm(norms + norms[tries, None], x[tries], x.T, alpha=-2).clamp(min=0))   # [trials, M]
-        best = int(left.sum(1).argmin())
-        chosen.append(int(tries[best]))
-        d = left[best]
-    return x[chosen]
-
-
-def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, batch=0, chunk=4096, start=None, device="cpu"):
-    """k-means on stored features: (centroids float32 [K, D], inertia, facts). Rows are streamed; memory never grows with N x K.
-
-    features  tensor or (memory-mapped) array [N, D]; under torch.distributed every rank passes its slice and all get the same centroids
-    metric    euclidean (Lloyd), or cosine (spherical k-means: rows and centroids of unit length; inertia is the sum of 2 - 2 cos)
-    batch     > 0: mini-batch k-means (Sculley 2010) with so many rows per step, `iterations` passes' worth of steps
-    start     centroids to start from instead of k-means++ (on a random subset of at most max(10,000, 20 K) rows)
-    Raises UserError for non-finite features or K out of range.
+    metric  euclidean, or cosine: rows and centroids of unit length (spherical k-means)
+    batch   > 0: mini-batches of so many rows, as many as `iterations` passes hold, then one full iteration
+    start   centroids [K, D] to start from, in place of k-means++ on at most max(10,000, 20 K) rows
+    ranks   the processes whose shares of the rows belong together; all get the same centroids
     """
-    _, N = offsets(len(features))
+    N = sum(ranks.gather(len(features)))
     if not 1 <= K <= N:
         raise UserError(f"K={K}: must be between 1 and the {N} rows")
     best = None
     for attempt in range(restarts if start is None else 1):
         generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
-        subset = pick_rows(features, np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False)), metric, device)
-        if not torch.isfinite(subset).all():
-            raise UserError("features are not finite; extract them again")
-        c = plus_plus(subset, K, generator) if start is None else start.to(device, torch.float32).clone()
-        if together():
-            dist.broadcast(c, 0)                          # equal arithmetic on every rank is likely, but not promised on GPUs
+        if start is None:
+            chosen = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
+            mine = rows_of(features, own_rows(chosen, N, ranks), metric, device)
+            c = plus_plus(torch.cat(ranks.gather(mine.cpu())).to(device), K, generator)
+            c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))       # GPUs may have rounded differently
+        else:
+            c = start.to(device, torch.float32)
         if batch:
-            c = mini_batches(features, c, metric, batch, iterations * math.ceil(N / batch), generator, device)
-        result = lloyd(features, c, metric, 1 if batch else iterations, chunk)
-        if best is None or result[1] < best[1]:
-            best = *result[:2], dict(iterations=result[2], repaired=result[3], restarts=restarts)
+            steps = iterations * math.ceil(N / batch)
+            c = mini_batches(features, c, metric, batch, steps, generator, N, ranks)
+        c, inertia, facts = lloyd(features, c, metric, 1 if batch else iterations, chunk, ranks)
+        if best is None or inertia < best[1]:
+            best = c, inertia, facts | dict(restarts=restarts)
     return best
 
 
-def lloyd(features, c, metric, iterations, chunk):
-    """Alternate assignment and means from centroids c [K, D] until no row moves: (centroids, inertia, iterations used, empty clusters repaired).
+def own_rows(chosen, N, ranks):
+    """Which of the rows `chosen` among all N are this process's, counted from the first of its share."""
+    share = ranks.share(N)
+    return chosen[np.isin(chosen, share)] - share[:1].sum()   # no row at all: nothing is chosen
 
-    The inertia is that of the last assignment to the means it led to, |x|^2 - 2 x.c + |c|^2 summed from the sums that the means need anyway.
+
+def plus_plus(x, K, generator):
+    """k-means++ centroids [K, D] from rows x [M, D] (Arthur and Vassilvitskii 2007).
+
+    Each is drawn with probability proportional to the squared distance to those before it: the best of 2 + ln K draws.
     """
-    K, repaired, ids, power = len(c), 0, torch.zeros(len(features), dtype=torch.int64, device=c.device), None
-    one = torch.ones(min(chunk, len(features)), device=c.device)
-    room = torch.empty(min(chunk, len(features)), K, device=c.device)            # fresh memory for every chunk would cost a tenth of the time
-    for step in range(1, iterations + 1):
-        sums, counts, totals = torch.zeros_like(c), torch.zeros(K, device=c.device), torch.zeros(2, dtype=torch.float64, device=c.device)
-        half = 0.5 * c.square().sum(1)
-        for i in range(0, len(features), chunk):
-            x = rows_of(features, slice(i, i + chunk), metric, c.device)
-            score, k = torch.addmm(-half, x, c.T, out=room[:len(x)]), ids[i:i + chunk]           # x.c - |c|^2 / 2 orders centroids as the distance does
-            if step > 1 and not x.is_cuda:                # on a CPU the position of a maximum costs far more than its value: only for rows that move
-                go = (score.gather(1, k[:, None])[:, 0] < score.amax(1)).nonzero()[:, 0]
-                k[go], changed = score[go].argmax(1), len(go)
-            else:                                         # a GPU would have to wait to hear which ones those are
-                new = score.argmax(1)
-                changed = (new != k).sum() if step > 1 else len(x)
-                k.copy_(new)
-            totals[0] += changed
-            if step == 1:
-                totals[1] += x.square().sum(dtype=torch.float64)
-            sums.index_add_(0, k, x)
-            counts += torch.zeros_like(counts).index_add_(0, k, one[:len(x)])    # bincount would make a GPU wait; a float32 cannot count one by one for ever
-        over_ranks(sums), over_ranks(counts)
-        moved, first = over_ranks(totals).tolist()
-        power = first if power is None else power
-        if not math.isfinite(power):
+    chosen = [int(generator.integers(len(x)))]
+    distance = (x - x[chosen]).square().sum(1)            # [M], squared, to the nearest centroid
+    for _ in range(1, K):
+        p = np.fmax(distance.double().cpu().numpy(), 1e-30)                      # rows may all be equal
+        draws = generator.choice(len(x), 2 + int(math.log(K)), p=p / p.sum())
+        left = torch.minimum(distance, torch.cdist(x[draws], x).square())        # [draws, M]
+        best = int(left.sum(1).argmin())
+        chosen.append(int(draws[best]))
+        distance = left[best]
+    return x[chosen]
+
+
+def sums_of_nearest(chunks, c, ranks):
+    """Of the rows nearest to each centroid of c [K, D]: (sums [K, D], counts [K, 1], inertia of all rows)."""
+    half = c.square().sum(1) / 2
+    sums = torch.zeros_like(c)
+    counts = torch.zeros(len(c), 1, dtype=torch.float64, device=c.device)
+    inertia = torch.zeros(1, dtype=torch.float64, device=c.device)
+    for x in chunks:
+        score, ids = torch.addmm(-half, x, c.T).max(1)    # x.c - |c|^2 / 2 is largest where the distance is smallest
+        sums.index_add_(0, ids, x)
+        counts.index_add_(0, ids, counts.new_ones(len(x), 1))
+        inertia += x.square().sum(dtype=torch.float64) - 2 * score.sum(dtype=torch.float64)
+    return ranks.total(sums), ranks.total(counts).float(), float(ranks.total(inertia))
+
+
+def lloyd(features, c, metric, iterations, chunk=4096, ranks=ALONE):
+    """Lloyd's iterations from centroids c [K, D] until the inertia stays: (centroids, their inertia, facts)."""
+    before, repaired = math.inf, 0
+    for step in range(iterations + 1):
+        sums, counts, inertia = sums_of_nearest(in_chunks(features, metric, c.device, chunk), c, ranks)
+        if not math.isfinite(inertia):
             raise UserError("features are not finite; extract them again")
-        empty = (counts == 0).nonzero().flatten()
-        c = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], c)
-        c = F.normalize(c, dim=1) if metric == "cosine" else c
-        inertia = power - 2 * float((c * sums).sum(dtype=torch.float64)) + float((counts * c.square().sum(1)).sum(dtype=torch.float64))
-        if len(empty) and step < iterations:
-            rows = farthest(features, c, len(empty), metric, chunk)              # fewer if the data has fewer distinct rows
-            c[empty[:len(rows)]], repaired = rows, repaired + len(rows)
-            moved += len(rows)
-        if not moved:
+        empty = int((counts == 0).sum())
+        if step == iterations or not empty and inertia >= before * (1 - 1e-6):
             break
-    return c, max(inertia, 0.0), step, repaired
+        c = torch.where(counts > 0, sums / counts.clamp(min=1), c)
+        c = split_largest(c, counts)
+        c = F.normalize(c, dim=1) if metric == "cosine" else c
+        before, repaired = inertia, repaired + empty
+    return c, max(inertia, 0.0), dict(iterations=step, repaired=repaired)
 
 
-def farthest(features, c, n, metric, chunk):
-    """Up to n different rows [n', D] that are farthest from their nearest centroid, over all ranks: what empty clusters take over."""
-    found = []
-    for i in range(0, len(features), chunk):
-        x = rows_of(features, slice(i, i + chunk), metric, c.device)
-        d = x.square().sum(1) - 2 * torch.addmm(-0.5 * c.square().sum(1), x, c.T).amax(1)        # [n] squared distance
-        top = d.topk(min(n, len(d)))
-        found.append(torch.cat([top.values[:, None], x[top.indices]], 1))
-        if len(found) > 16:
-            every = torch.cat(found)
-            found = [every[every[:, 0].topk(min(n, len(every))).indices]]
-    found = torch.cat(found).cpu() if found else torch.zeros(0, c.shape[1] + 1)
-    found = torch.cat(gather(found))
-    found = found[found[:, 0].argsort(descending=True, stable=True)]
-    found = found[found[:, 0] > 1e-6 * found[:1, 0].abs()][:, 1:]
-    keep = np.sort(np.unique(found.numpy(), axis=0, return_index=True)[1])[:n]   # a row twice would leave one cluster empty again
-    return found[torch.from_numpy(keep)].to(c.device)
+def split_largest(c, counts):
+    """Centroids in which every empty cluster takes half of the largest one, as in faiss: both lie a little apart."""
+    c, counts = c.clone(), counts[:, 0].clone()
+    apart = 1 + (-1.0) ** torch.arange(c.shape[1], device=c.device) / 1024
+    for k in (counts == 0).nonzero()[:, 0].tolist():
+        largest = int(counts.argmax())
+        c[k], c[largest] = c[largest] * apart, c[largest] * (2 - apart)
+        counts[k] = counts[largest] = counts[largest] / 2
+    return c
 
 
-def mini_batches(features, c, metric, batch, steps, generator, device):
-    """Mini-batch k-means: each centroid moves towards the mean of its rows in the batch by their share of all rows it has seen."""
-    seen, first, N = torch.zeros(len(c), device=device), *offsets(len(features))
+def mini_batches(features, c, metric, batch, steps, generator, N, ranks):
+    """Mini-batch k-means (Sculley 2010): each centroid moves to the mean of all rows that were ever nearest to it."""
+    seen = c.new_zeros(len(c), 1)
     for _ in range(steps):
         chosen = np.unique(generator.integers(N, size=batch))
-        x = rows_of(features, chosen[(chosen >= first) & (chosen < first + len(features))] - first, metric, device)
-        k = torch.addmm(-0.5 * c.square().sum(1), x, c.T).argmax(1)
-        sums, counts = over_ranks(torch.zeros_like(c).index_add_(0, k, x)), over_ranks(torch.bincount(k, minlength=len(c)).float())
+        x = rows_of(features, own_rows(chosen, N, ranks), metric, c.device)
+        sums, counts, _ = sums_of_nearest([x], c, ranks)
         seen += counts
-        c = c + (sums - counts[:, None] * c) / seen.clamp(min=1)[:, None]
+        c = c + (sums - counts * c) / seen.clamp(min=1)
         c = F.normalize(c, dim=1) if metric == "cosine" else c
     return c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sinkhorn-Knopp: assignments Q [N, K] whose rows sum to 1 and whose columns sum to N / K (arXiv 1306.0895; for clustering 1911.05371)
+# Sinkhorn-Knopp: soft assignments Q [N, K] whose rows sum to 1 and whose columns sum to N / K (arXiv 1306.0895; of
+# clusters 1911.05371)
 
-def column_logsumexp(L):
-    """ln of the column sums of exp(L) over the rows of all ranks. L: [n, K] -> [K]."""
-    local = L.logsumexp(0)
-    top = over_ranks(local.clone(), "MAX")
-    return top + over_ranks((local - top).exp()).log() if together() else local
+def potentials(blocks, eps, iterations, ranks=ALONE):
+    """Dual potentials g [K] of the prototypes after so many Sinkhorn iterations: Q = softmax(S / eps - g).
 
-
-def prices(blocks, eps, iterations):
-    """Price g [K] of every cluster after so many Sinkhorn iterations; Q = softmax(S / eps - g) then has rows of mass 1 and columns of about N / K.
-
-    An iteration divides every column of Q by its sum (over all ranks), then every row by its sum. In logarithms, Q = exp(S / eps - g - f):
-    f is the row's logsumexp, which a softmax supplies, and as sum_i Q_ik = exp(g'_k - g_k) for the next prices g', only g is kept.
-    blocks: a function that yields the scores S anew for each pass, in blocks [n, K] that stay in the processor's cache.
+    The iteration on L = S / eps, in logarithms:
+        L <- L - logsumexp over samples, of each column       equal mass for every prototype
+        L <- L - logsumexp over prototypes, of each row       mass 1 for every sample; Q = exp(L)
+    The sum of what columns lose is g: after the first step, their logsumexp is ln sum_i Q_ik. What rows lose, a softmax
+    finds again. So scores S need not be kept: blocks() yields them anew for each pass, in blocks [n, K].
     """
-    g = column_logsumexp(torch.stack([(S / eps).logsumexp(0) for S in blocks()]))
+    local = torch.stack([(S / eps).logsumexp(0) for S in blocks()]).logsumexp(0)
+    every = local.new_zeros(ranks.world, len(local))
+    every[ranks.rank] = local
+    g = ranks.total(every).logsumexp(0)                   # over the samples of all processes
     for _ in range(iterations - 1):
-        mass = over_ranks(sum(torch.softmax(torch.add(-g, S, alpha=1 / eps), 1).sum(0) for S in blocks()))
-        g = g + mass.clamp(min=1e-30).log()
+        mass = sum(torch.softmax(torch.add(-g, S, alpha=1 / eps), 1).sum(0) for S in blocks())
+        g = g + ranks.total(mass).clamp(min=1e-30).log()
     return g
 
 
 def in_blocks(scores):
-    """Scores [N, K] for `prices`, in blocks that stay in a CPU's cache; for a GPU, to which every block is a few short operations, in large ones."""
+    """Scores [N, K] for `potentials`, in blocks that stay in a CPU's cache, or are worth starting a GPU for."""
     return lambda: scores.split(2 ** 16 if scores.is_cuda else 512)
 
 
-def sinkhorn(scores, eps=0.05, iterations=3):
-    """Balanced soft assignments Q [N, K] from scores S [N, K] (cosines), in logarithms and float32, so that small eps stays finite.
-
-    Rows sum to exactly 1, columns to about N / K (exactly before the last rows were normalised).
-    """
+def sinkhorn(scores, eps=0.05, iterations=3, ranks=ALONE):
+    """Balanced assignments Q [N, K] from scores S [N, K] (cosines). Rows sum to exactly 1, columns to about N / K."""
     scores = scores.float()
-    return torch.softmax(scores / eps - prices(in_blocks(scores), eps, iterations), 1)
+    return torch.softmax(scores / eps - potentials(in_blocks(scores), eps, iterations, ranks), 1)
 
 
-def sinkhorn_stream(features, c, eps, iterations, chunk=2048):
-    """The same for rows that do not fit N x K: (prices g [K], Q-weighted sums of rows [K, D], columns' mass [K])."""
-    def rows():                                           # at least one block: a rank may have no rows
-        return (rows_of(features, slice(i, i + chunk), "cosine", c.device) for i in range(0, max(len(features), 1), chunk))
-    g = prices(lambda: (x @ c.T for x in rows()), eps, iterations)
-    sums, mass = torch.zeros_like(c), torch.zeros(len(c), device=c.device)
-    for x in rows():
-        Q = torch.softmax(torch.add(-g, x @ c.T, alpha=1 / eps), 1)
+def sinkhorn_stream(features, c, eps, iterations, chunk=2048, ranks=ALONE):
+    """The same without holding Q: (potentials g [K], Q-weighted sums of rows [K, D], mass of each column [K])."""
+    chunks = partial(in_chunks, features, "cosine", c.device, chunk)
+    g = potentials(lambda: (x @ c.T for x in chunks()), eps, iterations, ranks)
+    sums = torch.zeros_like(c)
+    mass = c.new_zeros(len(c))
+    for x in chunks():
+        Q = torch.softmax(x @ c.T / eps - g, 1)           # [n, K]
         mass += Q.sum(0)
         sums.addmm_(Q.T, x)
-    return g, over_ranks(sums), over_ranks(mass)
+    return g, ranks.total(sums), ranks.total(mass)
 
 
-def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, chunk=8192, device="cpu"):
-    """Clusters of equal size: (prototypes [K, D] of unit length, prices g [K], facts).
+def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, chunk=8192, device="cpu", ranks=ALONE):
+    """Clusters of equal size: (prototypes c [K, D] of unit length, potentials g [K], facts).
 
-    Starts from spherical k-means and alternates Sinkhorn-Knopp with Q-weighted means. A row, also of other images, belongs to
-    argmax_k (s_k / eps - g_k).
+    Starts from spherical k-means; alternates Sinkhorn-Knopp with Q-weighted means. A row x, also of other images,
+    belongs to argmax_k (x.c_k / eps - g_k).
     """
-    c, _, _ = kmeans(features, K, metric="cosine", iterations=10, seed=seed, device=device)
+    c, _, _ = kmeans(features, K, metric="cosine", iterations=10, seed=seed, device=device, ranks=ranks)
     for step in range(1, rounds + 1):
-        g, sums, mass = sinkhorn_stream(features, c, eps, iterations, chunk)
-        new = F.normalize(sums, dim=1)
-        shift, c = float((new * c).sum(1).min()), new
-        if shift > 1 - 1e-5:                              # every prototype has come to rest
+        _, sums, _ = sinkhorn_stream(features, c, eps, iterations, chunk, ranks)
+        before, c = c, F.normalize(sums, dim=1)
+        if float((before * c).sum(1).min()) > 1 - 1e-5:   # every prototype has come to rest
             break
-    g, _, mass = sinkhorn_stream(features, c, eps, iterations, chunk)
+    g, _, mass = sinkhorn_stream(features, c, eps, iterations, chunk, ranks)
     return c, g, dict(rounds=step, mass_spread=float(mass.max() / mass.min().clamp(min=1e-12)))
 
 
-def balanced_assign(features, c, g, eps, chunk=8192):
-    """(ids int64 [N], probability float32 [N]) of each row's best cluster under prices g. CPU tensors."""
-    out = [torch.softmax(rows_of(features, slice(i, i + chunk), "cosine", c.device) @ c.T / eps - g, 1).max(1) for i in range(0, max(len(features), 1), chunk)]
-    return torch.cat([o.indices for o in out]).cpu(), torch.cat([o.values for o in out]).cpu()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores of labels a [N] against classes b [N]: monitors only
+# Objects of an image from its patch features x float32 [n, P, D] on a grid (h, w), P = h w; all images of a batch at
+# once. `left` bool [n, P]: patches that no object has taken yet.
 
-def contingency(a, b):
-    """Counts [labels, classes], without empty rows and columns."""
-    (_, a), (_, b) = np.unique(a, return_inverse=True), np.unique(b, return_inverse=True)
-    return np.bincount(a * (b.max() + 1) + b, minlength=(a.max() + 1) * (b.max() + 1)).reshape(a.max() + 1, b.max() + 1).astype(np.float64)
+def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5, refine=True, images=None, cells=1):
+    """Objects of images of size = (H, W) pixels, as a dict:
 
+    boxes       [n, objects, 4], in pixels; -1 where there is none
+    confidence  [n, objects]: share of the variance of the image's features that lies between object and rest
+    masks       uint8 [n, H, W]: 1 + object, 0 = none; an earlier object keeps its pixels
+    regions     [n, objects, D * cells^2]: features of the object (of the image where there is none)
 
-def entropy(counts):
-    """Entropy in nats of counts."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
-
-
-def mutual_information(t):
-    """Mutual information in nats of a contingency table."""
-    n = t.sum()
-    i, j = np.nonzero(t)
-    return max(0.0, float((t[i, j] / n * np.log(t[i, j] * n / (t.sum(1)[i] * t.sum(0)[j]))).sum()))
-
-
-def nmi(a, b):
-    """Normalised mutual information, arithmetic mean of the entropies."""
-    t = contingency(a, b)
-    mean = (entropy(t.sum(1)) + entropy(t.sum(0))) / 2
-    return mutual_information(t) / mean if mean > 0 else 1.0
-
-
-def ari(a, b):
-    """Adjusted Rand index."""
-    t = contingency(a, b)
-    pairs = lambda v: float((v * (v - 1) / 2).sum())
-    same, rows, cols, every = pairs(t), pairs(t.sum(1)), pairs(t.sum(0)), pairs(t.sum(keepdims=True))
-    chance, top = rows * cols / every if every else 0.0, (rows + cols) / 2
-    return (same - chance) / (top - chance) if top != chance else 1.0
-
-
-def hungarian_accuracy(a, b):
-    """Share of images that are right when labels are matched to classes one to one as well as possible."""
-    t = contingency(a, b)
-    return float(t[linear_sum_assignment(t, maximize=True)].sum() / t.sum())
-
-
-def size_entropy(sizes):
-    """Entropy of cluster sizes as a share of ln K: 1 = all equal."""
-    return entropy(np.asarray(sizes, float)) / math.log(len(sizes)) if len(sizes) > 1 else 1.0
+    An object is one connected region. A further one is sought among the patches that are left, and its mean must lie as
+    far from theirs, squared, as `contrast` times the first's. A plain image has none. With images uint8 [n, 3, H, W]
+    the refined outlines follow their edges.
+    """
+    n, P, D = x.shape
+    left = torch.ones(n, P, dtype=torch.bool, device=x.device)
+    spread = (x - mean_over(x, left)[:, None]).square().sum((1, 2))
+    exists = spread > 1e-6 * x.square().sum((1, 2))
+    out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects),
+               regions=x.new_empty(n, objects, D * cells ** 2), masks=x.new_zeros(n, *size, dtype=torch.uint8))
+    for j in range(objects):
+        patches = cut(x, left, grid, method, tau)
+        inside, rest = mean_over(x, patches), mean_over(x, left & ~patches)
+        apart = (inside - rest).square().sum(1)
+        first = apart if j == 0 else first
+        a, b = patches.sum(1), (left & ~patches).sum(1)
+        # judged by size instead, halves of a plain ground would be objects
+        exists = exists & (a > 0) & (b > 0) & (apart >= contrast * first * (j > 0))
+        patches = patches & exists[:, None]
+        pixels = enlarge(patches, grid, size, "nearest") > 0
+        if refine:
+            fine = outline(x, patches, inside, rest, grid, size, images)
+            pixels = torch.where(fine.flatten(1).any(1)[:, None, None], fine, pixels)
+        out["boxes"][:, j] = bounds(pixels)
+        out["confidence"][:, j] = a * b / (a + b).clamp(min=1) * apart / spread.clamp(min=1e-30) * exists
+        out["masks"][pixels & (out["masks"] == 0)] = j + 1
+        out["regions"][:, j] = region(x, patches, out["boxes"][:, j], grid, size, cells)
+        left = left & ~patches
+    return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Boxes: the object of an image from its patch features, all images of a batch at once. `left` bool [n, P]: patches that no object took yet.
+def mean_over(x, patches):
+    """Mean feature [n, D] of x [n, P, D] over patches bool [n, P]; 0 where there are none."""
+    return (patches.to(x)[:, None] @ x)[:, 0] / patches.sum(1, keepdim=True).clamp(min=1)
+
+
+def enlarge(v, grid, size, mode):
+    """Values of patches [n, P] as maps [n, H, W]."""
+    return F.interpolate(v.float().unflatten(1, (1, *grid)), size, mode=mode)[:, 0]
+
+
+def cut(x, left, grid, method, tau):
+    """Patches bool [n, P] of one object among those that are left, by LOST or normalised cut: one connected region."""
+    f = F.normalize(x - mean_over(x, left)[:, None], dim=2)                      # centred: else all patches are alike
+    f = f * left[:, :, None]
+    similarity = torch.bmm(f, f.transpose(1, 2))          # cosines [n, P, P]
+    patches = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
+    return largest_component(patches, grid)               # parts of one cut that do not touch are not one object
+
 
 def lost(similarity, left):
-    """LOST: (object patches bool [n, P], of which `find_objects` takes the largest component; seed int64 [n]) from cosines [n, P, P]. Objects are smaller than the background: fewer patches resemble theirs."""
+    """LOST: object patches bool [n, P] from cosines [n, P, P].
+
+    Objects are smaller than the background, so fewer patches resemble theirs: the seed has the lowest degree. The
+    object is what resembles, on average, the patches of low degree that resemble the seed.
+    """
     n, P = left.shape
     alike = (similarity >= 0) & left[:, :, None] & left[:, None]
     degree = alike.sum(2, dtype=torch.int32).masked_fill(~left, P + 1)
     seed = degree.argmin(1)
-    low = degree <= degree.kthvalue(max(1, P // 7), 1, keepdim=True).values      # the paper's 100 patches, scaled with the grid; all of equal degree count
-    similar = (low & alike[torch.arange(n, device=left.device), seed]).float()   # low degree and like the seed
-    return (torch.bmm(similar[:, None], similarity)[:, 0] >= 0) & left, seed
+    few = max(1, P // 7)                                  # the paper's 100 patches, scaled with the grid
+    low = degree <= degree.kthvalue(few, 1, keepdim=True).values                 # and all others of equal degree
+    similar = (low & alike[torch.arange(n, device=left.device), seed]).float()
+    return (torch.bmm(similar[:, None], similarity)[:, 0] >= 0) & left
+
+
+def ncut(similarity, left, grid, tau=0.2):
+    """TokenCut: object patches bool [n, P] by the normalised cut of the graph that joins patches of cosine >= tau."""
+    pair = left[:, :, None] & left[:, None]
+    # a little everywhere tells parts that nothing joins apart (the paper's: 1e-5)
+    A = torch.where(similarity >= tau, 1.0, 0.1 / left.shape[1]) * pair
+    y = second_eigenvector(A)[1] * A.sum(2).clamp(min=1e-30).rsqrt()
+    y = (y - (y * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)) * left
+    size = y.abs()                                        # the object is on the side of the largest
+    largest = (size >= 0.99 * size.amax(1, keepdim=True)).float().argmax(1)      # the first, where rounding decides
+    y = y * y.gather(1, largest[:, None]).sign()
+    corners = [0, grid[1] - 1, -grid[1], -1]
+    background = (y[:, corners] > 0).sum(1, keepdim=True) >= 3                   # no object lies in three corners
+    return torch.where(background, -y, y) > 0
 
 
 def second_eigenvector(A):
-    """(second largest eigenvalue [n], its unit eigenvector z [n, P]) of D^-1/2 A D^-1/2 for symmetric A >= 0 [n, P, P], D = diag(row sums).
+    """(second largest eigenvalue [n], its unit eigenvector z [n, P]) of D^-1/2 A D^-1/2, D = diag(row sums of A).
 
-    y = D^-1/2 z is then the relaxed normalised cut, (D - A) y = (1 - eigenvalue) D y (Shi and Malik 2000). The largest eigenvalue is 1, of
-    D^1/2 1: it is moved to the other end. Nodes with empty rows stay 0.
+    A [n, P, P] is symmetric, >= 0. y = D^-1/2 z is then the relaxed normalised cut, (D - A) y = (1 - eigenvalue) D y
+    (Shi and Malik 2000). The largest eigenvalue, 1 of D^1/2 1, is moved to the other end. Empty rows stay 0.
     """
     degree = A.sum(2)                                     # [n, P]
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
     first = F.normalize(degree.sqrt(), dim=1)
-    values, vectors = torch.linalg.eigh(A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None])
+    M = A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None]
+    values, vectors = torch.linalg.eigh(M)
     return values[:, -1], vectors[:, :, -1] * (degree > 0)
 
 
-def ncut(similarity, left, grid, tau=0.2):
-    """Normalised cut of the graph that joins patches of cosine >= tau (TokenCut): (object patches bool [n, P], seed int64 [n])."""
-    pair = left[:, :, None] & left[:, None]
-    A = torch.where(similarity >= tau, 1.0, 0.1 / left.shape[1]) * pair          # a little everywhere tells parts that nothing joins apart (the paper's: 1e-5)
-    y = second_eigenvector(A)[1] * A.sum(2).clamp(min=1e-30).rsqrt()
-    y = (y - (y * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)) * left
-    extreme = lambda v: (v >= 0.99 * v.amax(1, keepdim=True)).float().argmax(1)  # patches that equal but for rounding must not depend on it: the first
-    y = y * y.gather(1, extreme(y.abs())[:, None]).sign()                        # the object is the side of the extreme
-    corners = [0, grid[1] - 1, -grid[1], -1]
-    y = torch.where((y[:, corners] > 0).sum(1, keepdim=True) >= 3, -y, y)        # but no object lies in three corners
-    return y > 0, extreme(y)
-
-
 def largest_component(mask, grid):
-    """The largest 4-connected component of bool masks [n, P] on the grid; of equal ones the first. Empty masks stay empty."""
+    """The largest 4-connected component of bool masks [n, P] on the grid; of equal ones the first; none of none."""
     largest = np.zeros((len(mask), *grid), bool)
     for m, out in zip(mask.view(-1, *grid).cpu().numpy(), largest):
         number, _ = ndimage.label(m)                      # 0 outside, 1, 2, ... for the components
@@ -449,230 +414,136 @@ def largest_component(mask, grid):
     return torch.from_numpy(largest).view_as(mask).to(mask.device)
 
 
-def guided_filter(p, image, radius, eps=1e-3):
-    """Maps p [n, 1, H, W] smoothed so that their edges become those of image float32 [n, C, H, W] in 0 ... 1.
+def outline(x, patches, inside, rest, grid, size, images=None):
+    """Pixels bool [n, H, W] of the object in these patches [n, P]: those nearer to its mean feature than to the rest's.
 
-    In every window of 2 radius + 1 pixels p is fitted by a linear function of the colour (He, Sun and Tang 2010); a pixel takes the mean of its windows' fits.
+    inside, rest: the two means [n, D]. The difference of distances is linear in x, so upsampling it upsamples x.
     """
-    mean = lambda v: F.avg_pool2d(v, 2 * radius + 1, 1, radius, count_include_pad=False)                         # of each pixel's window
+    n = len(x)
+    nearer = ((x - (inside + rest)[:, None] / 2) * (inside - rest)[:, None]).sum(2)                  # [n, P]
+    near = enlarge(nearer, grid, size, "bilinear")
+    if images is not None:
+        scale = 2 / (inside - rest).square().sum(1).clamp(min=1e-30)
+        near = (near * scale[:, None, None]).clamp(-1, 1)                        # -1 = rest's mean, 1 = object's
+        # windows of three patches: they find an edge of the image within one patch of the object's
+        radius = max(1, 3 * size[0] // (2 * grid[0]))
+        near = guided_filter(near[:, None], images / 255, radius)[:, 0]
+    # up to one patch beyond the object, but not into others
+    reach = F.max_pool2d(patches.to(x).unflatten(1, (1, *grid)), 3, 1, 1).flatten(1) > 0
+    allowed = enlarge(reach & (patches | (nearer <= 0)), grid, size, "nearest") > 0
+    return largest_component(((near > 0) & allowed).view(n, -1), size).view(n, *size)
 
-    (m, q), C = (mean(image), mean(p)), image.shape[1]
-    spread = mean((image[:, :, None] * image[:, None]).flatten(1, 2)).unflatten(1, (C, C)) - m[:, :, None] * m[:, None]          # [n, C, C, H, W]
-    common = mean(image * p) - m * q                                                                                             # [n, C, H, W]
-    a = torch.linalg.solve(spread.permute(0, 3, 4, 1, 2) + eps * torch.eye(C, device=p.device), common.permute(0, 2, 3, 1)[..., None])
-    a = a[..., 0].permute(0, 3, 1, 2)
-    return (mean(a) * image).sum(1, keepdim=True) + mean(q - (a * m).sum(1, keepdim=True))
+
+def guided_filter(p, image, radius, eps=1e-3):
+    """Maps p [n, 1, H, W], smoothed so that their edges become those of image float32 [n, C, H, W] in 0 ... 1.
+
+    In every window of 2 radius + 1 pixels p is fitted by a linear function of the colour, p = a.I + b; a pixel takes
+    the mean of its windows' fits (He, Sun and Tang 2010).
+    """
+    def mean(v):                                          # of each pixel's window
+        return F.avg_pool2d(v, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+    C = image.shape[1]
+    m, q = mean(image), mean(p)
+    square = mean((image[:, :, None] * image[:, None]).flatten(1, 2)).unflatten(1, (C, C))           # [n, C, C, H, W]
+    spread = square - m[:, :, None] * m[:, None]
+    common = mean(image * p) - m * q                      # [n, C, H, W]
+    regularised = spread.permute(0, 3, 4, 1, 2) + eps * torch.eye(C, device=p.device)
+    a = torch.linalg.solve(regularised, common.permute(0, 2, 3, 1)[..., None])
+    a = a[..., 0].permute(0, 3, 1, 2)                     # [n, C, H, W]
+    b = q - (a * m).sum(1, keepdim=True)
+    return (mean(a) * image).sum(1, keepdim=True) + mean(b)
 
 
 def bounds(masks):
-    """Smallest boxes float32 [n, 4] around bool masks [n, H, W]: x0 y0 x1 y1, right and bottom exclusive; -1 where there is nothing."""
-    cols, rows, (H, W) = masks.any(1).float(), masks.any(2).float(), masks.shape[1:]
-    box = torch.stack([cols.argmax(1), rows.argmax(1), W - cols.flip(1).argmax(1), H - rows.flip(1).argmax(1)], 1).float()
+    """Smallest boxes float32 [n, 4] around masks bool [n, H, W]: x0 y0 x1 y1, right and bottom exclusive; -1 = none."""
+    H, W = masks.shape[1:]
+    cols, rows = masks.any(1).float(), masks.any(2).float()
+    x0, x1 = cols.argmax(1), W - cols.flip(1).argmax(1)
+    y0, y1 = rows.argmax(1), H - rows.flip(1).argmax(1)
+    box = torch.stack([x0, y0, x1, y1], 1).float()
     return torch.where(masks.flatten(1).any(1)[:, None], box, -1.0)
 
 
+def region(x, patches, boxes, grid, size, cells):
+    """Features [n, D * cells^2] of objects: of their boxes [n, 4] (in pixels), cell by cell; with cells=1 the mean.
+
+    The mean is over the box around the object's patches [n, P]. Where there is no object, the image is the box.
+    """
+    exists = patches.any(1)[:, None]
+    if cells == 1:
+        m = patches.unflatten(1, grid)
+        around = (m.any(1)[:, None] & m.any(2)[:, :, None]).flatten(1)
+        return mean_over(x, around | ~exists)
+    shares = boxes / torch.tensor([size[1], size[0], size[1], size[0]], device=x.device)
+    shares = torch.where(exists, shares, shares.new_tensor([0, 0, 1, 1]))
+    return crop(x.transpose(1, 2).unflatten(2, grid), shares, cells)
+
+
 def crop(maps, boxes, cells):
-    """Features [n, D * cells^2] of maps [n, D, h, w] at the centres of cells x cells cells of boxes [n, 4] (in shares of the image), bilinear."""
+    """Features [n, D * cells^2] of maps [n, D, h, w] in the middles of cells x cells cells of boxes [n, 4], bilinear.
+
+    Boxes are in shares of the image.
+    """
     at = (torch.arange(cells, device=maps.device) + 0.5) / cells
-    x, y = (2 * (boxes[:, i:i + 1] + at * (boxes[:, i + 2:i + 3] - boxes[:, i:i + 1])) - 1 for i in (0, 1))                      # [n, cells]
+    corner, side = boxes[:, :2, None], boxes[:, 2:, None] - boxes[:, :2, None]
+    x, y = (2 * (corner + at * side) - 1).unbind(1)       # [n, cells] each, in -1 ... 1
     points = torch.stack([x[:, None].expand(-1, cells, -1), y[:, :, None].expand(-1, -1, cells)], 3)
     return F.grid_sample(maps, points, padding_mode="border", align_corners=False).flatten(1)
 
 
-def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5, refine=True, images=None, cells=1):
-    """Objects of images from patch features x float32 [n, P, D] on the grid (h, w), size = (H, W) pixels. A dict of
+def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
+    """Segments uint8 [n, H, W] of patch features [n, P, D]: each pixel's cluster, as in `assign`, by upsampled scores.
 
-    boxes [n, objects, 4] in pixels, confidence [n, objects] (share of the image's feature variance between object and rest), masks uint8 [n, H, W]
-    (0, or 1 + object; the first keeps its pixels), regions [n, objects, D * cells^2] (the box's mean feature, or its features cell by cell). An image without
-    contrast has none: boxes -1, the region is the image. An object is one connected region, the largest; further ones are sought among the patches that
-    are left, and their mean must lie as far from that of the rest, squared, as `contrast` times the first's.
-    With images uint8 [n, 3, H, W] the refined outlines follow their edges.
+    smooth: weight of the mean over a patch's 3 x 3 neighbourhood in its scores.
     """
-    n, P, D = x.shape
-    mean = lambda of: (of.to(x)[:, None] @ x)[:, 0] / of.sum(1, keepdim=True).clamp(min=1)       # of bool [n, P] -> [n, D]
-    spread = (x - mean(torch.ones_like(x[:, :, 0], dtype=torch.bool))[:, None]).square().sum((1, 2))
-    first, left, found = None, torch.ones(n, P, dtype=torch.bool, device=x.device), spread > 1e-6 * x.square().sum((1, 2))
-    out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects), regions=x.new_empty(n, objects, D * cells ** 2),
-               masks=x.new_zeros(n, *size, dtype=torch.uint8))
-    zoom = lambda v, mode: F.interpolate(v.to(x).unflatten(1, (1, *grid)), size, mode=mode)[:, 0]
-    for j in range(objects):
-        f = F.normalize(x - mean(left)[:, None], dim=2) * left[:, :, None]       # centred per image: else all patches resemble each other
-        similarity = torch.bmm(f, f.transpose(1, 2))
-        m, _ = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
-        m = largest_component(m, grid)                    # parts of one cut that do not touch are not one object
-        a, b, inside, rest = m.sum(1), (left & ~m).sum(1), mean(m), mean(left & ~m)
-        apart = (inside - rest).square().sum(1)
-        share, first = a * b / (a + b).clamp(min=1) * apart / spread.clamp(min=1e-30), apart if j == 0 else first
-        found = found & (a > 0) & (b > 0) & (apart >= contrast * first * (j > 0))                # by size, halves of a plain ground would be objects
-        m = m & found[:, None]
-        pixels = zoom(m, "nearest") > 0
-        if refine:                                        # nearer to the object's mean than to the rest's: linear in x, so upsampling this upsamples x
-            nearer = ((x - (inside + rest)[:, None] / 2) * (inside - rest)[:, None]).sum(2)
-            reach = F.max_pool2d(m.to(x).unflatten(1, (1, *grid)), 3, 1, 1).flatten(1)           # up to one patch beyond, but not into other objects
-            near = zoom(nearer, "bilinear")
-            if images is not None:                        # windows of three patches: an edge of the image within one patch of that of the object is found
-                scale = 2 / apart.clamp(min=1e-30)       # -1 = the rest's mean, 1 = the object's
-                near = guided_filter((near * scale[:, None, None]).clamp(-1, 1)[:, None], images / 255, max(1, 3 * size[0] // (2 * grid[0])))[:, 0]
-            fine = (near > 0) & (zoom((reach > 0) & (m | (nearer <= 0)), "nearest") > 0)
-            fine = largest_component(fine.flatten(1), size).unflatten(1, size)   # neighbouring patches may be of objects that do not touch
-            pixels = torch.where(fine.flatten(1).any(1)[:, None, None], fine, pixels)
-        out["boxes"][:, j], out["confidence"][:, j] = bounds(pixels), share * found
-        out["masks"][pixels & (out["masks"] == 0)] = j + 1
-        g, box = m.unflatten(1, grid), out["boxes"][:, j] / torch.tensor([size[1], size[0], size[1], size[0]], device=x.device)
-        if cells == 1:
-            out["regions"][:, j] = mean((g.any(1)[:, None] & g.any(2)[:, :, None]).flatten(1) | ~found[:, None])
-        else:
-            out["regions"][:, j] = crop(x.transpose(1, 2).unflatten(2, grid), torch.where(found[:, None], box, box.new_tensor([0, 0, 1, 1])), cells)
-        left = left & ~m
-    return out
-
-
-def segment(x, grid, size, c, g=None, metric="cosine", eps=0.05, smooth=0.3):
-    """Segment ids uint8 [n, H, W] of patch features [n, P, d]: each pixel's best of the centroids c [K, d] (under prices g), by upsampled, smoothed scores."""
-    x = rows_of(x.reshape(-1, x.shape[-1]), slice(None), metric if g is None else "cosine", c.device)       # prices belong to cosines
-    score = x @ c.T - (0.5 * c.square().sum(1) if g is None else eps * g)        # its argmax is that of `assign` and `balanced_assign`
-    score = score.T.reshape(len(c), -1, *grid).transpose(0, 1)                   # [n, K, h, w]
+    rows = rows_of(x.flatten(0, 1), slice(None), metric, centroids.device)
+    offset = centroids.square().sum(1) / 2 if offset is None else offset
+    score = (rows @ centroids.T - offset).T.reshape(len(centroids), -1, *grid).transpose(0, 1)       # [n, K, h, w]
     score = (1 - smooth) * score + smooth * F.avg_pool2d(score, 3, 1, 1, count_include_pad=False)
-    return (score if tuple(grid) == tuple(size) else F.interpolate(score, size, mode="bilinear")).argmax(1).to(torch.uint8)
+    if tuple(grid) != tuple(size):
+        score = F.interpolate(score, size, mode="bilinear")
+    return score.argmax(1).to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores of boxes and masks against the ground truth: monitors only. Boxes with -1 do not exist.
+# From files of features to rows that can be clustered
 
-def iou(a, b):
-    """Intersection over union of boxes [..., 4], arrays that broadcast."""
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    both = sides.clip(0).prod(-1)
-    return both / np.maximum((a[..., 2:] - a[..., :2]).clip(0).prod(-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(-1) - both, 1e-9)
+def open_features(run, name, split, dense=False):
+    """(read, (h, w), info) of features/<name>: read(rows) is float32 [n, h w, D], all activations side by side.
 
-
-def corloc(boxes, truth, threshold=0.5):
-    """Share of the images with an object whose first box [N, objects, 4] overlaps a true one [N, M, 4]."""
-    known = (truth[..., 2] > truth[..., 0]).any(1)
-    return float((iou(boxes[:, :1], truth).max(1) >= threshold)[known].mean()) if known.any() else 0.0
-
-
-def confusion(masks, truth, chunk=256):
-    """Pixels by segment and class [K, C] of uint8 masks [N, H, W] and their truth (255 = void), which are read in chunks."""
-    t = np.zeros(256 * 256, np.int64)
-    for i in range(0, len(masks), chunk):
-        t += np.bincount(256 * masks[i:i + chunk].astype(np.int64).ravel() + truth[i:i + chunk].ravel(), minlength=len(t))
-    t = t.reshape(256, 256)[:, :255]
-    return t[:t.any(1).nonzero()[0].max(initial=0) + 1, :t.any(0).nonzero()[0].max(initial=0) + 1]
-
-
-def segmentation_scores(t):
-    """Mean IoU over the classes of a table [K, C], segments and classes matched one to one for the largest sum of IoUs, and accuracy of pixels so;
-    miou_many: segments of one class count as one, whichever class is their most frequent."""
-    union = t.sum(1, keepdims=True) + t.sum(0) - t
-    overlap = t / np.maximum(union, 1)
-    rows, cols = linear_sum_assignment(overlap, maximize=True)
-    many = np.zeros((t.shape[1], t.shape[1]))
-    np.add.at(many, t.argmax(1), t)                       # every segment stands for its most frequent class
-    merged = many.diagonal() / np.maximum(many.sum(1) + many.sum(0) - many.diagonal(), 1)
-    return dict(miou=float(overlap[rows, cols].sum() / max((t.sum(0) > 0).sum(), 1)), pixel_accuracy=float(t[rows, cols].sum() / max(t.sum(), 1)),
-                miou_many=float(merged.sum() / max((t.sum(0) > 0).sum(), 1)))
-
-
-def score_layouts(found, data):
-    """Scores of dict(boxes, confidence, masks, segments) of a split where data/ has the truth; masks count objects, segments (or masks alone) bear ids."""
-    scores = {}
-    if data.boxes is not None and "boxes" in found:
-        truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
-        known = (truth[..., 2] > truth[..., 0]).any(1)
-        scores = dict(iou=float(iou(found["boxes"][known, :1], truth[known]).max(1).mean()) if known.any() else 0.0, corloc=corloc(found["boxes"], truth))
-    if data.masks is not None and data.masks.shape == found["masks"].shape:
-        if "boxes" in found:                              # object or not, whichever
-            t = confusion(found["masks"], data.masks)
-            both, neither, every = t[1:, 1:].sum(), t[0, 0], t.sum()
-            scores |= dict(foreground_iou=float(both / max(every - neither, 1)), pixel_accuracy=float((neither + both) / max(every, 1)))
-        if "segments" in found or "boxes" not in found:
-            scores |= segmentation_scores(confusion(found.get("segments", found["masks"]), data.masks))
-    return scores
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Label files
-
-def score_labels(labels, classes):
-    """Agreement of labels [N] with ground-truth classes [N] (-1 = not known): a monitor, never used to make labels."""
-    known = classes >= 0
-    if not known.any():
-        return {}
-    a, b = labels[known], classes[known]
-    return dict(nmi=nmi(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b))
-
-
-def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8, paint=None):
-    """One row per label (at most `rows`, evenly chosen): its most typical members, then random ones; paint(image, i) draws onto image i."""
-    ids, tiles, captions = np.unique(labels), [], []
-    for k in ids[np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int))]:
-        members = np.flatnonzero(labels == k)
-        best = members[np.argsort(-typicality[members], kind="stable")[:columns]]
-        some = np.random.default_rng(seed_of(seed, "sheet", int(k))).choice(members, min(columns, len(members)), replace=False)
-        blank = np.full(images.shape[1:], 255, np.uint8)
-        for part in (best, some):
-            tiles += [paint(images[i], i) if paint else images[i] for i in part] + [blank] * (columns - len(part))
-        captions.append(f"{k}: {len(members)}")
-    save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
-
-
-def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed, more=None, paint=None):
-    """labels/<name>.npz, .json and .png from {split: int64 [N]}, by the first process; returns the scores (a monitor, never used for training or selection).
-
-    data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz, about into the .json,
-    more to the scores; paint(image, i) draws onto the contact sheet.
+    dense: as maps on the grid (h, w) of the largest; else h = w = 1. Several activations are scaled to unit mean norm
+    over the first training images.
     """
-    path, sizes = run.dir / "labels" / f"{name}.npz", np.bincount(labels["train"], minlength=K)
-    classes = {split: np.asarray(d.classes) for split, d in data.items()}
-    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()), smallest=int(sizes.min()), largest=int(sizes.max()),
-                  **score_labels(labels["train"], classes["train"]), **{f"test_{k}": v for k, v in score_labels(labels["test"], classes["test"]).items()},
-                  **(more or {}))
-    if run.rank == 0:
-        with atomic(path) as f:
-            np.savez(f, train=labels["train"].astype(np.int64), test=labels["test"].astype(np.int64), num_labels=K, **arrays)
-        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical,
-                      f"{name}: K = {K}; each row a label: most typical, then random members", seed, paint=paint)
-        write_json(path.with_suffix(".json"), dict(kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
-                                                   scores=scores, sizes=sizes.tolist() if K <= 1000 else None, **about))
-    run.wait()
-    run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, entropy {scores['size_entropy']:.3f} of ln K" + (
-        f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, "
-        f"accuracy {scores['hungarian_accuracy']:.3f}" if "nmi" in scores else ""))
-    run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
-    return scores
+    arrays, info = load_features(run, name, split)
+    pool = info["pool"]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From feature files to labels
-
-def stored(run, cfg, split, dense=False):
-    """(read, (h, w), info): read(i, j) is float32 [n, h * w, D], the activations of images i ... j - 1 side by side, scaled to unit mean norm where there are several.
-
-    h = w = 1, or with dense=True the grid of the largest map, to which the others are resized.
-    """
-    folder = f"features/{cfg.features}"
-
-    def spread(a, entry):                                 # [N, C, h, w]
-        if dense and a.ndim == 2 and info["pool"].isdigit():
-            return a.reshape(len(a), -1, int(info["pool"]), int(info["pool"]))
+    def as_map(a):                                        # [N, C, h, w]
+        if dense and a.ndim == 2 and pool.isdigit():
+            return a.reshape(len(a), -1, int(pool), int(pool))
         if a.ndim != (4 if dense else 2):
-            raise UserError(f"{folder}: {entry['activation']} " + ("was averaged over space; extract with pool=none or a number" if dense else
-                                                                   f"holds maps {list(a.shape[1:])}; extract with pool=mean or a number"))
+            advice = "pool=none or a number" if dense else "pool=mean or a number"
+            raise UserError(f"features/{name}: pool={pool} does not fit this method; extract with {advice}")
         return a if dense else a[:, :, None, None]
 
-    arrays, info = load_features(run, cfg.features, split)
-    arrays, train = ([spread(a, e) for a, e in zip(x, info["arrays"])] for x in (arrays, load_features(run, cfg.features, "train")[0]))
-    grid = max(a.shape[2:] for a in arrays)
-    if dense and min(grid) < 2:
-        raise UserError(f"{folder}: boxes and masks need at least 2 x 2 positions; extract with pool=none or a larger number")
-    few = 1000 if dense else 20_000
-    scales = [1 / max(float(np.linalg.norm(a[:few].astype(np.float32), axis=1).mean()), 1e-9) if len(train) > 1 else 1.0 for a in train]
+    def norm(a):
+        return max(float(np.linalg.norm(a.astype(np.float32), axis=1).mean()), 1e-9)
 
-    def read(i, j):
-        parts = [torch.from_numpy(a[i:j].astype(np.float32)) for a in arrays]
-        if bad := (~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in parts]).all(0)).nonzero().flatten().tolist():
-            raise UserError(f"{folder}: row {i + bad[0]} of {split} is not finite; extract again")
+    maps = [as_map(a) for a in arrays]
+    grid = max(a.shape[2:] for a in maps)
+    if dense and min(grid) < 2:
+        raise UserError(f"features/{name}: boxes and masks need 2 x 2 positions; extract with pool=none or a number")
+    scales = [1.0]
+    if len(maps) > 1:
+        few = 1000 if dense else 20_000
+        scales = [1 / norm(as_map(a)[:few]) for a in load_features(run, name, "train")[0]]
+
+    def read(rows):
+        parts = [torch.from_numpy(a[rows].astype(np.float32)) for a in maps]
+        bad = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in parts]).all(0)
+        if bad.any():
+            row = rows.start + int(bad.int().argmax())
+            raise UserError(f"features/{name}: row {row} of {split} is not finite; extract again")
         return joined(parts, grid, scales)
     return read, grid, info | dict(scales=scales)
 
@@ -683,226 +554,538 @@ def joined(parts, grid, scales):
     return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
 
 
-def prepare(run, cfg, folder, what, read, sizes):
-    """The features to cluster as float32 memory maps [N * P, d], {split: map}: centred, perhaps projected.
+def batches(run, n, step):
+    """This process's share of n rows, as slices of at most `step`."""
+    rows = run.share(n)
+    return [slice(part[0], part[-1] + 1) for part in np.split(rows, range(step, len(rows), step)) if len(part)]
 
-    read: {split: function (i, j) -> float32 [n, P, D]} for images i ... j - 1, of sizes[split] images; P rows (patches, objects) per image.
-    Centring comes first because activations share a large common direction, beside which the differences between images hardly turn the
-    vectors. The maps are files in `folder`, so that features larger than memory can be clustered; every rank opens the same files.
+
+def fill_arrays(run, folder, n, shapes, step, compute):
+    """{name: memory map [n, ...]} of compute(rows) -> {name: tensor or array}, each process for its share of the rows.
+
+    shapes: {name: (dtype, shape of a row)}; the files lie in `folder`, so they may be larger than memory.
     """
-    files = {split: folder / f"{what}-{split}.npy" for split in read}
+    files = {k: folder / f"{k}.npy" for k in shapes}
     if run.rank == 0:
-        P = read["train"](0, 1).shape[1]
-        step = max(1, 8192 // P)                          # images at a time
-        mean, projection = fit_projection((read["train"](i, i + step).flatten(0, 1) for i in range(0, sizes["train"], step)), cfg.pca, cfg.whiten)
-        mean = mean if cfg.center else torch.zeros_like(mean)
-        for split, n in sizes.items():
-            out = np.lib.format.open_memmap(files[split], "w+", "f4", (n * P, projection.shape[1] if projection is not None else len(mean)))
-            for i in range(0, n, step):
-                x = read[split](i, i + step).flatten(0, 1) - mean
-                out[i * P:i * P + len(x)] = (x @ projection if projection is not None else x).numpy()
-            out.flush()
+        folder.mkdir(parents=True)
+        for k, (dtype, shape) in shapes.items():
+            create_rows(files[k], dtype, (n, *shape))
     run.wait()
-    return {split: np.load(f, mmap_mode="r") for split, f in files.items()}
+    for rows in batches(run, n, step):
+        for k, v in compute(rows).items():
+            write_rows(files[k], rows.start, v.cpu().numpy())
+    run.wait()
+    return {k: np.load(f, mmap_mode="r") for k, f in files.items()}
 
 
-def fit_projection(chunks, components, white):
-    """Mean [D] and, if asked for, PCA projection [D, d] (whitened: unit variances), from an iterator of float chunks [n, D]."""
-    n, total, outer = 0, 0, 0
+def prepare(run, cfg, folder, read, counts):
+    """What is clustered, {split: float32 memory map [counts[split] * P, d]}: centred, perhaps projected.
+
+    read: {split: function of a slice of images -> float32 [n, P, D]}, P rows (patches, objects) per image. Centring
+    comes first: activations share a large direction, beside which differences between images hardly turn vectors.
+    """
+    P, D = read["train"](slice(0, 1)).shape[1:]
+    step = max(1, 8192 // P)                              # images at a time
+    rows = (read["train"](part).flatten(0, 1) for part in batches(run, counts["train"], step))
+    mean, projection = fit_projection(rows, cfg.pca, cfg.whiten, run)
+    mean = mean if cfg.center else torch.zeros_like(mean)
+
+    def compute(split, part):
+        x = read[split](part) - mean
+        return dict(rows=x if projection is None else x @ projection)
+
+    width = D if projection is None else projection.shape[1]
+    out = {}
+    for split, n in counts.items():
+        shapes = dict(rows=("f4", (P, width)))
+        maps = fill_arrays(run, folder / f"rows-{split}", n, shapes, step, partial(compute, split))
+        out[split] = maps["rows"].reshape(n * P, width)
+    return out
+
+
+def fit_projection(chunks, components, white, ranks=ALONE):
+    """Mean [D] and, if asked for, PCA projection [D, d] of float chunks [n, D]; white: to unit variances."""
+    n, total, outer = torch.zeros(1, dtype=torch.float64), 0, 0
+    project = components or white
     for x in chunks:
         x = x.double()
-        n, total = n + len(x), total + x.sum(0)
-        outer = outer + x.T @ x if components or white else 0
-    mean = total / n
-    if not components and not white:
+        n += len(x)
+        total = total + x.sum(0)
+        outer = outer + x.T @ x if project else 0
+    mean = ranks.total(total) / ranks.total(n)
+    if not project:
         return mean.float(), None
-    e, u = torch.linalg.eigh(outer / n - mean[:, None] * mean)
-    keep = (e > 1e-9 * e[-1]).nonzero().flatten().flip(0)[:components or None]     # largest first; flat directions carry nothing
-    u = u[:, keep] * torch.sign(u[u.abs().argmax(0), torch.arange(len(u))][keep])  # eigenvectors have no sign of their own
+    e, u = torch.linalg.eigh(ranks.total(outer) / n - mean[:, None] * mean)
+    keep = (e > 1e-9 * e[-1]).nonzero().flatten().flip(0)[:components or None]   # largest first, but no flat directions
+    sign = torch.sign(u[u.abs().argmax(0), torch.arange(len(u))])                # eigenvectors have none of their own
+    u = (u * sign)[:, keep]
     return mean.float(), (u / e[keep].sqrt() if white else u).float()
 
 
-def fit_clusters(run, cfg, x, method, K):
-    """Centroids [K, d] (sinkhorn: and prices [K]) of the rows of a map [N, d], of which every rank takes its slice: (arrays, facts)."""
-    n = len(x)
-    mine = x[n * run.rank // run.world:n * (run.rank + 1) // run.world]          # a slice, which a memory map does not read
-    zero = [int(i) for i in np.flatnonzero(~np.any(x[:100_000], axis=1))[:1]] if cfg.metric == "cosine" or method == "sinkhorn" else []
-    if zero:
-        raise UserError(f"features/{cfg.features}: row {zero[0]} is all zeros, which has no direction; use metric=euclidean or another activation")
+def fit_clusters(run, cfg, rows, by, K):
+    """K clusters of the rows of a memory map [N, d], by k-means or Sinkhorn-Knopp; every process reads its share.
+
+    Returns (what `assign` needs: centroids [K, d], metric, offset [K]; arrays and facts for the label file).
+    """
+    mine = rows[len(rows) * run.rank // run.world:len(rows) * (run.rank + 1) // run.world]
     if run.device.type == "cuda" and 2 * mine.nbytes < torch.cuda.mem_get_info(run.device)[0]:
-        mine = torch.from_numpy(np.array(mine)).to(run.device)                   # read often: once over the bus, not at every iteration
-    if method == "kmeans":
-        c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, seed=cfg.seed,
-                                   batch=max(cfg.batch, 4 * K) if n > cfg.full else 0, device=run.device)
-        return dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
-    c, g, facts = sinkhorn_cluster(mine, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, seed=cfg.seed, device=run.device)
-    return dict(centroids=c.cpu().numpy(), prices=g.cpu().numpy()), facts
+        mine = torch.from_numpy(np.array(mine)).to(run.device)                   # once over the bus, not in every pass
+    how = dict(seed=cfg.seed, device=run.device, ranks=run)
+    if by == "sinkhorn":
+        c, g, facts = sinkhorn_cluster(mine, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
+        return (c, "cosine", cfg.eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
+    batch = max(cfg.batch, 4 * K) if len(rows) > cfg.full else 0
+    c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts,
+                               batch=batch, **how)
+    return (c, cfg.metric, None), dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
 
 
-def cluster(run, cfg, maps, method):
-    """Cluster the prepared features: ({split: ids}, typicality of training images, arrays and facts to store)."""
-    arrays, facts = fit_clusters(run, cfg, maps["train"], method, cfg.K)
-    c, *g = (torch.from_numpy(a).to(run.device) for a in arrays.values())
-    out = {split: balanced_assign(x, c, *g, cfg.eps) if g else assign(x, c, cfg.metric) for split, x in maps.items()}
-    return {split: ids.numpy() for split, (ids, _) in out.items()}, out["train"][1].numpy(), arrays, facts
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods: every one a function (run, cfg, data, folder) -> Labels. data: {split: Split}; folder: for files on the way.
+
+@dataclass
+class Labels:
+    """Labels of all images of each split, and what is stored and shown with them."""
+    ids: dict                                             # {split: int64 [N]}, below K
+    K: int
+    typical: np.ndarray | None = None                     # float [N]: how typical a training image is of its label
+    arrays: dict = dataclasses.field(default_factory=dict)                       # for the .npz
+    about: dict = dataclasses.field(default_factory=dict)                        # for the .json
+    scores: dict = dataclasses.field(default_factory=dict)                       # besides those of the ids
+    paint: Callable | None = None                         # (image uint8 [3, H, W], row) -> image with its layout
 
 
-def painter(found, all_ids):
-    """paint(image uint8 [3, H, W], i): masks as colours (id 0 only with all_ids), boxes as frames."""
-    palette = (127.5 + 127.5 * np.cos(2 * np.pi * (0.618 * np.arange(256)[:, None] + np.arange(3) / 3))).astype(np.uint8)       # [256, 3], neighbours differ
-
-    def paint(image, i):
-        mask = found["masks"][i]
-        image = np.where((mask > 0) | all_ids, image // 2 + palette[mask].transpose(2, 0, 1) // 2, image)
-        for k, (x0, y0, x1, y1) in enumerate(found["boxes"][i].astype(int) if "boxes" in found else ()):
-            if x1 > x0:
-                image[:, [y0, y1 - 1], x0:x1] = image[:, y0:y1, [x0, x1 - 1]] = palette[k + 1][:, None, None]
-        return image
-    return paint
+def cluster(run, cfg, folder, read, counts, by):
+    """Labels of rows that read[split](slice) gives as float32 [n, 1, D], counts[split] of them: their clusters."""
+    maps = prepare(run, cfg, folder, read, counts)
+    clusters, arrays, facts = fit_clusters(run, cfg, maps["train"], by, cfg.K)
+    found = {split: assign(x, *clusters) for split, x in maps.items()}
+    ids = {split: ids.numpy() for split, (ids, _) in found.items()}
+    return Labels(ids, cfg.K, found["train"][1].numpy(), arrays, facts)
 
 
-def layouts(run, cfg, data, folder):
-    """Boxes or masks, and image-level labels: ({split: ids}, typicality, arrays, about, scores, paint). Every rank fills its rows of files in `folder`."""
-    boxed, sizes = cfg.method != "masks" or cfg.foreground != "none", {split: len(d) for split, d in data.items()}
+def cluster_features(run, cfg, data, folder):
+    """kmeans, sinkhorn: clusters of stored features."""
+    read = {split: open_features(run, cfg.features, split)[0] for split in data}
+    return cluster(run, cfg, folder, read, {split: len(d) for split, d in data.items()}, cfg.method)
+
+
+def cluster_images(run, cfg, data, folder, numbers):
+    """Control: k-means on numbers(x) [n, D] of images x float32 [n, 3, H, W] in 0 ... 1."""
+    def read(split, rows):
+        return numbers(torch.from_numpy(np.array(data[split].images[rows])).float() / 255)[:, None]
+    counts = {split: len(d) for split, d in data.items()}
+    return cluster(run, cfg, folder, {split: partial(read, split) for split in data}, counts, "kmeans")
+
+
+def colours(run, cfg, data, folder):
+    """Control without a network and without positions: mean and standard deviation of every channel."""
+    return cluster_images(run, cfg, data, folder, lambda x: torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))
+
+
+def pixels(run, cfg, data, folder):
+    """Control without a network, with positions: images averaged to pool x pool pixels."""
+    return cluster_images(run, cfg, data, folder, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
+
+
+def search(run, cfg, data, folder, split):
+    """({boxes, confidence, masks, regions} of all images of a split, as `find_objects` has them; grid; info)."""
+    read, grid, info = open_features(run, cfg.features, split, dense=True)
     method = cfg.foreground if cfg.method == "masks" else cfg.method
-    dense = {split: stored(run, cfg, split, dense=True) for split in data}
-    (one, grid, info), found, facts = dense["train"], {}, {}
-    read, (P, D) = {split: r[0] for split, r in dense.items()}, one(0, 1).shape[1:]
-    if not boxed:
-        patches = prepare(run, cfg, folder, "patches", read, sizes)
-        arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
-        best = {("c" if k == "centroids" else "g"): torch.from_numpy(a).to(run.device) for k, a in arrays.items()}
-    for split, d in data.items():
-        n, size = len(d), d.images.shape[2:]
-        shapes = dict(masks=("u1", (n, *size)), regions=("f4", (n, cfg.objects, D * cfg.cells ** 2) if boxed else (n, 1, D)))
-        shapes |= dict(boxes=("f4", (n, cfg.objects, 4)), confidence=("f4", (n, cfg.objects))) if boxed else {}
-        files = {k: folder / f"{k}-{split}.npy" for k in shapes}
-        if run.rank == 0:
-            for k, (dtype, shape) in shapes.items():
-                create_rows(files[k], dtype, shape)
-        run.wait()
-        first, last = n * run.rank // run.world, n * (run.rank + 1) // run.world
-        pixels = size[0] * size[1]                        # batches whose tables stay near the cache
-        step = max(1, min(2 ** 22 // (P * P), 2 ** 22 // pixels if cfg.guide else 2 ** 22) if boxed else 2 ** 24 // (cfg.segments * pixels))
-        for i in range(first, last, step):
-            j = min(i + step, last)
-            x = read[split](i, j).to(run.device)
-            if boxed:
-                shown = torch.from_numpy(np.array(d.images[i:j])).to(run.device) if cfg.guide else None
-                out = find_objects(x, grid, size, method, cfg.objects, cfg.tau, cfg.contrast, cfg.refine, shown, cfg.cells)
-            else:
-                rows = torch.from_numpy(np.array(patches[split][i * P:j * P])).view(j - i, P, -1)
-                out = dict(masks=segment(rows, grid, size, **best, metric=cfg.metric, eps=cfg.eps, smooth=cfg.smooth), regions=x.mean(1, keepdim=True))
-            for k, v in out.items():
-                write_rows(files[k], i, v.cpu().numpy())
-        run.wait()
-        found[split] = {k: np.load(f, mmap_mode="r") for k, f in files.items()}
+    images, (P, D) = data[split].images, read(slice(0, 1)).shape[1:]
+    size = images.shape[2:]
+    shapes = dict(boxes=("f4", (cfg.objects, 4)), confidence=("f4", (cfg.objects,)), masks=("u1", size),
+                  regions=("f4", (cfg.objects, D * cfg.cells ** 2)))
+    step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
 
-    # clusters of the regions: a missing object has no id and takes no part, but every image has a first region, if only the whole image
-    regions = {split: f["regions"].reshape(-1, f["regions"].shape[2]) for split, f in found.items()}
-    rows = {split: np.arange(len(r)) for split, r in regions.items()}
-    if boxed:
-        rows = {split: np.flatnonzero((v % cfg.objects == 0) | (found[split]["boxes"][..., 0].ravel() >= 0)) for split, v in rows.items()}
-    read = {split: lambda i, j, r=r, at=rows[split]: torch.from_numpy(np.array(r[at[i:j]]))[:, None] for split, r in regions.items()}
-    some, near, extra, more = cluster(run, cfg, prepare(run, cfg, folder, "rows", read, {split: len(v) for split, v in rows.items()}), cfg.by)
-    ids, typical = {split: np.full(len(r), -1) for split, r in regions.items()}, np.zeros(len(regions["train"]))
-    typical[rows["train"]] = near
-    for split, v in rows.items():
-        ids[split][v] = some[split]
-    ids = {split: a.reshape(sizes[split], -1) for split, a in ids.items()}
-    if boxed and cfg.method == "masks":                   # an object's pixels bear its cluster
-        for split, f in found.items():
-            table = np.pad(ids[split] + 1, ((0, 0), (1, 0))).astype(np.uint8)
-            f["segments"] = np.take_along_axis(table, f["masks"].reshape(sizes[split], -1).astype(np.int64), 1).reshape(f["masks"].shape)
-    scores = {("" if split == "train" else "test_") + k: v for split, f in found.items() for k, v in score_layouts(f, data[split]).items()}
-    for f in found.values():
-        f["masks"] = f.pop("segments", f["masks"])
-    if boxed:
-        scores |= dict(boxes_per_image=float((found["train"]["boxes"][..., 0] >= 0).sum(1).mean()))
-        extra |= {f"ids_{split}": np.where(found[split]["boxes"][..., 0] >= 0, a, -1) for split, a in ids.items()}
-    else:
-        extra |= {f"segment_{k}": a for k, a in arrays.items()}
-    extra |= {f"{k}_{split}": np.asarray(a) for split, f in found.items() for k, a in f.items() if k != "regions"}
-    about = more | ({} if boxed else dict(segments=cfg.segments, patches=facts)) | dict(grid=list(grid), scales=info["scales"])
-    return {split: a[:, 0] for split, a in ids.items()}, typical.reshape(sizes["train"], -1)[:, 0], extra, about, scores, painter(found["train"], not boxed)
+    def compute(rows):
+        shown = torch.from_numpy(np.array(images[rows])).to(run.device) if cfg.guide else None
+        return find_objects(read(rows).to(run.device), grid, size, method, cfg.objects, cfg.tau, cfg.contrast,
+                            cfg.refine, shown, cfg.cells)
+    return fill_arrays(run, folder / split, len(images), shapes, step, compute), grid, info
+
+
+def label_objects(run, cfg, data, folder):
+    """lost, ncut, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
+    require(cfg.method != "masks" or cfg.K <= 254, cfg, "method K", "masks hold ids up to 255, so K is at most 254")
+    found, read, rows = {}, {}, {}
+    for split in data:
+        found[split], grid, info = search(run, cfg, data, folder, split)
+        exists = found[split]["boxes"][..., 0] >= 0       # [N, objects]
+        exists[:, 0] = True                               # every image has a first region, if only the whole image
+        rows[split] = np.flatnonzero(exists)
+        regions = found[split]["regions"].reshape(exists.size, -1)
+        read[split] = lambda part, x=regions, at=rows[split]: torch.from_numpy(x[at[part]])[:, None]
+    out = cluster(run, cfg, folder, read, {split: len(v) for split, v in rows.items()}, cfg.by)
+    out.typical = out.typical[rows["train"] % cfg.objects == 0]
+    out.about |= dict(grid=list(grid), scales=info["scales"])
+    for split, layout in found.items():
+        ids = np.full(layout["boxes"].shape[:2], -1)
+        ids.flat[rows[split]] = out.ids[split]
+        out.ids[split] = ids[:, 0]
+        layout["ids"] = np.where(layout["boxes"][..., 0] >= 0, ids, -1)
+        if cfg.method == "masks":
+            layout["segments"] = of_clusters(layout["masks"], layout["ids"])
+        out.scores |= prefixed(split, score_layouts(layout, data[split]))
+        layout["masks"] = layout.pop("segments", layout["masks"])
+        out.arrays |= {f"{k}_{split}": np.asarray(v) for k, v in layout.items() if k != "regions"}
+    boxes, masks = out.arrays["boxes_train"], out.arrays["masks_train"]
+    out.scores["boxes_per_image"] = float((boxes[..., 0] >= 0).sum(1).mean())
+    out.paint = lambda image, i: draw_layout(image, masks[i], boxes[i])
+    return out
+
+
+def of_clusters(masks, ids):
+    """Masks uint8 [N, H, W] of 1 + the cluster of objects, from masks of 1 + object and their ids [N, objects]."""
+    table = np.pad(ids + 1, ((0, 0), (1, 0))).astype(np.uint8)
+    return np.take_along_axis(table, masks.reshape(len(masks), -1).astype(np.int64), 1).reshape(masks.shape)
+
+
+def label_segments(run, cfg, data, folder):
+    """masks with foreground=none: clusters of the patches of all images; an image bears the cluster of its mean."""
+    counts = {split: len(d) for split, d in data.items()}
+    opened = {split: open_features(run, cfg.features, split, dense=True) for split in data}
+    _, grid, info = opened["train"]
+    read = {split: r for split, (r, _, _) in opened.items()}
+    patches = prepare(run, cfg, folder / "patches", read, counts)
+    clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
+    means = {split: lambda rows, r=r: r(rows).mean(1, keepdim=True) for split, r in read.items()}
+    out = cluster(run, cfg, folder / "means", means, counts, cfg.by)
+    out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
+    out.about |= dict(segments=cfg.segments, patches=facts, grid=list(grid), scales=info["scales"])
+    for split, d in data.items():
+        size = d.images.shape[2:]
+        x = patches[split].reshape(len(d), math.prod(grid), -1)
+
+        def compute(rows):
+            return dict(masks=segment(torch.from_numpy(np.array(x[rows])), grid, size, *clusters, cfg.smooth))
+        step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
+        found = fill_arrays(run, folder / split, len(d), dict(masks=("u1", size)), step, compute)
+        out.arrays[f"masks_{split}"] = np.asarray(found["masks"])
+        out.scores |= prefixed(split, score_layouts(found, d))
+    out.paint = lambda image, i: draw_layout(image, out.arrays["masks_train"][i] + 1)      # 0 is a segment, too
+    return out
+
+
+def label_masks(run, cfg, data, folder):
+    """masks: of objects, or of all patches."""
+    return (label_segments if cfg.foreground == "none" else label_objects)(run, cfg, data, folder)
+
+
+def classes(run, cfg, data, folder):
+    """Control: the ground truth."""
+    ids = {split: np.asarray(d.classes) for split, d in data.items()}
+    if min(c.min() for c in ids.values()) < 0:
+        raise UserError(f"method={cfg.method} needs the class of every image, and data/ lacks some")
+    return Labels(ids, int(max(c.max() for c in ids.values())) + 1)
+
+
+def subgroups(run, cfg, data, folder):
+    """Control: each class split at random, which tests whether merely more labels help."""
+    out = classes(run, cfg, data, folder)
+    generator = np.random.default_rng(seed_of(cfg.seed, "subgroups"))
+    ids = {split: c * cfg.groups + generator.integers(cfg.groups, size=len(c)) for split, c in out.ids.items()}
+    return Labels(ids, out.K * cfg.groups)
+
+
+def permuted(run, cfg, data, folder):
+    """Control: the reference labels (and layouts) of other images: the same marginal, nothing about the image."""
+    reference, info = load_labels(run, cfg.reference)
+    generator = np.random.default_rng(seed_of(cfg.seed, "random"))
+    order = {split: generator.permutation(len(d)) for split, d in data.items()}
+    layouts = [k for k in reference if k.startswith(("boxes_", "masks_", "ids_", "confidence_"))]
+    arrays = {k: reference[k][order[k.rsplit("_", 1)[1]]] for k in layouts}
+    return Labels({split: reference[split][order[split]] for split in data}, info["num_labels"], arrays=arrays)
+
+
+CLUSTERS = "K center pca whiten seed"
+OBJECTS = f"features by {CLUSTERS} objects contrast refine guide cells"
+METHODS = {                                               # name: (function, the settings that it reads)
+    "kmeans": (cluster_features, f"features {CLUSTERS} metric iterations restarts batch full"),
+    "sinkhorn": (cluster_features, f"features {CLUSTERS} eps sk_iterations rounds"),
+    "lost": (label_objects, OBJECTS),
+    "ncut": (label_objects, f"{OBJECTS} tau"),
+    "masks": (label_masks, f"features by {CLUSTERS} foreground"),
+    "colours": (colours, f"{CLUSTERS} metric iterations restarts batch full"),
+    "pixels": (pixels, f"{CLUSTERS} metric iterations restarts batch full pool"),
+    "classes": (classes, ""),
+    "random": (permuted, "reference seed"),
+    "subgroups": (subgroups, "groups seed"),
+}
+
+
+def settings_of(cfg):
+    """The names of the settings that this method reads: also those of the methods that `by` and `foreground` name."""
+    names = METHODS[cfg.method][1].split()
+    further = [getattr(cfg, k) for k in ("by", "foreground") if k in names]
+    if "none" in further:
+        names += ["segments", "smooth"]
+    for method in (m for m in further if m in METHODS):
+        names += METHODS[method][1].split()
+    return list(dict.fromkeys(names))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of labels a [N] against classes b [N]: monitors only
+
+def contingency(a, b):
+    """Counts [labels, classes], without empty rows and columns."""
+    _, table = crosstab(a, b)
+    return table.astype(np.float64)
+
+
+def nmi(a, b):
+    """Normalised mutual information, arithmetic mean of the entropies."""
+    t = contingency(a, b)
+    h = entropy(t.sum(1)) + entropy(t.sum(0))
+    return float(max(0.0, h - entropy(t, axis=None)) / (h / 2)) if h > 0 else 1.0
+
+
+def ari(a, b):
+    """Adjusted Rand index."""
+    def pairs(counts):
+        return float((counts * (counts - 1) / 2).sum())
+    t = contingency(a, b)
+    rows, cols, every = pairs(t.sum(1)), pairs(t.sum(0)), pairs(t.sum())
+    chance = rows * cols / every if every else 0.0
+    top = (rows + cols) / 2
+    return (pairs(t) - chance) / (top - chance) if top != chance else 1.0
+
+
+def hungarian_accuracy(a, b):
+    """Share of images that are right when labels are matched to classes one to one as well as possible."""
+    t = contingency(a, b)
+    return float(t[linear_sum_assignment(t, maximize=True)].sum() / t.sum())
+
+
+def size_entropy(sizes):
+    """Entropy of cluster sizes as a share of ln K: 1 = all equal."""
+    return float(entropy(sizes)) / math.log(len(sizes)) if len(sizes) > 1 else 1.0
+
+
+def score_labels(labels, classes):
+    """Agreement of labels [N] with ground-truth classes [N] (-1 = not known): a monitor, never used to make labels."""
+    known = classes >= 0
+    if not known.any():
+        return {}
+    a, b = labels[known], classes[known]
+    return dict(nmi=nmi(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of boxes and masks against the ground truth: monitors only. Boxes with -1 do not exist.
+
+def iou(a, b):
+    """Intersection over union of boxes [..., 4], arrays that broadcast."""
+    def area(corner, end):
+        return (end - corner).clip(0).prod(-1)
+    both = area(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:]))
+    either = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - both
+    return both / np.maximum(either, 1e-9)
+
+
+def first_box_overlap(boxes, truth):
+    """IoU [M] of the first box [N, objects, 4] with the true one [N, m, 4] it meets best, where images have one."""
+    known = (truth[..., 2] > truth[..., 0]).any(1)
+    return iou(boxes[known, :1], truth[known]).max(1)
+
+
+def corloc(boxes, truth, threshold=0.5):
+    """Share of the images with an object whose first box [N, objects, 4] overlaps a true one [N, m, 4]."""
+    overlap = first_box_overlap(boxes, truth)
+    return float((overlap >= threshold).mean()) if len(overlap) else 0.0
+
+
+def confusion(masks, truth, chunk=256):
+    """Pixels by segment and class [K, C] of uint8 masks [N, H, W] and their truth (255 = void), read in chunks."""
+    t = np.zeros(256 * 256, np.int64)
+    for i in range(0, len(masks), chunk):
+        pairs = 256 * masks[i:i + chunk].astype(np.int64) + truth[i:i + chunk]
+        t += np.bincount(pairs.ravel(), minlength=len(t))
+    t = t.reshape(256, 256)[:, :255]
+    K, C = (t.any(axis).nonzero()[0].max(initial=0) + 1 for axis in (1, 0))
+    return t[:K, :C]
+
+
+def segmentation_scores(t):
+    """Scores of a table [K, C] of pixels by segment and class.
+
+    miou, pixel_accuracy: segments and classes are matched one to one for the largest sum of IoUs. miou_many: every
+    segment stands for its most frequent class.
+    """
+    def overlap(t):
+        return t / np.maximum(t.sum(1, keepdims=True) + t.sum(0) - t, 1)
+    present = max((t.sum(0) > 0).sum(), 1)
+    pairs = linear_sum_assignment(overlap(t), maximize=True)
+    many = np.zeros((t.shape[1], t.shape[1]))
+    np.add.at(many, t.argmax(1), t)
+    return dict(miou=float(overlap(t)[pairs].sum() / present), pixel_accuracy=float(t[pairs].sum() / max(t.sum(), 1)),
+                miou_many=float(overlap(many).trace() / present))
+
+
+def score_layouts(found, data):
+    """Scores of dict(boxes, masks, segments) of a split, where data/ has the truth: boxes and masks of objects, and ids
+    of pixels (segments, or masks without boxes)."""
+    scores, boxes, masks, segments = {}, found.get("boxes"), found["masks"], found.get("segments")
+    if data.boxes is not None and boxes is not None:
+        truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
+        overlap = first_box_overlap(boxes, truth)
+        scores = dict(iou=float(overlap.mean()) if len(overlap) else 0.0, corloc=corloc(boxes, truth))
+    if data.masks is None or data.masks.shape != masks.shape:
+        return scores
+    if boxes is None:
+        return scores | segmentation_scores(confusion(masks, data.masks))
+    t = confusion(masks, data.masks)                      # object or not, whichever
+    both, neither, every = t[1:, 1:].sum(), t[0, 0], t.sum()
+    scores["foreground_iou"] = float(both / max(every - neither, 1))
+    scores["pixel_accuracy"] = float((neither + both) / max(every, 1))
+    return scores | ({} if segments is None else segmentation_scores(confusion(segments, data.masks)))
+
+
+def prefixed(split, scores):
+    """The scores of the test split bear its name."""
+    return scores if split == "train" else {f"{split}_{k}": v for k, v in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and files
+
+def draw_layout(image, mask, boxes=None):
+    """Image uint8 [3, H, W] with its mask uint8 [H, W] in colours (0 = none) and boxes [n, 4] (-1 = none) as frames."""
+    torchvision_datasets()                                # makes sure that torchvision loads
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+    image, ids = torch.from_numpy(np.array(image)), np.unique(mask[mask > 0])
+    colour = [f"hsl({137 * k % 360}, 90%, 55%)" for k in range(256)]
+    if len(ids):
+        masks = torch.from_numpy(mask == ids[:, None, None])
+        image = draw_segmentation_masks(image, masks, 0.5, [colour[k] for k in ids])
+    boxes = np.zeros((0, 4)) if boxes is None else boxes[boxes[:, 0] >= 0] - [0, 0, 1, 1]
+    if len(boxes):
+        image = draw_bounding_boxes(image, torch.from_numpy(boxes), colors=colour[1:len(boxes) + 1])
+    return image.numpy()
+
+
+def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8, paint=None):
+    """One row per label (at most `rows`): its most typical members, then random ones; paint(image, i) draws on them."""
+    ids, tiles, captions = np.unique(labels), [], []
+    blank = np.full(images.shape[1:], 255, np.uint8)
+    for k in ids[np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int))]:
+        members = np.flatnonzero(labels == k)
+        typical = members[np.argsort(-typicality[members], kind="stable")[:columns]]
+        generator = np.random.default_rng(seed_of(seed, "sheet", int(k)))
+        others = generator.choice(members, min(columns, len(members)), replace=False)
+        for part in (typical, others):
+            tiles += [paint(images[i], i) if paint else images[i] for i in part]
+            tiles += [blank] * (columns - len(part))
+        captions.append(f"{k}: {len(members)}")
+    save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
+
+
+def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed, more=None, paint=None):
+    """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process; returns the scores (a monitor).
+
+    data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz,
+    about into the .json, more to the scores; paint(image, i) draws onto the contact sheet.
+    """
+    path = run.dir / "labels" / f"{name}.npz"
+    sizes = np.bincount(labels["train"], minlength=K)
+    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()),
+                  smallest=int(sizes.min()), largest=int(sizes.max()))
+    for split, d in data.items():
+        scores |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
+    scores |= more or {}
+    if run.rank == 0:
+        arrays = {split: v.astype(np.int64) for split, v in labels.items()} | dict(num_labels=np.array(K)) | arrays
+        head = f"{name}: K = {K}; each row a label: most typical, then random members"
+        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, head, seed, paint=paint)
+        with atomic(path) as f:
+            np.savez(f, **arrays)
+        write_json(path.with_suffix(".json"), dict(
+            kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
+            scores=scores, sizes=sizes.tolist() if K <= 1000 else None, hash=arrays_hash(arrays), **about))
+    run.wait()
+    agreement = ""
+    if "nmi" in scores:
+        agreement = (f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, "
+                     f"accuracy {scores['hungarian_accuracy']:.3f}")
+    run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, "
+            f"entropy {scores['size_entropy']:.3f} of ln K{agreement}")
+    run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
+    return scores
+
+
+def are_made(run, path, recipe):
+    """Whether labels of this recipe are there. Those that a kill left beside another description are made again."""
+    note = path.with_suffix(".json")
+    if not path.exists():
+        return False
+    if not note.exists():
+        raise UserError(f"{path}: has no {note.name}, so it is not ours to replace; "
+                        "move it away or choose another name=")
+    with reading(path, "delete it"), np.load(path, allow_pickle=False) as f:
+        whole = read_json(note, "delete it").get("hash") in (None, arrays_hash(f))
+    return whole and finished(run, note, recipe)
+
+
+def recipe_of(run, cfg, data):
+    """(what decides the labels: method, its settings, data, features, reference; where features come from, or {})."""
+    names = settings_of(cfg)
+    recipe = {k: getattr(cfg, k) for k in ["method", *names]}
+    recipe["data"] = {split: d.info["fingerprint"] for split, d in data.items()}
+    about = {}
+    if "features" in names:
+        check_name("features", cfg.features)
+        info = load_features(run, cfg.features, "train")[1]
+        decisive = ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize", "embedding")
+        recipe["features_hash"] = digest({k: info[k] for k in decisive if k in info})
+        about["features"] = {k: info[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
+        now = run.dir / info["checkpoint"] / "checkpoint.json"
+        if info["weights"] == "ema" and now.exists() and read_json(now, "train it again")["weights"] != info["hash"]:
+            run.say(f"note: features/{cfg.features} are of an earlier state of {info['checkpoint']}; "
+                    "extract_features.py with overwrite=true reads the present one")
+    if "reference" in names:
+        check_name("reference", cfg.reference)
+        reference, _ = load_labels(run, cfg.reference)
+        recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))
+    if "K" in names and cfg.K > len(data["train"]):
+        raise UserError(f"K={cfg.K}: must be between 1 and the number of training images, {len(data['train'])}")
+    return recipe, about
 
 
 def main():
     """Label, from the command line."""
     run = start("self_label", SelfLabel, __doc__)
     cfg = run.cfg
-    cfg.name = run.sections[run.stage]["name"] = cfg.name or cfg.method
+    if cfg.method not in METHODS:
+        raise UserError(f"method={cfg.method}: {unknown(cfg.method, list(METHODS))}")
+    cfg.name = cfg.name or cfg.method
     folder = run.dir / "labels"
-    path, data = folder / f"{cfg.name}.npz", {split: load_data(run, split) for split in ("train", "test")}
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k != "overwrite"} | dict(data={k: d.info["fingerprint"] for k, d in data.items()})
-    require(min(cfg.restarts, cfg.rounds, cfg.sk_iterations, cfg.groups, cfg.iterations) >= 1 and cfg.eps > 0 and cfg.pca >= 0,
-            cfg, "restarts rounds sk_iterations iterations groups eps pca", "must be positive")
-    require(cfg.method != "masks" or cfg.foreground == "none" or cfg.K <= 254, cfg, "method foreground K", "masks hold ids up to 255, so K is at most 254")
-    require(1 <= cfg.objects <= 254 and cfg.cells >= 1 and 2 <= cfg.segments <= 255 and 0 <= cfg.smooth <= 1 and -1 <= cfg.tau <= 1 and 0 <= cfg.contrast <= 1,
-            cfg, "objects cells segments smooth tau contrast",
-            "1 ... 254 objects, at least 1 cell, 2 ... 255 segments, smooth and contrast in 0 ... 1, tau a cosine")
-    spatial = cfg.method in ("lost", "ncut", "masks")
-    if spatial or cfg.method in ("kmeans", "sinkhorn"):
-        stored(run, cfg, "train", spatial)                # complains about features that do not fit before anything is done
-        features = load_features(run, cfg.features, "train")[1]
-        now = run.dir / features["checkpoint"] / "checkpoint.json"
-        if features["weights"] == "ema" and now.exists() and read_json(now, "train it again")["weights"] != features["hash"]:
-            run.say(f"note: features/{cfg.features} are of an earlier state of {features['checkpoint']}; extract_features.py with overwrite=true reads the present one")
-        recipe["features_hash"] = digest({k: features[k] for k in ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize", "embedding") if k in features})
-        if not 1 <= cfg.K <= len(data["train"]):
-            raise UserError(f"K={cfg.K}: must be between 1 and the number of training images, {len(data['train'])}")
-    if cfg.method == "random":
-        reference, there = load_labels(run, cfg.reference)
-        recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))
+    path = folder / f"{cfg.name}.npz"
+    data = {split: load_data(run, split) for split in ("train", "test")}
+    recipe, about = recipe_of(run, cfg, data)
     if run.dry_run:
         run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
-        if cfg.method in ("kmeans", "sinkhorn"):
-            N, D = len(data["train"]), cfg.pca or stored(run, cfg, "train")[0](0, 1).shape[2]
-            passes = cfg.restarts * (cfg.iterations + (N > cfg.full)) if cfg.method == "kmeans" else 10 + (cfg.rounds + 1) * (cfg.sk_iterations + 2)
-            cost(run, f"at most {passes} passes x 2 x {N:,} images x {cfg.K:,} clusters x {D:,} numbers", passes * 2 * N * cfg.K * D, "fp32")
-        return
-    if run.agreed(lambda: path.exists() and finished(run, path.with_suffix(".json"), recipe)):
         return
 
-    # labels: from features, or a control that makes the evidence honest
-    classes = {split: np.asarray(d.classes) for split, d in data.items()}
-    generator, tick, extra, about, more, paint = np.random.default_rng(seed_of(cfg.seed, cfg.method)), time.time(), {}, {}, None, None
-    if spatial or cfg.method in ("kmeans", "sinkhorn"):
-        aside = folder / f".{cfg.name}.tmp"
-        if run.rank == 0:
-            aside.mkdir(parents=True, exist_ok=True)
-        run.wait()
+    with locked(run, "labels", cfg.name):
+        if run.agreed(lambda: are_made(run, path, recipe)):
+            return
+        # make
+        tick = time.time()
+        aside = folder / f".{cfg.name}.tmp"               # for files on the way
+        run.agreed(lambda: shutil.rmtree(aside, ignore_errors=True))             # those of a command that was killed
         try:
-            if spatial:
-                labels, typical, extra, about, more, paint = layouts(run, cfg, data, aside)
-            else:
-                read = {split: stored(run, cfg, split)[0] for split in data}
-                maps = prepare(run, cfg, aside, "rows", read, {split: len(d) for split, d in data.items()})
-                labels, typical, extra, about = cluster(run, cfg, maps, cfg.method)
+            out = METHODS[cfg.method][0](run, cfg, data, aside)
             run.wait()
         finally:
-            if run.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)  # what is mapped stays readable
-        about["features"] = {k: features[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
-        K = cfg.K
-    elif cfg.method == "random":                          # a permutation: the same marginal, nothing about the image
-        order, K = {split: generator.permutation(len(d)) for split, d in data.items()}, there["num_labels"]
-        labels = {split: reference[split][order[split]] for split in data}
-        extra = {k: v[order[k.rsplit("_", 1)[1]]] for k, v in reference.items() if k.startswith(("boxes_", "masks_", "ids_", "confidence_"))}
-    else:
-        if any((c < 0).any() for c in classes.values()):
-            raise UserError(f"method={cfg.method} needs the class of every image, and data/ lacks some")
-        labels, K = classes, int(max(c.max() for c in classes.values())) + 1
-        if cfg.method == "subgroups":                     # each class split at random: tests whether merely more labels help
-            labels = {split: c * cfg.groups + generator.integers(cfg.groups, size=len(c)) for split, c in classes.items()}
-            K *= cfg.groups
-    if cfg.method in ("classes", "random", "subgroups"):
-        typical = generator.random(len(labels["train"]))
-
-    # write
-    save_labels(run, cfg.name, data, labels, K, typical, recipe, extra, about | dict(seconds=round(time.time() - tick, 2)), cfg.seed, more, paint)
-    if more:
-        run.say("against the truth (monitor): " + ", ".join(f"{k} {v:.3f}" for k, v in more.items()))
+            shutil.rmtree(aside, ignore_errors=True)      # what is mapped stays readable
+        about = out.about | about | dict(seconds=round(time.time() - tick, 2))
+        # write
+        typical = np.zeros(len(data["train"])) if out.typical is None else out.typical
+        save_labels(run, cfg.name, data, out.ids, out.K, typical, recipe, out.arrays, about, cfg.seed,
+                    out.scores, out.paint)
+    if out.scores:
+        run.say("against the truth (monitor): " + ", ".join(f"{k} {v:.3f}" for k, v in out.scores.items()))
     run.next(f"train_guided.py labels={cfg.name}")
 
 

@@ -24,6 +24,7 @@ import traceback
 import typing
 import uuid
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def convert(name, kind, value):
             raise ValueError
         return kind(float(value) if kind is int else "" if value is None else value)
     except (TypeError, ValueError, OverflowError):
-        hint = " (200k and 50M are fine)" if kind is int else ""
+        hint = {int: " (200k and 50M are fine)", str: " (a name such as yes or no: quote it)"}.get(kind, "")
         raise UserError(f"{name}={value!r}: expected {kind.__name__}{hint}") from None
 
 
@@ -521,7 +522,7 @@ def reading(path, hint):
     except FileNotFoundError:
         raise UserError(f"{path}: not there; {hint}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            zipfile.BadZipFile) as e:
+            zipfile.BadZipFile, zlib.error) as e:
         text = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
         raise UserError(f"{path}: damaged, or not what this program writes ({text}); {hint}") from None
 
@@ -558,11 +559,14 @@ def create_rows(path, dtype, shape):
 def write_rows(path, first, rows):
     """Put rows into a .npy file at row `first`. Plain writes: with memory maps, machines that share a page on a network
     disk lose rows."""
-    with open(path, "r+b") as f:
-        np.lib.format.read_magic(f)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-        f.seek(first * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
-        f.write(np.ascontiguousarray(rows, dtype).tobytes())
+    try:
+        with open(path, "r+b") as f:
+            np.lib.format.read_magic(f)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            f.seek(first * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
+            f.write(np.ascontiguousarray(rows, dtype).tobytes())
+    except OSError as e:                                  # a full disk, most of all: say which file it was
+        raise UserError(f"{path}: could not be written ({e.strerror or e})") from None
 
 
 def finished(run, path, recipe):

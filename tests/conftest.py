@@ -23,7 +23,7 @@ probe: {fit: 200, validation: 100, t: [0.5, 0.8], K: 6, supervised_images: 512, 
 extract_features: {precision: fp32}
 self_label: {K: 6, restarts: 1}
 train_guided: {images: 256, batch: 32, lr: 1.0e-3, warmup: 64, ema: 128, log_every: 128, save_every: 128, grid_every: 256, precision: fp32}
-sample_ode: {n: 64, steps: 2, select: 64, batch: 20, precision: fp32}
+sample_ode: {n: 64, steps: 2, select: 64, batch: 20, precision: fp32, evaluator: pixels}
 """
 
 

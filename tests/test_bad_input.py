@@ -5,23 +5,34 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import stage
+from conftest import complaint, stage
 from PIL import Image
 
-from configs.run import comments
+STAGES = dict(train_diffusion="TrainDiffusion", probe="Probe", extract_features="ExtractFeatures",
+              self_label="SelfLabel", train_guided="TrainGuided", sample_ode="SampleOde")
+READ = ["extract_features", "activations=mid*res-out", "t=0.5"]
+
+
+def inside(name, *words):
+    """Run a stage in this process, which is quicker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        importlib.import_module(name).main()
 
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
     """A run with a short model, features and labels; tests that damage it work on copies."""
     folder = tmp_path_factory.mktemp("bad") / "run"
-    stage("train_diffusion", tiny, f"run={folder}", "images=64")
-    stage("extract_features", tiny, f"run={folder}", "activations=mid*res-out", "t=0.5")
-    stage("self_label", tiny, f"run={folder}", "method=kmeans")
+    words = [tiny, f"run={folder}", "data.train=200", "data.test=60"]
+    inside("train_diffusion", *words, "images=64")
+    inside(READ[0], *words, *READ[1:])
+    inside("self_label", *words, "method=kmeans")
     return folder
 
 
@@ -31,150 +42,164 @@ def copy(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("words, said", [
-    (["imags=5"], "did you mean images"), (["images=many"], "images='many'"), (["images=1.5"], "images=1.5"), (["flip=3"], "flip=3"),
-    (["path=straight"], "cv, vp"), (["batch=0"], "batch=0"), (["micro=7"], "micro=7"), (["modl.channels=8"], "did you mean model"),
-    (["data.size=30"], "size"), (["model.stem=5"], "multiple of"), (["data.source=CIFAR11"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
-    (["model.mult=[1,x]"], "model.mult"), (["precision=fp16"], "needs a GPU")])
-def test_configuration(refuse, tiny, tmp_path, words, said):
+@pytest.fixture
+def said(capsys, monkeypatch, tiny):
+    """said(run folder, stage, *words) -> the error line of a stage on such a run."""
+    def call(folder, name, *words):
+        return complaint(capsys, monkeypatch, name, tiny, f"run={folder}", "data.train=200", "data.test=60", *words)
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@pytest.mark.parametrize("words, text", [
+    (["imags=5"], "did you mean images"), (["images=many"], "images='many'"), (["images=1.5"], "images=1.5"),
+    (["flip=3"], "flip=3"), (["path=straight"], "path=straight"), (["batch=0"], "batch=0"), (["micro=7"], "micro=7"),
+    (["modl.channels=8"], "did you mean model"), (["data.size=30"], "size"), (["model.stem=5"], "stem"),
+    (["data.test_fraction=0"], "test_fraction"), (["data.imbalance=nan"], "imbalance"),
+    (["data.source=CIFAR11"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
+    (["model.mult=[1,x]"], "model.mult"), (["precision=fp16"], "needs a GPU"), (["data.train=-1"], "data.train=-1")])
+def test_configuration(refuse, tiny, tmp_path, words, text):
     if "fp16" in words[0] and torch.cuda.is_available():
         pytest.skip("this machine can do it")
-    assert said in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)
+    assert text in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)
 
 
-def test_help_explains_every_key():
-    for module, section in [("train_diffusion", "TrainDiffusion"), ("probe", "Probe"), ("extract_features", "ExtractFeatures"), ("self_label", "SelfLabel"),
-                            ("train_guided", "TrainGuided"), ("sample_ode", "SampleOde"), ("configs.run", "Data"), ("configs.run", "Model")]:
-        cls = getattr(importlib.import_module(module), section)
-        for f in dataclasses.fields(cls):
-            assert len(comments(cls).get(f.name, "")) > 4, f"{module}: {section}.{f.name}"
-    assert "map of patch labels" in comments(importlib.import_module("train_guided").TrainGuided)["condition"]              # the fourth line of it
+@pytest.mark.parametrize("name", STAGES)
+def test_help_explains_every_key(name, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as e:
+        module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert not e.value.code
+    for field in dataclasses.fields(getattr(module, STAGES[name])):
+        line = next(line for line in lines if line.startswith(f"  {field.name}="))
+        assert len(field.metadata["text"]) > 4 and field.metadata["text"] in line
 
 
 def test_yaml(refuse, tmp_path):
     assert "no.yaml" in refuse("train_diffusion", tmp_path / "no.yaml")
-    for text, said in (("data: [", "not valid YAML"), ("- 1", "expected sections"), ("dta: {size: 3}", "did you mean data"), ("data: {sze: 3}", "did you mean size")):
+    for text, what in (("data: [", "not valid YAML"), ("- 1", "expected sections"), ("data: 3", "expected sections"),
+                       ("dta: {size: 3}", "did you mean data"), ("data: {sze: 3}", "did you mean size"),
+                       ("data: {train: 2001-99-99}", "not valid YAML"), ("data: {5: 3}", "data.5"),
+                       ("data: {source: folder, classes: [yes]}", "quote it"), ("data: {size: [1]}", "data.size")):
         (tmp_path / "x.yaml").write_text(text)
-        assert said in refuse("train_diffusion", tmp_path / "x.yaml", f"run={tmp_path / 'r'}")
+        assert what in refuse("train_diffusion", tmp_path / "x.yaml", f"run={tmp_path / 'r'}")
 
 
-def test_other_data_in_the_same_run(refuse, tiny, run):
-    assert "data.train=512" in refuse("train_diffusion", tiny, f"run={run}", "data.train=100")
+def test_unwritable_run_folder(refuse, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refuse("train_diffusion", tiny, f"run={tmp_path / 'file' / 'r'}")
 
 
-def test_other_recipe_under_the_same_name(refuse, tiny, copy):
+def test_requests_that_cannot_be_met(said, run):
+    for words, text in ((["n=1"], "n=1"), (["solver=rk5"], "euler"), (["steps=0"], "steps=0"),
+                        (["evaluator=nothing.ts"], "nothing.ts"), (["sweep=nfe", "evaluate=false"], "evaluate=true"),
+                        (["precision=bf17"], "auto, bf16")):
+        assert text in said(run, "sample_ode", "name=x", *words)
+    assert "K=1" in said(run, "probe", "K=1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other work under the same name; missing and damaged pieces
+
+def test_other_data_in_the_same_run(said, run):
+    assert "data.train=200" in said(run, "train_diffusion", "data.train=100")
+
+
+def test_other_recipe_under_the_same_name(said, copy):
     before = (copy / "diffusion/base/checkpoint.pt").read_bytes()
-    assert "lr=0.001, now 0.5" in refuse("train_diffusion", tiny, f"run={copy}", "lr=0.5")
-    assert "overwrite=true" in refuse("extract_features", tiny, f"run={copy}", "activations=mid*res-out", "t=0.7")
-    assert "overwrite=true" in refuse("self_label", tiny, f"run={copy}", "method=kmeans", "K=5")
+    assert "lr=0.001, now 0.5" in said(copy, "train_diffusion", "lr=0.5")
+    assert "overwrite=true" in said(copy, *READ, "t=0.7")
+    assert "overwrite=true" in said(copy, "self_label", "method=kmeans", "K=5")
     assert (copy / "diffusion/base/checkpoint.pt").read_bytes() == before
 
 
-def test_missing_pieces(refuse, tiny, run, tmp_path):
-    assert "no such run" in refuse("extract_features", tiny, f"run={tmp_path / 'nowhere'}")
-    assert "diffusion/other" in refuse("extract_features", tiny, f"run={run}", "checkpoint=diffusion/other")
-    assert "probe.py first" in refuse("extract_features", tiny, f"run={run}", "name=x")
-    assert "self_label.py" in refuse("train_guided", tiny, f"run={run}", "labels=none_such")
-    assert "extract_features.py" in refuse("self_label", tiny, f"run={run}", "features=none_such")
-    assert "nearest" in refuse("extract_features", tiny, f"run={run}", "activations=mid-repeat7-res-out", "t=0.5")
-    assert "ids must be in" in refuse("sample_ode", tiny, f"run={run}", "checkpoint=guided/none") if (run / "guided/none").exists() else True
+def test_missing_pieces(said, run, tmp_path):
+    assert "no such run" in said(tmp_path / "nowhere", "extract_features")
+    assert "diffusion/other" in said(run, "extract_features", "checkpoint=diffusion/other")
+    assert "probe.py first" in said(run, "extract_features", "name=x")
+    assert "self_label.py" in said(run, "train_guided", "labels=none_such")
+    assert "extract_features.py" in said(run, "self_label", "features=none_such")
+    assert "nearest" in said(run, "extract_features", "activations=mid-repeat7-res-out", "t=0.5")
 
 
-def test_broken_checkpoints(refuse, tiny, copy):
+def test_broken_checkpoints(said, copy):
     path = copy / "diffusion/base/checkpoint.pt"
     good = path.read_bytes()
     for blob in (good[:len(good) // 2], b"", b"hello"):
         path.write_bytes(blob)
-        assert "not a readable checkpoint" in refuse("extract_features", tiny, f"run={copy}", "activations=mid*", "t=0.5", "name=x")
-    torch.save({"state_dict": {}}, path)
-    assert "not a checkpoint of this project" in refuse("sample_ode", tiny, f"run={copy}")
+        assert "checkpoint.pt" in said(copy, *READ, "name=x")
     path.write_bytes(good)
     state = torch.load(path, weights_only=True)
-    torch.save(state | {"format": 99}, path)
-    assert "format 99" in refuse("sample_ode", tiny, f"run={copy}")
-    torch.save(state | {"model": state["model"] | {"channels": 32, "head_channels": 32}}, path)
-    assert "do not fit the architecture" in refuse("sample_ode", tiny, f"run={copy}")
+    wider = state["model"] | {"channels": 32, "head_channels": 32}
+    for other in ({"state_dict": {}}, state | {"format": 99}, state | {"model": wider}):
+        torch.save(other, path)
+        assert "checkpoint.pt" in said(copy, "sample_ode")
     path.write_bytes(good)
-    assert "model section differs" in refuse("train_guided", tiny, f"run={copy}", "model.channels=32", "model.head_channels=32")
-    assert "predict=v" in refuse("train_guided", tiny, f"run={copy}", "predict=eps")
+    assert "model section" in said(copy, "train_guided", "model.channels=32", "model.head_channels=32")
+    assert "predict=v" in said(copy, "train_guided", "predict=eps")
 
 
-def test_label_files_that_do_not_fit(refuse, tiny, copy):
+def test_label_files_that_do_not_fit(said, copy):
     path = copy / "labels/kmeans.npz"
     good = dict(np.load(path))
-    for change, said in ((dict(train=good["train"][:-3]), "509 train labels"), (dict(train=good["train"] + 6), "0 ... 5"), (dict(train=good["train"] * 1.5), "whole numbers")):
+    train, test = good["train"], good["test"]
+    for change, text in ((dict(train=train[:-3]), "197 train labels"), (dict(test=test + 6), "-1 ... 5"),
+                         (dict(train=train + 6), "0 ... 5"), (dict(train=train * 1.5), "whole numbers"),
+                         (dict(num_labels=np.zeros(2)), "kmeans.npz: damaged")):
         np.savez(path, **good | change)
-        assert said in refuse("train_guided", tiny, f"run={copy}")
+        assert text in said(copy, "train_guided")
     path.write_bytes(b"PK not really")
-    assert "not a readable label file" in refuse("train_guided", tiny, f"run={copy}")
+    assert "kmeans.npz: damaged" in said(copy, "train_guided")
     np.savez(path, **good)
-    info = json.loads(path.with_suffix(".json").read_text())
-    path.with_suffix(".json").write_text(json.dumps(info | {"data": {"train": "0" * 16, "test": "0" * 16}}))
-    assert "belongs to train images 0000" in refuse("train_guided", tiny, f"run={copy}")
+    note = path.with_suffix(".json")
+    info = json.loads(note.read_text())
+    note.write_text(json.dumps(info | {"data": {"train": "0" * 16, "test": "0" * 16}}))
+    assert "belongs to train images 0000" in said(copy, "train_guided")
+    for text in ("[]", "", '{"data": 3}', "{" * 2000):
+        note.write_text(text)
+        assert "kmeans." in said(copy, "train_guided")
 
 
-def test_features_that_do_not_fit(refuse, tiny, copy):
+def test_features_that_do_not_fit(said, copy):
     path = next((copy / "features/base").glob("train-*.npy"))
     good = np.load(path)
     bad = good.copy()
     bad[77] = np.nan
     np.save(path, bad)
-    assert "row 77" in refuse("self_label", tiny, f"run={copy}", "method=kmeans", "name=x")
+    assert "row 77" in said(copy, "self_label", "method=kmeans", "name=x")
     np.save(path, good[:-1])
-    assert "511 rows" in refuse("self_label", tiny, f"run={copy}", "method=kmeans", "name=x")
+    assert "199 rows for 200 images" in said(copy, "self_label", "method=kmeans", "name=x")
     np.save(path, good)
-    assert "K=1000" in refuse("self_label", tiny, f"run={copy}", "method=kmeans", "name=x", "K=1000")
+    assert "K=1000" in said(copy, "self_label", "method=kmeans", "name=x", "K=1000")
     assert not list((copy / "labels").glob("x*"))
+    note = path.with_name("info.json")
+    info = json.loads(note.read_text())
+    for other in (info | dict(data=None), info | dict(arrays=[{}]), info | dict(arrays=3), []):
+        note.write_text(json.dumps(other))
+        assert "features/base/info.json" in said(copy, "self_label", "method=kmeans", "name=x")
 
 
-def test_data_arrays_that_were_cut(refuse, tiny, copy):
-    np.save(copy / "data/train/images.npy", np.zeros((5, 3, 32, 32), np.uint8))
-    assert "5 rows" in refuse("extract_features", tiny, f"run={copy}", "activations=mid*", "t=0.5", "name=x")
-
-
-def test_sampling_requests(refuse, tiny, run):
-    for words, said in ((["n=1"], "n=1"), (["solver=rk5"], "euler"), (["evaluator=nothing.ts"], "evaluator=nothing.ts"), (["steps=0"], "steps=0")):
-        assert said in refuse("sample_ode", tiny, f"run={run}", "name=x", *words)
-
-
-def test_corrupt_images(refuse, tiny, tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(30):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
-    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:200])
-    words = [tiny, f"run={tmp_path / 'r'}", "data.source=folder", f"data.root={folder}", "data.train=0", "data.test=0", "images=32"]
-    assert "07.png" in refuse("train_diffusion", *words)
-    assert not (tmp_path / "r/data/train").exists()       # nothing half done is left under a final name
-    words[1] = f"run={tmp_path / 'r2'}"
-    stage("train_diffusion", *words, "data.skip_bad=true")
-    infos = [json.loads((tmp_path / f"r2/data/{s}/info.json").read_text()) for s in ("train", "test")]
-    assert sum(i["count"] for i in infos) == 29 and sum(len(i["skipped"]) for i in infos) == 1
-
-
-def test_array_files(refuse, tiny, tmp_path):
-    words = [tiny, f"run={tmp_path / 'r'}", "data.source=arrays", f"data.root={tmp_path / 'x.npz'}", "data.train=0", "data.test=0", "images=32"]
-    assert "no such" in refuse("train_diffusion", *words)
-    np.savez(tmp_path / "x.npz", pictures=np.zeros((4, 32, 32, 3), np.uint8))
-    assert "no array 'images'" in refuse("train_diffusion", *words)
-    np.savez(tmp_path / "x.npz", images=np.zeros((4, 32, 32, 3), np.float32))
-    assert "float32" in refuse("train_diffusion", *words)
-    np.savez(tmp_path / "x.npz", images=np.zeros((4, 16, 16, 3), np.uint8))
-    assert "16x16" in refuse("train_diffusion", *words)
-
-
-def test_torchvision_without_files(refuse, tiny, tmp_path):
-    assert "data.download=true" in refuse("train_diffusion", tiny, f"run={tmp_path / 'r'}", "data.source=CIFAR10", f"data.root={tmp_path}", "data.train=0", "data.test=0")
+def test_features_of_an_earlier_state_are_named(copy, tiny, capsys):
+    """A model that went on after its features were extracted: the labels are made, and it is said whose they are."""
+    note = copy / "features/base/info.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | dict(hash="0" * 16)))
+    inside("self_label", tiny, f"run={copy}", "data.train=200", "data.test=60", "method=kmeans", "name=again")
+    assert "are of an earlier state of diffusion/base" in capsys.readouterr().out
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tiny, tmp_path):
-    """A run folder on a file system of three megabytes: the first save fits beside the data, the next ones do not."""
+    """A run folder on a small file system: the first save fits beside the data, the next ones do not."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(disk)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        stage("train_diffusion", tiny, f"run={disk / 'r'}", "images=64")
+        inside("train_diffusion", tiny, f"run={disk / 'r'}", "images=64")
         before = (disk / "r/diffusion/base/checkpoint.pt").read_bytes()
         free = shutil.disk_usage(disk).free
         (disk / "filler").write_bytes(b"0" * max(0, free - 100_000))
@@ -185,39 +210,35 @@ def test_full_disk_keeps_the_previous_checkpoint(tiny, tmp_path):
         subprocess.run(["umount", str(disk)])
 
 
-def test_unwritable_run_folder(refuse, tiny, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "file" in refuse("train_diffusion", tiny, f"run={tmp_path / 'file' / 'r'}")
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+def test_data_arrays_that_were_cut(said, copy):
+    np.save(copy / "data/train/images.npy", np.zeros((5, 3, 32, 32), np.uint8))
+    assert "data/train/images.npy" in said(copy, *READ, "name=x")
+    (copy / "data/train/info.json").write_text("{}")
+    assert "data/train/info.json" in said(copy, *READ, "name=x")
 
 
-def test_a_failed_first_attempt_does_not_lock_the_run(refuse, tiny, tmp_path):
-    words = [tiny, f"run={tmp_path / 'r'}", "images=32"]
-    assert "did you mean shapes" in refuse("train_diffusion", *words, "data.source=shaps")
-    stage("train_diffusion", *words)
+def test_corrupt_images_do_not_lock_the_run(refuse, tiny, tmp_path):
+    """The same folder can be prepared after what was wrong has been put right, in the same run."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(30):
+        x = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(x).save(folder / f"{i:02d}.png")
+    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:200])
+    words = [tiny, f"run={tmp_path / 'r'}", "data.source=folder", f"data.root={folder}", "data.train=0", "data.test=0"]
+    assert "07.png" in refuse("train_diffusion", *words, "--prepare")
+    assert "data.test_fraction" in refuse("train_diffusion", *words, "--prepare", "data.test_fraction=0.0001")
+    assert "did you mean folder" in refuse("train_diffusion", *words, "--prepare", "data.source=foldr")
+    assert not (tmp_path / "r/data").exists()             # nothing half done is left
+    inside("train_diffusion", *words, "--prepare", "data.skip_bad=true")
+    infos = [json.loads((tmp_path / f"r/data/{s}/info.json").read_text()) for s in ("train", "test")]
+    assert sum(i["count"] for i in infos) == 29 and sum(len(i["skipped"]) for i in infos) == 1
+    Image.fromarray(x).save(folder / "07.png")
+    assert "use another run=DIR" in refuse("train_diffusion", *words, "--prepare")
 
 
-def test_classes_of_both_parts_have_the_same_ids(tiny, tmp_path):
-    for part in ("train/cat", "train/dog", "train/emu", "test/cat", "test/emu"):
-        (tmp_path / "images" / part).mkdir(parents=True)
-        for i in range(12):
-            Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(tmp_path / "images" / part / f"{i}.png")
-    stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "data.source=folder", f"data.root={tmp_path / 'images'}", "data.train=0", "data.test=0", "images=32")
-    assert np.load(tmp_path / "r/data/test/classes.npy").tolist() == [0] * 12 + [2] * 12
-
-
-def test_arrays_that_do_not_match(refuse, tiny, tmp_path):
-    np.savez(tmp_path / "x.npz", images=np.zeros((300, 32, 32, 3), np.uint8), classes=np.zeros(299, np.int64))
-    assert "one row for each image" in refuse("train_diffusion", tiny, f"run={tmp_path / 'r'}", "data.source=arrays", f"data.root={tmp_path / 'x.npz'}", "data.train=0", "data.test=0")
-
-
-def test_requests_without_what_they_need(refuse, tiny, run):
-    assert "evaluate=true" in refuse("sample_ode", tiny, f"run={run}", "name=x", "sweep=nfe", "evaluate=false")
-    assert "auto, bf16" in refuse("sample_ode", tiny, f"run={run}", "name=x", "precision=bf17")
-    assert "K=1" in refuse("probe", tiny, f"run={run}", "K=1")
-
-
-def test_features_of_an_earlier_state_are_named(copy, tiny):
-    """A model that went on after its features were extracted: the labels are made, and it is said whose they are."""
-    info = json.loads((copy / "features/base/info.json").read_text())
-    (copy / "features/base/info.json").write_text(json.dumps(info | dict(hash="0" * 16)))
-    assert "are of an earlier state of diffusion/base" in stage("self_label", tiny, f"run={copy}", "method=kmeans", "name=again").stdout
+def test_a_dry_run_needs_prepared_data(said, tmp_path):
+    assert "run train_diffusion.py first" in said(tmp_path / "none", *READ, "--dry-run")

@@ -1,19 +1,24 @@
-"""Sources of images: folders, arrays, torchvision sets made here; they arrive as arrays in order, cropped, resized and split."""
-import dataclasses
+"""Sources of images: folders, arrays, torchvision sets made here; they arrive as arrays in order, cropped, resized and
+split, and what is wrong with them is one line."""
 import gzip
+import io
 import json
+import os
+import shutil
 import struct
-import types
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, stage
+from conftest import ROOT
 from PIL import Image
 
 import train_diffusion as td
+from configs import data as cd
 from configs import run as cr
+from configs.data import load_data, prepare_data, square
+from configs.run import Data, Model, Run, UserError
 from extract_features import ExtractFeatures
 from probe import Probe
 from sample_ode import SampleOde
@@ -21,120 +26,384 @@ from self_label import SelfLabel
 from train_guided import TrainGuided
 
 
-def prepare(tiny, run, *words):
-    """Prepare data with the smallest training that there is; returns {split: (images, classes, info)}."""
-    stage("train_diffusion", tiny, f"run={run}", "data.train=0", "data.test=0", "images=32", *words)
-    return {s: (np.load(run / f"data/{s}/images.npy"), np.load(run / f"data/{s}/classes.npy"), json.loads((run / f"data/{s}/info.json").read_text())) for s in ("train", "test")}
+def run_of(folder, **data):
+    """What `start` would hand to a stage."""
+    return Run("train_diffusion", folder, None, Data(**data), Model(), {}, False, set())
 
 
-def picture(i, shape):
+def prepare(folder, **data):
+    """Prepare data in a run folder; returns {split: (images, classes, info)}."""
+    run = run_of(folder, **data)
+    prepare_data(run)
+    parts = {split: load_data(run, split) for split in ("train", "test")}
+    return {split: (np.array(d.images), np.array(d.classes), d.info) for split, d in parts.items()}
+
+
+def folder_of(run, root, **data):
+    return prepare(run, source="folder", root=str(root), **data)
+
+
+def complaint_of(folder, **data):
+    """The line that preparation ends with; nothing is left behind."""
+    with pytest.raises(UserError) as e:
+        prepare(folder, **data)
+    assert not (folder / "data").exists() and not list(folder.glob(".data*")) and "\n" not in str(e.value)
+    return str(e.value)
+
+
+def picture(i, shape=(32, 32, 3)):
     return np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)
 
 
-def test_folder_with_classes_and_own_split(tiny, tmp_path):
-    for split, n in (("train", 40), ("val", 6)):
+def put(path, i=0):
+    """An image file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(i)).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+@pytest.mark.parametrize("test", ["test", "val", "valid", "validation"])
+def test_folder_with_classes_and_own_split(tmp_path, test):
+    for split, n in (("train", 40), (test, 6)):
         for i in range(n):
-            d = tmp_path / "images" / split / ["cat", "dog"][i % 2]
-            d.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture(i, (32, 32, 3))).save(d / f"{i:03d}.png")
-    out = prepare(tiny, tmp_path / "r", "data.source=folder", f"data.root={tmp_path / 'images'}")
+            put(tmp_path / "images" / split / ["cat", "dog"][i % 2] / f"{i:03d}.png", i)
+    out = folder_of(tmp_path / "r", tmp_path / "images")
     images, classes, info = out["train"]
-    assert info["class_names"] == ["cat", "dog"] and classes.tolist() == [0] * 20 + [1] * 20 and len(out["test"][0]) == 6
-    assert np.array_equal(images[0], picture(0, (32, 32, 3)).transpose(2, 0, 1)) and np.array_equal(images[20], picture(1, (32, 32, 3)).transpose(2, 0, 1))
+    assert info["class_names"] == ["cat", "dog"] and info["class_counts"] == [20, 20] and len(out["test"][0]) == 6
+    assert classes.tolist() == [0] * 20 + [1] * 20
+    assert np.array_equal(images[0], picture(0).transpose(2, 0, 1))
+    assert np.array_equal(images[20], picture(1).transpose(2, 0, 1))
 
 
-def test_flat_folder_is_cropped_and_held_out(tiny, tmp_path):
+def test_classes_of_both_parts_have_the_same_ids(tmp_path):
+    for part in ("train/cat", "train/dog", "train/emu", "test/cat", "test/emu"):
+        for i in range(3):
+            put(tmp_path / "images" / part / f"{i}.png", i)
+    (tmp_path / "images/train/ant").mkdir()               # an empty folder is no class
+    out = folder_of(tmp_path / "r", tmp_path / "images")
+    assert out["test"][1].tolist() == [0] * 3 + [2] * 3 and out["test"][2]["class_counts"] == [3, 0, 3]
+
+
+def test_flat_folder_is_cropped_and_held_out(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for i in range(60):
         x = np.zeros((20, 60, 3), np.uint8)
         x[:, 20:40] = 200                                 # only the centre square is grey
         Image.fromarray(x).save(tmp_path / "images" / f"{i:03d}.png")
-    out = prepare(tiny, tmp_path / "r", "data.source=folder", f"data.root={tmp_path / 'images'}")
+    out = folder_of(tmp_path / "r", tmp_path / "images")
     assert len(out["train"][0]) + len(out["test"][0]) == 60 and 0 < len(out["test"][0]) < 20
     assert out["train"][0].shape[1:] == (3, 32, 32) and (out["train"][0] == 200).all() and (out["train"][1] == -1).all()
+    assert "53 train and 7 test images" in capsys.readouterr().out
 
 
-def test_photographs_are_turned_and_16_bits_kept(tmp_path):
+def test_resizing_is_that_of_pillow():
+    x = picture(0, (41, 70, 3))
+    there, transparent = square(Image.fromarray(x), 16)
+    wanted = Image.fromarray(x).crop((14, 0, 55, 41)).resize((16, 16), Image.BICUBIC)
+    assert np.array_equal(there, np.asarray(wanted).transpose(2, 0, 1)) and not transparent
+
+
+def test_photographs_are_turned_and_16_bits_kept():
     """EXIF orientation 6 means that the top row of the file is the right edge; 16-bit grey becomes 8-bit grey."""
-    from configs.data import Squared
-    x = np.zeros((8, 8, 3), np.uint8)
+    x, file, exif = np.zeros((8, 8, 3), np.uint8), io.BytesIO(), Image.Exif()
     x[:2] = 255
-    exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(x).save(tmp_path / "turned.png", exif=exif)
-    Image.fromarray((np.arange(64).reshape(8, 8) * 1024).astype(np.uint16)).save(tmp_path / "deep.png")
-    turned, deep = Squared([(Image.open(tmp_path / f"{n}.png"), 0) for n in ("turned", "deep")], 8)
-    assert (turned[0][:, :, -2:] == 255).all() and (turned[0][:, :, :-2] == 0).all()
-    assert np.array_equal(deep[0][1], np.arange(64).reshape(8, 8) * 4)
-    assert "mode F" in Squared([(Image.fromarray(np.zeros((8, 8), np.float32)), 0)], 8)[0][2]
+    Image.fromarray(x).save(file, "png", exif=exif)
+    turned = square(Image.open(file), 8)[0]
+    assert (turned[:, :, -2:] == 255).all() and (turned[:, :, :-2] == 0).all()
+    deep = square(Image.fromarray((np.arange(64).reshape(8, 8) * 1024).astype(np.uint16)), 8)[0]
+    assert np.array_equal(deep[1], np.arange(64).reshape(8, 8) * 4)
+    with pytest.raises(ValueError, match="mode F"):
+        square(Image.fromarray(np.zeros((8, 8), np.float32)), 8)
 
 
-def test_arrays_of_every_layout(tiny, tmp_path):
+def test_of_an_animation_the_first_picture_counts():
+    frames, file = [Image.new("RGB", (8, 8), (colour, 0, 0)) for colour in (100, 200)], io.BytesIO()
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
+    assert (square(Image.open(file), 8)[0][0] == 100).all()
+
+
+def test_transparent_parts_are_white(tmp_path, capsys):
+    x = picture(0, (32, 32, 4))
+    x[..., 3] = 255
+    assert np.array_equal(square(Image.fromarray(x), 32)[0], x[..., :3].transpose(2, 0, 1))
+    x[:16, :, 3] = 0
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.fromarray(x).save(tmp_path / "images" / f"{i}.png")
+    images = folder_of(tmp_path / "r", tmp_path / "images")["train"][0]
+    assert (images[:, :, :16] == 255).all() and np.array_equal(images[0, :, 16:], x[16:, :, :3].transpose(2, 0, 1))
+    assert "20 with transparent parts laid on white" in capsys.readouterr().out
+
+
+def test_links_and_what_is_no_class(tmp_path):
+    """Links to folders are followed, not in circles; hidden folders, __MACOSX and files that are no images are left."""
+    root = tmp_path / "images"
+    for i in range(20):
+        put(tmp_path / "elsewhere" / f"{i}.png", i)
+        put(root / "a" / f"{i}.png", 100 + i)
+    put(root / ".ipynb_checkpoints" / "0.png")
+    put(root / "__MACOSX" / "a" / "0.png")
+    put(root / "a" / ".hidden.png")
+    for name in ("a/notes.pdf", "a/data.h5", "a/film.mpg", "list.txt"):
+        (root / name).write_bytes(b"no image")
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "up").symlink_to(root)
+    (tmp_path / "elsewhere" / "back").symlink_to(root / "a")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    out = folder_of(tmp_path / "r", root)
+    assert out["train"][2]["class_names"] == ["a", "b"] and out["train"][2]["origin"]["files"] < 200
+    counts = np.array(out["train"][2]["class_counts"]) + out["test"][2]["class_counts"]
+    paths = [path for path, _ in cd.find_images(root)]
+    assert counts.sum() == len(paths) == len(set(paths)) and "b/7.png" in paths and not any("/." in p for p in paths)
+
+
+def test_folders_that_are_mixed(tmp_path, capsys):
+    root = tmp_path / "images"
+    for i in range(30):
+        put(root / "train" / "a" / f"{i}.png", i)
+    out = folder_of(tmp_path / "alone", root)             # train/ alone: a share of it is held out
+    assert out["train"][2]["class_names"] == ["a"] and len(out["train"][0]) + len(out["test"][0]) == 30
+    put(root / "valid" / "a" / "0.png")
+    put(root / "extra" / "0.png")
+    out = folder_of(tmp_path / "more", root)
+    assert [len(out[s][0]) for s in out] == [30, 1] and "1 images outside train/ and valid/" in capsys.readouterr().out
+    put(root / "train" / "stray.png")
+    said = complaint_of(tmp_path / "stray", source="folder", root=str(root))
+    assert "train/stray.png: an image beside folders of classes" in said
+    assert "no such folder" in complaint_of(tmp_path / "r", source="folder", root="/nowhere")
+    (tmp_path / "none").mkdir()
+    assert "no image files" in complaint_of(tmp_path / "r", source="folder", root=str(tmp_path / "none"))
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for i in range(30):
+        put(tmp_path / "mine" / f"{i}.png", i)
+    assert len(folder_of(tmp_path / "r", "~/mine")["train"][0]) > 20
+
+
+def test_chosen_classes(tmp_path):
+    for split in ("train", "val"):
+        for k in (3, 1, 2):
+            for i in range(4):
+                (tmp_path / "tree" / split / f"00{k}").mkdir(parents=True, exist_ok=True)
+                colour = Image.new("RGB", (16, 16), (k * 50, i, 0))
+                colour.save(tmp_path / "tree" / split / f"00{k}" / f"{i}.png")
+    images, classes, info = folder_of(tmp_path / "r", tmp_path / "tree", size=16, classes=["003", "001"])["train"]
+    assert len(images) == 8 and info["class_names"] == ["003", "001"]
+    assert set(images[classes == 0, 0, 0, 0]) == {150} and set(images[classes == 1, 0, 0, 0]) == {50}
+    words = dict(source="folder", root=str(tmp_path / "tree"))
+    assert "known: 001, 002, 003" in complaint_of(tmp_path / "other", classes=["2"], **words)
+    with pytest.raises(UserError, match="quote it"):
+        cr.fill("data", Data, yaml.safe_load("classes: [yes, cat]"))
+
+
+def test_very_small_sets_are_refused(tmp_path):
+    for i in range(3):
+        put(tmp_path / "images" / f"{i}.png", i)
+    words = dict(source="folder", root=str(tmp_path / "images"))
+    assert "data.test_fraction" in complaint_of(tmp_path / "r", **words)
+    assert len(prepare(tmp_path / "r", test_fraction=0.5, **words)["test"][0]) > 0
+
+
+def spoiled(folder, n=200):
+    """Image files of many modes and formats, with flipped bytes, cut short, or with broken EXIF."""
+    g, folder = np.random.default_rng(0), folder / "spoiled"
+    folder.mkdir()
+    kinds = [("png", "RGB"), ("png", "RGBA"), ("png", "LA"), ("png", "P"), ("png", "1"), ("png", "I;16"),
+             ("jpg", "RGB"), ("jpg", "L"), ("jpg", "CMYK"), ("webp", "RGBA"), ("gif", "P"), ("tiff", "F"),
+             ("tiff", "RGB"), ("bmp", "RGB")]
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"
+    for i in range(n):
+        ending, mode = kinds[i % len(kinds)]
+        image = Image.fromarray(picture(i, (20, 24)).astype(np.uint16) if mode == "I;16" else picture(i, (20, 24, 3)))
+        image = image if mode == "I;16" else image.convert("L").convert(mode) if mode in "LAF" else image.convert(mode)
+        file = io.BytesIO()
+        more = dict(exif=exif) if ending in ("jpg", "webp") or ending == "png" and i % 2 else {}
+        image.save(file, {"jpg": "jpeg"}.get(ending, ending), **more)
+        blob = bytearray(file.getvalue())
+        at = blob.find(b"a camera") if i % 3 == 0 and more else -1
+        if at >= 0:                                       # the directory of the EXIF, in front of its text
+            for j in g.integers(max(0, at - 40), at, 4):
+                blob[j] = g.integers(256)
+        elif i % 3 == 1:
+            del blob[g.integers(len(blob)):]
+        elif i % 7:
+            for j in g.integers(0, len(blob), 1 + i % 4):
+                blob[j] = g.integers(256)
+        (folder / f"{i:03d}.{ending}").write_bytes(blob)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spoiled_images_are_skipped_or_named(tmp_path):
+    folder = spoiled(tmp_path)
+    out = folder_of(tmp_path / "r", folder, skip_bad=True)
+    skipped = out["train"][2]["skipped"] + out["test"][2]["skipped"]
+    assert len(skipped) > 50 and sum(len(out[s][0]) for s in out) + len(skipped) == 200
+    assert all(str(folder) in line for line in skipped)
+    assert all(out[s][2]["count"] == len(np.load(tmp_path / f"r/data/{s}/classes.npy")) for s in out)
+    said = complaint_of(tmp_path / "stop", source="folder", root=str(folder))
+    assert said.startswith(f"unreadable image {folder}") and "data.skip_bad=true" in said
+    for path in set(folder.iterdir()) - {folder / os.path.basename(line.split(":")[0]) for line in skipped}:
+        path.unlink()
+    said = complaint_of(tmp_path / "none", source="folder", root=str(folder), skip_bad=True)
+    assert "none of the train images can be read" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays and torchvision
+
+def test_arrays_of_every_layout(tmp_path):
     x, y = picture(0, (300, 32, 32, 3)), np.arange(300) % 7
-    boxes = np.tile(np.array([[1, 2, 3, 4.5]], np.float32), (300, 1))
-    np.savez_compressed(tmp_path / "a.npz", images=x, classes=y, boxes=boxes)
-    out = prepare(tiny, tmp_path / "a", "data.source=arrays", f"data.root={tmp_path / 'a.npz'}")
-    rows = {s: out[s][0] for s in out}
-    assert len(rows["train"]) + len(rows["test"]) == 300
+    boxes = np.tile(np.array([[1, 2, 3, 4.5]]), (300, 1))
+    np.savez_compressed(tmp_path / "a.npz", images=x, classes=y.astype(np.uint8), boxes=boxes)
+    out = prepare(tmp_path / "a", source="arrays", root=str(tmp_path / "a.npz"))
+    assert len(out["train"][0]) + len(out["test"][0]) == 300
     where = {v.tobytes(): i for i, v in enumerate(x.transpose(0, 3, 1, 2).copy())}
-    for s in out:                                         # images and classes stay together, in order
-        index = [where[v.tobytes()] for v in rows[s]]
-        assert index == sorted(index) and out[s][1].tolist() == y[index].tolist()
-    assert np.load(tmp_path / "a/data/train/boxes.npy").shape == (len(rows["train"]), 4)
-    np.savez(tmp_path / "b.npz", images=x[..., 0], test_images=x[:50, ..., 0])
-    out = prepare(tiny, tmp_path / "b", "data.source=arrays", f"data.root={tmp_path / 'b.npz'}")
-    assert np.array_equal(out["train"][0], np.repeat(x[..., 0][:, None], 3, 1)) and len(out["test"][0]) == 50
+    for images, classes, _ in out.values():               # images and classes stay together, in order
+        index = [where[v.tobytes()] for v in images]
+        assert index == sorted(index) and classes.tolist() == y[index].tolist()
+    assert np.load(tmp_path / "a/data/train/boxes.npy").shape == (len(out["train"][0]), 4)
+    np.savez(tmp_path / "b.npz", images=x[..., 0], test_images=x[:50, ..., 0], test_classes=y[:50])
+    out = prepare(tmp_path / "b", source="arrays", root=str(tmp_path / "b.npz"))
+    assert np.array_equal(out["train"][0], np.repeat(x[..., 0][:, None], 3, 1)) and (out["train"][1] == -1).all()
+    assert len(out["test"][0]) == 50 and out["test"][1].tolist() == y[:50].tolist()
     np.save(tmp_path / "c.npy", x.transpose(0, 3, 1, 2).copy())
-    assert len(prepare(tiny, tmp_path / "c", "data.source=arrays", f"data.root={tmp_path / 'c.npy'}")["train"][0]) > 200
+    assert len(prepare(tmp_path / "c", source="arrays", root=str(tmp_path / "c.npy"))["train"][0]) > 200
 
 
-def test_torchvision_set_from_files_at_hand(tiny, tmp_path):
+IMAGES = np.zeros((40, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("arrays, said", [
+    (dict(pictures=IMAGES), "no array 'images'"), (dict(images=IMAGES / 255), "images are float64"),
+    (dict(images=np.zeros((40, 16, 16, 3), np.uint8)), "(40, 16, 16, 3)"),
+    (dict(images=np.zeros((40, 32, 32, 4), np.uint8)), "(40, 32, 32, 4)"),
+    (dict(images=IMAGES, classes=np.zeros(39, np.int64)), "one row for each image"),
+    (dict(images=IMAGES, classes=np.zeros((40, 5), np.int64)), "classes are int64 of shape (40, 5)"),
+    (dict(images=IMAGES, classes=np.zeros(40)), "classes are float64"),
+    (dict(images=IMAGES, classes=np.full(40, 2 ** 40)), "1099511627776"),
+    (dict(images=IMAGES, classes=np.full(40, -5)), "-5"),
+    (dict(images=IMAGES, boxes=np.zeros((40, 5))), "boxes are float64 of shape (40, 5)"),
+    (dict(images=IMAGES, masks=np.zeros((40, 8, 8), np.uint8)), "masks are uint8"),
+    (dict(images=IMAGES, test_images=IMAGES[:, :8]), "(40, 8, 32, 3)"),
+    (dict(images=np.array([None] * 40)), "plain numbers"), (dict(images=IMAGES[:0]), "none is a train image")])
+def test_arrays_that_cannot_be_used(tmp_path, arrays, said):
+    np.savez(tmp_path / "x.npz", **arrays)
+    line = complaint_of(tmp_path / "r", source="arrays", root=str(tmp_path / "x.npz"))
+    assert said in line and "x.npz" in line or "data.source" in line
+
+
+def test_array_files_that_are_damaged(tmp_path):
+    words = dict(source="arrays", root=str(tmp_path / "x.npz"))
+    assert "no such" in complaint_of(tmp_path / "r", **words)
+    np.savez_compressed(tmp_path / "x.npz", images=picture(0, (40, 32, 32, 3)))
+    good = (tmp_path / "x.npz").read_bytes()
+    for at in (500, len(good) // 2):
+        (tmp_path / "x.npz").write_bytes(good[:at] + b"damaged" + good[at + 7:])
+        assert "x.npz: damaged" in complaint_of(tmp_path / "r", **words)
+    for blob in (b"", b"PK not really", good[:len(good) // 2]):
+        (tmp_path / "x.npz").write_bytes(blob)
+        assert "x.npz: damaged" in complaint_of(tmp_path / "r", **words)
+    np.save(tmp_path / "y.npy", IMAGES)
+    os.truncate(tmp_path / "y.npy", 50_000)
+    assert "cut short" in complaint_of(tmp_path / "r", source="arrays", root=str(tmp_path / "y.npy"))
+
+
+def test_torchvision_set_from_files_at_hand(tmp_path):
     """MNIST's own file format, written here: torchvision reads it without a download."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, n in (("train", 64), ("t10k", 32)):
         x, y = picture(n, (n, 28, 28)), (np.arange(n) % 10).astype(np.uint8)
-        for kind, blob in (("images-idx3", struct.pack(">4i", 2051, n, 28, 28) + x.tobytes()), ("labels-idx1", struct.pack(">2i", 2049, n) + y.tobytes())):
+        for kind, blob in (("images-idx3", struct.pack(">4i", 2051, n, 28, 28) + x.tobytes()),
+                           ("labels-idx1", struct.pack(">2i", 2049, n) + y.tobytes())):
             (raw / f"{part}-{kind}-ubyte").write_bytes(blob)
             (raw / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(blob))
-    out = prepare(tiny, tmp_path / "r", "data.source=MNIST", f"data.root={tmp_path}", "data.size=28", "model.stem=2", "model.attention=[7]")
-    assert out["train"][0].shape == (64, 3, 28, 28) and out["train"][1].tolist() == [i % 10 for i in range(64)]
-    assert np.array_equal(out["train"][0][:, 0], picture(64, (64, 28, 28))) and out["train"][2]["class_names"][3].startswith("3")
+    images, classes, info = prepare(tmp_path / "r", source="MNIST", root=str(tmp_path), size=28)["train"]
+    assert images.shape == (64, 3, 28, 28) and classes.tolist() == [i % 10 for i in range(64)]
+    assert np.array_equal(images[:, 0], picture(64, (64, 28, 28))) and info["class_names"][3].startswith("3")
+    five = ["5 - five"]
+    out = prepare(tmp_path / "five", source="MNIST", root=str(tmp_path), size=28, classes=five)
+    assert len(out["train"][0]) == 6 and not out["train"][1].any() and out["train"][2]["class_names"] == five
+    assert "data.download=true" in complaint_of(tmp_path / "none", source="CIFAR10", root=str(tmp_path))
+    assert "did you mean CIFAR10" in complaint_of(tmp_path / "none", source="CIFAR11")
 
 
-def test_nothing_is_prepared_twice(tiny, tmp_path):
-    a = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=32").stdout
-    b = stage("train_diffusion", tiny, f"run={tmp_path / 'r'}", "images=64").stdout
-    assert "prepared 512 train images" in a and "prepared 512" not in b
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+def test_nothing_is_prepared_twice_or_from_something_else(tmp_path, capsys):
+    """A moved folder and one that is gone are fine; other images under data.root are not."""
+    for i in range(30):
+        put(tmp_path / "A" / f"{i}.png", i)
+    first = folder_of(tmp_path / "r", tmp_path / "A")
+    shutil.move(tmp_path / "A", tmp_path / "B")
+    for root in ("A", "B"):
+        assert folder_of(tmp_path / "r", tmp_path / root)["train"][2] == first["train"][2]
+    assert capsys.readouterr().out.count("prepared 27") == 1
+    put(tmp_path / "B" / "new.png", 99)
+    with pytest.raises(UserError, match=r"B \(31 files\) is not what .*r/data was made from .*A, 30 files.*run=DIR"):
+        folder_of(tmp_path / "r", tmp_path / "B")
+    np.save(tmp_path / "x.npy", np.repeat(IMAGES, 2, 0))
+    prepare(tmp_path / "arrays", source="arrays", root=str(tmp_path / "x.npy"))
+    np.save(tmp_path / "x.npy", np.repeat(IMAGES, 2, 0) + np.uint8(1))
+    with pytest.raises(UserError, match="x.npy .* is not what"):
+        prepare(tmp_path / "arrays", source="arrays", root=str(tmp_path / "x.npy"))
+
+
+def test_both_parts_are_there_or_none(tmp_path, monkeypatch):
+    """A kill between the two leaves nothing that a later command could take for data; what others left is kept."""
+    write, calls = cd.write_part, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    monkeypatch.setattr(cd, "write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "r", train=50, test=20)
+    assert not (tmp_path / "r/data").exists()
+    assert len(prepare(tmp_path / "r", train=50, test=20)["test"][0]) == 20
+    put(tmp_path / "s/data/mine.png")
+    with pytest.raises(UserError, match="not ours to replace"):
+        prepare(tmp_path / "s", train=50, test=20)
+    assert (tmp_path / "s/data/mine.png").exists()
+
+
+def test_arrays_that_do_not_fit_each_other(tmp_path):
+    run = run_of(tmp_path, train=50, test=20)
+    with pytest.raises(UserError, match="info.json: not there; run train_diffusion.py first"):
+        load_data(run, "train")
+    prepare_data(run)
+    path = tmp_path / "data/train/images.npy"
+    for bad in (np.zeros((5, 3, 32, 32), np.uint8), np.zeros((50, 3, 16, 16), np.uint8)):
+        np.save(path, bad)
+        with pytest.raises(UserError, match="images.npy.* for 50 images of size 32"):
+            load_data(run, "train")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="images.npy: damaged"):
+        load_data(run, "train")
+    (tmp_path / "data/train/info.json").write_text(json.dumps(dict(count=50)))
+    with pytest.raises(UserError, match="info.json: damaged"):
+        load_data(run, "train")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_configuration_is_valid(file):
     """All sections, as each stage reads them; networks are built without memory."""
-    sections = yaml.safe_load(file.read_text())
-    kinds = dict(data=cr.Data, model=cr.Model, published=cr.Published, train_diffusion=td.TrainDiffusion, extract_features=ExtractFeatures, self_label=SelfLabel,
-                 train_guided=TrainGuided, sample_ode=SampleOde, probe=Probe)
-    filled = {name: cr.fill(name, kinds[name], values) for name, values in sections.items()}
+    kinds = dict(data=Data, model=Model, train_diffusion=td.TrainDiffusion, extract_features=ExtractFeatures,
+                 self_label=SelfLabel, train_guided=TrainGuided, sample_ode=SampleOde, probe=Probe)
+    filled = {name: cr.fill(name, kinds[name], values) for name, values in cr.read_yaml(file).items()}
     assert {"data", "sample_ode"} <= set(filled)
-    for stage_ in ("train_diffusion", "train_guided"):
-        if stage_ in filled:
-            run = types.SimpleNamespace(world=1)
-            td.check_training(run, dataclasses.replace(filled[stage_], precision="fp32"))
     if "model" in filled:
-        latent = bool(filled["data"].latents)
+        size, latent = filled["data"].size, bool(filled["data"].latents)
         with torch.device("meta"):
-            td.build_model(filled["model"], filled["data"].size // 8 if latent else filled["data"].size, 4 if latent else 3)
-
-
-@pytest.mark.parametrize("name, section, micro", [("imagenet256-adm", "train_guided", 0), ("imagenet256-100-24gb", "train_diffusion", 0), ("imagenet256-100-24gb", "train_guided", 0),
-                                                  ("lsun-churches256", "train_diffusion", 32), ("imagenet256-100", "train_guided", 32), ("imagenet256", "train_diffusion", 32)])
-def test_configurations_for_24_gb(name, section, micro):
-    """The memory that --dry-run computes, with a few GB to spare for what it does not count."""
-    sections = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-    cfg = cr.fill(section, {"train_guided": TrainGuided, "train_diffusion": td.TrainDiffusion}[section], sections[section])
-    latent = "latents" in sections["data"]
-    channels, size = (4, sections["data"]["size"] // 8) if latent else (3, sections["data"]["size"])
-    with torch.device("meta"):
-        net = td.build_model(cr.fill("model", cr.Model, sections["model"]), size, channels)
-    parameters, kept = sum(p.numel() for p in net.parameters()), td.footprint(net, channels, size)[1 + cfg.recompute]
-    assert 22 * parameters + (micro or cfg.micro or cfg.batch) * kept * (0.5 if latent or cfg.compile else 5 / 6) < 20e9
+            td.build_model(filled["model"], size // 8 if latent else size, 4 if latent else 3)

@@ -1,17 +1,22 @@
 """Distances between sets of features against scipy, closed forms and plain loops."""
 import json
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import stage
 
 import sample_ode
 from sample_ode import Judge, features_of, frechet, kernel_distance, manifold, nearest
-from configs.data import torchvision_datasets
-from configs.run import UserError
+from configs.data import Split, torchvision_datasets
+from configs.run import Data, Processes, UserError
+from configs.shapes import draw_shapes
+
+
+class Here(Processes):
+    device = torch.device("cpu")
 
 
 def points(n, d, seed=0, spread=1.0, shift=0.0):
@@ -31,7 +36,10 @@ def with_moments(n, mean, covariance, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Frechet distance
 
-@pytest.mark.parametrize("n, d", [(500, 1), (500, 16), (300, 64), (40, 64)])     # the last one: fewer points than dimensions
+
+@pytest.mark.parametrize(
+    "n, d", [(500, 1), (500, 16), (300, 64), (40, 64)]
+)  # the last one: fewer points than dimensions
 def test_frechet_against_the_matrix_root_of_scipy(n, d):
     a, b = points(n, d), points(n + 50, d, 1, 1.5, 0.3)
     x, y = a.double().numpy(), b.double().numpy()
@@ -45,13 +53,19 @@ def test_frechet_of_gaussians_with_commuting_covariances():
     q, _ = torch.linalg.qr(points(8, 8, 5).double())
     s1, s2 = torch.linspace(0.1, 2, 8).double(), torch.linspace(1.5, 0.5, 8).double()
     m1, m2 = torch.zeros(8).double(), torch.linspace(-1, 1, 8).double()
-    a, b = (with_moments(200 + 40 * i, m, q @ torch.diag(s ** 2) @ q.T, i) for i, (m, s) in enumerate([(m1, s1), (m2, s2)]))
+    a, b = (
+        with_moments(200 + 40 * i, m, q @ torch.diag(s**2) @ q.T, i) for i, (m, s) in enumerate([(m1, s1), (m2, s2)])
+    )
     assert frechet(a, b) == pytest.approx(float(((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()), rel=1e-9)
 
 
 def test_frechet_is_a_squared_distance():
     a, b = points(300, 12), points(400, 12, 1, 2.0)
-    assert frechet(a, a) == pytest.approx(0, abs=1e-9) and frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9) and frechet(a, b) > 0
+    assert (
+        frechet(a, a) == pytest.approx(0, abs=1e-9)
+        and frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9)
+        and frechet(a, b) > 0
+    )
     assert frechet(a, a + 0.5) == pytest.approx(12 * 0.25, rel=1e-5)             # a shift costs its square
     assert frechet(3 * a, 3 * b) == pytest.approx(9 * frechet(a, b), rel=1e-4)
 
@@ -63,14 +77,16 @@ def test_kernel_distance_against_a_plain_loop():
     a, b = points(30, 5), points(23, 5, 1, 1.3, 0.2)
     x, y = a.double().numpy(), b.double().numpy()
     k = lambda u, v: (u @ v / 5 + 1) ** 3
-    pairs = lambda s: sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (len(s) * (len(s) - 1))
+    pairs = lambda s: sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (
+        len(s) * (len(s) - 1)
+    )
     expected = pairs(x) + pairs(y) - 2 * np.mean([[k(u, v) for v in y] for u in x])
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert kernel_distance(a, b, limit=10) == pytest.approx(kernel_distance(a[:10], b[:10]), rel=1e-12)
 
 
 def test_kernel_distance_against_torchmetrics():
-    torchvision_datasets()                                # torchmetrics imports torchvision: make sure that this works beside a CPU-only torch
+    torchvision_datasets()  # torchmetrics imports torchvision: make sure that this works beside a CPU-only torch
     from torchmetrics.image.kid import poly_mmd
     a, b = points(200, 16), points(200, 16, 1, 1.3, 0.2)
     assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a.double(), b.double())), rel=1e-9)
@@ -79,7 +95,9 @@ def test_kernel_distance_against_torchmetrics():
 def test_kernel_distance_is_unbiased():
     """Two sets of one distribution: zero on average, so sometimes negative."""
     g = torch.Generator().manual_seed(0)
-    values = np.array([kernel_distance(torch.randn(40, 3, generator=g), torch.randn(40, 3, generator=g)) for _ in range(400)])
+    values = np.array(
+        [kernel_distance(torch.randn(40, 3, generator=g), torch.randn(40, 3, generator=g)) for _ in range(400)]
+    )
     assert abs(values.mean()) < 4 * values.std() / 20 and (values < 0).any() and (values > 0).any()
 
 
@@ -114,7 +132,10 @@ def test_manifold_of_a_set_with_itself():
 
 def test_manifold_tells_narrow_from_wide():
     real = points(600, 4)
-    narrow, wide, elsewhere = (manifold(points(600, 4, 0)[torch.randperm(600, generator=torch.Generator().manual_seed(1))] * s + m, real, 5) for s, m in ((0.3, 0), (3.0, 0), (1, 50)))
+    narrow, wide, elsewhere = (
+        manifold(points(600, 4, 0)[torch.randperm(600, generator=torch.Generator().manual_seed(1))] * s + m, real, 5)
+        for s, m in ((0.3, 0), (3.0, 0), (1, 50))
+    )
     assert narrow["precision"] > 0.95 and narrow["recall"] < 0.6 and wide["precision"] < 0.6 and wide["recall"] > 0.9
     assert elsewhere == dict(precision=0, recall=0, density=0, coverage=0)
     assert manifold(real[:3], real, 5)["precision"] == 1  # fewer points than neighbours
@@ -136,25 +157,35 @@ def test_nearest(offset):
 # Evaluators
 
 def test_features_of_streams_images_in_order():
-    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    run = Here()
     images = np.random.default_rng(0).integers(0, 256, (230, 3, 8, 8), dtype=np.uint8)
     net = Judge(4).eval()
     rows = np.arange(20, 230)
-    assert torch.allclose(torch.cat(list(features_of(run, net, images, rows, "test"))), net(torch.from_numpy(images[20:])), atol=1e-5)
+    assert torch.allclose(
+        torch.cat(list(features_of(run, net, images, rows, "test"))), net(torch.from_numpy(images[20:])), atol=1e-5
+    )
     with pytest.raises(UserError, match="non-finite"):
         list(features_of(run, lambda x: x.float().flatten(1) / 0, images, rows, "test"))
 
 
 def test_features_that_do_not_fit_memory(tmp_path, monkeypatch):
     """Moments and nearest rows of a memory-mapped file, chunk by chunk, are those of the whole."""
-    x = (100 + torch.randn(1050, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
+    x = 100 + torch.randn(1050, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+        6, 6, generator=torch.Generator().manual_seed(1)
+    )
     np.save(tmp_path / "x.npy", x.numpy())
     there, a = np.load(tmp_path / "x.npy", mmap_mode="r"), x[:300] + 0.5
     assert len(list(sample_ode.chunks_of(there, size=100))) == 11
     monkeypatch.setattr(sample_ode.chunks_of, "__defaults__", ("cpu", 100))
     mean, covariance = sample_ode.moments(there)
-    assert np.allclose(mean, x.double().mean(0), rtol=1e-12) and np.allclose(covariance, np.cov(x.double().numpy().T), rtol=1e-9)
-    assert frechet(a, there) == pytest.approx(frechet(a, x), rel=1e-9) == pytest.approx(frechet(sample_ode.moments(a), (mean, covariance)), rel=1e-12)
+    assert np.allclose(mean, x.double().mean(0), rtol=1e-12) and np.allclose(
+        covariance, np.cov(x.double().numpy().T), rtol=1e-9
+    )
+    assert (
+        frechet(a, there)
+        == pytest.approx(frechet(a, x), rel=1e-9)
+        == pytest.approx(frechet(sample_ode.moments(a), (mean, covariance)), rel=1e-12)
+    )
     assert torch.allclose(nearest(a, there), torch.cdist(a.double(), x.double()).amin(1).float(), atol=1e-6)
 
 
@@ -182,10 +213,12 @@ def test_images_reach_inception_as_in_clean_fid(tmp_path, monkeypatch, size):
     from cleanfid.resize import build_resizer
     torch.jit.script(Base()).save(tmp_path / "inception-2015-12-05.pt")
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
-    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), turns=lambda: [True])
+    run = Here()
     evaluator, text, name = sample_ode.open_evaluator(run, "inception")
     images = np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8)
-    resized = torch.from_numpy(np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2))
+    resized = torch.from_numpy(
+        np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2)
+    )
     assert (sample_ode.inception_resize(torch.from_numpy(images)) - resized).abs().max() < 0.011
     got = torch.cat(list(features_of(run, evaluator, images, np.arange(6), "features")))
     assert name == "fid" and "clean" in text and torch.allclose(got, Layers()((resized - 128) / 128), atol=1e-4)
@@ -200,17 +233,89 @@ def test_inception_without_weights_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr(cleanfid.inception_torchscript, "check_download_inception", offline)
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"could not be downloaded \(no route\); put inception-2015-12-05.pt there"):
-        sample_ode.open_evaluator(SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), turns=lambda: [True]), "inception")
+        sample_ode.open_evaluator(Here(), "inception")
 
 
-def test_pixel_components_are_those_of_an_svd_and_need_no_classes(small_run, tiny):
+def test_pixel_components_are_those_of_an_svd(small_run):
     images = np.load(small_run / "data/train/images.npy")
     features = sample_ode.pixel_components(images)(torch.from_numpy(images))
-    x = torch.from_numpy(images).double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1) / 127.5 - 1
+    x = (
+        torch.from_numpy(images).double().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1) / 127.5
+        - 1
+    )
     x = x - x.mean(0)
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     best = u[:, :64] * s[:64] @ (u[:, :64] * s[:64]).T   # all products of the best 64 numbers an image
     assert features.shape == (160, 64) and torch.allclose(features.double() @ features.double().T, best, atol=1e-3)
-    stage("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "n=24", "name=by-pixels", "evaluator=pixels", "steps=1", "guidance=1")
-    scores = json.loads((small_run / "samples/by-pixels/metrics.json").read_text())["scores"]
-    assert scores["evaluator"].startswith("pixels") and scores["frechet"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies, limits, refusals, caches
+
+def test_copies_are_found_when_they_are_shifted():
+    rng = np.random.default_rng(0)
+    train = rng.integers(0, 256, (60, 3, 6, 6), dtype=np.uint8).repeat(4, 2).repeat(4, 3)        # [60, 3, 24, 24]
+    new = rng.integers(0, 256, (3, 3, 6, 6), dtype=np.uint8).repeat(4, 2).repeat(4, 3)
+    copies = np.stack([np.roll(train[5], (2, -1), (1, 2)), train[7], np.roll(train[9], -2, 2)])
+    small = sample_ode.thumbnail(torch.from_numpy(train)).numpy()
+    d = sample_ode.shifted_distance(np.concatenate([copies, new]), train, small)
+    assert (d[:3] == 0).all() and (d[3:] > 500).all()
+
+
+def sampled(monkeypatch, tiny, run, *words):
+    """The metrics of a stage that runs in this process."""
+    words = [f"run={run}", "data.train=160", "data.test=40", "n=24", "steps=1", "name=x", "overwrite=true", *words]
+    monkeypatch.setattr(sys, "argv", ["sample_ode.py", str(tiny), *words])
+    sample_ode.main()
+    return json.loads((run / "samples/x/metrics.json").read_text())
+
+
+def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, capsys):
+    """An unconditional model ignores several w; fewer images than features are pointed out; nothing is left behind."""
+    m = sampled(monkeypatch, tiny, small_run, "guidance=1,2")
+    scores = m["scores"]
+    assert scores["evaluator"].startswith("pixels") and "selection" not in m and m["w"] == 1
+    assert 0 < scores["distance_floor"] < scores["frechet"] and 0 < scores["coverage_ceiling"] <= 1
+    assert 0 <= scores["copies_pixels"] <= 1 and "as many other real images" in capsys.readouterr().out
+    assert {f.name for f in (small_run / "samples/x").iterdir()} == {"images.npy", "grid.png", "metrics.json"}
+    m = sampled(monkeypatch, tiny, small_run, "autoguide=diffusion/base", "guidance=1,1", "select=10")
+    assert m["selection"]["fewer_than_features"] and "fewer samples" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run, monkeypatch):
+    words = [tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no"]
+    assert "evaluate=false guidance=W" in refuse("sample_ode", *words, "evaluator=judge")        # of 160 images
+    assert "guidance=2" in refuse("sample_ode", *words, "sweep=nfe", "evaluate=false")
+    load = sample_ode.load_data
+    one = lambda run, split: replace(load(run, split), images=load(run, split).images[:1])
+    monkeypatch.setattr(sample_ode, "load_data", one)
+    assert "1 train images are too few" in refuse("sample_ode", *words)
+    assert not (small_run / "samples/no").exists()
+
+
+def test_damaged_caches_are_one_line(refuse, tiny, small_run, monkeypatch):
+    sampled(monkeypatch, tiny, small_run, "n=2")
+    for file in (small_run / "samples/.reference").glob("*.npy"):
+        good = file.read_bytes()
+        for bad in (b"", good[:200], good[:-9]):
+            file.write_bytes(bad)
+            said = refuse("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no")
+            assert file.name in said and "delete it" in said
+        file.write_bytes(good)
+
+
+def test_the_judge_is_trained_once(tmp_path, monkeypatch):
+    """Whoever saves it first, all use the same; a damaged file is named."""
+    images, classes, *_ = draw_shapes(0, np.arange(300))
+    data = Split(images, classes, None, None, dict(fingerprint="abc"))
+    monkeypatch.setattr(sample_ode, "load_data", lambda run, split: data)
+    run = Here()
+    run.dir, run.data = tmp_path, Data()
+    with pytest.raises(UserError, match="too few to train it"):
+        sample_ode.open_judge(run)
+    monkeypatch.setattr(sample_ode, "JUDGE_UPDATES", 2)
+    (a, text), (b, again) = sample_ode.open_judge(run), sample_ode.open_judge(run)
+    assert text == again and "test accuracy" in text and all(map(torch.equal, a.parameters(), b.parameters()))
+    (tmp_path / "samples/.judge.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="judge.pt: damaged"):
+        sample_ode.open_judge(run)

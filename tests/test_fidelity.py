@@ -17,8 +17,8 @@ from sample_ode import Evaluation, frechet, head_and_tail, layout_fidelity, warm
 from configs.data import long_tail
 from configs.run import UserError, fill, seed_of
 from configs.shapes import draw_shapes
-from train_diffusion import build_model
-from train_guided import conditioned, draw_boxes, label_sets, set_condition
+from train_diffusion import Condition, build_model
+from train_guided import draw_boxes, label_sets
 
 TAIL = "data.imbalance=8"
 
@@ -51,8 +51,8 @@ def test_sets_add_embeddings_and_drop_to_null(tiny):
     labels = dict(train=np.array([2, 0, 1]), ids_train=np.array([[2, 0, -1], [0, -1, -1], [1, 1, 2]]))
     sets = label_sets(labels, 4, "x")
     assert sets.tolist() == [[True, False, True, False], [True, False, False, False], [False, True, True, False]]
-    u = torch.tensor([[0, 0, 0.5], [0, 0, 0.05], [0, 0, 0.9]])
-    vector = set_condition(sets, 0.1, "cpu")(torch.arange(3), u)["vector"]
+    condition = Condition("vector", torch.from_numpy(np.pad(sets, ((0, 1), (0, 0)))))
+    vector = condition(torch.arange(3), torch.tensor([False, True, False]))["vector"]
     assert torch.equal(vector, torch.tensor([[1., 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]]))
     model = fill("model", train_diffusion.Model, dict(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4))
     net = build_model(model, 32, seed=0, vector_dim=4).eval()
@@ -61,11 +61,10 @@ def test_sets_add_embeddings_and_drop_to_null(tiny):
             torch.nn.init.normal_(p, std=0.1)             # networks start with zeros at the end of every branch, which would hide all
     weight = net.vector_emb.weight                        # [width, 4]
     assert torch.allclose(net.vector_emb(vector)[0], weight[:, 0] + weight[:, 2]) and not net.vector_emb(vector)[1].any()
-    by_id = conditioned(net, dict(condition="set", num_labels=3, size=32, sets=torch.from_numpy(np.pad(sets, ((0, 1), (0, 0))))))
     x, t = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([300., 700.])
     with torch.no_grad():
-        assert torch.equal(by_id(x, t, label=torch.tensor([3, 3])), net(x, t))   # the null id is no condition, exactly
-        assert not torch.equal(by_id(x, t, label=torch.tensor([0, 2])), net(x, t))
+        assert torch.equal(net(x, t, **condition(torch.tensor([3, 3]))), net(x, t))              # null: exactly nothing
+        assert not torch.equal(net(x, t, **condition(torch.tensor([0, 2]))), net(x, t))
 
 
 def test_sets_need_several_labels():
@@ -154,7 +153,8 @@ def test_sets_train_and_sample(call):
     call(train_guided, "labels=lost", "condition=set", "name=sets", "images=64")
     call(sample_ode, "checkpoint=guided/sets", "name=sets", "guidance=2", "n=12", "evaluate=false")
     state = torch.load(call.dir / "guided/sets/checkpoint.pt", weights_only=True)
-    assert state["conditions"] == dict(vector_dim=6) and not state["sets"][-1].any() and state["sets"][:-1].any(1).all()
+    sets = state["told"]["table"]
+    assert state["conditions"] == dict(vector_dim=6) and not sets[-1].any() and sets[:-1].any(1).all()
 
 
 def test_bad_input(call, tiny, refuse):

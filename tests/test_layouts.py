@@ -1,25 +1,36 @@
-"""Boxes and masks as conditions: rasterised, mirrored and dropped with their image, sampled from the bank, from test images, and by hand."""
+"""Conditions of images: labels and layouts dropped and mirrored with them, banks; layouts sampled and drawn by hand."""
 import numpy as np
 import pytest
 import torch
-from conftest import complaint, stage
+from conftest import stage
 from PIL import Image
 
 import sample_ode
-from train_guided import TrainGuided, bank_of, draw_boxes, layout_condition
+from train_diffusion import Batch, Condition, GivenLabels, layout_of
+from train_guided import draw_boxes
 
 
 def test_boxes_become_pixels():
-    maps = draw_boxes(np.array([[[1, 2, 3, 4], [-1, -1, -1, -1]], [[0, 0, 4, 1], [3, 3, 4, 4]], [[-1, -1, -1, -1]] * 2]), 4)
+    none = [-1, -1, -1, -1]
+    maps = draw_boxes(np.array([[[1, 2, 3, 4], none], [[0, 0, 4, 1], [3, 3, 4, 4]], [none, none]]), 4)
     assert maps.dtype == np.uint8 and np.array_equal(maps[0] == 0, np.pad(np.ones((2, 2), bool), ((2, 0), (1, 1))))
-    assert (maps[1] == 0).sum() == 5 and maps[1][3, 3] == 0 and (maps[2] == 1).all()                             # no box: nothing there
+    assert (maps[1] == 0).sum() == 5 and maps[1][3, 3] == 0 and (maps[2] == 1).all()
+
+
+def map_condition(maps, kinds, labels=None, size=8):
+    """The condition of maps [N, h, w], with null as the last row."""
+    table = torch.from_numpy(np.concatenate([maps, np.full_like(maps[:1], kinds)]))
+    return Condition("map", table, kinds, size, None if labels is None else torch.from_numpy(labels))
 
 
 def test_layouts_flip_and_drop_with_their_image():
     g = np.random.default_rng(0)
-    maps, labels = g.integers(0, 4, (50, 8, 8)).astype(np.uint8), g.integers(0, 5, 50)                           # 3 = nothing there
+    maps = g.integers(0, 4, (50, 8, 8)).astype(np.uint8)  # 3 = nothing there
+    labels = np.append(g.integers(0, 5, 50), 5)
+    condition = map_condition(maps, 3, labels)
     u = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    out = layout_condition(labels, maps, 5, 3, TrainGuided(drop=0.3), torch.device("cpu"))(torch.arange(50), u)
+    batch = Batch(torch.arange(50), None, None, None, u, u[:, 1] < 0.5, 0)
+    out = GivenLabels(condition, None, 0.3).step(None, None, None, batch)[1]
     assert out["layout"].shape == (50, 3, 8, 8)
     for i in range(50):
         expected = np.stack([maps[i] == k for k in range(3)])
@@ -27,14 +38,38 @@ def test_layouts_flip_and_drop_with_their_image():
         dropped = u[i, 2] < 0.3
         assert int(out["label"][i]) == (5 if dropped else labels[i])
         assert np.array_equal(out["layout"][i].numpy(), 0 * expected if dropped else expected)
-    still = layout_condition(labels, maps, 5, 3, TrainGuided(drop=0.0, flip=False), torch.device("cpu"))(torch.arange(50), u)
+    still = condition(torch.arange(50))
     assert np.array_equal(still["layout"].argmax(1)[maps < 3], maps[maps < 3])
 
 
-def test_bank_ends_in_null():
-    bank = bank_of(np.arange(12, dtype=np.uint8).reshape(3, 2, 2) % 4, 4, 0, np.array([5, 6, 7]), 9)
-    assert bank["num_labels"] == 3 and (bank["maps"][-1] == 4).all() and bank["bank_labels"][-1] == 9 and len(bank["marginal"]) == 3
-    assert len(bank_of(np.zeros((50, 2, 2), np.uint8), 1, 0, size=20)["maps"]) == 21
+def test_labels_are_dropped_image_by_image():
+    labels = torch.arange(1000) % 7
+    condition = Condition("label", torch.cat([labels, torch.tensor([7])]))
+    u = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(1000), None, None, None, u, None, 0)
+    out = GivenLabels(condition, None, 0.25).step(None, None, None, batch)[1]["label"]
+    dropped = u[:, 2] < 0.25                              # a share of the images, not whole batches
+    assert torch.equal(out == 7, dropped) and 0.2 < dropped.float().mean() < 0.3
+    assert torch.equal(out[~dropped], labels[~dropped])
+
+
+def test_layouts_are_one_hot_with_a_null():
+    out = layout_of(torch.tensor([[[0, 2], [3, 1]]]), 3, 4)
+    assert out.shape == (1, 3, 4, 4)
+    assert torch.equal(out.sum(1)[0], torch.tensor([[1., 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]))
+    assert out[0, 2, 0, 3] == 1 and out[0, 1, 3, 3] == 1
+
+
+def test_a_bank_of_some_conditions_ends_in_null():
+    maps = np.arange(12, dtype=np.uint8).reshape(3, 2, 2) % 4
+    bank = map_condition(maps, 4, np.array([5, 6, 7, 9]), 2).bank(0)
+    assert bank.null == 3 and (bank.table[-1] == 4).all() and bank.labels[-1] == 9
+    for row, label in zip(bank.table[:3], bank.labels):   # maps keep their labels
+        assert (row.numpy() == maps[int(label) - 5]).all()
+    assert len(map_condition(np.zeros((50, 2, 2), np.uint8), 1).bank(0, 20).table) == 21
+    again = Condition(**bank.state())
+    told = again(torch.tensor([1, 3]))
+    assert torch.equal(told["layout"], bank(torch.tensor([1, 3]))["layout"]) and not told["layout"][1].any()
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +86,13 @@ def run(tiny, tmp_path_factory):
 @pytest.mark.parametrize("kind, channels", [("box", 1), ("mask", 11)])
 def test_layout_models_train_and_sample(run, tiny, kind, channels):
     state = torch.load(run / f"guided/{kind}/checkpoint.pt", weights_only=True)
-    assert state["conditions"] == dict(num_labels=10, layout_channels=channels) and state["maps"].shape == (513, 32, 32)
+    assert state["conditions"] == dict(num_labels=10, layout_channels=channels) and state["num_labels"] == 10
+    assert state["told"]["table"].shape == (513, 32, 32) and state["marginal"].shape == (512,)
     words = [tiny, f"run={run}", f"checkpoint=guided/{kind}", "guidance=2", "n=12"]
     stage("sample_ode", *words, f"name={kind}")
     stage("sample_ode", *words, f"name={kind}-test", "layouts=test", "evaluate=false")
-    assert all((run / f"samples/{kind}{end}/grid.png").stat().st_size > 500 for end in ("", "-test"))
+    for end in ("", "-test"):
+        assert (run / f"samples/{kind}{end}/grid.png").stat().st_size > 500
 
 
 def test_the_unconditional_row_of_the_same_configuration(run, tiny):
@@ -65,44 +102,51 @@ def test_the_unconditional_row_of_the_same_configuration(run, tiny):
 
 
 def test_hand_drawn_layouts(run, tiny, tmp_path):
-    stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/box", "guidance=2", "n=4", "name=drawn", "boxes=[[4,4,20,28,3],[22,2,30,9]]", "evaluate=false")
+    words = [tiny, f"run={run}", "guidance=2", "n=4", "evaluate=false"]
+    boxes = "boxes=[[4,4,20,28,3],[22,2,30,9]]"
+    stage("sample_ode", *words, "checkpoint=guided/box", "name=drawn", boxes)
     assert (np.load(run / "samples/drawn/labels.npy") == 0).all()                # one layout
     mask = np.zeros((32, 32), np.uint8)
     mask[8:20, 8:20] = 2
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/mask", "guidance=2", "n=4", "name=painted", f"mask={tmp_path / 'mask.png'}", "evaluate=false")
+    stage("sample_ode", *words, "checkpoint=guided/mask", "name=painted", f"mask={tmp_path / 'mask.png'}")
 
 
 def test_a_drawn_layout_never_stands_without_a_label(run, tmp_path):
-    """In training both are dropped together: the null label beside a layout would be a condition that the network has never seen."""
+    """In training both are dropped together: a layout beside the null label is a condition that it has never seen."""
     bank = np.zeros((4, 8, 8), np.uint8)
     bank[0, :4], bank[1, :4], bank[2, 2:6], bank[3] = 1, 2, 2, 3                  # the last is null: kinds = 3
-    state = lambda condition, maps: dict(size=8, condition=condition, file="x", map_labels=3 if condition == "mask" else 1, maps=torch.from_numpy(maps.copy()),
+    state = lambda condition, maps: dict(size=8, condition=condition, file="x", maps=torch.from_numpy(maps.copy()),
+                                         map_labels=3 if condition == "mask" else 1,
                                          bank_labels=torch.tensor([4, 2, 2, 5]))
     mask = np.zeros((8, 8), np.uint8)
     mask[5:, 5:] = 2
     Image.fromarray(mask).save(tmp_path / "mask.png")
     asked = state("mask", bank)
     sample_ode.read_layouts(None, sample_ode.SampleOde(mask=str(tmp_path / "mask.png")), asked)
-    assert asked["bank_labels"].tolist() == [2, 5] and (asked["maps"][0].numpy() == mask).all() and (asked["maps"][-1] == 3).all()
+    assert asked["bank_labels"].tolist() == [2, 5] and (asked["maps"][-1] == 3).all()
+    assert (asked["maps"][0].numpy() == mask).all()
     asked = state("box", np.minimum(bank, 1))
     sample_ode.read_layouts(None, sample_ode.SampleOde(boxes=[[1, 1, 4, 6]]), asked)
-    assert asked["bank_labels"].tolist() == [2, 4, 5] and asked["marginal"].tolist() == [2 / 3, 1 / 3] and asked["num_labels"] == 2
+    assert asked["bank_labels"].tolist() == [2, 4, 5] and asked["marginal"].tolist() == [2 / 3, 1 / 3]
+    assert asked["num_labels"] == 2
     asked = state("box", np.minimum(bank, 1))
     sample_ode.read_layouts(None, sample_ode.SampleOde(boxes=[[1, 1, 4, 6, 3], [5, 5, 8, 8]]), asked)
     assert asked["bank_labels"].tolist() == [3, 5] and asked["num_labels"] == 1
 
 
-@pytest.mark.parametrize("words, part", [
-    (["checkpoint=guided/box", "boxes=[[4,4,40,28]]"], "boxes=[4"), (["checkpoint=guided/box", "boxes=[[20,4,4,28]]"], "x0 < x1"), (["checkpoint=guided/box", "boxes=[[4,4,8,8,77]]"], "label"),
-    (["checkpoint=guided/box", "boxes=[[4,4,8,8,1],[9,9,12,12,2]]"], "one label"),
-    (["checkpoint=guided/mask", "boxes=[[4,4,8,8]]"], "needs box"), (["checkpoint=guided/mask", "mask=/nowhere.png"], "cannot be read"), (["checkpoint=diffusion/base", "layouts=test"], "condition=label")],
-    ids=lambda v: v[-1] if isinstance(v, list) else "")
-def test_impossible_layouts_are_refused(run, tiny, capsys, monkeypatch, words, part):
-    assert part in complaint(capsys, monkeypatch, "sample_ode", tiny, f"run={run}", "n=2", "name=no", *words)
+@pytest.mark.parametrize("model, words, part", [
+    ("guided/box", "boxes=[[4,4,40,28]]", "boxes=[4"), ("guided/box", "boxes=[[20,4,4,28]]", "x0 < x1"),
+    ("guided/box", "boxes=[[4,4,8,8,77]]", "label"), ("guided/box", "boxes=[[4,4,8,8,1],[9,9,12,12,2]]", "one label"),
+    ("guided/mask", "boxes=[[4,4,8,8]]", "needs box"), ("guided/mask", "mask=/nowhere.png", "cannot be read"),
+    ("diffusion/base", "layouts=test", "condition=")])
+def test_impossible_layouts_are_refused(run, tiny, refuse, model, words, part):
+    assert part in refuse("sample_ode", tiny, f"run={run}", "n=2", "name=no", f"checkpoint={model}", words)
 
 
-def test_conditions_need_what_they_name(run, tiny, capsys, monkeypatch):
+def test_conditions_need_what_they_name(run, tiny, refuse):
     stage("self_label", tiny, f"run={run}", "method=random", "reference=classes")
-    assert "has no boxes" in complaint(capsys, monkeypatch, "train_guided", tiny, f"run={run}", "labels=random", "condition=box", "name=no")
-    assert "online only" in complaint(capsys, monkeypatch, "train_guided", tiny, f"run={run}", "labels=classes", "condition=prototype", "name=no")
+    words = [tiny, f"run={run}", "name=no"]
+    assert "has no boxes" in refuse("train_guided", *words, "labels=random", "condition=box")
+    assert "online only" in refuse("train_guided", *words, "labels=classes", "condition=prototype")
+    assert "come from a label file" in refuse("train_guided", *words, "labels=online", "condition=set")

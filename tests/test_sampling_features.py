@@ -11,27 +11,31 @@ from test_probe_heads import called
 
 import sample_ode
 from extract_features import tapped
-from sample_ode import Field, SampleOde, generate, integrate
-from configs.run import draw
+from sample_ode import Field, SampleOde, Sampler, generate, integrate
+from configs.run import Processes, draw
 from train_diffusion import PATHS
 
 NAMES = ["down-level0-repeat0-res-out", "up-level0-repeat0-res-out"]
 
 
-class Here:
-    rank, world, device, vae, share = 0, 1, torch.device("cpu"), None, np.arange
+class Here(Processes):
+    device, vae = torch.device("cpu"), None
 
 
 @pytest.mark.parametrize("labels, w", [(0, 1.0), (3, 1.0), (3, 2.0), (3, 0.0)])
-def test_activations_are_those_of_the_path(labels, w):
-    """The first evaluation sees the noise, the last one the state that steps before it lead to; guided: the conditional pass; batches change nothing."""
-    net, state = network("stem", num_labels=labels), dict(path="cv", predict="v", num_labels=labels, channels=3, size=16, marginal=torch.ones(3) / 3)
+def test_activations_are_those_of_the_path(labels, w, tmp_path):
+    """The first evaluation sees the noise, the last one the state that steps before it lead to; guided: the conditional
+    pass; batches change nothing."""
+    net = network("stem", num_labels=labels)
+    state = dict(path="cv", predict="v", num_labels=labels, channels=3, size=16, marginal=torch.ones(3) / 3, file="x")
     got = {}
     for batch in (7, 3):
-        cfg, seen = SampleOde(features=NAMES, features_at=[0, 3], steps=2, solver="heun", batch=batch, labels=["1"] if labels else ["marginal"]), {}
-        generate(Here, cfg, (net, None), state, 7, w=w, seen=seen)
-        got[batch] = {k: np.concatenate(v) for k, v in seen.items()}
-    assert set(got[7]) == {(n, i, t) for n in NAMES for i, t in ((0, 0.0), (3, 1.0))} and all(np.allclose(got[7][k], got[3][k], atol=1e-5) for k in got[7])
+        cfg = SampleOde(features=NAMES, features_at=[0, 3], steps=2, solver="heun", batch=batch, n=7,
+                        labels=["1"] if labels else ["marginal"])
+        about = generate(Here(), cfg, Sampler(net, state), w, tmp_path / "x.npy", record=True)["features"]
+        got[batch] = {(a["activation"], a["evaluation"], a["t"]): np.load(tmp_path / a["file"]) for a in about}
+    assert set(got[7]) == {(n, i, t) for n in NAMES for i, t in ((0, 0.0), (3, 1.0))}
+    assert all(len(got[7][k]) == 7 and np.allclose(got[7][k], got[3][k], atol=1e-5) for k in got[7])
     assert not any(m._forward_hooks for m in net.modules())
     x, label = draw(0, "sample noise", range(7), (3, 16, 16)), torch.full((7,), 1 if w else 3) if labels else None
     field = Field(net, PATHS["cv"], "v", w)
@@ -48,10 +52,23 @@ def test_activations_are_those_of_the_path(labels, w):
 
 
 def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
-    words = [tiny, f"run={run}", *WORDS[:2], "n=10", "steps=3", "solver=euler", "evaluate=false", "features=mid-repeat?-res-out", "features_at=0,2", "features_pool=2"]
+    words = [
+        tiny,
+        f"run={run}",
+        *WORDS[:2],
+        "n=10",
+        "steps=3",
+        "solver=euler",
+        "evaluate=false",
+        "features=mid-repeat?-res-out",
+        "features_at=0,2",
+        "features_pool=2",
+    ]
     called(monkeypatch, sample_ode, *words, "name=seen", "batch=4")
     about = json.loads((run / "samples/seen/metrics.json").read_text())["features"]
-    assert [(a["activation"], a["evaluation"], a["shape"]) for a in about] == [(f"mid-repeat{r}-res-out", i, [128]) for i in (0, 2) for r in (0, 1)]
+    assert [(a["activation"], a["evaluation"], a["shape"]) for a in about] == [
+        (f"mid-repeat{r}-res-out", i, [128]) for i in (0, 2) for r in (0, 1)
+    ]
     assert about[2]["t"] == pytest.approx(2 / 3, abs=1e-6)
     first = {a["file"]: np.load(run / "samples/seen" / a["file"]) for a in about}
     assert all(v.shape == (10, 128) and v.any(1).all() for v in first.values())
@@ -60,7 +77,16 @@ def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
     assert np.array_equal(*(np.load(run / f"samples/{n}/images.npy").astype(int) // 8 for n in ("seen", "ranks")))
 
 
-@pytest.mark.parametrize("words, said", [(["features=nid*"], "no such activation"), (["features=mid*", "features_at=9"], "0 to 1"), (["features=mid*", "solver=dopri5"], "fixed-step"),
-                                         (["features=mid*", "features_pool=x"], "features_pool=x")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["features=nid*"], "no such activation"),
+        (["features=mid*", "features_at=9"], "0 to 1"),
+        (["features=mid*", "solver=dopri5"], "fixed-step"),
+        (["features=mid*", "features_pool=x"], "features_pool=x"),
+    ],
+)
 def test_bad_input(refuse, tiny, run, words, said):  # noqa: F811
-    assert said in refuse("sample_ode", tiny, f"run={run}", *WORDS[:2], "n=4", "steps=2", "solver=euler", "name=bad", *words)
+    assert said in refuse(
+        "sample_ode", tiny, f"run={run}", *WORDS[:2], "n=4", "steps=2", "solver=euler", "name=bad", *words
+    )

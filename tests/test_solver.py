@@ -1,6 +1,5 @@
 """Solvers, guidance and sampling against closed forms, torchdiffeq, and data whose exact flow is known."""
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +8,9 @@ import torch
 import torchdiffeq
 
 import sample_ode
-from sample_ode import DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, generate, integrate, sample_labels, solve_dopri5, solve_fixed, straightness
-from configs.run import UserError, draw, seed_of, wide
+from sample_ode import (BLOCK, DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, Sampler, generate, integrate,
+                        sample_labels, solve_dopri5, solve_fixed, straightness)
+from configs.run import Processes, UserError, draw, seed_of, to_uint8, wide
 from train_diffusion import PATHS
 
 FIXED = list(TABLEAUS)
@@ -35,26 +35,42 @@ def test_order_of_convergence(dopri5_fixed, solver, order):
     """Halving the step divides the error by 2^order; y' = y cos s has y = y0 exp(sin s)."""
     f = lambda y, s: y * math.cos(s)
     exact = y0 * math.exp(math.sin(2.0))
-    errors = [float((solve_fixed(f, y0, torch.linspace(0, 2, n + 1, dtype=torch.float64), solver) - exact).abs().max()) for n in (40, 80, 160)]
+    errors = [
+        float(
+            (solve_fixed(f, y0, torch.linspace(0, 2, n + 1, dtype=torch.float64).tolist(), solver) - exact).abs().max()
+        )
+        for n in (40, 80, 160)
+    ]
     measured = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert measured[-1] == pytest.approx(order, abs=0.15), (measured, errors)
     assert measured[0] == pytest.approx(order, abs=0.4)
 
 
-@pytest.mark.parametrize("solver, factor", [
-    ("euler", lambda z: 1 + z), ("midpoint", lambda z: 1 + z + z ** 2 / 2), ("heun", lambda z: 1 + z + z ** 2 / 2), ("rk4", lambda z: sum(z ** k / math.factorial(k) for k in range(5))),
-    ("dopri5", lambda z: sum(z ** k / math.factorial(k) for k in range(6)) + z ** 6 / 600)])
+@pytest.mark.parametrize(
+    "solver, factor",
+    [
+        ("euler", lambda z: 1 + z),
+        ("midpoint", lambda z: 1 + z + z**2 / 2),
+        ("heun", lambda z: 1 + z + z**2 / 2),
+        ("rk4", lambda z: sum(z**k / math.factorial(k) for k in range(5))),
+        ("dopri5", lambda z: sum(z**k / math.factorial(k) for k in range(6)) + z**6 / 600),
+    ],
+)
 def test_one_step_of_a_linear_field(dopri5_fixed, solver, factor):
     """Each method multiplies y' = r y by its stability polynomial."""
     for r in (-1.5, 0.3, 2.0):
-        assert torch.allclose(solve_fixed(lambda y, s: r * y, y0, torch.tensor([0.0, 0.7], dtype=torch.float64), solver), y0 * factor(0.7 * r), rtol=1e-12)
+        assert torch.allclose(solve_fixed(lambda y, s: r * y, y0, [0.0, 0.7], solver), y0 * factor(0.7 * r), rtol=1e-12)
 
 
 @pytest.mark.parametrize("solver, theirs", [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
 def test_fixed_steps_against_torchdiffeq(solver, theirs):
     f = lambda s, y: torch.sin(3 * y) + s * y
     grid = torch.linspace(0, 1, 8, dtype=torch.float64) ** 1.5                   # an uneven one
-    assert torch.allclose(solve_fixed(lambda y, s: f(s, y), y0, grid, solver), torchdiffeq.odeint(f, y0, grid, method=theirs)[-1], rtol=1e-12)
+    assert torch.allclose(
+        solve_fixed(lambda y, s: f(s, y), y0, grid.tolist(), solver),
+        torchdiffeq.odeint(f, y0, grid, method=theirs)[-1],
+        rtol=1e-12,
+    )
 
 
 def test_rk4_against_torchdiffeq():
@@ -62,7 +78,7 @@ def test_rk4_against_torchdiffeq():
     f = lambda s, y: torch.sin(3 * y) + s * y
     grid = torch.linspace(0, 1, 41, dtype=torch.float64)
     exact = torchdiffeq.odeint(f, y0, grid[[0, -1]], method="dopri8", rtol=1e-12, atol=1e-12)[-1]
-    assert (solve_fixed(lambda y, s: f(s, y), y0, grid, "rk4") - exact).abs().max() < 1e-6
+    assert (solve_fixed(lambda y, s: f(s, y), y0, grid.tolist(), "rk4") - exact).abs().max() < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,27 +98,41 @@ def van_der_pol(s, y):
     return torch.stack([y[..., 1], 20 * (1 - y[..., 0] ** 2) * y[..., 1] - y[..., 0]], -1)
 
 
-FIELDS = {                                                # name: (f(s, y), start [1, D], end)
-    "smooth": (lambda s, y: torch.cos(torch.as_tensor(2 * s)) - y + torch.sin(y), torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64), 10.0),
-    "oscillating": (lambda s, y: torch.stack([y[..., 1], -25 * y[..., 0]], -1), torch.tensor([[1.0, 0.0]], dtype=torch.float64), 3.0),
-    "stiff decay": (lambda s, y: -50 * (y - torch.cos(torch.as_tensor(s))), torch.tensor([[0.0]], dtype=torch.float64), 3.0),
+FIELDS = {  # name: (f(s, y), start [1, D], end)
+    "smooth": (
+        lambda s, y: torch.cos(torch.as_tensor(2 * s)) - y + torch.sin(y),
+        torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64),
+        10.0,
+    ),
+    "oscillating": (
+        lambda s, y: torch.stack([y[..., 1], -25 * y[..., 0]], -1),
+        torch.tensor([[1.0, 0.0]], dtype=torch.float64),
+        3.0,
+    ),
+    "stiff decay": (
+        lambda s, y: -50 * (y - torch.cos(torch.as_tensor(s))),
+        torch.tensor([[0.0]], dtype=torch.float64),
+        3.0,
+    ),
     "van der Pol": (van_der_pol, torch.tensor([[2.0, 0.0]], dtype=torch.float64), 20.0),
 }
 
 
-@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("tol", [1e-3, 1e-6])
 @pytest.mark.parametrize("name", FIELDS)
 def test_dopri5_against_other_programs(name, tol):
-    """As exact as torchdiffeq and scipy for as many calls. (torchdiffeq estimates errors about a third lower: 8 % fewer steps.)"""
+    """As exact as torchdiffeq and scipy for as many calls. (torchdiffeq estimates errors a third lower: 8 % fewer.)"""
     f, start, end = FIELDS[name]
     ends = torch.tensor([0.0, end], dtype=torch.float64)
     exact = torchdiffeq.odeint(f, start, ends, method="dopri8", rtol=1e-11, atol=1e-11)[-1]
     counted, calls = count(f)
     theirs = torchdiffeq.odeint(counted, start, ends, method="dopri5", rtol=tol, atol=tol)[-1]
-    scipys = scipy.integrate.solve_ivp(lambda s, y: f(s, torch.from_numpy(y)[None])[0].numpy(), (0, end), start[0].numpy(), "RK45", rtol=tol, atol=tol)
-    ours, nfe = solve_dopri5(lambda y, s, rows: f(s[:, None] if y.shape[1] != 2 else s, y), start, 0.0, end, tol)
-    assert 0.8 * calls[0] <= int(nfe) <= 1.1 * calls[0] + 6, (int(nfe), calls[0])                     # 6 calls are one step
-    assert abs(int(nfe) - scipys.nfev) <= 0.1 * scipys.nfev + 6, (int(nfe), scipys.nfev)
+    scipys = scipy.integrate.solve_ivp(
+        lambda s, y: f(s, torch.from_numpy(y)[None])[0].numpy(), (0, end), start[0].numpy(), "RK45", rtol=tol, atol=tol
+    )
+    ours, nfe = solve_dopri5(lambda y, s: f(s, y), start, 0.0, end, tol)
+    assert 0.8 * calls[0] <= nfe <= 1.1 * calls[0] + 6, (nfe, calls[0])          # 6 calls are one step
+    assert abs(nfe - scipys.nfev) <= 0.1 * scipys.nfev + 6, (nfe, scipys.nfev)
     errors = [float((y - exact).norm()) for y in (ours, theirs, torch.from_numpy(scipys.y[:, -1]))]
     assert errors[0] <= 3 * max(errors[1:]) + tol, errors
 
@@ -110,67 +140,66 @@ def test_dopri5_against_other_programs(name, tol):
 def test_dopri5_error_follows_the_tolerance():
     start, errors, calls = 0.4 * y0, [], []
     for tol in (1e-3, 1e-5, 1e-7, 1e-9):
-        y, nfe = solve_dopri5(lambda y, s, rows: y ** 2 * s.cos()[:, None], start, 0.0, 1.0, tol)
+        y, nfe = solve_dopri5(lambda y, s: y ** 2 * math.cos(s), start, 0.0, 1.0, tol)
         errors.append(float((y - start / (1 - start * math.sin(1.0))).abs().max()))
-        calls.append(int(nfe.max()))
+        calls.append(nfe)
         assert errors[-1] < 10 * tol
     assert errors[-1] < 1e-4 * errors[0] and calls[0] < calls[-1] < 30 * calls[0]
 
 
 def test_dopri5_counts_its_calls():
-    asked = torch.zeros(4, dtype=torch.long)
-
-    def f(y, s, rows):
-        asked[rows] += 1
-        assert len(y) == len(s) == len(rows)
-        return -y * (1 + 20 * rows[:, None])
-    _, calls = solve_dopri5(f, y0, 0.0, 1.0, 1e-6)
-    assert torch.equal(calls, asked) and calls[0] < calls[-1]                    # slow rows wait for nobody
+    asked = []
+    _, calls = solve_dopri5(lambda y, s: asked.append(s) or -20 * y, y0, 0.0, 1.0, 1e-6)
+    assert calls == len(asked) and max(asked) == 1
 
 
-def test_rows_of_a_batch_do_not_know_each_other():
-    """Rates from lazy to stiff in one batch: each row takes the steps it would take alone."""
-    rates = torch.tensor([0.0, 0.1, 3.0, 80.0, 400.0], dtype=torch.float64)[:, None]
-    start = torch.linspace(0.5, 2, 5, dtype=torch.float64)[:, None].expand(5, 6) + torch.arange(6) * 0.1
-    f = lambda y, s, rows: -rates[rows] * (y - s[:, None].cos()) + torch.sin(y)
-    together, calls = solve_dopri5(f, start, 0.0, 1.0, 1e-5)
-    for i in range(5):
-        alone, n = solve_dopri5(lambda y, s, rows: f(y, s, rows + i), start[i:i + 1], 0.0, 1.0, 1e-5)
-        assert torch.allclose(alone[0], together[i], rtol=1e-12, atol=0) and int(n) == int(calls[i])
-    assert len(set(calls.tolist())) > 3
+def test_every_row_is_as_exact_as_it_would_be_alone():
+    """One step for all: the worst row decides, however many easy ones there are."""
+    rates = torch.tensor([80.0] + [0.1] * 63, dtype=torch.float64)[:, None]
+    start = torch.linspace(0.5, 2, 64, dtype=torch.float64)[:, None].expand(64, 6) + torch.arange(6) * 0.1
+    field = lambda rates: lambda y, s: -rates * (y - math.cos(s)) + torch.sin(y)
+    exact, _ = solve_dopri5(field(rates[:1]), start[:1], 0.0, 1.0, 1e-10)
+    alone, calls = solve_dopri5(field(rates[:1]), start[:1], 0.0, 1.0, 1e-4)
+    together, more = solve_dopri5(field(rates), start, 0.0, 1.0, 1e-4)
+    assert (together[0] - exact[0]).abs().max() <= 2 * (alone[0] - exact[0]).abs().max() + 1e-9
+    assert calls <= more + 12 and more <= calls + 60
 
 
 def test_dopri5_back_and_forth():
-    f = lambda y, s, rows: torch.sin(3 * y) + s[:, None] * y
+    f = lambda y, s: torch.sin(3 * y) + s * y
     end, _ = solve_dopri5(f, y0, 0.0, 1.0, 1e-9)
     assert torch.allclose(solve_dopri5(f, end, 1.0, 0.0, 1e-9)[0], y0, atol=1e-7) and (end - y0).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("f, words", [
-    (lambda y, s, rows: y ** 2 * 2, "step shrank|non-finite"),                   # blows up at s = 1 / (2 y0)
-    (lambda y, s, rows: torch.where(s[:, None] < 0.4, y, torch.full_like(y, math.nan)), "non-finite"),
-    (lambda y, s, rows: -1e9 * (y - s[:, None]), "more than 10000 steps|step shrank")], ids=["singular", "nan", "too stiff"])
+@pytest.mark.parametrize(
+    "f, words",
+    [
+        (lambda y, s: y**2 * 2, "step shrank|non-finite"),  # blows up at s = 1 / (2 y0)
+        (lambda y, s: y if s < 0.4 else y * math.nan, "non-finite"),
+        (lambda y, s: y * math.inf, "non-finite"),
+        (lambda y, s: -1e9 * (y - s), "more than 10000 steps|step shrank"),
+    ],
+    ids=["singular", "nan", "infinite", "too stiff"],
+)
 def test_hopeless_fields_are_user_errors(f, words):
     with pytest.raises(UserError, match=words):
         solve_dopri5(f, y0, 0.0, 1.0, 1e-6)
 
 
-def test_a_tiny_last_step_is_no_underflow():
-    """One row ends with a step of 1e-10, as rounding may leave it, while another still has far to go."""
-    steps = []
-    solve_dopri5(lambda y, s, rows: (steps.append(s[0].item()), torch.ones_like(y))[1], y0[:1], 0.0, 1e6, 1e-6)
-    end = steps[2 + 6 + 5] * (1 + 1e-10)                                         # after the two calls that choose it, each step makes six; its end comes last
-    f = lambda y, s, rows: torch.where(rows[:, None] == 0, torch.ones_like(y), 30 * torch.cos(30 * s[:, None] / end) * y / end)
-    y, calls = solve_dopri5(f, torch.cat([y0[:1], y0[:1]]), 0.0, end, 1e-6)
-    assert int(calls[0]) == 2 + 3 * 6 and calls[1] > calls[0]                    # the case in question did occur
-    assert y[0].item() == pytest.approx(y0[0].item() + end)
+def test_the_last_step_is_not_a_tiny_one():
+    """Where rounding would leave 1e-10 of the way, the step before goes all of it."""
+    asked = []
+    solve_dopri5(lambda y, s: asked.append(s) or torch.ones_like(y), y0[:1], 0.0, 1e6, 1e-6)
+    end = asked[2 + 6 + 5] * (1 + 1e-10)  # two calls choose the first step, six make one; its end is last
+    y, calls = solve_dopri5(lambda y, s: torch.ones_like(y), y0[:1], 0.0, end, 1e-6)
+    assert calls == 2 + 2 * 6 and y.item() == pytest.approx(y0[0].item() + end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Integration in the variables of the paths
 
 class Flow:
-    """A network for data of independent pixels N(mu, std^2): its predictions, and where the exact flow takes noise, in closed form."""
+    """A network for data of independent pixels N(mu, std^2), and where the exact flow takes noise, in closed form."""
 
     def __init__(self, kind, predict):
         g = torch.Generator().manual_seed(0)
@@ -186,7 +215,9 @@ class Flow:
 
     def end(self, z):
         """Quantiles are kept: from N(alpha mu, alpha^2 std^2 + sigma^2) at t = 0 to the same at t = 1."""
-        (a0, a1), (s0, s1) = [f(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() for f in (self.path.alpha, self.path.sigma)]
+        (a0, a1), (s0, s1) = [
+            f(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() for f in (self.path.alpha, self.path.sigma)
+        ]
         scale = ((a1 * self.std) ** 2 + s1 ** 2).sqrt() / ((a0 * self.std) ** 2 + s0 ** 2).sqrt()
         return a1 * self.mu + scale * (z - a0 * self.mu)
 
@@ -203,7 +234,14 @@ def sample(net, path, predict, z, solver="heun", steps=12, tol=1e-5, label=None,
 @pytest.mark.parametrize("predict", ["v", "eps", "x"])
 def test_gaussian_data_is_reached_exactly(kind, predict):
     flow, z = Flow(kind, predict), noise()
-    for solver, steps, limit in (("heun", 100, 5e-3), ("rk4", 100, 4e-3), ("dopri5", 1, 4e-3), ("midpoint", 100, 4e-3), ("euler", 400, 2e-2), ("ddim", 400, 2e-2)):
+    for solver, steps, limit in (
+        ("heun", 100, 5e-3),
+        ("rk4", 50, 4e-3),
+        ("dopri5", 1, 4e-3),
+        ("midpoint", 100, 4e-3),
+        ("euler", 200, 4e-2),
+        ("ddim", 200, 4e-2),
+    ):
         error = float((sample(flow, flow.path, predict, z, solver, steps) - flow.end(z)).abs().max())
         assert error < limit, (solver, error)
 
@@ -221,13 +259,18 @@ def test_small_errors_of_the_network_stay_small(kind, predict):
 def test_samples_have_the_mean_and_spread_of_the_data(kind):
     flow = Flow(kind, "v")
     x = sample(flow, flow.path, "v", noise(4000), "rk4", 25)
-    assert torch.allclose(x.mean(0, keepdim=True), flow.mu, atol=0.06) and torch.allclose(x.std(0, keepdim=True), flow.std, rtol=0.06)
+    assert torch.allclose(x.mean(0, keepdim=True), flow.mu, atol=0.06) and torch.allclose(
+        x.std(0, keepdim=True), flow.std, rtol=0.06
+    )
 
 
 def test_both_paths_take_noise_to_the_same_picture():
     """Quantiles are kept on either path, up to the 0.6 % of data in VP's noise end: one noise, one picture."""
     z = noise()
-    straight, curved = (sample(Flow(kind, predict), PATHS[kind], predict, z, "rk4", 100) for kind, predict in (("cv", "v"), ("vp", "eps")))
+    straight, curved = (
+        sample(Flow(kind, predict), PATHS[kind], predict, z, "rk4", 100)
+        for kind, predict in (("cv", "v"), ("vp", "eps"))
+    )
     assert torch.allclose(straight, curved, atol=0.02) and straight.std() > 0.3
 
 
@@ -245,18 +288,28 @@ def test_constant_velocity_needs_one_step(solver):
     v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
     net = lambda x, time: v[:len(x)]                      # one v for all times
     assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1), z + v, atol=2e-6)
-    assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6 if solver != "ddim" else 2e-3)
+    assert torch.allclose(
+        sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6 if solver != "ddim" else 2e-3
+    )
 
 
-def test_straightness_of_a_constant_field_and_of_gaussian_data():
+def bend(net, kind, predict, z, steps, monkeypatch):
+    """`straightness` of paths from given noise."""
+    monkeypatch.setattr(sample_ode, "draw", lambda *_: z)
+    state = dict(path=kind, predict=predict, num_labels=0, channels=3, size=4)
+    return straightness(Here(), SampleOde(), Sampler(net, state), 1.0, steps, len(z))
+
+
+def test_straightness_of_a_constant_field_and_of_gaussian_data(monkeypatch):
     v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
-    times, deviation, mean = straightness(Field(lambda x, time: v[:len(x)], PATHS["cv"], "v"), z, None, 8)
-    assert max(deviation) < 1e-8 and len(times) == 8 and mean < 1e-8
+    times, deviation = bend(lambda x, time: v[:len(x)], "cv", "v", z, 8, monkeypatch)
+    assert max(deviation) < 1e-8 and len(times) == 8
     bends = {}
     for kind, predict in (("cv", "v"), ("vp", "eps")):
         flow = Flow(kind, predict)
-        times, deviation, bends[kind] = straightness(Field(flow, flow.path, predict), z.double(), None, 200)
-        t = torch.linspace(0, 1, 201, dtype=torch.float64)                       # the exact path keeps quantiles at every t
+        times, deviation = bend(flow, kind, predict, z.double(), 200, monkeypatch)
+        bends[kind] = np.mean(deviation)
+        t = torch.linspace(0, 1, 201, dtype=torch.float64)  # the exact path keeps quantiles
         a, s = (f(t)[:, None, None, None, None] for f in (flow.path.alpha, flow.path.sigma))
         width = ((a * flow.std) ** 2 + s ** 2).sqrt()
         x = (a * flow.mu + width / width[0] * (z - a[0] * flow.mu)).flatten(2)
@@ -267,12 +320,16 @@ def test_straightness_of_a_constant_field_and_of_gaussian_data():
 
 
 @EVERY_PATH
-@pytest.mark.parametrize("solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 0.02), ("ddim", 500, 0.1)])
+@pytest.mark.parametrize(
+    "solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 0.02), ("ddim", 500, 0.1)]
+)
 def test_encoding_returns_to_the_start(kind, solver, steps, atol):
     flow, z = Flow(kind, "v"), noise()
     x = flow.end(z)
     back = sample(flow, flow.path, "v", x, solver, steps, 1e-6, reverse=True)
-    assert torch.allclose(back, z, atol=atol) and torch.allclose(sample(flow, flow.path, "v", back, solver, steps, 1e-6), x, atol=atol)
+    assert torch.allclose(back, z, atol=atol) and torch.allclose(
+        sample(flow, flow.path, "v", back, solver, steps, 1e-6), x, atol=atol
+    )
 
 
 @pytest.mark.parametrize("solver, calls", [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20), ("ddim", 5)])
@@ -284,7 +341,7 @@ def test_evaluations_are_counted(solver, calls):
         return flow(x, time)
     field = Field(net, flow.path, "v")
     _, n = integrate(field, z, None, solver, 5, 1e-3)
-    assert len(seen) == calls and n.tolist() == [calls] * 16 and field.images == sum(seen)
+    assert len(seen) == calls == n and field.images == sum(seen)
 
 
 def test_adaptive_evaluations_are_counted():
@@ -295,7 +352,7 @@ def test_adaptive_evaluations_are_counted():
         return flow(x, time)
     field = Field(net, flow.path, "v")
     _, n = integrate(field, noise(), None, "dopri5", 1, 1e-4)
-    assert int(n.sum()) == sum(seen) == field.images
+    assert 16 * n == sum(seen) == field.images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +378,7 @@ null16 = torch.full((16,), 4)
 @EVERY_PATH
 def test_guidance_scale(kind):
     """v = v_null + w (v_cond - v_null): w = 0 and w = 1 are exactly the two fields, the rest is linear in w."""
-    z, t = noise(), torch.full((16,), 0.4)
+    z, t = noise(), 0.4
     velocity = lambda w, label=label16: PATHS[kind].slope(*Field(Labelled(), PATHS[kind], "v", w).estimate(z, t, label))
     assert torch.equal(velocity(0.0), velocity(1.0, null16)) and torch.equal(velocity(1.0), velocity(1.0, label16))
     assert not torch.allclose(velocity(0.0), velocity(1.0))
@@ -335,11 +392,13 @@ def test_whole_trajectories_at_zero_and_one(kind):
     for w, label in ((0.0, null16), (1.0, label16)):
         plain = sample(Labelled(), PATHS[kind], "v", z, label=label)
         assert torch.equal(sample(Labelled(), PATHS[kind], "v", z, label=label16, w=w), plain)
-    assert torch.equal(sample(Labelled(), PATHS[kind], "v", z, label=null16), sample(Labelled(), PATHS[kind], "v", z))     # null = no label given
+    assert torch.equal(
+        sample(Labelled(), PATHS[kind], "v", z, label=null16), sample(Labelled(), PATHS[kind], "v", z)
+    )  # null = no label given
 
 
 def test_one_doubled_batch_equals_two_calls():
-    z, t, w, net = noise(), torch.full((16,), 0.4), 2.5, Labelled()
+    z, t, w, net = noise(), 0.4, 2.5, Labelled()
     field = Field(net, PATHS["cv"], "v", w)
     got = field.estimate(z, t, label16)
     assert len(net.asked) == 1 and len(net.asked[0][1]) == 32 == field.images
@@ -353,35 +412,19 @@ def test_network_calls_of_guidance(w, images):
     net = Labelled()
     field = Field(net, PATHS["cv"], "v", w)
     _, n = integrate(field, noise(), label16, "heun", 3, 1e-3)
-    assert field.images == 6 * images == sum(len(t) for t, _ in net.asked) and n.tolist() == [6] * 16
-
-
-def test_rounding_up_the_rows_of_dopri5_changes_nothing(monkeypatch):
-    """As on a GPU: rows that have arrived are left out, the others filled up by copies."""
-    results = []
-    for step in (1, 5):
-        monkeypatch.setitem(sample_ode.ROUNDED, "cpu", step)
-        field = Field(Labelled(), PATHS["cv"], "v", 2.0)
-        results.append((*integrate(field, noise(), label16, "dopri5", 1, 1e-4), field.images))
-    assert torch.allclose(results[0][0], results[1][0], atol=1e-6) and torch.equal(results[0][1], results[1][1]) and results[0][2] < results[1][2]
+    assert field.images == 6 * images == sum(len(t) for t, _ in net.asked) and n == 6
 
 
 @pytest.mark.parametrize("w", [0.0, 3.0])
 def test_guidance_interval(w):
-    """Inside the interval guided, outside plain conditional, also where rows of one batch have different times."""
-    z, t = noise(), torch.linspace(0, 1, 16)
-    inside = (t >= 0.3) & (t <= 0.7)
-    part = Field(Labelled(), PATHS["cv"], "v", w, (0.3, 0.7)).estimate(z, t, label16)
-    whole, plain = (Field(Labelled(), PATHS["cv"], "v", v).estimate(z, t, label16) for v in (w, 1.0))
-    for p, a, b in zip(part, whole, plain):
-        assert torch.allclose(p, torch.where(wide(inside), a, b), atol=1e-6)
-    net = Labelled()
-    Field(net, PATHS["cv"], "v", 3.0, (0.3, 0.7)).estimate(z, torch.full((16,), 0.1), label16)
-    assert len(net.asked[0][0]) == 16                     # outside, nothing is computed for nothing
-    for t in (0.1, 0.3, 0.5, 0.1 + 0.2 + 0.4):            # one time for all rows may be a number; the ends count as inside, however they are rounded
-        field = Field(Labelled(), PATHS["cv"], "v", w, (0.3, 0.7))
-        for a, b in zip(field.estimate(z, t, label16), field.estimate(z, torch.full((16,), t), label16)):
-            assert torch.allclose(a, b, atol=1e-6)
+    """Inside the interval guided, outside plain conditional; its ends count as inside, however they are rounded."""
+    z = noise()
+    for t in (0.0, 0.1, 0.3, 0.5, 0.1 + 0.2 + 0.4, 1.0):
+        part = Field(Labelled(), PATHS["cv"], "v", w, (0.3, 0.7))
+        same = Field(Labelled(), PATHS["cv"], "v", w if 0.29 < t < 0.71 else 1.0)
+        for a, b in zip(part.estimate(z, t, label16), same.estimate(z, t, label16)):
+            assert torch.equal(a, b)
+        assert part.images == same.images                 # outside, nothing is computed for nothing
     for kind in ("cv", "vp"):                             # 11 evaluations, of which those at 0.3 ... 0.7 are guided
         field = Field(Labelled(), PATHS[kind], "v", 3.0, (0.3, 0.7))
         integrate(field, z, label16, "euler", 10, 0)
@@ -389,7 +432,7 @@ def test_guidance_interval(w):
 
 
 def test_autoguidance():
-    z, t = noise(), torch.full((16,), 0.4)
+    z, t = noise(), 0.4
     main, weak = (Field(Labelled(turn), PATHS["cv"], "v").estimate(z, t, label16) for turn in (0.0, 0.7))
     for w in (0.0, 1.0, 2.5):
         field = Field(Labelled(), PATHS["cv"], "v", w, weak=Labelled(0.7))
@@ -402,10 +445,17 @@ def test_autoguidance():
 
 def test_autoguidance_of_models_without_labels():
     plain = lambda turn: lambda x, time: torch.sin(x + turn)
-    z, t = noise(), torch.full((16,), 0.4)
+    z, t = noise(), 0.4
     got = Field(plain(0.0), PATHS["cv"], "v", 2.0, weak=plain(0.5)).estimate(z, t, None)
     main, weak = (Field(plain(turn), PATHS["cv"], "v").estimate(z, t, None) for turn in (0.0, 0.5))
     assert torch.allclose(got[0], 2 * main[0] - weak[0], atol=1e-5)
+
+
+def test_networks_see_a_part_of_the_rows_at_once():
+    z, net = noise(), Labelled()
+    parts, whole = Field(net, PATHS["cv"], "v", 2.0, batch=6), Field(Labelled(), PATHS["cv"], "v", 2.0)
+    assert torch.equal(integrate(parts, z, label16, "heun", 2, 0)[0], integrate(whole, z, label16, "heun", 2, 0)[0])
+    assert [len(t) for t, _ in net.asked[:3]] == [12, 12, 8]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,7 +479,7 @@ def test_random_numbers_are_independent_and_standard():
     assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.02 and (u.mean(0) - 0.5).abs().max() < 0.01
     together = torch.cat([z, z[1:].roll(-1, 0)[:1].expand(0, 4)]).T              # within an index ...
     assert (torch.corrcoef(together) - torch.eye(4)).abs().max() < 0.03
-    assert abs(float(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1])) < 0.03                # ... and between neighbours
+    assert abs(float(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1])) < 0.03  # ... and between neighbours
 
 
 def test_seeds_of_one_purpose_never_collide():
@@ -438,55 +488,87 @@ def test_seeds_of_one_purpose_never_collide():
 
 
 def configured(**more):
-    return SampleOde(n=20, steps=2, **more)
+    return SampleOde(**dict(n=20, steps=2) | more)
 
 
 def test_labels_follow_the_marginal():
     p = torch.tensor([0.5, 0.0, 0.3, 0.05, 0.15], dtype=torch.float64)
-    for kind, expected in (("marginal", p), ("uniform", torch.full((5,), 0.2, dtype=torch.float64))):
+    for kind, expected in (("marginal", p), ("uniform", (p > 0) / 4)):           # never one that no image had
         cfg, state = configured(labels=[kind]), dict(num_labels=5, marginal=p)
         labels = sample_labels(cfg, state, np.arange(10_000), seed=0)
         seen = torch.bincount(labels, minlength=5).double()
         used = expected > 0
         assert labels.dtype == torch.int64 and seen[~used].sum() == 0
         chi = float(((seen - 10_000 * expected)[used] ** 2 / (10_000 * expected)[used]).sum())
-        assert chi < 23.5                                 # 4 degrees of freedom, p = 0.0001
+        assert chi < 21.2                                 # 3 degrees of freedom, p = 0.0001
         assert torch.equal(sample_labels(cfg, state, [77, 5], 0), labels[[77, 5]])
         assert not torch.equal(sample_labels(cfg, state, np.arange(10_000), 1), labels)
 
 
 def test_labels_by_name():
     state = dict(num_labels=5, marginal=torch.full((5,), 0.2))
-    assert sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7), 0).tolist() == [5, 3, 0, 5, 3]      # cycles by index; 5 = null
+    assert sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7), 0).tolist() == [
+        5,
+        3,
+        0,
+        5,
+        3,
+    ]  # cycles by index; 5 = null
     assert sample_labels(configured(), dict(num_labels=0), [0], 0) is None
     for wrong in (["6"], ["-1"], ["cat"], ["1.5"], []):
         with pytest.raises(UserError, match="labels"):
             sample_labels(configured(labels=wrong), state, [0], 0)
 
 
-def process(rank=0, world=1):
-    return SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), vae=None, share=lambda n: np.arange(n * rank // world, n * (rank + 1) // world))
+class Here(Processes):
+    """One of the processes, which this test runs one after another."""
+    device, vae = torch.device("cpu"), None
+
+    def __init__(self, rank=0, world=1):
+        self.rank, self.world = rank, world
+
+    def wait(self):
+        pass
+
+    def total(self, x):
+        return x
+
+
+STATE = dict(path="cv", predict="v", channels=3, size=8, num_labels=4, marginal=torch.full((4,), 0.25), file="x")
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
-def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, monkeypatch):
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda counts: None)     # the ranks of this test run one after another
-    state = dict(path="cv", predict="v", channels=3, size=8, num_labels=4, marginal=torch.full((4,), 0.25))
-    run = lambda rank=0, world=1, batch=250, n=20, seed=0: generate(process(rank, world), configured(solver=solver, batch=batch), (Labelled(), None), state, n, w=2.0, seed=seed)
-    rows, images, labels, report = run()
-    assert images.shape == (20, 3, 8, 8) and images.dtype == np.uint8 and rows.tolist() == list(range(20)) and len(np.unique(images)) > 50
+def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, tmp_path, monkeypatch):
+    made = lambda path, *rest: path.exists() or create(path, *rest)              # by the first process, once
+    create = sample_ode.create_rows
+    monkeypatch.setattr(sample_ode, "create_rows", made)
+
+    def run(n=150, worlds=1, seed=0, **more):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
+        cfg = configured(solver=solver, tol=1e-3, n=n, seed=seed, **more)
+        reports = [generate(Here(rank, worlds), cfg, Sampler(Labelled(), STATE), 2.0, file) for rank in range(worlds)]
+        return np.load(file), reports[0]
+    images, report = run()
+    assert images.shape == (150, 3, 8, 8) and images.dtype == np.uint8 and len(np.unique(images)) > 50
     assert report["network_calls"] == pytest.approx(2 * report["nfe"]) and (report["nfe"] == 4 or solver == "dopri5")
-    for parts in ([run(batch=7)], [run(r, 3) for r in range(3)]):
-        assert np.array_equal(np.concatenate([p[0] for p in parts]), rows) and np.array_equal(np.concatenate([p[2] for p in parts]), labels)
-        assert np.abs(np.concatenate([p[1] for p in parts]).astype(int) - images).max() <= 1
-    assert np.abs(run(n=5)[1].astype(int) - images[:5]).max() <= 1               # nor does their number matter
-    assert len(run(2, 4, n=2)[1]) + len(run(0, 4, n=2)[1]) < 2                   # more processes than samples
-    assert not np.array_equal(run(seed=1)[1], images)
+    for other in (run(batch=7), run(worlds=3), run(n=5)):                        # nor does their number matter
+        assert np.abs(other[0].astype(int) - images[:len(other[0])]).max() <= 1
+    assert not np.array_equal(run(seed=1)[0], images)
 
 
-def test_broken_networks_do_not_become_pictures():
+def test_blocks_of_dopri5_share_their_steps(tmp_path):
+    """The steps of a block are those that the block takes alone, wherever the share of a process ends."""
+    cfg = configured(solver="dopri5", tol=1e-3, n=BLOCK + 10)
+    generate(Here(), cfg, Sampler(Labelled(), STATE), 2.0, tmp_path / "x.npy")
+    rows = range(BLOCK, 2 * BLOCK)
+    z, label = draw(0, "sample noise", rows, (3, 8, 8)), sample_labels(cfg, STATE, rows, 0)
+    x, _ = integrate(Field(Labelled(), PATHS["cv"], "v", 2.0), z, label, "dopri5", 2, 1e-3)
+    assert np.array_equal(np.load(tmp_path / "x.npy")[BLOCK:], to_uint8(x)[:10].numpy())
+
+
+def test_broken_networks_do_not_become_pictures(tmp_path):
     """Not-a-number would turn into some uint8 and pass as an image."""
-    state = dict(path="cv", predict="v", channels=3, size=8, num_labels=0)
     for solver in ("heun", "dopri5"):
         with pytest.raises(UserError, match="non-finite|not finite"):
-            generate(process(), configured(solver=solver), (lambda x, time: x * math.nan, None), state, 4, w=1.0)
+            broken = Sampler(lambda x, time: x * math.nan, STATE | dict(num_labels=0))
+            generate(Here(), configured(solver=solver), broken, 1.0, tmp_path / "x.npy")

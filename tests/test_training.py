@@ -1,7 +1,8 @@
-"""Parts of the training loop against what they promise: order, feeding, averaging, label dropping, loss bins, non-finite losses."""
+"""The training loop against what it promises: order, batches, averages, non-finite losses; killed and resumed."""
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 from itertools import islice
@@ -10,22 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, stage
+from conftest import ROOT, killed, stage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_ode
 import train_diffusion as td
+import train_guided
 from configs import data as cd
 from configs import run as cr
 from configs import shapes as cs
-import train_guided
-from train_guided import label_condition
+
+SMALL = cr.Model(channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
 
 
-def make_run(folder, rank=0, world=1):
+def make_run(folder, rank=0, world=1, **keys):
     """A Run without command line; cfg is the training section."""
-    cfg = td.TrainDiffusion(images=64, batch=16, lr=1e-3, warmup=1, ema=32, log_every=32, save_every=64, grid_every=64, precision="fp32")
-    model = cr.Model(channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
+    cfg = td.TrainDiffusion(**dict(images=64, batch=16, lr=1e-3, warmup=1, ema=32, log_every=32, save_every=64,
+                                   grid_every=64, precision="fp32") | keys)
+    model = dataclasses.replace(SMALL)
     sections = dict(data={}, model=dataclasses.asdict(model), train_diffusion=dataclasses.asdict(cfg))
     return cr.Run("train_diffusion", Path(folder), cfg, cr.Data(), model, sections, False, set(), rank, world)
 
@@ -35,8 +38,19 @@ def split(n=40):
     return cd.Split(images, classes, boxes, masks, dict(fingerprint="x"))
 
 
-def state(run):
-    return dict(kind="diffusion", model=dataclasses.asdict(run.model), size=32, channels=3, conditions={}, num_labels=0, path="cv", predict="v", data="x", config=run.sections)
+def trained(run, net=None, labeller=None):
+    """The checkpoint of a training of `net`, by default of a fresh network."""
+    net = net or td.build_model(run.model, 32)
+    state = td.new_state(run, "diffusion", split(), 32, 3)
+    return td.fit(run, run.cfg, net, run.dir / "diffusion/base", split(), state, labeller)
+
+
+def largest_difference(a, b):
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def log(run, folder="diffusion/base"):
+    return [json.loads(line) for line in (Path(run) / folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_every_epoch_is_a_permutation_and_can_be_entered_anywhere():
@@ -47,73 +61,62 @@ def test_every_epoch_is_a_permutation_and_can_be_entered_anywhere():
 
 
 def test_ranks_share_the_batch_of_one_process(tmp_path):
-    data = split()
-    one = td.feed(make_run(tmp_path), make_run(tmp_path).cfg, data.images, 32)
-    two = [td.feed(make_run(tmp_path, r, 2), make_run(tmp_path).cfg, data.images, 32) for r in (0, 1)]
-    for _ in range(4):
+    data, run = split(), make_run(tmp_path)
+    one = td.batches(run, run.cfg, data, 32, 5, 1)
+    two = [td.batches(make_run(tmp_path, r, 2), run.cfg, data, 32, 5, 1) for r in (0, 1)]
+    for i in range(4):
         whole, parts = next(one), [next(f) for f in two]
-        for a, b in zip(whole, zip(*parts)):
-            assert torch.equal(a, torch.cat(b))
-        assert np.array_equal(whole[1].numpy(), data.images[whole[0].numpy()])
+        for name in ("rows", "x", "z", "more", "u", "flip"):
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts])), name
+        assert whole.seen == 32 + 16 * i and whole.more.shape == (16, 1, 3, 32, 32) and whole.u.shape == (16, 5)
+        images = cd.as_input(torch.from_numpy(data.images[whole.rows.numpy()]), whole.flip)
+        assert torch.equal(whole.x, images) and torch.equal(whole.flip, whole.u[:, 1] < 0.5)
     for f in (one, *two):
         f.close()
 
 
-def test_labels_are_dropped_image_by_image():
-    labels = np.arange(1000) % 7
-    condition = label_condition(labels, 7, 0.25, torch.device("cpu"))
-    rows, every = torch.arange(1000), torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
-    u = every[:, 2]
-    out = condition(rows, every)["label"]
-    assert torch.equal(out == 7, u < 0.25) and 0.2 < (out == 7).float().mean() < 0.3       # a share of the images, not whole batches
-    assert torch.equal(out[u >= 0.25], torch.from_numpy(labels)[u >= 0.25])
-    assert (label_condition(labels, 7, 0.0, torch.device("cpu"))(rows, every)["label"] < 7).all()
-
-
 def test_average_has_the_half_life_that_it_names(tmp_path):
     """With weights that jump once, the average has covered half of the jump after `ema` images (no ramp)."""
-    a, b, seen = torch.zeros(1), torch.ones(1), 0
-    while seen < 1000:
-        seen += 10
-        a.lerp_(b, 1 - 0.5 ** (10 / min(1000, 1e9 * seen)))
-    assert float(a) == pytest.approx(0.5, abs=1e-4)
-    run = make_run(tmp_path)
-    run.cfg.ema, run.cfg.ema_ramp = 1, 1e-9               # no memory: the average is the network
-    out = td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
+    a, b = [torch.zeros(1)], [torch.ones(1)]
+    for _ in range(100):
+        td.move_average(a, b, 0.5 ** (10 / 1000))
+    assert float(a[0]) == pytest.approx(0.5, abs=1e-4)
+    out = trained(make_run(tmp_path, ema=1, ema_ramp=1e-9))                      # no memory: the average is the network
     assert all(torch.allclose(out["net"][k], out["ema"][k], atol=1e-6) for k in out["net"])
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
-    results = []
-    for micro in (0, 4):
-        run = make_run(tmp_path / str(micro))
-        run.cfg.micro = micro
-        results.append(td.fit(run, run.cfg, td.build_model(run.model, 32), run.dir / "diffusion/base", split(), state(run))["net"])
-    assert max(float((results[0][k] - results[1][k]).abs().max()) for k in results[0]) < 1e-4
+    whole, parts = (trained(make_run(tmp_path / str(micro), micro=micro))["net"] for micro in (0, 4))
+    assert largest_difference(whole, parts) < 1e-4
 
 
 def test_sample_grids_show_no_more_at_once_than_training(tmp_path, monkeypatch):
     seen, preview = [], td.preview
-    monkeypatch.setattr(td, "preview", lambda net, path, predict, z, **k: seen.append((len(z), len(k["label"]))) or preview(net, path, predict, z, **k))
-    run = make_run(tmp_path)
-    run.cfg.micro = 8
+
+    def watched(net, path, predict, z, **told):
+        seen.append((len(z), len(told["label"])))
+        return preview(net, path, predict, z, **told)
+    monkeypatch.setattr(td, "preview", watched)
+    labels = td.GivenLabels(td.Condition("label", torch.arange(41) % 3), td.Condition("label", torch.arange(3)), 0.1)
+    run = make_run(tmp_path, micro=8)
     run.model.mult = [1]
-    net = td.build_model(run.model, 32, num_labels=3)
-    td.fit(run, run.cfg, net, tmp_path / "diffusion/base", split(), state(run), lambda rows, u: dict(label=rows % 3), dict(label=torch.arange(20) % 4))
+    trained(run, td.build_model(run.model, 32, num_labels=2), labels)            # ten pictures for each of two labels
     assert seen == [(8, 8), (8, 8), (4, 4)]
 
 
 @pytest.mark.parametrize("first", [torch.channels_last, torch.contiguous_format])
 def test_training_goes_on_in_another_memory_layout(tmp_path, first):
-    """Compiled U-Nets are channels-last; their optimizer's moments must fit weights that are not, and the other way round."""
+    """Compiled U-Nets are channels-last; their optimizer's moments must fit weights that are not, and vice versa."""
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        run = make_run(tmp_path / str(layout))
-        td.fit(run, run.cfg, td.build_model(run.model, 32).to(memory_format=first), run.dir / "diffusion/base", split(), state(run))
-        run.cfg.images = 128
-        net = td.build_model(run.model, 32).to(memory_format=layout)
-        results.append(td.fit(run, run.cfg, net, run.dir / "diffusion/base", split(), state(run))["net"])
-    assert max(float((results[0][k] - results[1][k]).abs().max()) for k in results[0]) < 1e-4
+        folder = tmp_path / str(layout)
+        trained(make_run(folder), td.build_model(SMALL, 32).to(memory_format=first))
+        net = td.build_model(SMALL, 32).to(memory_format=layout)
+        results.append(trained(make_run(folder, images=128), net)["net"])
+    assert largest_difference(*results) < 1e-4
+
+
+WAITED_FOR = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_consecutive", "_unique2")
 
 
 class Waits(TorchDispatchMode):
@@ -121,7 +124,7 @@ class Waits(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        self.count += f.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_consecutive", "_unique2")
+        self.count += f.overloadpacket.__name__ in WAITED_FOR
         return f(*args, **kwargs or {})
 
 
@@ -129,56 +132,77 @@ class Waits(TorchDispatchMode):
 def test_no_update_waits_for_the_gpu(path, tmp_path):
     """As many such operations in a training of many updates as in one of few: a log line and a checkpoint each."""
     counts = []
-    for images in (64, 192):
-        run = make_run(tmp_path / str(images))
-        run.cfg.path, run.cfg.images, run.cfg.log_every, run.cfg.save_every, run.cfg.grid_every = path, images, 192, 192, 192
+    for images in (64, 128):
         with Waits() as waits:
-            td.fit(run, run.cfg, td.build_model(run.model, 32), run.dir / "diffusion/base", split(), state(run))
+            trained(make_run(tmp_path / str(images), path=path, images=images, log_every=192, save_every=192,
+                             grid_every=192))
         counts.append(waits.count)
     assert 0 < counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8)])
-@pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp", "ddim"), ("vp-cosine", "ddim")])
+@pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp-sd", "ddim")])
 def test_no_step_of_a_sampler_waits_for_the_gpu(path, solver, interval):
-    """Tensors without data have no value that the host could ask for: an attempt would be an error. (Copies to the device would not be: test_gpu.py sees those.)"""
-    net = td.build_model(cr.Model(channels=16, mult=[1], blocks=1, attention=[], head_channels=16, stem=4), 32, num_labels=3).eval().to("meta")
+    """Tensors without data have no value that the host could ask for: an attempt would be an error."""
+    net = td.build_model(dataclasses.replace(SMALL, mult=[1]), 32, num_labels=3).eval().to("meta")
     field = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval)
-    x, calls = sample_ode.integrate(field, torch.randn(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"), solver, 9, 1e-3)
+    x, label = torch.randn(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    x, calls = sample_ode.integrate(field, x, label, solver, 9, 1e-3)
     assert x.shape == (4, 3, 32, 32) and x.is_meta
-    evaluations = int(calls[0])
-    assert field.images == 4 * evaluations * 2 if interval[0] == 0 else 4 * evaluations < field.images < 8 * evaluations         # guided ones take two
+    evaluations = int(calls[0])                           # guided ones take two
+    if interval[0] == 0:
+        assert field.images == 4 * evaluations * 2
+    else:
+        assert 4 * evaluations < field.images < 8 * evaluations
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    run = make_run(tmp_path)
-    td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
+    trained(make_run(tmp_path))
     before = (tmp_path / "diffusion/base/checkpoint.pt").read_bytes()
-    run.cfg.images, broken = 128, split()
-    net = td.build_model(run.model, 32)
+    net = td.build_model(SMALL, 32)
     net.register_forward_hook(lambda m, a, out: out * float("nan"))
     with pytest.raises(cr.UserError, match="last checkpoint is kept"):
-        td.fit(run, run.cfg, net, tmp_path / "diffusion/base", broken, state(run))
+        trained(make_run(tmp_path, images=128), net)
     assert (tmp_path / "diffusion/base/checkpoint.pt").read_bytes() == before
 
 
-def test_global_generators_are_left_alone(tmp_path):
+def test_global_generators_are_left_alone_and_weights_stay_float32(tmp_path):
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
     np.random.seed(5)
     before = np.random.get_state()[1].copy()
-    run = make_run(tmp_path)
-    td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
+    out = trained(make_run(tmp_path, precision="bf16"))
     assert torch.equal(torch.rand(3), want) and np.array_equal(np.random.get_state()[1], before)
-
-
-def test_bf16_training_saves_float32_weights(tmp_path):
-    run = make_run(tmp_path)
-    run.cfg.precision = "bf16"
-    out = td.fit(run, run.cfg, td.build_model(run.model, 32), tmp_path / "diffusion/base", split(), state(run))
     assert all(v.dtype == torch.float32 and not k.startswith("_orig_mod") for k, v in out["net"].items())
 
+
+def test_checkpoints_of_before_are_refused_with_advice(tmp_path):
+    state = trained(make_run(tmp_path))
+    torch.save(state | dict(format=1), tmp_path / "diffusion/base/checkpoint.pt")
+    with pytest.raises(cr.UserError, match="format 1, this code reads 2; train again"):
+        td.load_model(make_run(tmp_path), "diffusion/base")
+
+
+def test_dry_runs_say_what_would_be_done(tiny, tmp_path):
+    out = stage("train_diffusion", tiny, f"run={tmp_path}", "--dry-run").stdout
+    net = td.build_model(cr.Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4), 32)
+    assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in out and "GFLOP forward an image" in out
+    assert "16 updates of 32 images" in out and "MB in" in out and not (tmp_path / "data").exists()
+
+
+def test_two_trainings_of_one_name_are_refused(tmp_path):
+    run = make_run(tmp_path)
+    with cr.locked(run, "diffusion", "base"):
+        code = ("import sys, train_diffusion as t, configs.run as r; sys.argv = ['train_diffusion.py', *sys.argv[1:]]; "
+                "r.cli(t.main)")
+        words = ["configs/shapes.yaml", f"run={tmp_path}", "data.train=8", "data.test=8"]
+        p = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    assert p.returncode == 2 and "another command is making it" in p.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
 
 COMPILED = """
 import functools, sys, torch
@@ -189,50 +213,138 @@ graphs, compile, wrap = [], torch.compile, torch.nn.parallel.DistributedDataPara
 torch.compile = lambda net: compile(net, backend=lambda graph, inputs: graphs.append(1) or aot_eager(graph, inputs))
 torch.nn.parallel.DistributedDataParallel = functools.partial(wrap, bucket_cap_mb=1)
 td.main()
-if td.dist.get_rank() == 0:
+if torch.distributed.get_rank() == 0:
     print("graphs", len(graphs))
 """
 
 
 def test_two_ranks_of_a_compiled_network_send_gradients_in_buckets(tiny, tmp_path):
     """One graph a bucket, so that gradients travel while others are computed; losses are those of the plain network."""
-    script, words = tmp_path / "compiled.py", ["images=64", "model.channels=96", "model.mult=1", "model.attention=8", "data.train=128", "data.test=64", "log_every=32", "micro=8"]
+    script = tmp_path / "compiled.py"
     script.write_text(COMPILED.format(root=str(ROOT)))
+    words = ["images=64", "model.channels=96", "model.mult=1", "model.attention=8", "data.train=128", "data.test=64",
+             "log_every=32", "micro=8"]
     stage("train_diffusion", tiny, f"run={tmp_path / 'plain'}", *words, ranks=2)
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tiny, f"run={tmp_path / 'compiled'}", *words, "compile=true"],
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    p = subprocess.run([*launcher, script, tiny, f"run={tmp_path / 'compiled'}", *words, "compile=true"],
                        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert p.returncode == 0, p.stderr
     assert int(p.stdout.split("graphs")[1]) > 3
-    logs = [[json.loads(line)["loss"] for line in (tmp_path / how / "diffusion/base/metrics.jsonl").read_text().splitlines()] for how in ("plain", "compiled")]
-    assert len(logs[0]) == 2 and np.allclose(*logs, rtol=1e-4)
+    plain, compiled = ([line["loss"] for line in log(tmp_path / how)] for how in ("plain", "compiled"))
+    assert len(plain) == 2 and np.allclose(plain, compiled, rtol=1e-4)
 
 
 def test_a_compiled_network_trains_and_samples_like_the_plain_one(tiny, tmp_path, monkeypatch):
-    compiled, compile = [], torch.compile                 # graphs are captured as for a GPU, then run as they are: generating C++ would take minutes
-    monkeypatch.setattr(torch, "compile", lambda net, **how: compiled.append(how) or compile(net, backend="aot_eager", **how))
+    compiled, compile = [], torch.compile                 # run as captured: generating C++ would take minutes
+
+    def eager(net, **how):
+        compiled.append(how)
+        return compile(net, backend="aot_eager", **how)
+    monkeypatch.setattr(torch, "compile", eager)
 
     def run(stage, folder, *words):
-        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", str(tiny), f"run={tmp_path / folder}", "data.train=128", "data.test=64", "model.mult=1", "model.attention=8", *words])
+        shape = ["data.train=128", "data.test=64", "model.mult=1", "model.attention=8"]
+        words = [f"{stage.__name__}.py", str(tiny), f"run={tmp_path / folder}", *shape, *words]
+        monkeypatch.setattr(sys, "argv", words)
         stage.main()
-    for how, *words in (("true",), ("false",), ("again", "compile=true", "recompute=true")):
-        run(td, how, "images=128", *words or [f"compile={how}"])
-    logs = [[json.loads(line)["loss"] for line in (tmp_path / how / "diffusion" / "base" / "metrics.jsonl").read_text().splitlines()] for how in ("true", "false", "again")]
-    assert len(compiled) == 2 and len(logs[0]) == 1 and np.allclose(logs[0], logs[1], rtol=1e-4) and np.allclose(logs[2], logs[1], rtol=1e-4)
-    run(td, "true", "images=160", "compile=false")        # may change when a training goes on: names of weights are the same
+    run(td, "true", "images=128", "compile=true")
+    run(td, "false", "images=128", "compile=false")
+    run(td, "again", "images=128", "compile=true", "recompute=true")
+    true, false, again = ([line["loss"] for line in log(tmp_path / how)] for how in ("true", "false", "again"))
+    assert len(compiled) == 2 and len(true) == 1
+    assert np.allclose(true, false, rtol=1e-4) and np.allclose(again, false, rtol=1e-4)
+    run(td, "true", "images=160", "compile=false")        # may change when a training goes on: weights keep their names
     for how in ("true", "false"):
         run(sample_ode, "true", "evaluate=false", "n=16", "batch=8", "solver=euler", f"compile={how}", f"name={how}")
-    images = [np.load(tmp_path / "true" / "samples" / how / "images.npy").astype(int) for how in ("true", "false")]
+    images = [np.load(tmp_path / f"true/samples/{how}/images.npy").astype(int) for how in ("true", "false")]
     assert compiled[2:] == [dict(dynamic=False)] and np.abs(images[0] - images[1]).max() <= 1
-    for reach in ("head", "backbone"):                    # online, those who look for labels are compiled, too: teacher and student, for two log lines, at the end for two splits
-        compiled.clear()
-        for how in ("true", "false"):
-            run(train_guided, "true", "labels=online", "init=", "K=6", "switch=64", "sk_freeze=0", "sk_ramp=0", "sk_queue=64", f"sk_grad={reach}", f"compile={how}", f"name={reach}-{how}")
-        logs = [[json.loads(line) for line in (tmp_path / f"true/guided/{reach}-{how}/metrics.jsonl").read_text().splitlines()] for how in ("true", "false")]
-        assert len(compiled) == 7 and len(logs[0]) == 2 and all(np.allclose(a[key], b[key], rtol=1e-3) for a, b in zip(*logs) for key in ("loss", "sk_loss", "grad_norm"))
+    online = ["labels=online", "init=", "K=6", "switch=64", "sk_freeze=0", "sk_ramp=0", "sk_queue=64",
+              "sk_grad=backbone"]
+    compiled.clear()
+    for how in ("true", "false"):                         # teacher and student are read as they are
+        run(train_guided, "true", *online, f"compile={how}", f"name={how}")
+    a, b = (log(tmp_path / "true", f"guided/{how}") for how in ("true", "false"))
+    assert len(compiled) == 1 and len(a) == 2
+    assert all(np.allclose(x[key], y[key], rtol=1e-3) for x, y in zip(a, b) for key in ("loss", "sk_loss", "grad_norm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed at arbitrary moments, saving included, and run again: the same bits as a run that was never killed
+
+SLOW_SAVES = ["save_every=32", "log_every=32", "images=2400"]      # after every update: kills hit saving, too
+
+
+def everything(run, folder="diffusion/base"):
+    """All tensors of a checkpoint that training changes, and the number of images seen."""
+    state = torch.load(run / folder / "checkpoint.pt", weights_only=True)
+    moments = {f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
+    return state["net"] | {f"ema.{k}": v for k, v in state["ema"].items()} | moments, state["seen"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_and_resume_equals_one_run(tiny, tmp_path, ranks):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    stage("train_diffusion", tiny, f"run={whole}", *SLOW_SAVES, ranks=ranks)
+    start = [tiny, f"run={broken}", *SLOW_SAVES]          # start-up is not what is tested
+    stage("train_diffusion", *start, "images=64", ranks=ranks)
+    moments, hits = random.Random(ranks), 0
+    for _ in range(3):
+        after = moments.uniform(3.5, 6.0) + 2.5 * (ranks - 1)
+        hits += killed("train_diffusion", *start, after=after, ranks=ranks)
+    assert hits, "no kill came in time: the test proves nothing"
+    stage("train_diffusion", *start, ranks=ranks)
+    (a, n), (b, m) = everything(whole), everything(broken)
+    assert n == m == 2400 and a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    one, two = ([line["images"] for line in log(d)] for d in (whole, broken))
+    assert one == two                                     # no line twice, none missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guided training in a run of its own
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A run with a base model and ground-truth labels."""
+    folder = tmp_path_factory.mktemp("guided") / "run"
+    stage("train_diffusion", tiny, f"run={folder}", "images=64")
+    stage("self_label", tiny, f"run={folder}", "method=classes")
+    return folder
+
+
+def test_guided_training_resumes_and_is_locked_by_its_own_keys_only(tiny, run):
+    words = [tiny, f"run={run}", "labels=classes", "init=diffusion/base"]
+    stage("train_guided", *words, "name=once")
+    stage("train_guided", *words, "name=twice", "images=96", "save_every=32")
+    unread = ["sk_t=0.7", "K=7", "switch=1"]              # keys of labels=online
+    assert "resuming at 96" in stage("train_guided", *words, "name=twice", *unread).stdout
+    (a, _), (b, _) = everything(run, "guided/once"), everything(run, "guided/twice")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "done already" in stage("train_guided", *words, "name=once", *unread).stdout
+    refused = stage("train_guided", *words, "name=once", "drop=0.2", ok=False)
+    assert refused.returncode == 2 and "train_guided.drop=0.1, now 0.2" in refused.stderr
+
+
+def test_names_stay_inside_the_run(tiny, run, refuse):
+    words = [tiny, f"run={run}"]
+    assert "labels=../../outside" in refuse("train_guided", *words, "labels=../../outside")
+    assert "init=../x" in refuse("train_guided", *words, "labels=classes", "init=../x")
+    assert "no such checkpoint" in refuse("train_guided", *words, "labels=classes", "init=diffusion/none")
+
+
+def test_checkpoints_say_which_labels_were_trained(tiny, run):
+    stage("train_guided", tiny, f"run={run}", "labels=classes", "name=facts", "images=64")
+    state = torch.load(run / "guided/facts/checkpoint.pt", weights_only=True)
+    labels = np.load(run / "labels/classes.npz")["train"]
+    assert state["num_labels"] == 10 and "told" not in state and state["labeller"] == {}
+    assert np.allclose(state["marginal"], np.bincount(labels, minlength=10) / len(labels))
+    assert not [k for k in state["config"]["train_guided"] if k.startswith("sk_")]
+    condition = td.load_condition(state, "cpu")
+    assert condition.null == 10 and condition(torch.tensor([3, 10]))["label"].tolist() == [3, 10]
 
 
 def test_turns_and_complaints_of_many_processes(monkeypatch, tmp_path):
-    """First one process downloads, then one of each machine, then all others; what the first finds wrong all complain of; shares are disjoint and complete."""
+    """First one process downloads, then one of each machine, then all others; what one finds wrong all complain of."""
     turns = []
     for rank, local in ((0, 0), (1, 1), (8, 0), (9, 1)):
         monkeypatch.setenv("LOCAL_RANK", str(local))
@@ -241,8 +353,10 @@ def test_turns_and_complaints_of_many_processes(monkeypatch, tmp_path):
         turns.append(list(run.turns()))
     assert turns == [[True, False, False], [False, False, True], [False, True, False], [False, False, True]]
     sent = []
-    monkeypatch.setattr(cr.dist, "broadcast_object_list", lambda box: sent.append(box[0]) if box[0] else box.__setitem__(0, sent[0]))
+    send = lambda box: sent.append(box[0]) if box[0] else box.__setitem__(0, sent[0])
+    monkeypatch.setattr(cr.dist, "broadcast_object_list", send)
     for rank in (0, 1):
         with pytest.raises(cr.UserError, match="no such"):
-            make_run(tmp_path, rank, 2).agreed(lambda: cr.require(False, make_run(tmp_path).cfg, "images", "no such"))
+            run = make_run(tmp_path, rank, 2)
+            run.agreed(lambda: cr.require(False, run.cfg, "images", "no such"))
     assert np.array_equal(np.concatenate([make_run(tmp_path, r, 3).share(10) for r in range(3)]), np.arange(10))
