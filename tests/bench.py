@@ -45,7 +45,8 @@ from configs.shapes import draw_shapes
 from extract_features import catalogue, stream, tapped
 from probe import SWEEP, accuracy, block_outputs, logistic, standardise
 from self_label import assign, kmeans, sinkhorn
-from train_diffusion import (PATHS, TrainDiffusion, attention, build_model, build_optimizer, loss_per_image, placed)
+from train_diffusion import (PATHS, Condition, TrainDiffusion, attention, build_model, build_optimizer, loss_per_image,
+                             placed)
 
 TINY = dict(backbone="unet", channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
 
@@ -350,14 +351,6 @@ def bench_clustering(device, small=False):
     return dict(measured=measured, goal=goal)
 
 
-def generate(run, net, state, context, w, folder):
-    """As many samples as one batch holds."""
-    if not hasattr(sample_ode, "Sampler"):
-        return sample_ode.generate(run, run.cfg, (net, None), state, run.cfg.n, w=w, context=context)
-    sampler = sample_ode.Sampler(net, state, context=context)
-    return sample_ode.generate(run, run.cfg, sampler, w, Path(folder) / "images.npy")
-
-
 def sampling_sides(folder, device, model, batch, steps=4, channels=3, labels=20, path="cv", interval=(0.0, 1.0)):
     """(generate() to images, its network calls alone): Heun on path cv, else DDIM; w = 2 where there are labels."""
     gpu = device.type == "cuda"
@@ -366,8 +359,9 @@ def sampling_sides(folder, device, model, batch, steps=4, channels=3, labels=20,
     context = (lambda: torch.autocast("cuda", torch.bfloat16)) if gpu else nullcontext
     solver, ends = ("heun", 2) if path == "cv" else ("ddim", 1)                  # Heun looks at both ends of a step
     cfg = sample_ode.SampleOde(n=batch, batch=batch, steps=steps, solver=solver, interval=list(interval))
-    state = dict(path=path, predict="v", channels=channels, size=32, num_labels=labels,
-                 marginal=torch.full((max(labels, 1),), 1 / max(labels, 1)))
+    state = dict(path=path, predict="v", channels=channels, size=32, num_labels=labels)
+    condition = Condition("label", torch.arange(labels + 1)).to(device) if labels else None
+    sampler = sample_ode.Sampler(net, state, condition, torch.ones(labels), context=context)
     times = [(i + end) / steps for i in range(steps) for end in range(ends)]
     guided = [bool(labels) and interval[0] <= t <= interval[1] for t in times]
     x, t = torch.randn(2 * batch, channels, 32, 32, device=device), torch.full((2 * batch,), 500.0, device=device)
@@ -379,8 +373,8 @@ def sampling_sides(folder, device, model, batch, steps=4, channels=3, labels=20,
             n = batch * (1 + twice)
             with context():
                 net(x[:n], t[:n], **(dict(label=label[:n]) if labels else {}))
-    run, w = make_run("sample_ode", cfg, device), 2.0 if labels else 1.0
-    return lambda: generate(run, net, state, context, w, folder), bare
+    run, w, file = make_run("sample_ode", cfg, device), 2.0 if labels else 1.0, Path(folder) / "images.npy"
+    return lambda: sample_ode.generate(run, cfg, sampler, w, file), bare
 
 
 def bench_sampling(device, small=False):
