@@ -1,13 +1,12 @@
 """The speed goals that are claimed, measured: a line for each with what was measured, the goal, and whether it is met.
 
-Writes  results/bench-<device>.json, by name; numbers of benchmarks that are not run now stay
-
     python tests/bench.py                            # all, half an hour on two CPU cores that do nothing else
     python tests/bench.py training --device cuda     # only this; on a GPU, where sizes are the papers'
 
-Nearly all numbers are ratios of two times, taken in turns within one run, medians of several; timings of a busy
-machine mean nothing. A benchmark is a function bench_<name>(device) -> dict(measured={label: number}, goal={label:
-"<= 1.05"}), or a sentence that says why there is nothing to measure here. With small=True sizes are those of a test.
+They go to results/bench-<device>.json, by name; those of benchmarks that are not run now stay. Nearly all numbers are
+ratios of two times, taken in turns within one run, medians of several; timings of a busy machine mean nothing. A
+benchmark is a function bench_<name>(device) -> dict(measured={label: number}, goal={label: "<= 1.05"}), or a sentence
+that says why there is nothing to measure here. With small=True sizes are those of a test.
 """
 import argparse
 import contextlib
@@ -30,7 +29,6 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,28 +37,27 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 # ruff: noqa: E402
+import sample_ode
 import train_guided
 from configs.data import as_input
 from configs.run import Data, Model, Run, autocast, fill, gpu_flags, reuse_memory, write_json
 from configs.shapes import draw_shapes
 from extract_features import catalogue, stream, tapped
 from probe import SWEEP, accuracy, block_outputs, logistic, standardise
-from sample_ode import SampleOde, generate, inception_resize
 from self_label import assign, kmeans, sinkhorn
-from train_diffusion import (PATHS, TrainDiffusion, attention, build_model, build_optimizer, loss_per_image, placed)
+from train_diffusion import (PATHS, Condition, TrainDiffusion, attention, build_model, build_optimizer, loss_per_image,
+                             placed)
 
+TINY = dict(backbone="unet", channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
 
 def seconds(f, device):
     """Wall time of one call, with what it left for a GPU to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     tick = time.perf_counter()
     f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - tick
 
 
@@ -85,9 +82,6 @@ def matrix_rate(device, kind, small):
     return 2 * n ** 3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-TINY = dict(backbone="unet", channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
-
-
 def read_config(name, small=False):
     """The sections of configs/<name>.yaml; small: with a tiny network."""
     sections = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
@@ -107,9 +101,8 @@ def make_run(stage, cfg, device):
 
 def call_stage(script, *words):
     """The main of a script, in this process, silently."""
-    with mock.patch.object(sys, "argv", [f"{script}.py", *map(str, words)]):
-        with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script).main()
+    with mock.patch.object(sys, "argv", [script, *map(str, words)]), contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module(script).main()
 
 
 def prepare(folder, data):
@@ -135,10 +128,9 @@ def bench_training(device, small=False):
     and the share of the time that is spent waiting for a batch."""
     gpu, measured, goal = device.type == "cuda", {}, {}
     uvit = dict(backbone="uvit", channels=1024, depth=20, heads=16, patch=2)     # U-ViT-L/2; its 256 tokens are pixels
-    cases = {"shapes": ("shapes", {}, 32, 192), "CIFAR-10": ("cifar10-cpu", {}, 64, 6)}
-    cases = {"CIFAR-10": ("cifar10", {}, 512, 20), "U-ViT-L/2": ("cifar10", uvit, 256, 20)} if gpu else cases
-    kind = autocast(make_run("train_diffusion", None, device), "auto")[1]
-    peak = matrix_rate(device, kind, small)
+    on_gpu = {"CIFAR-10": ("cifar10", {}, 512, 20), "U-ViT-L/2": ("cifar10", uvit, 256, 20)}
+    cases = on_gpu if gpu else {"shapes": ("shapes", {}, 32, 192), "CIFAR-10": ("cifar10-cpu", {}, 64, 6)}
+    peak = matrix_rate(device, autocast(make_run("train_diffusion", None, device), "auto")[1], small)
     for name, (config, keys, batch, updates) in cases.items():
         batch, updates, count = (4, 1, 20) if small else (batch, updates, 5000)
         images = 4 * updates * batch
@@ -178,7 +170,7 @@ def training_step(config, device, small=False, **keys):
         with context():
             loss = loss_per_image(net, PATHS[cfg.path], cfg.predict, x, z, t).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, cfg.clip)
+        torch.nn.utils.clip_grad_norm_(weights, cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -190,7 +182,7 @@ def bench_muon(device, small=False):
     """A whole training step with Muon, in steps with AdamW."""
     measured = {}
     for config in ("shapes", "cifar10-cpu"):
-        sides = [training_step(config, device, small, optimizer=name) for name in ("muon", "adamw")]
+        sides = (training_step(config, device, small, optimizer=name) for name in ("muon", "adamw"))
         measured[f"Muon / AdamW, step of {config}"] = ratio(device, 2 if small else 40, *sides)
     return dict(measured=measured, goal=dict.fromkeys(measured, "<= 1.05"))
 
@@ -230,8 +222,8 @@ def bench_attention(device, small=False):
 def bench_online(device, small=False):
     """Training that finds its labels, in times of unconditional training of equal length (model and keys of shapes).
 
-    An unconditional run stands before and after every other. Proportions are those of results/online.json: 26 % as many
-    images as the training sees, a report for 19,000 of them. Pictures and the labels of all in the end do not count.
+    An unconditional run stands before and after every other. As in results/online.json there are 26 % as many images as
+    the training sees, and a report for 19,000 of them. Pictures, and labels of all in the end, do not count.
     """
     images, turns = (256, 1) if small else (4096, 5)
     half = [f"switch={images // 2}", f"sk_until={images // 2}"]
@@ -359,16 +351,17 @@ def bench_clustering(device, small=False):
     return dict(measured=measured, goal=goal)
 
 
-def sampling_sides(device, model, batch, steps=4, channels=3, labels=20, path="cv", interval=(0.0, 1.0)):
+def sampling_sides(folder, device, model, batch, steps=4, channels=3, labels=20, path="cv", interval=(0.0, 1.0)):
     """(generate() to images, its network calls alone): Heun on path cv, else DDIM; w = 2 where there are labels."""
     gpu = device.type == "cuda"
     net = network(model, device, channels, num_labels=labels)
     net = torch.compile(net, dynamic=False) if gpu else net
     context = (lambda: torch.autocast("cuda", torch.bfloat16)) if gpu else nullcontext
     solver, ends = ("heun", 2) if path == "cv" else ("ddim", 1)                  # Heun looks at both ends of a step
-    cfg = SampleOde(batch=batch, steps=steps, solver=solver, interval=list(interval))
-    state = dict(path=path, predict="v", channels=channels, size=32, num_labels=labels,
-                 marginal=torch.full((max(labels, 1),), 1 / max(labels, 1)))
+    cfg = sample_ode.SampleOde(n=batch, batch=batch, steps=steps, solver=solver, interval=list(interval))
+    state = dict(path=path, predict="v", channels=channels, size=32, num_labels=labels)
+    condition = Condition("label", torch.arange(labels + 1)).to(device) if labels else None
+    sampler = sample_ode.Sampler(net, state, condition, torch.ones(labels), context=context)
     times = [(i + end) / steps for i in range(steps) for end in range(ends)]
     guided = [bool(labels) and interval[0] <= t <= interval[1] for t in times]
     x, t = torch.randn(2 * batch, channels, 32, 32, device=device), torch.full((2 * batch,), 500.0, device=device)
@@ -380,21 +373,23 @@ def sampling_sides(device, model, batch, steps=4, channels=3, labels=20, path="c
             n = batch * (1 + twice)
             with context():
                 net(x[:n], t[:n], **(dict(label=label[:n]) if labels else {}))
-    run, w = make_run("sample_ode", cfg, device), 2.0 if labels else 1.0
-    return lambda: generate(run, cfg, (net, None), state, batch, w=w, context=context), bare
+    run, w, file = make_run("sample_ode", cfg, device), 2.0 if labels else 1.0, Path(folder) / "images.npy"
+    return lambda: sample_ode.generate(run, cfg, sampler, w, file), bare
 
 
 def bench_sampling(device, small=False):
     """Sampling, from noise to uint8 images, in times of its network calls."""
     gpu = device.type == "cuda"
     gpu_flags(training=False)
-    shapes, batch = read_config("shapes", small)["model"], 2 if small else 800 if gpu else 50
+    shapes, batch = read_config("shapes", small)["model"], 2 if small else 800 if gpu else 100
     cases = {"plain": dict(labels=0), "guided": {}, "guided at 0.25 to 0.75": dict(interval=(0.25, 0.75)),
              "guided DDIM on VP": dict(path="vp", steps=8)}
-    sides = {name: sampling_sides(device, shapes, batch, **keys) for name, keys in cases.items()}
-    if gpu and not small:
-        sides["guided, imagenet256"] = sampling_sides(device, read_config("imagenet256")["model"], 128, 10, 4)
-    measured = {f"sampling / network calls, {k}": ratio(device, 1 if small else 5, *v) for k, v in sides.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {name: sampling_sides(folder, device, shapes, batch, **keys) for name, keys in cases.items()}
+        if gpu and not small:
+            large = read_config("imagenet256")["model"]
+            sides["guided, imagenet256"] = sampling_sides(folder, device, large, 128, 10, 4)
+        measured = {f"sampling / network calls, {k}": ratio(device, 1 if small else 5, *v) for k, v in sides.items()}
     return dict(measured=measured, goal=dict.fromkeys(measured, "<= 1.05"))
 
 
@@ -404,7 +399,7 @@ def bench_evaluation(device, small=False):
     theirs, measured = build_resizer("clean"), {}
     for size in (32, 256):
         x = draw_shapes(0, np.arange(4 if small else 200), size)[0]
-        ours = lambda: [inception_resize(part.to(device)) for part in torch.from_numpy(x).split(100)]
+        ours = lambda: [sample_ode.inception_resize(part.to(device)) for part in torch.from_numpy(x).split(100)]
         peer = lambda: [theirs(image) for image in x.transpose(0, 2, 3, 1)]
         measured[f"resizing / clean-fid, from {size}"] = ratio(device, 1 if small else 5, ours, peer)
     return dict(measured=measured, goal=dict.fromkeys(measured, "<= 1"))

@@ -25,7 +25,7 @@ def run_here(command, **_):
 @pytest.mark.parametrize("name", bench.BENCHMARKS)
 def test_toy(name, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", run_here)
-    monkeypatch.setattr(train_diffusion, "preview", lambda net, path, predict, z, **_: z)    # pictures take most of the time
+    monkeypatch.setattr(train_diffusion, "preview", lambda net, path, predict, z, **_: z)    # pictures take most
     result = bench.BENCHMARKS[name](DEVICE, small=True)
     if isinstance(result, str):
         return
