@@ -207,7 +207,7 @@ class VariancePreserving(NoisePath):
 
 def table_of_betas(betas):
     """ln prod (1 - beta) after 0, 1, ..., 1000 steps. betas: float64 [1000]."""
-    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
+    return F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
 
 
 def even(first, last):
@@ -629,7 +629,7 @@ def say_network(run, net, channels, size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(net).to("meta")(blank, torch.empty(1, device="meta"))
     run.say(f"network: {sum(p.numel() for p in net.parameters()):,} parameters, "
-            f"{counter.get_total_flops() / 1e9:,.2f} GFLOP forward an image")
+            f"{counter.get_total_flops() / 1e9:,.3f} GFLOP forward an image")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -642,6 +642,11 @@ def layout_of(ids, kinds, size):
     return F.interpolate(onehot[:, :kinds], size=(size, size), mode="nearest")
 
 
+def with_null(rows, null):
+    """Rows [n, ...] of a condition's table and null behind them, everywhere of this value."""
+    return torch.cat([rows, torch.full_like(rows[:1], null)])
+
+
 class Condition:
     """An id says what the network is told: row `id` of a table, whose last row (id `null`) is nothing.
 
@@ -650,7 +655,8 @@ class Condition:
     """
 
     def __init__(self, kind, table, kinds=0, size=0, labels=None):
-        self.kind, self.table, self.kinds, self.size, self.labels = kind, table, kinds, size, labels
+        self.kind, self.table, self.labels = kind, table, labels
+        self.kinds, self.size = kinds, size
         self.null = len(table) - 1
 
     def __call__(self, ids, drop=None, flip=None):
@@ -664,8 +670,10 @@ class Condition:
             return dict(vector=rows.float())
         if flip is not None:
             rows = torch.where(flip[:, None, None], rows.flip(-1), rows)
-        layout = layout_of(rows, self.kinds, self.size)
-        return dict(layout=layout) if self.labels is None else dict(layout=layout, label=self.labels[ids])
+        told = dict(layout=layout_of(rows, self.kinds, self.size))
+        if self.labels is not None:
+            told["label"] = self.labels[ids]
+        return told
 
     def rows(self, ids):
         """The condition that knows these rows only, and null."""
@@ -877,7 +885,8 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
     labeller.begin(run, data, context)
     open_autoencoder(run)                                 # for the sample grids
     share, micro = cfg.batch // run.world, micro_batch(run, cfg)
-    meter, stream = Meter(run, seen), batches(run, cfg, data, seen, labeller.uniforms, labeller.noises)
+    stream = batches(run, cfg, data, seen, labeller.uniforms, labeller.noises)
+    meter = Meter(run, seen)
 
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
@@ -1176,7 +1185,8 @@ def save_checkpoint(run, folder, state, parts=None):
         except RuntimeError as e:                         # torch reports a full disk as a RuntimeError
             raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); is the disk full? "
                             "the previous checkpoint is kept") from None
-        facts = {k: state[k] for k in ("seen", "weights", "num_labels", "path", "predict", "data", "model", "config")}
+        names = "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
+        facts = {name: state[name] for name in names}
         write_json(path.with_suffix(".json"), dict(
             what=f"{state['kind']} model, {state['seen']:,} images seen; 'ema' holds the averaged weights that samples "
                  "and features use", parameters=sum(v.numel() for v in state["net"].values()), **facts))
@@ -1195,8 +1205,8 @@ def load_checkpoint(run, name):
         raise UserError(f"{path}: a torch file, but not a checkpoint of this project; published weights become one by "
                         "train_diffusion.py --import")
     if state["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}; train again under "
-                        "another name=, or with overwrite=true after moving the file away")
+        raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}; move it away "
+                        "and train again")
     return state | {"file": str(path)}
 
 

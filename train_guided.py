@@ -37,7 +37,7 @@ from configs.run import (ALONE, Model, UserError, atomic, autocast, check_name, 
                          locked, read_json, require, save_grid, seeded, start)
 from train_diffusion import (PATHS, Condition, GivenLabels, NoLabels, Training, build_model, check_training, diffuse,
                              every_tenth, fit, load_checkpoint, load_condition, move_average, new_state, placed,
-                             save_checkpoint, say_training)
+                             save_checkpoint, say_training, with_null)
 from extract_features import matching, reader, stream
 from self_label import alone, in_blocks, nmi, prices, save_labels, score_labels, size_entropy
 
@@ -81,20 +81,19 @@ def given_labels(run, cfg, data):
             "prototypes and patches exist with labels=online only; here label, box, mask or set")
     labels, info = load_labels(run, cfg.labels)
     ids, K = labels["train"], info["num_labels"]          # int64 [N]
-    with_null = torch.from_numpy(np.append(ids, K))
+    table = with_null(torch.from_numpy(ids), K)
     facts = dict(labels=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K)
     if cfg.condition == "label":
         facts["marginal"] = torch.from_numpy(np.bincount(ids, minlength=K) / len(ids))          # float64 [K]
-        told, shown = Condition("label", with_null), Condition("label", torch.arange(K + 1))
+        told, shown = Condition("label", table), Condition("label", torch.arange(K + 1))
         return GivenLabels(told, shown, cfg.drop), dict(num_labels=K), facts
     if cfg.condition == "set":
         sets = label_sets(labels, K, cfg.labels)
-        told = Condition("vector", torch.from_numpy(np.pad(sets, ((0, 1), (0, 0)))))
+        told = Condition("vector", with_null(torch.from_numpy(sets), 0))
         conditions, facts["layout"] = dict(vector_dim=K), digest(sets)
     else:
         maps, kinds = layout_maps(run, cfg, labels, info, "train")
-        table = torch.from_numpy(np.concatenate([maps, np.full_like(maps[:1], kinds)]))
-        told = Condition("map", table, kinds, data.images.shape[2], with_null)
+        told = Condition("map", with_null(torch.from_numpy(maps), kinds), kinds, data.images.shape[2], table)
         conditions, facts["layout"] = dict(num_labels=K, layout_channels=kinds), digest(maps)
     shown = told.bank(cfg.seed)
     return GivenLabels(told, shown, cfg.drop), conditions, facts | bank_facts(shown)
@@ -102,7 +101,8 @@ def given_labels(run, cfg, data):
 
 def bank_facts(bank):
     """What a checkpoint needs to be sampled by a bank of conditions, each as often as the others."""
-    return dict(told=bank.state(), marginal=torch.full((bank.null,), 1 / bank.null, dtype=torch.float64))
+    share = torch.full((bank.null,), 1 / bank.null, dtype=torch.float64)
+    return dict(told=bank.state(), marginal=share)
 
 
 def label_sets(labels, K, name):
@@ -285,8 +285,8 @@ class Labeller(NoLabels):
         cfg, b, device = self.cfg, len(batch.x), batch.x.device
         updates = batch.seen // cfg.batch
         guided = cfg.condition != "none" and batch.seen >= cfg.switch
-        some = torch.arange(0, b, round(1 / cfg.sk_share), device=device)        # images in the loss, their patches
-        patches = self.patches_of(updates, device)
+        some = torch.arange(0, b, round(1 / cfg.sk_share), device=device)        # images in the loss
+        patches = self.patches_of(updates, device)        # of each, in the loss
         labels = torch.zeros(b, self.patches, dtype=torch.long, device=device)
         if 0 < cfg.sk_until <= batch.seen:
             labels = self.settled_labels(ema, teacher, batch)
@@ -298,7 +298,7 @@ class Labeller(NoLabels):
             targets, found = self.balance(teacher, h, part, updates)
             labels = found.reshape(b, self.patches) if guided else labels
         loss = self.student_loss(net, batch, some, patches, targets)
-        drop = batch.u[:, 2] < cfg.drop if guided else torch.ones_like(batch.u[:, 2], dtype=torch.bool)
+        drop = batch.u[:, 2] < (cfg.drop if guided else 1.0)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
         return weight * loss, self.told(labels, drop, teacher)
 
@@ -321,7 +321,8 @@ class Labeller(NoLabels):
         cfg, ranks, mine = self.cfg, self.ranks, self.part(h, *part)
         scores = teacher.scores(h)                        # [m P, K]
         past = teacher.scores(self.queue.filled(len(mine), updates, ranks))
-        q = sinkhorn(torch.cat([self.part(scores, *part), past]), cfg.sk_eps, cfg.sk_iterations, ranks)[:len(mine)]
+        balanced = torch.cat([self.part(scores, *part), past])
+        q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(mine)]
         g = potentials(in_blocks(torch.cat([scores, past])), cfg.sk_eps, cfg.sk_iterations, ranks)
         self.queue.add(mine, updates, ranks)
         return q, (scores / cfg.sk_eps - g).argmax(1)
@@ -384,7 +385,8 @@ class Labeller(NoLabels):
         if self.cfg.condition == "none":
             return {}
         if self.cfg.condition == "patch":
-            return self.map_condition(square(labels))(torch.arange(len(labels), device=labels.device), drop)
+            rows = torch.arange(len(labels), device=labels.device)
+            return self.map_condition(square(labels))(rows, drop)
         return self.condition(teacher)(labels[:, 0], drop)
 
     def condition(self, teacher):
@@ -392,11 +394,11 @@ class Labeller(NoLabels):
         if self.cfg.condition == "label":
             return Condition("label", torch.arange(self.cfg.K + 1, device=self.prototypes.device))
         c = F.normalize(teacher.prototypes.detach(), dim=1)
-        return Condition("vector", torch.cat([c, torch.zeros_like(c[:1])]))
+        return Condition("vector", with_null(c, 0))
 
     def map_condition(self, maps):
         """The condition by row of maps of labels [N, h, w]."""
-        return Condition("map", torch.cat([maps, torch.full_like(maps[:1], self.cfg.K)]), self.cfg.K, self.size)
+        return Condition("map", with_null(maps, self.cfg.K), self.cfg.K, self.size)
 
     def facts(self, teacher):
         return dict(told=self.condition(teacher).state()) if self.cfg.condition == "prototype" else {}
@@ -475,7 +477,7 @@ def uniform_targets(line):
 
 def rows_of_map(f):
     """Features [B, D] or maps [B, D, h, w] -> float32 rows [B, D] or [B h w, D]."""
-    return f.float() if f.dim() == 2 else f.float().permute(0, 2, 3, 1).flatten(0, 2)
+    return f.float() if f.dim() == 2 else f.float().movedim(1, 3).flatten(0, 2)
 
 
 def square(labels):
@@ -516,7 +518,8 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE):
         ids.append(best)
         scores.append(S.gather(1, best))
     alike = float(h.mean((0, 1), dtype=torch.float32).square().sum()) if len(h) else 0.0
-    return torch.cat(ids).view(h.shape[:2]).cpu(), torch.cat(scores).view(h.shape[:2]).cpu(), alike, g
+    ids, scores = (torch.cat(v).view(h.shape[:2]).cpu() for v in (ids, scores))
+    return ids, scores, alike, g
 
 
 def check_online(run, cfg):
@@ -623,11 +626,10 @@ def load_pretrained(net, state):
     are zeros, so they add nothing.
     """
     own, state = net.state_dict(), dict(state)
-    if "pos_embed" in own and "pos_embed" in state and own["pos_embed"].shape[1] == state["pos_embed"].shape[1] + 1:
-        position = state["pos_embed"]                     # U-ViT: the condition token comes first
-        state["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], 1)
-    first = "input_blocks.0.0.weight"                     # U-Net: channels of a layout come behind those of the image
-    if first in own and first in state and own[first].shape[1] > state[first].shape[1]:
+    position, first = "pos_embed", "input_blocks.0.0.weight"
+    if position in own and position in state and own[position].shape[1] == state[position].shape[1] + 1:
+        state[position] = F.pad(state[position], (0, 0, 1, 0))                   # U-ViT: a condition token comes first
+    if first in own and first in state:                   # U-Net: channels of a layout come behind those of the image
         state[first] = torch.cat([state[first], own[first][:, state[first].shape[1]:]], 1)
     added = {k for k in own if k.split(".")[0] in ("label_emb", "vector_emb", "layout_embed") and k not in state}
     wrong = (set(own) - added) ^ set(state)
