@@ -675,7 +675,7 @@ class Condition:
             told["label"] = self.labels[ids]
         return told
 
-    def rows(self, ids):
+    def subset(self, ids):
         """The condition that knows these rows only, and null."""
         ids = torch.cat([ids, torch.tensor([self.null])])
         labels = None if self.labels is None else self.labels[ids]
@@ -684,7 +684,7 @@ class Condition:
     def bank(self, seed, most=2000):
         """Some of its rows, drawn at random, which stand for the distribution of all: what a checkpoint can hold."""
         order = np.random.default_rng(seed_of(seed, "bank")).permutation(self.null)
-        return self.rows(torch.from_numpy(order[:most]))
+        return self.subset(torch.from_numpy(order[:most]))
 
     def to(self, device):
         large = torch.device(device).type == "cuda" and self.table.nbytes > 2e9
@@ -700,8 +700,8 @@ class Condition:
 
 def load_condition(state, device):
     """The condition by which a checkpoint's model is sampled, for ids 0 ... null; None of an unconditional one."""
-    if "told" in state:
-        return Condition(**state["told"]).to(device)
+    if "bank" in state:
+        return Condition(**state["bank"]).to(device)
     K = state["conditions"].get("num_labels", 0)
     return Condition("label", torch.arange(K + 1)).to(device) if K else None
 
@@ -745,24 +745,24 @@ class NoLabels(nn.Module):
 
 
 class GivenLabels(NoLabels):
-    """Labels that were there before. told(row): of a training image; shown(id): in sample grids.
+    """Labels that were there before: conditions by row of the training images, and by id as for sampling.
 
     drop: share of images of which the network is told nothing, decided image by image (arXiv 2207.12598).
     """
 
-    def __init__(self, told, shown, drop):
+    def __init__(self, by_row, by_id, drop):
         super().__init__()
-        self.told, self.shown, self.drop = told, shown, drop
+        self.by_row, self.by_id, self.drop = by_row, by_id, drop
 
     def begin(self, run, data, context):
-        self.told.to(run.device)
-        self.shown.to(run.device)
+        self.by_row.to(run.device)
+        self.by_id.to(run.device)
 
     def step(self, net, ema, average, batch):
-        return None, self.told(batch.rows, batch.u[:, 2] < self.drop, batch.flip)
+        return None, self.by_row(batch.rows, batch.u[:, 2] < self.drop, batch.flip)
 
     def grid(self, ema, average):
-        return self.shown(every_tenth(self.shown.null).to(self.shown.table.device))
+        return self.by_id(every_tenth(self.by_id.null).to(self.by_id.table.device))
 
 
 def every_tenth(n, most=12):
@@ -1220,13 +1220,13 @@ def load_model(run, name, weights="ema", compiled=False):
 
 
 def old_names(state):                                     # for sample_ode.py as it is now; goes with its next version
-    told = state.get("told")
-    if not told:
+    bank = state.get("bank")
+    if not bank:
         return {} if state["conditions"].get("num_labels") else dict(num_labels=0)
-    ids = dict(num_labels=len(told["table"]) - 1)
-    if told["kind"] == "map":
-        ids |= dict(maps=told["table"], map_labels=told["kinds"])
-    return ids | (dict(bank_labels=told["labels"]) if told["labels"] is not None else {})
+    ids = dict(num_labels=len(bank["table"]) - 1)
+    if bank["kind"] == "map":
+        ids |= dict(maps=bank["table"], map_labels=bank["kinds"])
+    return ids | (dict(bank_labels=bank["labels"]) if bank["labels"] is not None else {})
 
 
 def resume(run, cfg, folder, state, parts):

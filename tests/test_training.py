@@ -337,7 +337,7 @@ def test_checkpoints_say_which_labels_were_trained(tiny, run):
     stage("train_guided", tiny, f"run={run}", "labels=classes", "name=facts", "images=64")
     state = torch.load(run / "guided/facts/checkpoint.pt", weights_only=True)
     labels = np.load(run / "labels/classes.npz")["train"]
-    assert state["num_labels"] == 10 and "told" not in state and state["labeller"] == {}
+    assert state["num_labels"] == 10 and "bank" not in state and state["labeller"] == {}
     assert np.allclose(state["marginal"], np.bincount(labels, minlength=10) / len(labels))
     assert not [k for k in state["config"]["train_guided"] if k.startswith("sk_")]
     condition = td.load_condition(state, "cpu")
