@@ -210,7 +210,7 @@ class VariancePreserving(NoisePath):
 
 def table_of_betas(betas):
     """ln prod (1 - beta) after 0, 1, ..., 1000 steps. betas: float64 [1000]."""
-    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
+    return F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
 
 
 def even(first, last):
@@ -632,7 +632,7 @@ def say_network(run, net, channels, size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(net).to("meta")(blank, torch.empty(1, device="meta"))
     run.say(f"network: {sum(p.numel() for p in net.parameters()):,} parameters, "
-            f"{counter.get_total_flops() / 1e9:,.2f} GFLOP forward an image")
+            f"{counter.get_total_flops() / 1e9:,.3f} GFLOP forward an image")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,6 +645,11 @@ def layout_of(ids, kinds, size):
     return F.interpolate(onehot[:, :kinds], size=(size, size), mode="nearest")
 
 
+def with_null(rows, null):
+    """Rows [n, ...] of a condition's table and null behind them, everywhere of this value."""
+    return torch.cat([rows, torch.full_like(rows[:1], null)])
+
+
 class Condition:
     """An id says what the network is told: row `id` of a table, whose last row (id `null`) is nothing.
 
@@ -653,7 +658,8 @@ class Condition:
     """
 
     def __init__(self, kind, table, kinds=0, size=0, labels=None):
-        self.kind, self.table, self.kinds, self.size, self.labels = kind, table, kinds, size, labels
+        self.kind, self.table, self.labels = kind, table, labels
+        self.kinds, self.size = kinds, size
         self.null = len(table) - 1
 
     def __call__(self, ids, drop=None, flip=None):
@@ -667,10 +673,12 @@ class Condition:
             return dict(vector=rows.float())
         if flip is not None:
             rows = torch.where(flip[:, None, None], rows.flip(-1), rows)
-        layout = layout_of(rows, self.kinds, self.size)
-        return dict(layout=layout) if self.labels is None else dict(layout=layout, label=self.labels[ids])
+        told = dict(layout=layout_of(rows, self.kinds, self.size))
+        if self.labels is not None:
+            told["label"] = self.labels[ids]
+        return told
 
-    def rows(self, ids):
+    def subset(self, ids):
         """The condition that knows these rows only, and null."""
         ids = torch.cat([ids, torch.tensor([self.null])])
         labels = None if self.labels is None else self.labels[ids]
@@ -679,7 +687,7 @@ class Condition:
     def bank(self, seed, most=2000):
         """Some of its rows, drawn at random, which stand for the distribution of all: what a checkpoint can hold."""
         order = np.random.default_rng(seed_of(seed, "bank")).permutation(self.null)
-        return self.rows(torch.from_numpy(order[:most]))
+        return self.subset(torch.from_numpy(order[:most]))
 
     def to(self, device):
         large = torch.device(device).type == "cuda" and self.table.nbytes > 2e9
@@ -695,8 +703,8 @@ class Condition:
 
 def load_condition(state, device):
     """The condition by which a checkpoint's model is sampled, for ids 0 ... null; None of an unconditional one."""
-    if "told" in state:
-        return Condition(**state["told"]).to(device)
+    if "bank" in state:
+        return Condition(**state["bank"]).to(device)
     K = state["conditions"].get("num_labels", 0)
     return Condition("label", torch.arange(K + 1)).to(device) if K else None
 
@@ -740,24 +748,24 @@ class NoLabels(nn.Module):
 
 
 class GivenLabels(NoLabels):
-    """Labels that were there before. told(row): of a training image; shown(id): in sample grids.
+    """Labels that were there before: conditions by row of the training images, and by id as for sampling.
 
     drop: share of images of which the network is told nothing, decided image by image (arXiv 2207.12598).
     """
 
-    def __init__(self, told, shown, drop):
+    def __init__(self, by_row, by_id, drop):
         super().__init__()
-        self.told, self.shown, self.drop = told, shown, drop
+        self.by_row, self.by_id, self.drop = by_row, by_id, drop
 
     def begin(self, run, data, context):
-        self.told.to(run.device)
-        self.shown.to(run.device)
+        self.by_row.to(run.device)
+        self.by_id.to(run.device)
 
     def step(self, net, ema, average, batch):
-        return None, self.told(batch.rows, batch.u[:, 2] < self.drop, batch.flip)
+        return None, self.by_row(batch.rows, batch.u[:, 2] < self.drop, batch.flip)
 
     def grid(self, ema, average):
-        return self.shown(every_tenth(self.shown.null).to(self.shown.table.device))
+        return self.by_id(every_tenth(self.by_id.null).to(self.by_id.table.device))
 
 
 def every_tenth(n, most=12):
@@ -880,7 +888,8 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
     labeller.begin(run, data, context)
     open_autoencoder(run)                                 # for the sample grids
     share, micro = cfg.batch // run.world, micro_batch(run, cfg)
-    meter, stream = Meter(run, seen), batches(run, cfg, data, seen, labeller.uniforms, labeller.noises)
+    stream = batches(run, cfg, data, seen, labeller.uniforms, labeller.noises)
+    meter = Meter(run, seen)
 
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
@@ -1179,7 +1188,8 @@ def save_checkpoint(run, folder, state, parts=None):
         except RuntimeError as e:                         # torch reports a full disk as a RuntimeError
             raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); is the disk full? "
                             "the previous checkpoint is kept") from None
-        facts = {k: state[k] for k in ("seen", "weights", "num_labels", "path", "predict", "data", "model", "config")}
+        names = "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
+        facts = {name: state[name] for name in names}
         write_json(path.with_suffix(".json"), dict(
             what=f"{state['kind']} model, {state['seen']:,} images seen; 'ema' holds the averaged weights that samples "
                  "and features use", parameters=sum(v.numel() for v in state["net"].values()), **facts))
@@ -1198,8 +1208,8 @@ def load_checkpoint(run, name):
         raise UserError(f"{path}: a torch file, but not a checkpoint of this project; published weights become one by "
                         "train_diffusion.py --import")
     if state["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}; train again under "
-                        "another name=, or with overwrite=true after moving the file away")
+        raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}; move it away "
+                        "and train again")
     return state | {"file": str(path)}
 
 
@@ -1213,13 +1223,13 @@ def load_model(run, name, weights="ema", compiled=False):
 
 
 def old_names(state):                                     # for sample_ode.py as it is now; goes with its next version
-    told = state.get("told")
-    if not told:
+    bank = state.get("bank")
+    if not bank:
         return {} if state["conditions"].get("num_labels") else dict(num_labels=0)
-    ids = dict(num_labels=len(told["table"]) - 1)
-    if told["kind"] == "map":
-        ids |= dict(maps=told["table"], map_labels=told["kinds"])
-    return ids | (dict(bank_labels=told["labels"]) if told["labels"] is not None else {})
+    ids = dict(num_labels=len(bank["table"]) - 1)
+    if bank["kind"] == "map":
+        ids |= dict(maps=bank["table"], map_labels=bank["kinds"])
+    return ids | (dict(bank_labels=bank["labels"]) if bank["labels"] is not None else {})
 
 
 def resume(run, cfg, folder, state, parts):

@@ -19,7 +19,7 @@ Sinkhorn-Knopp turns the scores of the averaged network into balanced targets, a
 an image is its condition. From `sk_until` on, images keep theirs.
 
 Read first `given_labels`, then `Labeller.step` with the three methods behind it, then `main`; skip at first layouts,
-`Labeller.report` and initial weights. `Condition`, `GivenLabels` and the loop are in train_diffusion.py.
+`labeller_report` and initial weights. `Condition`, `GivenLabels` and the loop are in train_diffusion.py.
 """
 import copy
 import math
@@ -37,7 +37,7 @@ from configs.run import (ALONE, Model, UserError, atomic, autocast, check_name, 
                          locked, read_json, require, save_grid, seeded, start)
 from train_diffusion import (PATHS, Condition, GivenLabels, NoLabels, Training, build_model, check_training, diffuse,
                              every_tenth, fit, load_checkpoint, load_condition, move_average, new_state, placed,
-                             save_checkpoint, say_training)
+                             save_checkpoint, say_training, with_null)
 from extract_features import matching, reader, stream
 from self_label import in_blocks, nmi, potentials, save_labels, score_labels, sinkhorn, size_entropy
 
@@ -81,28 +81,28 @@ def given_labels(run, cfg, data):
             "prototypes and patches exist with labels=online only; here label, box, mask or set")
     labels, info = load_labels(run, cfg.labels)
     ids, K = labels["train"], info["num_labels"]          # int64 [N]
-    with_null = torch.from_numpy(np.append(ids, K))
+    table = with_null(torch.from_numpy(ids), K)
     facts = dict(labels=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K)
     if cfg.condition == "label":
         facts["marginal"] = torch.from_numpy(np.bincount(ids, minlength=K) / len(ids))          # float64 [K]
-        told, shown = Condition("label", with_null), Condition("label", torch.arange(K + 1))
-        return GivenLabels(told, shown, cfg.drop), dict(num_labels=K), facts
+        by_row, by_id = Condition("label", table), Condition("label", torch.arange(K + 1))
+        return GivenLabels(by_row, by_id, cfg.drop), dict(num_labels=K), facts
     if cfg.condition == "set":
         sets = label_sets(labels, K, cfg.labels)
-        told = Condition("vector", torch.from_numpy(np.pad(sets, ((0, 1), (0, 0)))))
+        by_row = Condition("vector", with_null(torch.from_numpy(sets), 0))
         conditions, facts["layout"] = dict(vector_dim=K), digest(sets)
     else:
         maps, kinds = layout_maps(run, cfg, labels, info, "train")
-        table = torch.from_numpy(np.concatenate([maps, np.full_like(maps[:1], kinds)]))
-        told = Condition("map", table, kinds, data.images.shape[2], with_null)
+        by_row = Condition("map", with_null(torch.from_numpy(maps), kinds), kinds, data.images.shape[2], table)
         conditions, facts["layout"] = dict(num_labels=K, layout_channels=kinds), digest(maps)
-    shown = told.bank(cfg.seed)
-    return GivenLabels(told, shown, cfg.drop), conditions, facts | bank_facts(shown)
+    by_id = by_row.bank(cfg.seed)
+    return GivenLabels(by_row, by_id, cfg.drop), conditions, facts | bank_facts(by_id)
 
 
 def bank_facts(bank):
     """What a checkpoint needs to be sampled by a bank of conditions, each as often as the others."""
-    return dict(told=bank.state(), marginal=torch.full((bank.null,), 1 / bank.null, dtype=torch.float64))
+    share = torch.full((bank.null,), 1 / bank.null, dtype=torch.float64)
+    return dict(bank=bank.state(), marginal=share)
 
 
 def label_sets(labels, K, name):
@@ -274,43 +274,44 @@ class Labeller(NoLabels):
         cfg, b, device = self.cfg, len(batch.x), batch.x.device
         updates = batch.seen // cfg.batch
         guided = cfg.condition != "none" and batch.seen >= cfg.switch
-        some = torch.arange(0, b, round(1 / cfg.sk_share), device=device)        # images in the loss, their patches
-        patches = self.patches_of(updates, device)
+        some = torch.arange(0, b, round(1 / cfg.sk_share), device=device)        # images in the loss
+        patches = self.patches_of(updates, device)        # of each, in the loss
         labels = torch.zeros(b, self.patches, dtype=torch.long, device=device)
         if 0 < cfg.sk_until <= batch.seen:
             labels = self.settled_labels(ema, teacher, batch)
-            targets = F.one_hot(self.part(labels.flatten(), some, patches), cfg.K).float()       # [n, K]
+            targets = F.one_hot(self.pick(labels.flatten(), some, patches), cfg.K).float()       # [n, K]
         else:
             images = slice(None) if guided else some      # that the teacher sees
-            part = (some, patches) if guided else (slice(None), patches)         # of them, in the loss
-            h = self.teacher_pass(ema, teacher, batch, images, part)             # [m P, d]
-            targets, found = self.balance(teacher, h, part, updates)
+            in_loss = (some, patches) if guided else (slice(None), patches)      # of them
+            h = self.teacher_pass(ema, teacher, batch, images, in_loss)          # [m P, d]
+            targets, found = self.balance(teacher, h, in_loss, updates)
             labels = found.reshape(b, self.patches) if guided else labels
         loss = self.student_loss(net, batch, some, patches, targets)
-        drop = batch.u[:, 2] < cfg.drop if guided else torch.ones_like(batch.u[:, 2], dtype=torch.bool)
+        drop = batch.u[:, 2] < (cfg.drop if guided else 1.0)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
-        return weight * loss, self.told(labels, drop, teacher)
+        return weight * loss, self.tell(labels, drop, teacher)
 
-    def teacher_pass(self, ema, teacher, batch, images, part):
+    def teacher_pass(self, ema, teacher, batch, images, in_loss):
         """Unit vectors h [m P, d] of these images, by the averages.
 
-        Without a condition, so that labels never explain themselves. Statistics learn from the part in the loss.
+        Without a condition, so that labels never explain themselves. Statistics learn from what is in the loss.
         """
         with torch.no_grad(), self.context():
             t = torch.full_like(batch.u[images, 0], self.cfg.sk_t)
             f = self.feature(ema, batch.x[images], batch.more[images, 0], t)
-        self.standardised.learn(self.part(f, *part), batch.seen // self.cfg.batch, self.ranks)
+        self.standardised.learn(self.pick(f, *in_loss), batch.seen // self.cfg.batch, self.ranks)
         teacher.standardised.load_state_dict(self.standardised.state_dict())
         with torch.no_grad():
             return teacher.embed(f)
 
     @torch.no_grad()
-    def balance(self, teacher, h, part, updates):
-        """(targets [n, K] of the part in the loss, labels int64 [m P] of all), balanced together with the queue."""
-        cfg, ranks, mine = self.cfg, self.ranks, self.part(h, *part)
+    def balance(self, teacher, h, in_loss, updates):
+        """(targets [n, K] of those in the loss, labels int64 [m P] of all), balanced together with the queue."""
+        cfg, ranks, mine = self.cfg, self.ranks, self.pick(h, *in_loss)
         scores = teacher.scores(h)                        # [m P, K]
         past = teacher.scores(self.queue.filled(len(mine), updates, ranks))
-        q = sinkhorn(torch.cat([self.part(scores, *part), past]), cfg.sk_eps, cfg.sk_iterations, ranks)[:len(mine)]
+        balanced = torch.cat([self.pick(scores, *in_loss), past])
+        q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(mine)]
         g = potentials(in_blocks(torch.cat([scores, past])), cfg.sk_eps, cfg.sk_iterations, ranks)
         self.queue.add(mine, updates, ranks)
         return q, (scores / cfg.sk_eps - g).argmax(1)
@@ -322,7 +323,7 @@ class Labeller(NoLabels):
         t = low + (high - low) * batch.u[some, 3]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), self.context():
             f = self.feature(net, batch.x[some], batch.more[some, 1], t)
-        h = self.embed(self.part(f, slice(None), patches))
+        h = self.embed(self.pick(f, slice(None), patches))
         fixed = batch.seen < cfg.sk_freeze or self.settled is not None           # prototypes of settled labels stay
         prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
         logp = F.log_softmax(h @ prototypes.T / cfg.sk_temperature, 1)
@@ -346,7 +347,7 @@ class Labeller(NoLabels):
         """Cosines with the prototypes, [n, K]."""
         return h @ F.normalize(self.prototypes, dim=1).T
 
-    def part(self, rows, images, patches):
+    def pick(self, rows, images, patches):
         """Those of rows [m P, ...] that are of these images and patches."""
         return rows.unflatten(0, (-1, self.patches))[images][:, patches].flatten(0, 1)
 
@@ -368,12 +369,13 @@ class Labeller(NoLabels):
             return labels
         return torch.where(batch.flip[:, None], square(labels).flip(2).flatten(1), labels)
 
-    def told(self, labels, drop, teacher):
+    def tell(self, labels, drop, teacher):
         """Keyword arguments of the network for labels int64 [B, P]; drop: bool [B]."""
         if self.cfg.condition == "none":
             return {}
         if self.cfg.condition == "patch":
-            return self.map_condition(square(labels))(torch.arange(len(labels), device=labels.device), drop)
+            rows = torch.arange(len(labels), device=labels.device)
+            return self.map_condition(square(labels))(rows, drop)
         return self.condition(teacher)(labels[:, 0], drop)
 
     def condition(self, teacher):
@@ -381,14 +383,14 @@ class Labeller(NoLabels):
         if self.cfg.condition == "label":
             return Condition("label", torch.arange(self.cfg.K + 1, device=self.prototypes.device))
         c = F.normalize(teacher.prototypes.detach(), dim=1)
-        return Condition("vector", torch.cat([c, torch.zeros_like(c[:1])]))
+        return Condition("vector", with_null(c, 0))
 
     def map_condition(self, maps):
         """The condition by row of maps of labels [N, h, w]."""
-        return Condition("map", torch.cat([maps, torch.full_like(maps[:1], self.cfg.K)]), self.cfg.K, self.size)
+        return Condition("map", with_null(maps, self.cfg.K), self.cfg.K, self.size)
 
     def facts(self, teacher):
-        return dict(told=self.condition(teacher).state()) if self.cfg.condition == "prototype" else {}
+        return dict(bank=self.condition(teacher).state()) if self.cfg.condition == "prototype" else {}
 
     @torch.no_grad()
     def after(self, teacher, beta):
@@ -400,10 +402,10 @@ class Labeller(NoLabels):
             a.copy_(b)
 
     def report(self, ema, teacher):
-        return report(self, ema, teacher)
+        return labeller_report(self, ema, teacher)
 
     def words(self, line):
-        return words(line)
+        return report_in_words(line)
 
     def grid(self, ema, teacher):
         """Ten images per label, or per map of a watched image."""
@@ -412,7 +414,7 @@ class Labeller(NoLabels):
         else:
             labels = every_tenth(self.cfg.K)[:, None]
         keep = torch.zeros(len(labels), dtype=torch.bool, device=self.prototypes.device)
-        return self.told(labels.to(keep.device), keep, teacher)
+        return self.tell(labels.to(keep.device), keep, teacher)
 
 
 def watched_labels(labeller, ema, teacher):
@@ -421,12 +423,12 @@ def watched_labels(labeller, ema, teacher):
     return label_images(ema, teacher, images, np.arange(len(images)), labeller.context, "watched")
 
 
-def report(labeller, ema, teacher):
+def labeller_report(labeller, ema, teacher):
     """For the log: what tells a healthy labeller from a collapsed one; NMI with the classes only as a monitor."""
     sums = labeller.ranks.total(labeller.sums.clone())
     labeller.sums.zero_()
-    told, _, alike, _ = watched_labels(labeller, ema, teacher)                   # [n, P]
-    ids = told if labeller.settled is None else labeller.settled[labeller.rows].cpu().long()
+    found, _, alike, _ = watched_labels(labeller, ema, teacher)                   # [n, P]
+    ids = found if labeller.settled is None else labeller.settled[labeller.rows].cpu().long()
     K, middle = labeller.cfg.K, math.isqrt(labeller.patches) // 2
     counts = torch.bincount(ids.flatten(), minlength=K)
     now = square(ids)[:, middle, middle]                  # of a map: the label in its middle
@@ -436,14 +438,14 @@ def report(labeller, ema, teacher):
                 churn=float((before != now).float().mean()) if (before >= 0).all() else None)
     labeller.watched[:len(ids)] = now.to(labeller.watched.device)
     if labeller.settled is not None:                      # does the head tell the labels that stay?
-        line["settled"] = float((told == ids).float().mean())
+        line["settled"] = float((found == ids).float().mean())
     if labeller.classes is not None and labeller.patches == 1:
         line["nmi"] = nmi(now.numpy(), labeller.classes)
     few = math.exp(line["label_entropy"] * math.log(K)) < max(1.5, 0.1 * K)      # labels hold nearly all images
     return line | dict(mean_cosine=alike, collapsed=uniform_targets(line) or few)
 
 
-def words(line):
+def report_in_words(line):
     """A report for the screen."""
     text = f"  SK {line['sk_loss']:.3f} (ln K {line['ln_K']:.2f})  in use {line['used']:.0%}"
     for name, key in (("churn", "churn"), ("NMI", "nmi"), ("as settled", "settled")):
@@ -464,7 +466,7 @@ def uniform_targets(line):
 
 def rows_of_map(f):
     """Features [B, D] or maps [B, D, h, w] -> float32 rows [B, D] or [B h w, D]."""
-    return f.float() if f.dim() == 2 else f.float().permute(0, 2, 3, 1).flatten(0, 2)
+    return f.float() if f.dim() == 2 else f.float().movedim(1, 3).flatten(0, 2)
 
 
 def square(labels):
@@ -505,7 +507,8 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE):
         ids.append(best)
         scores.append(S.gather(1, best))
     alike = float(h.mean((0, 1), dtype=torch.float32).square().sum()) if len(h) else 0.0
-    return torch.cat(ids).view(h.shape[:2]).cpu(), torch.cat(scores).view(h.shape[:2]).cpu(), alike, g
+    ids, scores = (torch.cat(v).view(h.shape[:2]).cpu() for v in (ids, scores))
+    return ids, scores, alike, g
 
 
 def check_online(run, cfg):
@@ -612,11 +615,10 @@ def load_pretrained(net, state):
     are zeros, so they add nothing.
     """
     own, state = net.state_dict(), dict(state)
-    if "pos_embed" in own and "pos_embed" in state and own["pos_embed"].shape[1] == state["pos_embed"].shape[1] + 1:
-        position = state["pos_embed"]                     # U-ViT: the condition token comes first
-        state["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], 1)
-    first = "input_blocks.0.0.weight"                     # U-Net: channels of a layout come behind those of the image
-    if first in own and first in state and own[first].shape[1] > state[first].shape[1]:
+    position, first = "pos_embed", "input_blocks.0.0.weight"
+    if position in own and position in state and own[position].shape[1] == state[position].shape[1] + 1:
+        state[position] = F.pad(state[position], (0, 0, 1, 0))                   # U-ViT: a condition token comes first
+    if first in own and first in state:                   # U-Net: channels of a layout come behind those of the image
         state[first] = torch.cat([state[first], own[first][:, state[first].shape[1]:]], 1)
     added = {k for k in own if k.split(".")[0] in ("label_emb", "vector_emb", "layout_embed") and k not in state}
     wrong = (set(own) - added) ^ set(state)

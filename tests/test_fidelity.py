@@ -140,7 +140,7 @@ def test_sets_train_and_sample(call):
     call(train_guided, "labels=lost", "condition=set", "name=sets", "images=64")
     call(sample_ode, "checkpoint=guided/sets", "name=sets", "guidance=2", "n=12", "evaluate=false")
     state = torch.load(call.dir / "guided/sets/checkpoint.pt", weights_only=True)
-    sets = state["told"]["table"]
+    sets = state["bank"]["table"]
     assert state["conditions"] == dict(vector_dim=6) and not sets[-1].any() and sets[:-1].any(1).all()
 
 

@@ -89,7 +89,7 @@ def run(tiny, tmp_path_factory):
 def test_layout_models_train_and_sample(run, tiny, kind, channels):
     state = torch.load(run / f"guided/{kind}/checkpoint.pt", weights_only=True)
     assert state["conditions"] == dict(num_labels=10, layout_channels=channels) and state["num_labels"] == 10
-    assert state["told"]["table"].shape == (513, 32, 32) and state["marginal"].shape == (512,)
+    assert state["bank"]["table"].shape == (513, 32, 32) and state["marginal"].shape == (512,)
     words = [tiny, f"run={run}", f"checkpoint=guided/{kind}", "guidance=2", "n=12"]
     stage("sample_ode", *words, f"name={kind}")
     stage("sample_ode", *words, f"name={kind}-test", "layouts=test", "evaluate=false")
