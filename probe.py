@@ -59,7 +59,8 @@ from configs.run import (ALONE, Data, Model, UserError, atomic, autocast, bar, c
                          finished, key, locked, read_json, read_yaml, reading, require, save_grid, seed_of, seeded,
                          start, write_json)
 from configs.shapes import shape_parts
-from train_diffusion import PATHS, Block, UViT, build_model, diffuse, load_checkpoint, load_condition, load_model, say_network
+from train_diffusion import (PATHS, Block, UViT, build_model, diffuse, load_checkpoint, load_condition, load_model,
+                             say_network)
 from extract_features import catalogue, matching, noise_level, reader, stream
 from self_label import assign, bounds, corloc, find_objects, iou, joined, kmeans, largest_component, nmi
 

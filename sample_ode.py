@@ -423,7 +423,8 @@ def generate(run, cfg, sampler, w, file, what="sampling", record=False):
     evaluations, integrated, tick = 0, 0, time.time()
     recording = recorded(cfg, sampler.net, field) if record else nullcontext({})
     with bar(run, cfg.n, what) as progress, recording as seen:
-        for part, z, label in ahead(lambda part: (part, *noise_and_labels(run, cfg, sampler, part)), batches(rows, cfg)):
+        drawn = lambda part: (part, *noise_and_labels(run, cfg, sampler, part))
+        for part, z, label in ahead(drawn, batches(rows, cfg)):
             x, calls = integrate(field, z, label, cfg.solver, cfg.steps, cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state['file']}: samples are not finite; is it a healthy model? "
@@ -1056,7 +1057,8 @@ def layout_sheet(run, cfg, sampler, w, folder, rows=10, columns=9):
     images = images.reshape(n, columns, *images.shape[1:])
     colours = np.random.default_rng(3).integers(60, 256, (kinds, 3))
     colours = np.concatenate([colours, np.zeros((1, 3))]).astype(np.uint8)       # black where nothing is asked for
-    maps = torch.from_numpy(colours)[sampler.condition.table[:n].long().cpu()].permute(0, 3, 1, 2)                # [n, 3, h, w]
+    table = sampler.condition.table[:n].long().cpu()
+    maps = torch.from_numpy(colours)[table].permute(0, 3, 1, 2)                  # [n, 3, h, w]
     maps = F.interpolate(maps, size=images.shape[3:], mode="nearest").numpy()
     cells = np.concatenate([maps[:, None], images], 1)                           # [n, 1 + columns, 3, H, W]
     save_grid(folder / "grid.png", cells.reshape(-1, *images.shape[2:]), columns + 1,

@@ -33,9 +33,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, require_shape, row_shape
-from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, finished, key,
-                         locked, read_torch, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide,
+from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, require_shape,
+                          row_shape)
+from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, finished, key, locked,
+                         read_torch, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide,
                          write_json)
 
 

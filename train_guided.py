@@ -36,7 +36,7 @@ from configs.data import input_shape, load_data, load_labels
 from configs.run import (ALONE, Model, UserError, atomic, autocast, check_name, cli, digest, fill, gpu_flags, key,
                          locked, read_json, require, save_grid, seeded, start)
 from train_diffusion import (PATHS, Condition, GivenLabels, NoLabels, Training, build_model, check_training, diffuse,
-                             every_tenth, fit, load_checkpoint, load_condition, move_average, new_state, placed,
+                             every_tenth, fit, load_checkpoint, move_average, new_state, placed,
                              save_checkpoint, say_training, with_null)
 from extract_features import matching, reader, stream
 from self_label import in_blocks, nmi, potentials, save_labels, score_labels, sinkhorn, size_entropy

@@ -81,7 +81,7 @@ def test_no_update_waits(tmp_path, optimizer):
 @pytest.mark.parametrize("path, solver", [("cv", "heun"), ("vp", "heun"), ("vp-sd", "ddim")])
 def test_no_step_of_a_sampler_waits(path, solver, interval):
     net = network(num_labels=3).eval().to(GPU)
-    field = sample_ode.Field((net, three_labels(GPU)), td.PATHS[path], "eps", 2.0, interval)
+    field = sample_ode.Field(net, td.PATHS[path], "eps", 2.0, interval, condition=three_labels(GPU))
     x, label = torch.randn(4, 3, 32, 32, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
     run = lambda steps: sample_ode.integrate(field, x, label, solver, steps, 1e-3)
     run(3)                                                # kernels load, tables are copied
@@ -156,7 +156,7 @@ def test_dopri5_gives_the_cpu_s_samples():
     net, got = network(num_labels=3).eval(), []
     x, label = torch.randn(21, 3, 32, 32), torch.arange(21) % 3
     for device in (CPU, GPU):
-        field = sample_ode.Field((net.to(device), three_labels(device)), td.PATHS["cv"], "v", 2.0)
+        field = sample_ode.Field(net.to(device), td.PATHS["cv"], "v", 2.0, condition=three_labels(device))
         y, calls = sample_ode.integrate(field, x.to(device), label.to(device), "dopri5", 1, 1e-3)
         got.append((y.cpu(), calls))
     assert torch.allclose(got[0][0], got[1][0], atol=1e-3) and abs(got[0][1] - got[1][1]) <= 6
