@@ -679,7 +679,10 @@ def choice_or_named(run, cfg, net):
         return matching(net, cfg.activations), cfg.t
     path = run.dir / "probe" / f"{cfg.choice}.json"
     with reading(path, "run probe.py protocol=sweep first, or name activations= and t="):
-        choice = read_json(path, "run probe.py protocol=sweep first, or name activations= and t=")["label_free"]
+        probed = read_json(path, "run probe.py protocol=sweep first, or name activations= and t=")
+        choice = probed["label_free"]
+        if probed["checkpoint"] != cfg.checkpoint:
+            run.say(f"note: {path} chose for {probed['checkpoint']}, and is used for {cfg.checkpoint}")
         names, t = matching(net, [choice["activation"]]), choice["t"]
     if len(cfg.t) == 1 or len(cfg.t) > 1 and (cfg.protocol, cfg.head) == ("head", "difformer"):
         return names, cfg.t

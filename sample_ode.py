@@ -66,8 +66,8 @@ class SampleOde:
                                                      "checkpoint, or of the test images")
     direction: Literal["generate", "encode"] = key("generate", "encode: test images to noise and back")
     evaluate: bool = key(True, "compare with real images")
-    evaluator: Literal["judge", "pixels", "inception"] = key("judge", "small CNN on the run's classes; principal "
-                                                                      "components, without labels; FID proper")
+    evaluator: str = key("judge", "judge: small CNN on the run's classes; pixels: principal components of training "
+                                  "images; inception: FID proper; or a TorchScript file, which runs as code")
     reference: Literal["train", "test"] = key("test", "real images to compare with")
     neighbours: int = key(5, "k of precision, recall, density, coverage", low=1)
     sweep: Literal["", "nfe", "guidance"] = key("", "draw the distance against network evaluations, or against w")
@@ -205,7 +205,8 @@ class Field:
         low, high = self.interval
         inside = low - 1e-6 <= t <= high + 1e-6           # the ends count as inside, however they are rounded
         model = self.net, self.condition
-        if self.w == 1 or not inside or self.weak is None and ids is None:
+        guided = inside and self.w != 1 and (self.weak is not None or ids is not None)
+        if not guided:
             return self.call(*model, x, t, ids)
         if self.weak is not None:
             strong = self.call(*model, x, t, ids)
@@ -229,8 +230,9 @@ class Field:
     def slope(self, y, s, ids):
         """dy/ds for states y [B, C, H, W] at the number s."""
         t = float(self.path.to_t(torch.tensor(s, dtype=torch.float64)))
-        time = y.new_full((1, 1, 1, 1), t)
-        return self.path.slope(*self.estimate(y * self.path.scale(time), t, ids), time)
+        at = y.new_full((1, 1, 1, 1), t)
+        x_hat, z_hat = self.estimate(y * self.path.scale(at), t, ids)
+        return self.path.slope(x_hat, z_hat, at)
 
 
 @torch.no_grad()
@@ -719,7 +721,13 @@ def open_evaluator(run, name):
         data = load_data(run, "train")
         text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
         return pixel_components(data.images), text, "frechet"
-    return open_inception(run), "clean-fid Inception, clean resizing by PyTorch", "fid"
+    if name == "inception":
+        return open_inception(run), "clean-fid Inception, clean resizing by PyTorch", "fid"
+    try:
+        net = torch.jit.load(name, map_location=run.device).eval()               # uint8 images -> features
+    except (RuntimeError, ValueError, OSError):
+        raise UserError(f"evaluator={name}: not judge, pixels, inception, or a readable TorchScript file") from None
+    return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}", "frechet"
 
 
 def thumbnail(x):
@@ -1122,11 +1130,12 @@ def table(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def check_request(cfg, sampler):
+def check_request(run, cfg, sampler):
     """Combinations of settings that cannot work, before anything is computed."""
     state = sampler.state
-    if not sampler.condition and not cfg.autoguide:
-        cfg.guidance = [1.0]                              # nothing to guide with
+    if not sampler.condition and not cfg.autoguide and cfg.guidance != [1.0]:
+        cfg.guidance = [1.0]
+        run.say("note: a model without labels, which nothing can guide: w = 1")
     several = len(cfg.guidance) > 1 or cfg.sweep
     require(cfg.guidance, cfg, "guidance", "name at least one w")
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
@@ -1230,7 +1239,7 @@ def main():
     require(cfg.n >= run.world, cfg, "n", "at least one sample for every process")
     context, _, why = autocast(run, cfg.precision)
     sampler = open_sampler(run, cfg, context)
-    check_request(cfg, sampler)
+    check_request(run, cfg, sampler)
     recipe, state = recipe_of(run, cfg, sampler), sampler.state
     if run.dry_run:
         return plan(run, cfg, sampler, folder)

@@ -140,15 +140,8 @@ class ConstantVelocity(NoisePath):
     def sigma(self, t):
         return 1 - self.c * t
 
-    def v_target(self, x, z, t):
-        return x - self.c * z
-
-    def from_v(self, v, x_t, t):
-        z = x_t - t * v
-        return v + self.c * z, z
-
-    def slope(self, x_hat, z_hat, t):
-        return x_hat - self.c * z_hat
+    def rates(self, t):
+        return 1.0, -self.c
 
 
 class VariancePreserving(NoisePath):
@@ -710,7 +703,7 @@ def load_condition(state, device):
     return Condition("label", torch.arange(K + 1)).to(device) if K else None
 
 
-class NoLabels(nn.Module):
+class Guide(nn.Module):
     """What a training tells its network of images: here nothing. Others are `GivenLabels`, and those that find labels.
 
     `fit` saves such a module beside the network, trains its parameters and logs its report.
@@ -748,7 +741,7 @@ class NoLabels(nn.Module):
         return {}
 
 
-class GivenLabels(NoLabels):
+class GivenLabels(Guide):
     """Labels that were there before: conditions by row of the training images, and by id as for sampling.
 
     drop: share of images of which the network is told nothing, decided image by image (arXiv 2207.12598).
@@ -866,10 +859,10 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
     net       on the device, freshly initialised; a checkpoint in `folder` takes precedence (resume)
     data      Split to train on
     state     what the checkpoint says besides weights, see `new_state`
-    labeller  what the network is told of the images: `NoLabels`, or a module like it
+    labeller  what the network is told of the images: `Guide`, or a module like it
     """
     path, folder = PATHS[cfg.path], Path(folder)
-    labeller = labeller or NoLabels()
+    labeller = labeller or Guide()
     context, kind, why = autocast(run, cfg.precision)
 
     # what learns, and averages of it; the same command again resumes
@@ -1203,11 +1196,11 @@ def load_checkpoint(run, name):
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise UserError(f"{places[0]}: no such checkpoint; train it first (published weights: train_diffusion.py "
-                        "--import)")
+                        "imported=adm:FILE)")
     state = read_torch(path)
     if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
         raise UserError(f"{path}: a torch file, but not a checkpoint of this project; published weights become one by "
-                        "train_diffusion.py --import")
+                        "train_diffusion.py imported=adm:FILE")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}; move it away "
                         "and train again")
@@ -1220,17 +1213,7 @@ def load_model(run, name, weights="ema", compiled=False):
     net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], **state["conditions"])
     with reading(state["file"], "train again"):
         net.load_state_dict(state[weights])
-    return placed(net.eval().requires_grad_(False), run.device, compiled), state | old_names(state)
-
-
-def old_names(state):                                     # for sample_ode.py as it is now; goes with its next version
-    bank = state.get("bank")
-    if not bank:
-        return {} if state["conditions"].get("num_labels") else dict(num_labels=0)
-    ids = dict(num_labels=len(bank["table"]) - 1)
-    if bank["kind"] == "map":
-        ids |= dict(maps=bank["table"], map_labels=bank["kinds"])
-    return ids | (dict(bank_labels=bank["labels"]) if bank["labels"] is not None else {})
+    return placed(net.eval().requires_grad_(False), run.device, compiled), state
 
 
 def resume(run, cfg, folder, state, parts):

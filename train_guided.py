@@ -35,7 +35,7 @@ from torch import nn
 from configs.data import input_shape, load_data, load_labels
 from configs.run import (ALONE, Model, UserError, atomic, autocast, check_name, cli, digest, fill, gpu_flags, key,
                          locked, read_json, require, save_grid, seeded, start)
-from train_diffusion import (PATHS, Condition, GivenLabels, NoLabels, Training, build_model, check_training, diffuse,
+from train_diffusion import (PATHS, Condition, GivenLabels, Guide, Training, build_model, check_training, diffuse,
                              every_tenth, fit, load_checkpoint, move_average, new_state, placed,
                              save_checkpoint, say_training, with_null)
 from extract_features import matching, reader, stream
@@ -210,7 +210,7 @@ class Queue(nn.Module):
         self.rows[places % len(self.rows)] = h
 
 
-class Labeller(NoLabels):
+class Labeller(Guide):
     """Finds K labels in a network's features while both train (arXiv 2312.08825), over the batches of all processes.
 
     Teacher: the averaged network and the averaged labeller, an image at time sk_t, the null condition. Its scores
@@ -309,6 +309,7 @@ class Labeller(NoLabels):
         """(targets [n, K] of those in the loss, labels int64 [m P] of all), balanced together with the queue."""
         cfg, ranks, mine = self.cfg, self.ranks, self.pick(h, *in_loss)
         scores = teacher.scores(h)                        # [m P, K]
+        # two balancings: of the rows in the loss, which need soft targets, and of all, which need labels
         past = teacher.scores(self.queue.filled(len(mine), updates, ranks))
         balanced = torch.cat([self.pick(scores, *in_loss), past])
         q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(mine)]
@@ -660,7 +661,7 @@ def main():
 
     # what the network is told: nothing, labels of a file, or labels that are found
     if cfg.labels == "none":
-        labeller, conditions, facts = NoLabels(), {}, dict(condition="none")
+        labeller, conditions, facts = Guide(), {}, dict(condition="none")
     elif online:
         check_online(run, cfg)
         conditions = online_conditions(cfg)

@@ -1,4 +1,5 @@
-"""Collect what feature-study.sh measured on several models of one data set: a JSON file with every number, and tables of means for reading.
+"""Collect what feature-study.sh measured on several models of one data set: all numbers as JSON,
+and tables of means for reading.
 
     python results/feature_study.py OUT.json RUN RUN RUN > tables.md
 
@@ -25,31 +26,38 @@ def collected(run):
     short = lambda table, *keys: [{k: round(r[k], 4) if isinstance(r[k], float) else r[k] for k in keys} for r in table]
     out["sweep"] = short(load("sweep")["table"], "activation", "t", "linear", "knn", "nmi", "consensus", "silhouette")
     out["label-free choice"] = load("sweep")["label_free"]
-    for name in ["linear", "difformer", "diffeed", "to-cifar64", "to-fashion64", "grid-mean", "grid-2", "grid-4", "selected", "unfiltered", "levels"]:
+    for name in ["linear", "difformer", "diffeed", "to-cifar64", "to-fashion64", "grid-mean", "grid-2", "grid-4",
+                 "selected", "unfiltered", "levels"]:
         if (probe / f"{name}.json").exists():
             out[name] = scores(probe / f"{name}.json")
     out["heads"] = {f.stem[5:]: next(iter(scores(f).values())) for f in sorted(probe.glob("head-*.json"))}
-    out["kinds"] = short(load("kinds")["table"], "activation", "t", "size", "sensitivity", "granularity", "locality", "linear")
-    out["select"] = dict(chosen=load("select")["chosen"], dropped={w or "kept": sum(r["dropped"] == w for r in load("select")["table"]) for w in ("", "noisy", "fine", "local")})
+    out["kinds"] = short(load("kinds")["table"], "activation", "t", "size", "sensitivity", "granularity", "locality",
+                         "linear")
+    out["select"] = dict(chosen=load("select")["chosen"],
+                         dropped={w or "kept": sum(r["dropped"] == w for r in load("select")["table"])
+                                  for w in ("", "noisy", "fine", "local")})
     cka = load("cka")
     at = {(r["model"], r["activation"], r["t"]): i for i, r in enumerate(cka["table"])}
     own, m = cka["checkpoint"], np.array(cka["cka"])
     names = list(dict.fromkeys(r["activation"] for r in cka["table"]))
     times = sorted({r["t"] for r in cka["table"]})
-    out["cka"] = dict(neighbours={t: round(float(np.mean([m[at[own, a, t], at[own, b, t]] for a, b in zip(names, names[1:])])), 4) for t in times},
+    out["cka"] = dict(neighbours={t: round(float(np.mean([m[at[own, a, t], at[own, b, t]] for a,
+                                                          b in zip(names, names[1:])])), 4) for t in times},
                       between_times={n: round(m[at[own, n, times[0]], at[own, n, times[-1]]], 4) for n in names},
                       against_random={n: round(m[at[own, n, times[-1]], at["random", n, times[-1]]], 4) for n in names})
     return out
 
 
 def attention_blocks(table):
-    """The activations of each block with attention, {kind: name}: what attention reads, the increment of that, what is inside, its output."""
+    """The activations of each block with attention, {kind: name}: what attention reads, the increment of that,
+    what is inside, its output."""
     names = list(dict.fromkeys(r["activation"] for r in table))
     out = []
     for name in (n for n in names if n.endswith("-vit-out")):
         read = [n for n in names[:names.index(name)] if n.endswith("-res-out")][-1]
         inside = {k: name.replace("vit-out", f"vit-block0-self-{k}") for k in ("q", "k", "v", "map", "out")}
-        out.append({"what attention reads": read, "its residual increment": read.replace("res-out", "res-increment"), **inside, "output": name})
+        out.append({"what attention reads": read, "its residual increment": read.replace("res-out", "res-increment"),
+                    **inside, "output": name})
     return out
 
 
@@ -78,40 +86,53 @@ def main():
         return m
 
     times = sorted({r["t"] for m in models for r in m["sweep"]})
-    best = lambda level, t: [max(r["linear"] for r in m["sweep"] if r["t"] == t and r["activation"].startswith(level)) for m in models]
+    best = lambda level, t: [max(r["linear"] for r in m["sweep"] if r["t"] == t and r["activation"].startswith(level))
+                             for m in models]
     print("Linear probe on validation images, the best block of each level (rows) by time (columns)\n")
     table(["level", *map(str, times)], [[level, *(pm(best(level, t)) for t in times)] for level in LEVELS])
     print("Linear probe and nearest neighbours, test images\n")
-    for name in ("linear", "to-cifar64", "to-fashion64", "grid-mean", "grid-2", "grid-4", "selected", "unfiltered", "levels"):
+    for name in ("linear", "to-cifar64", "to-fashion64", "grid-mean", "grid-2", "grid-4", "selected", "unfiltered",
+                 "levels"):
         rows = list(dict.fromkeys(r for m in models for r in m.get(name, {})))
         if rows:
             table([name, "linear", "nearest neighbours", "columns"],
-                  [[r, pm(every(name, r, "linear")), pm(every(name, r, "knn")), every(name, r, "parameters")[:1]] for r in rows])
+                  [[r, pm(every(name, r, "linear")), pm(every(name, r, "knn")), every(name, r, "parameters")[:1]]
+                   for r in rows])
     print("Heads by share of the labels, test accuracy\n")
     shares = sorted({h.rsplit("-", 1)[1] for m in models for h in m["heads"]}, key=float, reverse=True)
-    table(["head", "parameters", *shares], [[h, every("heads", f"{h}-{shares[0]}", "parameters")[0], *(pm(every("heads", f"{h}-{s}", "accuracy")) for s in shares)]
+    table(["head", "parameters", *shares],
+          [[h, every("heads", f"{h}-{shares[0]}", "parameters")[0],
+            *(pm(every("heads", f"{h}-{s}", "accuracy")) for s in shares)]
                                             for h in ("linear", "mlp", "cnn", "attention")])
     for name in ("difformer", "diffeed"):
         rows = list(models[0].get(name, {}))
         gain = lambda r: [m[name][name]["accuracy"] - m[name][r]["accuracy"] for m in models if name in m]
         table([name, "passes", "parameters", "accuracy", "gain of the first on it"],
-              [[r, every(name, r, "passes")[0], every(name, r, "parameters")[0], pm(every(name, r, "accuracy")), pm(gain(r))] for r in rows])
+              [[r, every(name, r, "passes")[0], every(name, r, "parameters")[0], pm(every(name, r, "accuracy")),
+                pm(gain(r))] for r in rows])
     print("Kinds of activation in the blocks with attention: means over these blocks; validation images\n")
     times = sorted({r["t"] for r in models[0]["kinds"]})
-    of = lambda m, kind, t, key: np.mean([r[key] for names in attention_blocks(m["kinds"]) for r in m["kinds"] if r["activation"] == names[kind] and r["t"] == t])
+    of = lambda m, kind, t, key: np.mean([r[key] for names in attention_blocks(m["kinds"]) for r in m["kinds"]
+                                          if r["activation"] == names[kind] and r["t"] == t])
     share = lambda kind, t, key: pm([of(m, kind, t, key) / of(m, "output", t, key) for m in models], 2)
-    table(["kind", *(f"linear probe, t={t}" for t in times), *(f"{k} / that of the output, t={t}" for k in ("sensitivity", "locality") for t in times)],
-          [[kind, *(pm([of(m, kind, t, "linear") for m in models]) for t in times), *(share(kind, t, k) for k in ("sensitivity", "locality") for t in times)]
+    table(["kind", *(f"linear probe, t={t}" for t in times),
+           *(f"{k} / that of the output, t={t}" for k in ("sensitivity", "locality") for t in times)],
+          [[kind, *(pm([of(m, kind, t, "linear") for m in models]) for t in times),
+            *(share(kind, t, k) for k in ("sensitivity", "locality") for t in times)]
            for kind in attention_blocks(models[0]["kinds"])[0]])
     print("Noise sensitivity and granularity of residual block outputs, by level\n")
-    out = lambda m, level, t, key: np.mean([r[key] for r in m["kinds"] if r["activation"].startswith(level) and r["activation"].endswith("res-out") and r["t"] == t])
+    out = lambda m, level, t, key: np.mean([r[key] for r in m["kinds"] if r["activation"].startswith(level)
+                                            and r["activation"].endswith("res-out") and r["t"] == t])
     table(["level", *(f"sensitivity, t={t}" for t in times), *(f"granularity, t={t}" for t in times)],
-          [[level, *(pm([out(m, level, t, k) for m in models], 2) for k in ("sensitivity", "granularity") for t in times)] for level in LEVELS])
+          [[level, *(pm([out(m, level, t, k) for m in models], 2) for k in ("sensitivity", "granularity")
+                     for t in times)] for level in LEVELS])
     for m in models:
         print("selected:", m["select"])
     names = list(models[0]["cka"]["between_times"])
-    print("\nlinear CKA; neighbouring blocks:", {t: pm(every("cka", "neighbours", t)) for t in models[0]["cka"]["neighbours"]}, "\n")
-    table(["block", "its two times", "trained and random weights"], [[n, pm(every("cka", "between_times", n), 2), pm(every("cka", "against_random", n), 2)] for n in names])
+    print("\nlinear CKA; neighbouring blocks:",
+          {t: pm(every("cka", "neighbours", t)) for t in models[0]["cka"]["neighbours"]}, "\n")
+    table(["block", "its two times", "trained and random weights"],
+          [[n, pm(every("cka", "between_times", n), 2), pm(every("cka", "against_random", n), 2)] for n in names])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What tells the classes of `shapes`, and what shows where its objects are, without a network, with random weights, and after training.
+"""What tells the classes of `shapes` without a network, with random weights and after training; what shows its objects.
 
-    python results/shapes_controls.py configs/shapes.yaml run=RUN K=20 > controls.json        (after train_diffusion.py and probe.py of that run)
+    python results/shapes_controls.py configs/shapes.yaml run=RUN K=20 > controls.json
 
-Clusters: k-means (K = 20) of 4,000 training images, NMI with the classes; of controls the better of normalised and plain rows, of networks the best
-block and time of the sweep. Boxes: 400 test images with one object, share whose box overlaps the true one by half, and mean IoU of masks; the places of
+After train_diffusion.py and probe.py of that run. Clusters: k-means (K = 20) of 4,000 training images, NMI with the
+classes; of controls the better of normalised and plain rows, of networks the best block and time of the sweep. Boxes:
+400 test images with one object, share whose box overlaps the true one by half, and mean IoU of masks; the places of
 features are named by hand, those of the label-free choice are `probe.py protocol=boxes`.
 """
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.data import load_data                        # noqa: E402
 from configs.run import autocast, start                   # noqa: E402
 from configs.shapes import draw_shapes                    # noqa: E402
-from extract_features import stream                       # noqa: E402
-from probe import Probe, block_outputs, random_network, vectors                          # noqa: E402
+from extract_features import matching, stream                       # noqa: E402
+from probe import Probe, Source, random_network           # noqa: E402
 from self_label import assign, bounds, corloc, find_objects, kmeans, largest_component, nmi              # noqa: E402
 from train_diffusion import load_model                    # noqa: E402
 
-PLACES = [("lost", "up-level2-repeat0-res-out", 0.85), ("ncut", "up-level1-upsampler-out", 0.7), *(("lost", "unet-in", t) for t in (0.5, 0.7, 0.9, 1.0)), ("ncut", "unet-in", 1.0)]
+PLACES = [("lost", "up-level2-repeat0-res-out", 0.85), ("ncut", "up-level1-upsampler-out", 0.7),
+          *(("lost", "unet-in", t) for t in (0.5, 0.7, 0.9, 1.0)), ("ncut", "unet-in", 1.0)]
 
 
 def agreement(x, classes, K, metric="cosine"):
@@ -37,8 +40,10 @@ def without_network(images, classes, K):
     """NMI of six colour numbers, of all pixels and of 8x8 averages."""
     x = images.astype(np.float32) / 255
     colours = np.concatenate([x.mean((2, 3)), x.std((2, 3))], 1)
-    told = {"colour statistics": (colours - colours.mean(0)) / colours.std(0), "pixels": x.reshape(len(x), -1), "pixels, 8x8": F.avg_pool2d(torch.from_numpy(x), 4).flatten(1)}
-    return {name: max(agreement(v, classes, K, metric) for metric in ("cosine", "euclidean")) for name, v in told.items()}
+    told = {"colour statistics": (colours - colours.mean(0)) / colours.std(0), "pixels": x.reshape(len(x), -1),
+            "pixels, 8x8": F.avg_pool2d(torch.from_numpy(x), 4).flatten(1)}
+    return {name: max(agreement(v, classes, K, metric) for metric in ("cosine", "euclidean")) for name,
+            v in told.items()}
 
 
 def otsu(images):
@@ -54,7 +59,8 @@ def otsu(images):
 
 def found(masks, boxes, truth, true_boxes):
     truth = truth > 0
-    return dict(corloc=corloc(np.asarray(boxes)[:, None], true_boxes[:, None]), mask_iou=float(((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))).mean()))
+    return dict(corloc=corloc(np.asarray(boxes)[:, None], true_boxes[:, None]),
+                mask_iou=float(((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))).mean()))
 
 
 def main():
@@ -64,14 +70,16 @@ def main():
     data, K = load_data(run, "train"), run.cfg.K
     images, classes = np.asarray(data.images[:4000]), np.asarray(data.classes[:4000])
     out = dict(seed=run.cfg.seed, seen=state["seen"], K=K, clusters=without_network(images, classes, K))
-    for name, network in (("random weights", random_network(run, run.cfg, state)), ("trained", net)):
-        v = vectors(network, state, images, np.arange(4000), block_outputs(network), run.cfg.t, purpose="controls", **options)
+    trained = Source(net, state, matching(net, ["blocks"]), run.cfg.t, seed=run.cfg.seed, **options)
+    for name, network in (("random weights", random_network(trained)), ("trained", net)):
+        v = replace(trained, net=network).vectors(images, np.arange(4000), "controls")
         scores = {key: agreement(x, classes, K) for key, x in v.items()}
         best = max(scores, key=scores.get)
         out["clusters"][f"{name}, best place"] = dict(nmi=scores[best], place=best)
         if network is net:
             chosen = json.loads((run.dir / "probe/sweep.json").read_text())["label_free"]
-            out["clusters"]["trained, label-free place"] = dict(nmi=scores[chosen["activation"], chosen["t"]], place=[chosen["activation"], chosen["t"]])
+            place = chosen["activation"], chosen["t"]
+            out["clusters"]["trained, label-free place"] = dict(nmi=scores[place], place=place)
 
     images, _, boxes, masks = draw_shapes(97, np.arange(400), two=0)
     side = otsu(images)
@@ -79,9 +87,10 @@ def main():
     out["boxes"] = {"Otsu's threshold, smaller side": found(side, bounds(largest).numpy(), masks, boxes)}
     for method, name, t in PLACES:
         parts = []
-        for rows, got in stream(net, state, images, np.arange(400), [name], [t], pool="none", purpose="controls", **options):
-            x = got[name, t]
-            r = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), (32, 32), method, images=torch.as_tensor(images[rows]))
+        how = dict(pool="none", purpose="controls", **options)
+        for rows, got in stream(net, state, images, np.arange(400), [name], [t], **how):
+            x, shown = got[name, t], torch.as_tensor(images[rows])
+            r = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), (32, 32), method, images=shown)
             parts.append((r["masks"].numpy() > 0, r["boxes"][:, 0].numpy()))
         out["boxes"][f"{method}, {name}, t={t}"] = found(*(np.concatenate(p) for p in zip(*parts)), masks, boxes)
     print(json.dumps(out, indent=1))

@@ -1,4 +1,7 @@
-"""Tests import the stages from the repository root and run on two threads, or on one in each of two processes; `tiny` is a configuration that trains in seconds."""
+"""Tests import the stages from the repository root and run on two threads, or on one in each of two processes.
+
+`tiny` is a configuration that trains in seconds.
+"""
 import os
 import signal
 import subprocess
@@ -11,18 +14,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-if "PYTEST_XDIST_WORKER" in os.environ:                   # two processes side by side, each with its children on one thread
+# two processes side by side, each with its children on one thread
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TINY = """
 data: {source: shapes, train: 512, test: 256}
 model: {channels: 16, mult: [1, 2], blocks: 1, attention: [4], head_channels: 16, stem: 4}
-train_diffusion: {images: 512, batch: 32, lr: 1.0e-3, warmup: 64, ema: 128, log_every: 128, save_every: 256, grid_every: 512, precision: fp32}
+train_diffusion: {images: 512, batch: 32, lr: 1.0e-3, warmup: 64, ema: 128, log_every: 128, save_every: 256,
+                  grid_every: 512, precision: fp32}
 probe: {fit: 200, validation: 100, t: [0.5, 0.8], K: 6, supervised_images: 512, draws: 1, precision: fp32}
 extract_features: {precision: fp32}
 self_label: {K: 6, restarts: 1}
-train_guided: {images: 256, batch: 32, lr: 1.0e-3, warmup: 64, ema: 128, log_every: 128, save_every: 128, grid_every: 256, precision: fp32}
+train_guided: {images: 256, batch: 32, lr: 1.0e-3, warmup: 64, ema: 128, log_every: 128, save_every: 128,
+               grid_every: 256, precision: fp32}
 sample_ode: {n: 64, steps: 2, select: 64, batch: 20, precision: fp32, evaluator: pixels}
 """
 
@@ -52,19 +58,22 @@ def command(stage, *words, ranks=1):
 def stage(name, *words, ranks=1, ok=True):
     """Run a stage as a user would; returns the finished process, with its output as text."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    p = subprocess.run(command(name, *words, ranks=ranks), capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    p = subprocess.run(command(name, *words, ranks=ranks), capture_output=True, text=True, env=env, cwd=ROOT,
+                       timeout=300)
     assert not ok or p.returncode == 0, f"{name} {words}\n{p.stdout}\n{p.stderr}"
     return p
 
 
 def killed(name, *words, after, ranks=1):
     """Start a stage and kill it with all its workers after so many seconds; returns whether it was still running."""
-    p = subprocess.Popen(command(name, *words, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+    p = subprocess.Popen(command(name, *words, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                         cwd=ROOT,
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     time.sleep(after)
     alive = p.poll() is None
     folder = next(str(w) for w in words if str(w).startswith("run=")).encode()
-    for entry in Path("/proc").glob("[0-9]*"):            # torchrun gives its workers sessions of their own: find them by the run folder they name
+    # torchrun gives its workers sessions of their own: find them by the run folder they name
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
             if folder in (entry / "cmdline").read_bytes().split(b"\0"):
                 os.kill(int(entry.name), signal.SIGKILL)

@@ -33,7 +33,8 @@ def test_activations_are_those_of_the_path(labels, w, tmp_path):
     for batch in (7, 3):
         cfg = SampleOde(features=NAMES, features_at=[0, 3], steps=2, solver="heun", batch=batch, n=7,
                         labels=["1"] if labels else ["marginal"])
-        about = generate(Here(), cfg, Sampler(net, state, told, torch.ones(3) / 3), w, tmp_path / "x.npy", record=True)["features"]
+        about = generate(Here(), cfg, Sampler(net, state, told, torch.ones(3) / 3), w, tmp_path / "x.npy",
+                         record=True)["features"]
         got[batch] = {(a["activation"], a["evaluation"], a["t"]): np.load(tmp_path / a["file"]) for a in about}
     assert set(got[7]) == {(n, i, t) for n in NAMES for i, t in ((0, 0.0), (3, 1.0))}
     assert all(len(got[7][k]) == 7 and np.allclose(got[7][k], got[3][k], atol=1e-5) for k in got[7])

@@ -452,7 +452,8 @@ def test_autoguidance():
         for g, a, b in zip(field.estimate(z, t, label16), main, weak):
             assert torch.allclose(g, b + w * (a - b), atol=1e-5)
         assert field.images == 32 or w == 1               # at w = 1 the weak model may be left alone
-    early = labelled(Labelled(), PATHS["cv"], 2.5, (0.5, 1.0), weak=Labelled(0.7), weak_condition=LABELS).estimate(z, t, label16)
+    early = labelled(Labelled(), PATHS["cv"], 2.5, (0.5, 1.0), weak=Labelled(0.7), weak_condition=LABELS).estimate(z,
+        t, label16)
     assert torch.allclose(early[0], main[0], atol=1e-5)   # the interval holds for it too
 
 

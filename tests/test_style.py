@@ -25,24 +25,20 @@ def functions():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
-@later
 def test_lines_are_at_most_120_wide():
     lines = [(name, number, len(line)) for name in FILES
              for number, line in enumerate((ROOT / name).read_text().splitlines(), 1)]
     assert [line for line in lines if line[2] > 120] == []
 
 
-@later
 def test_functions_are_at_most_80_lines():
     assert [f for f in functions() if f[2] > 80] == []
 
 
-@later
 def test_main_is_below_60_lines():
     assert [f for f in functions() if f[1] == "main" and f[2] >= 60] == []
 
 
-@later
 def test_no_private_names_of_libraries():
     """Comments do not count."""
     found = [(name, hit) for name in FILES for hit in PRIVATE.findall(ast.unparse(tree(name)))]
@@ -66,7 +62,6 @@ def test_imports_go_one_way():
         assert not {"tests", "conftest", "results"} & set(imported(name)), name
 
 
-@later
 def test_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 250 and max(map(len, lines)) <= 140
