@@ -529,7 +529,7 @@ def open_features(run, name, split, dense=False):
 
     def scale(a):
         few = as_map(a)[:1000 if dense else 20_000].astype(np.float32)
-        return 1 / max(float(np.linalg.norm(few, axis=1).mean()), 1e-9)
+        return 1 / max(float(np.nanmean(np.linalg.norm(few, axis=1))), 1e-9)
 
     maps = [as_map(a) for a in arrays]
     grid = max(a.shape[2:] for a in maps)

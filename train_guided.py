@@ -619,7 +619,8 @@ def load_pretrained(net, state):
     position, first = "pos_embed", "input_blocks.0.0.weight"
     if position in own and position in state and own[position].shape[1] == state[position].shape[1] + 1:
         state[position] = F.pad(state[position], (0, 0, 1, 0))                   # U-ViT: a condition token comes first
-    if first in own and first in state:                   # U-Net: channels of a layout come behind those of the image
+    if first in own and first in state and own[first].shape[0] == state[first].shape[0]:
+        # U-Net: channels of a layout come behind those of the image
         state[first] = torch.cat([state[first], own[first][:, state[first].shape[1]:]], 1)
     added = {k for k in own if k.split(".")[0] in ("label_emb", "vector_emb", "layout_embed") and k not in state}
     wrong = (set(own) - added) ^ set(state)

@@ -716,8 +716,7 @@ def load_labels(run, name):
     with reading(path, hint):
         with np.load(path, allow_pickle=False) as f:
             labels = {k: f[k] for k in f.files}
-        if info.get("hash") not in (None, arrays_hash(labels)):
-            raise ValueError("not the arrays that its .json describes")
+        there = arrays_hash(labels)
         K, made_of = int(labels["num_labels"]), info["data"]
         for split in SPLITS:
             ids, data = labels[split], load_data(run, split)
@@ -731,4 +730,6 @@ def load_labels(run, name):
                 raise ValueError(f"{split} labels must be whole numbers in {lowest} ... {K - 1}; found {ids.dtype}, "
                                  f"{ids.min()} ... {ids.max()}")
             labels[split] = ids.astype(np.int64)
+        if info.get("hash") not in (None, there):
+            raise ValueError("not the arrays that its .json describes")
     return labels, info | {"num_labels": K}

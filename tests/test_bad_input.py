@@ -241,4 +241,4 @@ def test_corrupt_images_do_not_lock_the_run(refuse, tiny, tmp_path):
 
 
 def test_a_dry_run_needs_prepared_data(said, tmp_path):
-    assert "run train_diffusion.py first" in said(tmp_path / "none", *READ, "--dry-run")
+    assert "no such checkpoint; train it first" in said(tmp_path / "none", *READ, "--dry-run")

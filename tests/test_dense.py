@@ -23,6 +23,7 @@ from probe import (LinearMap, PixelMlps, Probe, Source, UPer, alignment, box_ove
                    similarity, vote, warped_pairs,
                    warps)
 from configs.data import Split, load_data
+from train_diffusion import Condition
 from configs.run import Data, UserError
 from configs.shapes import draw_shapes, shape_parts
 
@@ -445,7 +446,8 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     words, layout = [tiny, f"run={lost}", "protocol=layout"], {}
     for labels in ("lost", "random", "classes"):
         (lost / f"guided/{labels}").mkdir(parents=True)
-        torch.save(state | dict(condition="box", label_file=labels, maps=torch.from_numpy(maps), map_labels=1),
+        bank = Condition("map", torch.from_numpy(maps), 1, 32, torch.zeros(61, dtype=torch.long)).state()
+        torch.save(state | dict(condition="box", label_file=labels, bank=bank),
                    lost / f"guided/{labels}/checkpoint.pt")
         (lost / f"samples/{labels}").mkdir(parents=True)
         np.save(lost / f"samples/{labels}/images.npy", images)
