@@ -2012,7 +2012,7 @@ def find_layouts(source, info, images, rows, as_boxes):
             maps = [m.unflatten(1, (-1, int(of["pool"]), int(of["pool"]))) for m in maps]
         shown = torch.from_numpy(np.array(images[part])).to(source.device) if how["guide"] else None
         found = find_objects(joined(maps, info["grid"], info["scales"]), tuple(info["grid"]), size, method,
-                             how["objects"], how["tau"], how["contrast"], how["refine"], shown)
+                             how["objects"], how.get("tau", 0.2), how["contrast"], how["refine"], shown)
         out.append(filled(found["boxes"].cpu().numpy(), size[0]) if as_boxes else found["masks"].cpu().numpy() > 0)
     return np.concatenate(out) if out else np.zeros((0, *size), bool)
 
