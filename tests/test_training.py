@@ -259,7 +259,7 @@ def test_a_compiled_network_trains_and_samples_like_the_plain_one(tiny, tmp_path
     for how in ("true", "false"):
         run(sample_ode, "true", "evaluate=false", "n=16", "batch=8", "solver=euler", f"compile={how}", f"name={how}")
     images = [np.load(tmp_path / f"true/samples/{how}/images.npy").astype(int) for how in ("true", "false")]
-    assert compiled[2:] == [dict(dynamic=False)] and np.abs(images[0] - images[1]).max() <= 1
+    assert len(compiled) == 3 and np.abs(images[0] - images[1]).max() <= 1
     online = ["labels=online", "init=", "K=6", "switch=64", "sk_freeze=0", "sk_ramp=0", "sk_queue=64",
               "sk_grad=backbone"]
     compiled.clear()
