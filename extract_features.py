@@ -234,10 +234,11 @@ def matching(net, patterns):
         hits = block_outputs(net) if pattern == "blocks" else fnmatch.filter(names, pattern)
         if not hits:
             near = ", ".join(difflib.get_close_matches(pattern, names, 3, 0.3)) or "none"
-            raise UserError(f"activations={pattern}: no such activation; nearest: {near}; --list shows all")
+            raise UserError(f"activations={pattern}: no such activation; nearest: {near}; "
+                            "extract_features.py --list shows all")
         chosen |= set(hits)
     if not chosen:
-        raise UserError("activations=: name at least one; --list shows all")
+        raise UserError("activations=: name at least one; extract_features.py --list shows all")
     return [n for n in names if n in chosen]
 
 
@@ -738,9 +739,10 @@ def wanted(run, cfg, net, state):
     elif names == ["auto"] and not cfg.model:
         choice = label_free(run, cfg, state)
         names, times = [choice["activation"]], times or [choice["t"]]
+    names = matching(net, names)
     if not times or len({f"{t:g}" for t in times}) < len(times):                 # they name files
         raise UserError(f"t={times}: name one or more noise times that differ within six digits")
-    return matching(net, names), times
+    return names, times
 
 
 def recipe_of(cfg, state, data, names, times):
@@ -829,7 +831,8 @@ def main():
         numbers = sum(map(len, data.values())) * sum(map(math.prod, shapes.values()))
         run.say(f"{parameters:,} parameters; {flops:.2e} FLOP a forward pass of an image, as far as is read")
         return run.say(f"{numbers * np.dtype(cfg.dtype).itemsize / 1e6:,.1f} MB in {folder}")
-    if run.agreed(lambda: finished(run, folder / "info.json", recipe)):
+    made = [folder / file_of(split, name, t) for split in data for name in names for t in times]
+    if run.agreed(lambda: finished(run, folder / "info.json", recipe, made)):
         return
 
     # extract

@@ -2064,7 +2064,8 @@ def layout(run, cfg, source):
     if run.rank == 0:
         parts = [asked[rows], *found.values()]
         sheet = [tinted(images[i], v[i]) for v in parts for i in range(min(10, len(rows)))]
-        save_grid(picture(run), np.stack(sheet), min(10, len(rows)), ["asked for", *found])
+        names = ["asked for", *("exact" if k == "exact_iou" else "found" for k in found)]
+        save_grid(picture(run), np.stack(sheet), min(10, len(rows)), names)
     return dict(samples=cfg.samples, images=len(images), **scores)
 
 

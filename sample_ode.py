@@ -1139,6 +1139,8 @@ def check_request(run, cfg, sampler):
     several = len(cfg.guidance) > 1 or cfg.sweep
     require(cfg.guidance, cfg, "guidance", "name at least one w")
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
+    require(cfg.sweep != "nfe" or list(settings_of(cfg)), cfg, "sweep_steps sweep_solvers",
+            "no setting takes at most 64 evaluations")
     require(cfg.evaluate or not several, cfg, "sweep guidance evaluate",
             "sweeps and a choice of w need evaluate=true; with evaluate=false give one, such as guidance=2")
     if sampler.condition and not state.get("null", True) and not cfg.autoguide and cfg.guidance != [1.0]:
@@ -1223,7 +1225,7 @@ def report(run, metrics):
     if "distance_floor" in s:
         run.say(f"as many other real images: {kind} {s['distance_floor']:.3f}, coverage {s['coverage_ceiling']:.3f}")
     run.say(f"memorisation {s['memorisation']:.3f} (1 = typically as far from the training images as test images are), "
-            f"copies {s['copies']:.1%}, in pixels {s['copies_pixels']:.1%} (of test images 1 %)")
+            f"copies {s['copies']:.1%}, in pixels {s['copies_pixels']:.1%} (1 % of test images are as close)")
     run.say(f"w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  network calls {metrics['network_calls']:.1f}  "
             f"{metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
 
@@ -1243,7 +1245,8 @@ def main():
     recipe, state = recipe_of(run, cfg, sampler), sampler.state
     if run.dry_run:
         return plan(run, cfg, sampler, folder)
-    if run.agreed(lambda: finished(run, folder / "metrics.json", recipe)):
+    made = folder / ("images.npy" if cfg.direction == "generate" else "noise.npy")
+    if run.agreed(lambda: finished(run, folder / "metrics.json", recipe, [made])):
         return
     open_autoencoder(run)
     run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, "

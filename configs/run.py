@@ -202,6 +202,8 @@ def read_words(stage, words, known, flags):
     for word in (w for w in words if "=" in w and w not in given):
         name, value = word.split("=", 1)
         if name == "run":
+            if not value:
+                raise UserError("run=: name a folder")
             folder = Path(value).expanduser()
             continue
         section, _, name = name.rpartition(".")
@@ -381,7 +383,7 @@ def check_run_folder(run):
     """Write config.yaml on first use; afterwards the data section must stay what it was, since every file's row i is
     image i."""
     path = run.dir / "config.yaml"
-    there = run.agreed(lambda: path.exists() and (run.dir / "data" / "train" / "info.json").exists())
+    there = run.agreed((run.dir / "data" / "train" / "info.json").exists)
     if there:
         with reading(path, "restore it or use another run=DIR"):
             before = fill("data", Data, read_yaml(path).get("data", {}))
@@ -420,7 +422,7 @@ def cli(main):
         traceback.print_exc()
     except KeyboardInterrupt:
         code = 130
-        print("interrupted; the same command again continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command again goes on from what was saved", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -569,8 +571,8 @@ def write_rows(path, first, rows):
         raise UserError(f"{path}: could not be written ({e.strerror or e})") from None
 
 
-def finished(run, path, recipe):
-    """Whether the result described by the JSON file `path` is there and was made by `recipe`.
+def finished(run, path, recipe, files=()):
+    """Whether the result described by the JSON file `path` is there, with its files, and was made by `recipe`.
 
     A result of another recipe is a UserError that names what differs, unless overwrite=true.
     """
@@ -581,9 +583,12 @@ def finished(run, path, recipe):
     other = [f"{k}={there.get(k)}, now {v}" if len(str(v)) < 40 else k for k, v in recipe.items() if there.get(k) != v]
     if other and not run.cfg.overwrite:
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
-    if not other:
+    gone = [file for file in files if not file.exists()]
+    if gone and not other:
+        run.say(f"{gone[0]} is gone: made again")
+    elif not other:
         run.say(f"{path.parent}/{path.stem}: done already")
-    return not other
+    return not other and not gone
 
 
 def read_torch(path):
