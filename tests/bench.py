@@ -42,8 +42,8 @@ import train_guided
 from configs.data import as_input
 from configs.run import Data, Model, Run, autocast, fill, gpu_flags, reuse_memory, write_json
 from configs.shapes import draw_shapes
-from extract_features import catalogue, stream, tapped
-from probe import SWEEP, accuracy, block_outputs, logistic, standardise
+from extract_features import catalogue, matching, stream, tapped
+from probe import SWEEP, accuracy, logistic, standardise
 from self_label import assign, kmeans, sinkhorn
 from train_diffusion import (PATHS, Condition, TrainDiffusion, attention, build_model, build_optimizer, loss_per_image,
                              placed)
@@ -287,7 +287,7 @@ def bench_extraction(device, small=False):
     measured, goal = {}, {}
     for what, model in (("shapes", read_config("shapes", small)["model"]), ("U-ViT", uvit)):
         net = network(model, device)
-        blocks = block_outputs(net)
+        blocks = matching(net, ["blocks"])
         middle = [name for name in blocks if name.startswith("mid")][-1]
 
         @torch.no_grad()
@@ -413,7 +413,7 @@ def bench_probes(device, small=False):
     for p in net.parameters():                            # branches that start at zero would show nothing
         p += 0.05 * torch.randn(p.shape, device=device)
     images, classes = draw_shapes(0, np.arange(n + m))[:2]
-    names, y = block_outputs(net)[:2 if small else None], torch.from_numpy(classes)
+    names, y = matching(net, ["blocks"])[:2 if small else None], torch.from_numpy(classes)
     parts = [out for _, out in stream(net, dict(path="cv"), images, np.arange(n + m), names, [0.5], device=device,
                                       context=nullcontext, batch=500)]
     seconds_of, right = torch.zeros(2), torch.zeros(2)

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import stage
-from test_dense import WORDS, run  # noqa: F401  (run is a fixture)
 from test_features import network
-from test_probe_heads import called
+from test_probe_heads import called, run, tiny  # noqa: F401, F811  (fixtures)
 
 import sample_ode
 from extract_features import tapped
@@ -57,7 +56,6 @@ def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
     words = [
         tiny,
         f"run={run}",
-        *WORDS[:2],
         "n=10",
         "steps=3",
         "solver=euler",
@@ -90,5 +88,5 @@ def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
 )
 def test_bad_input(refuse, tiny, run, words, said):  # noqa: F811
     assert said in refuse(
-        "sample_ode", tiny, f"run={run}", *WORDS[:2], "n=4", "steps=2", "solver=euler", "name=bad", *words
+        "sample_ode", tiny, f"run={run}", "n=4", "steps=2", "solver=euler", "name=bad", *words
     )
