@@ -1271,8 +1271,6 @@ def forget(folder, seen):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Published weights, written once as an ordinary checkpoint. Tensors tell the architecture; the tables tell the rest
 
 # How many heads, where they are not of 64 channels each: by channel multiples, and by width
@@ -1347,6 +1345,9 @@ def import_published(run, cfg):
             save_checkpoint(run, folder, state)
     run.next(f"extract_features.py checkpoint=diffusion/{cfg.name}", "reads it, after train_diffusion.py --prepare")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
 
 def main():
     """Train without labels, from the command line."""

@@ -634,6 +634,7 @@ def load_pretrained(net, state):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The stage
 
 def check_names(run, cfg):
     """Names inside the run folder; an empty name= is that of the labels."""
