@@ -102,6 +102,8 @@ def measured(run, yaml_file, name, words):
 
 
 def main():
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
     which, folder, *words = sys.argv[1:]
     run, yaml_file, (first, variants) = Path(folder).resolve(), f"configs/{which}.yaml", variants_of(which)
     seeds = next((w.split("=")[1].split(",") for w in words if w.startswith("seeds=")), ["0", "1", "2"])
