@@ -78,18 +78,22 @@ def square(x):
 
 
 def output_map(net, block, output, inputs):
+    """A module's output, which is a map [B, C, H, W]."""
     return output
 
 
 def input_map(net, block, output, inputs):
+    """A module's input, which is a map [B, C, H, W]."""
     return inputs[0]
 
 
 def positions(net, block, output, inputs):
+    """The output of a U-Net's attention, channels by position, as a map."""
     return square(output)                                 # [B, C, L]
 
 
 def patches(net, block, output, inputs):
+    """The output of a patch embedding as a map."""
     return square(output.transpose(1, 2))                 # [B, L, D]
 
 
@@ -99,6 +103,7 @@ def tokens(net, block, output, inputs):
 
 
 def input_tokens(net, block, output, inputs):
+    """The tokens that a module is given, as a map."""
     return tokens(net, block, inputs[0], inputs)
 
 
@@ -117,6 +122,7 @@ def heads(net, block, output):
 
 
 def one_of_qkv(net, block, output, inputs, letter):
+    """Queries, keys or values of all heads side by side, as a map [B, heads d, H, W]."""
     x = heads(net, block, output)["qkv".index(letter)]                           # [B, heads, extras + L, d]
     return square(x[:, :, getattr(net, "extras", 0):].transpose(2, 3).flatten(1, 2))
 

@@ -895,16 +895,19 @@ class Inputs:
 
 
 def pooled_head(cfg, inputs, classes, hidden=()):
+    """A linear head or an MLP on maps averaged over a grid."""
     raw = inputs.source.net is None and not inputs.source.stored
     return PooledHead(inputs.every, classes, inputs.side if raw else cfg.grid, hidden)   # of pixels it sees all
 
 
 def transformer_head(cfg, inputs, classes):
+    """DifFormer on all maps and times; of one map the attention head."""
     size = cfg.width, cfg.depth, cfg.heads, cfg.side
     return DifFormer(inputs.shapes, inputs.times, classes, *size, inputs.source.hidden)
 
 
 def feedback_head(cfg, inputs, classes):
+    """DifFeed, whose shapes are found by a pass over a blank image."""
     s = inputs.source
     with torch.no_grad():
         shape = reader(s.net, s.names, "none")(inputs.image, torch.zeros(1, device=s.device))[0].shape[1:]

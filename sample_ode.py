@@ -296,6 +296,7 @@ def open_sampler(run, cfg, context=nullcontext):
 
 
 def compiled(net, cfg):
+    """The network, compiled if the settings say so."""
     return torch.compile(net) if cfg.compile else net
 
 

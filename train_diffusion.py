@@ -91,9 +91,11 @@ class NoisePath:
     """
 
     def alpha(self, t):
+        """The share of the data in x_t."""
         raise NotImplementedError
 
     def sigma(self, t):
+        """The share of the noise in x_t."""
         raise NotImplementedError
 
     def rates(self, t):
