@@ -2,10 +2,14 @@
 
 `tiny` is a configuration that trains in seconds.
 """
+import importlib
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+STAGES = ["train_diffusion", "extract_features", "self_label", "train_guided", "sample_ode", "probe"]
 
 TINY = """
 data: {source: shapes, train: 512, test: 256}
@@ -55,13 +60,44 @@ def command(stage, *words, ranks=1):
     return [sys.executable, *launcher, str(ROOT / f"{stage}.py"), *map(str, words)]
 
 
-def stage(name, *words, ranks=1, ok=True):
-    """Run a stage as a user would; returns the finished process, with its output as text."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    p = subprocess.run(command(name, *words, ranks=ranks), capture_output=True, text=True, env=env, cwd=ROOT,
-                       timeout=300)
-    assert not ok or p.returncode == 0, f"{name} {words}\n{p.stdout}\n{p.stderr}"
-    return p
+# Stages start from one process that has imported them: importing PyTorch takes longer than what most tests run.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(STAGES)
+
+
+def in_child(name, words, out, err, env):
+    """What a process made by `stage` does: run a stage with its output in two files."""
+    os.chdir(ROOT)
+    os.environ.update(env)
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    torch.set_num_threads(1)
+    sys.argv = [str(ROOT / f"{name}.py"), *words]
+    module = importlib.import_module(name)
+    module.cli(module.main)
+
+
+def stage(name, *words, ranks=1, ok=True, seconds=300):
+    """Run a stage as a user would, though not by a launcher: (returncode, stdout, stderr), the latter of all ranks."""
+    words = [str(w) for w in words]
+    with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        s.close()
+        processes, files = [], []
+        for rank in range(ranks):
+            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            env = {k: str(v) for k, v in env.items()} if ranks > 1 else {}
+            files.append((f"{folder}/out{rank}", f"{folder}/err{rank}"))
+            processes.append(FORKS.Process(target=in_child, args=(name, words, *files[-1], env)))
+            processes[-1].start()
+        for process in processes:
+            process.join(seconds)
+            assert process.exitcode is not None, f"{name} {words}: still running after {seconds} seconds"
+        out, err = ("".join(Path(f[i]).read_text() for f in files) for i in (0, 1))
+    code = max((p.exitcode for p in processes), key=abs)
+    assert not ok or code == 0, f"{name} {words}\n{out}\n{err}"
+    return subprocess.CompletedProcess([name, *words], code, out, err)
 
 
 def killed(name, *words, after, ranks=1):
@@ -85,7 +121,6 @@ def killed(name, *words, after, ranks=1):
 
 def complaint(capsys, monkeypatch, name, *words):
     """Run a stage in this process with bad input; returns its one line on stderr after checking exit code 2."""
-    import importlib
     module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
     capsys.readouterr()
