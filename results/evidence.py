@@ -1,0 +1,102 @@
+"""Which labels guide well? The same fine-tuning of the same base model under labels of every source, for several seeds.
+
+    python results/evidence.py SET RUN [seeds=0,1,2,3,4] [evaluators=judge,pixels] [data.root=DATA]
+
+SET: shapes, fashion or cifar10-cpu. Each row is made by the commands that anybody would type, on one thread; what is
+finished is not repeated, so the same command goes on where it was stopped. w is chosen by the first evaluator on other
+samples against training images; every evaluator scores the same samples against test images. Writes
+results/evidence-SET.json: one entry per row and seed.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SETS = {                                                  # images of base and fine-tuning, labels, classes
+    "shapes": dict(base="40k", tune="8k", K=20, classes=10),
+    "fashion": dict(base="60k", tune="24k", K=50, classes=10),
+    "cifar10-cpu": dict(base="600k", tune="60k", K=100, classes=10),
+}
+ROWS = ["none", "random", "kmeans", "sinkhorn", "online", "colours", "pixels", "untrained", "classes", "subgroups"]
+SHOWN = "precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies_pixels"
+
+
+def stage(name, config, *words):
+    """One command; its last lines if it fails."""
+    line = [sys.executable, f"{name}.py", f"configs/{config}.yaml", *map(str, words)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+
+
+def base_and_features(which, run, s, words):
+    """The base model of a seed, where its features cluster best without labels, and features of it and of a network
+    with random weights there."""
+    about = SETS[which]
+    stage("train_diffusion", which, *words, f"name=base-{s}", f"seed={s}", f"images={about['base']}")
+    stage("probe", which, *words, f"name=sweep-{s}", f"checkpoint=diffusion/base-{s}", f"seed={s}")
+    stage("extract_features", which, *words, f"name=own-{s}", f"checkpoint=diffusion/base-{s}", f"choice=sweep-{s}",
+          f"seed={s}")
+    place = json.loads((run / f"probe/sweep-{s}.json").read_text())["label_free"]
+    stage("train_diffusion", which, *words, f"name=untrained-{s}", f"seed={s}", "images=32", "batch=32", "lr=1e-12",
+          "optimizer=adamw")
+    stage("extract_features", which, *words, f"name=untrained-{s}", f"checkpoint=diffusion/untrained-{s}",
+          f"activations={place['activation']}", f"t={place['t']}", f"seed={s}")
+    return place
+
+
+def label(which, row, s, words):
+    """Make the labels of a row."""
+    about = SETS[which]
+    keys = dict(kmeans=[f"features=own-{s}"], sinkhorn=[f"features=own-{s}"], colours=[], pixels=[],
+                untrained=["method=kmeans", f"features=untrained-{s}"], random=[f"reference=kmeans-{s}"], classes=[],
+                subgroups=[f"groups={about['K'] // about['classes']}"])[row]
+    if not any(k.startswith("method=") for k in keys):
+        keys.append(f"method={row}")
+    stage("self_label", which, *words, f"name={row}-{s}", f"K={about['K']}", f"seed={s}", *keys)
+
+
+def guide(which, row, s, words, evaluators):
+    """Fine-tune the base model under the labels of a row, sample, and score."""
+    about = SETS[which]
+    keys = dict(none=["labels=none"], online=["labels=online", f"K={about['K']}"]).get(row, [f"labels={row}-{s}"])
+    stage("train_guided", which, *words, f"name={row}-{s}", f"seed={s}", f"init=diffusion/base-{s}",
+          f"images={about['tune']}", *keys)
+    stage("sample_ode", which, *words, f"name={row}-{s}", f"checkpoint=guided/{row}-{s}", f"seed={s}", "n=1000",
+          "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3")
+
+
+def measured(run, row, s, place):
+    """What is kept of a row: distances by every evaluator at w = 1 and at the chosen w, and what goes with them."""
+    m = json.loads((run / f"samples/{row}-{s}/metrics.json").read_text())
+    every = {m["scores"]["evaluator"]: m} | m.get("others", {})
+    out = dict(w=m["w"], images=m["total_seen"], nmi=(m.get("label_scores") or {}).get("nmi"), place=place)
+    for name, scored in every.items():
+        at_w, at_1 = scored["scores"], scored.get("scores_w1", scored["scores"])
+        kind = "fid" if "fid" in at_w else "frechet"
+        out[name.split()[0]] = dict(w1=at_1[kind], chosen=at_w[kind], **{k: at_w[k] for k in SHOWN if k in at_w})
+    return out
+
+
+def main():
+    which, folder, *words = sys.argv[1:]
+    run, out = Path(folder).resolve(), ROOT / "results" / f"evidence-{which}.json"
+    own = dict(w.split("=", 1) for w in words if w.startswith(("seeds=", "evaluators=")))
+    seeds = [int(s) for s in own.get("seeds", "0,1,2,3,4").split(",")]
+    words = [f"run={run}", *(w for w in words if not w.startswith(("seeds=", "evaluators=")))]
+    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
+    for s in seeds:
+        place = base_and_features(which, run, s, words)
+        for row in ROWS:
+            if row not in ("none", "online"):
+                label(which, row, s, words)
+            guide(which, row, s, words, own.get("evaluators", "judge,pixels"))
+            rows.setdefault(row, {})[str(s)] = measured(run, row, s, place)
+            out.write_text(json.dumps(dict(set=which, **SETS[which], rows=rows), indent=1) + "\n")
+            print(which, row, s, json.dumps(rows[row][str(s)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
