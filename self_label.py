@@ -30,7 +30,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ from scipy.stats import entropy
 from scipy.stats.contingency import crosstab
 
 from configs.data import arrays_hash, load_data, load_features, load_labels, torchvision_datasets
-from configs.run import (ALONE, UserError, atomic, check_name, cli, create_rows, digest, finished, key, locked,
-                         read_json, reading, require, save_grid, seed_of, start, unknown, write_json, write_rows)
+from configs.run import (ALONE, UserError, atomic, cli, create_rows, digest, finished, key, locked, read_json, reading,
+                         require, save_grid, seed_of, start, unknown, write_json, write_rows)
 
 
 @dataclass
@@ -58,8 +58,6 @@ class SelfLabel:
     whiten: bool = key(False, "scale principal components to unit variance")
     iterations: int = key(30, "kmeans: at most", low=1)
     restarts: int = key(3, "kmeans: keep the best of so many starts", low=1)
-    batch: int = key(16_384, "kmeans: mini-batch size above `full` rows (at least 4 times K)", low=1)
-    full: int = key(500_000, "kmeans: up to so many rows, every iteration is a full pass (Lloyd)", low=0)
     eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
     sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
     rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
@@ -69,8 +67,8 @@ class SelfLabel:
     tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined", low=-1, high=1)
     refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
     guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
-    cells: int = key(4, "lost, ncut, masks: what is clustered is a region's features on a grid of so many cells a "
-                        "side; 1 = their mean", low=1)
+    cells: int = key(4, "lost, ncut, masks: what is clustered is a region's features in the middles of so many cells a "
+                        "side", low=1)
     foreground: Literal["lost", "ncut", "none"] = key("lost", "masks: what finds the objects; none = cluster all "
                                                               "patches")
     segments: int = key(21, "masks with foreground=none: clusters of patches, background included", low=2, high=255)
@@ -124,48 +122,36 @@ def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
 # ---------------------------------------------------------------------------------------------------------------------
 # k-means
 
-def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, batch=0, chunk=4096, start=None,
-           device="cpu", ranks=ALONE):
+def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, chunk=4096, start=None, device="cpu",
+           ranks=ALONE):
     """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts). Memory does not grow with N x K.
 
     metric  euclidean, or cosine: rows and centroids of unit length (spherical k-means)
-    batch   > 0: mini-batches of so many rows, as many as `iterations` passes hold, then one full iteration
-    start   centroids [K, D] to start from, in place of k-means++ on at most max(10,000, 20 K) rows
+    start   centroids [K, D] to start from, in place of k-means++
     ranks   the processes whose shares of the rows belong together; all get the same centroids
     """
     N = sum(ranks.gather(len(features)))
     if not 1 <= K <= N:
         raise UserError(f"K={K}: must be between 1 and the {N} rows")
-    best = None
-    for attempt in range(restarts if start is None else 1):
+    if start is not None:
+        return lloyd(features, start.to(device, torch.float32), metric, iterations, chunk, ranks)
+    attempts = []
+    for attempt in range(restarts):
         generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
-        if start is None:
-            chosen = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
-            mine = rows_of(features, own_rows(chosen, N, ranks), metric, device)
-            c = plus_plus(torch.cat(ranks.gather(mine.cpu())).to(device), K, generator)
-            c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))       # GPUs may have rounded differently
-        else:
-            c = start.to(device, torch.float32)
-        if batch:
-            steps = iterations * math.ceil(N / batch)
-            c = mini_batches(features, c, metric, batch, steps, generator, N, ranks)
-        c, inertia, facts = lloyd(features, c, metric, 1 if batch else iterations, chunk, ranks)
-        if best is None or inertia < best[1]:
-            best = c, inertia, facts | dict(restarts=restarts)
-    return best
+        c = plus_plus(features, N, K, metric, generator, device, ranks)
+        attempts.append(lloyd(features, c, metric, iterations, chunk, ranks))
+    return min(attempts, key=lambda attempt: attempt[1])  # the first of equal ones
 
 
-def own_rows(chosen, N, ranks):
-    """Which of the rows `chosen` among all N are this process's, counted from the first of its share."""
-    share = ranks.share(N)
-    return chosen[np.isin(chosen, share)] - share[:1].sum()                      # the first, if there is one
-
-
-def plus_plus(x, K, generator):
-    """k-means++ centroids [K, D] from rows x [M, D] (Arthur and Vassilvitskii 2007).
+def plus_plus(features, N, K, metric, generator, device, ranks):
+    """k-means++ centroids [K, D] (Arthur and Vassilvitskii 2007) from at most max(10,000, 20 K) of all N rows.
 
     Each is drawn with probability proportional to the squared distance to those before it: the best of 2 + ln K draws.
     """
+    sample = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
+    share = ranks.share(N)
+    mine = sample[np.isin(sample, share)] - share[:1].sum()                      # counted from the share's first row
+    x = torch.cat(ranks.gather(rows_of(features, mine, metric).cpu())).to(device)          # [M, D]
     chosen = [int(generator.integers(len(x)))]
     distance = (x - x[chosen]).square().sum(1)            # [M], squared, to the nearest centroid
     for _ in range(1, K):
@@ -175,28 +161,15 @@ def plus_plus(x, K, generator):
         best = int(left.sum(1).argmin())
         chosen.append(int(draws[best]))
         distance = left[best]
-    return x[chosen]
+    c = x[chosen]
+    return ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))            # GPUs may have rounded differently
 
 
-def sums_of_nearest(chunks, c, ranks):
-    """Of the rows nearest to each centroid of c [K, D]: (sums [K, D], counts [K, 1], inertia of all rows)."""
-    half = c.square().sum(1) / 2
-    sums = torch.zeros_like(c)
-    counts = torch.zeros(len(c), 1, dtype=torch.float64, device=c.device)
-    inertia = torch.zeros(1, dtype=torch.float64, device=c.device)
-    for x in chunks:
-        score, ids = torch.addmm(-half, x, c.T).max(1)    # x.c - |c|^2 / 2 is largest where the distance is smallest
-        sums.index_add_(0, ids, x)
-        counts.index_add_(0, ids, counts.new_ones(len(x), 1))
-        inertia += x.square().sum(dtype=torch.float64) - 2 * score.sum(dtype=torch.float64)
-    return ranks.total(sums), ranks.total(counts).float(), float(ranks.total(inertia))
-
-
-def lloyd(features, c, metric, iterations, chunk=4096, ranks=ALONE):
+def lloyd(features, c, metric, iterations, chunk, ranks):
     """Lloyd's iterations from centroids c [K, D] until the inertia stays: (centroids, their inertia, facts)."""
     before, repaired = math.inf, 0
     for step in range(iterations + 1):
-        sums, counts, inertia = sums_of_nearest(in_chunks(features, metric, c.device, chunk), c, ranks)
+        sums, counts, inertia = sums_of_nearest(features, c, metric, chunk, ranks)
         if not math.isfinite(inertia):
             raise UserError("features are not finite; extract them again")
         empty = int((counts == 0).sum())
@@ -209,6 +182,20 @@ def lloyd(features, c, metric, iterations, chunk=4096, ranks=ALONE):
     return c, max(inertia, 0.0), dict(iterations=step, repaired=repaired)
 
 
+def sums_of_nearest(features, c, metric, chunk, ranks):
+    """Of the rows nearest to each centroid of c [K, D]: (sums [K, D], counts [K, 1], inertia of all rows)."""
+    half = c.square().sum(1) / 2
+    sums = torch.zeros_like(c)
+    counts = torch.zeros(len(c), 1, dtype=torch.float64, device=c.device)
+    inertia = torch.zeros(1, dtype=torch.float64, device=c.device)
+    for x in in_chunks(features, metric, c.device, chunk):
+        score, ids = torch.addmm(-half, x, c.T).max(1)    # x.c - |c|^2 / 2 is largest where the distance is smallest
+        sums.index_add_(0, ids, x)
+        counts.index_add_(0, ids, counts.new_ones(len(x), 1))
+        inertia += x.square().sum(dtype=torch.float64) - 2 * score.sum(dtype=torch.float64)
+    return ranks.total(sums), ranks.total(counts).float(), float(ranks.total(inertia))
+
+
 def split_largest(c, counts):
     """Centroids in which every empty cluster takes half of the largest one, as in faiss: both lie a little apart."""
     c, counts = c.clone(), counts[:, 0].clone()
@@ -217,19 +204,6 @@ def split_largest(c, counts):
         largest = int(counts.argmax())
         c[k], c[largest] = c[largest] * apart, c[largest] * (2 - apart)
         counts[k] = counts[largest] = counts[largest] / 2
-    return c
-
-
-def mini_batches(features, c, metric, batch, steps, generator, N, ranks):
-    """Mini-batch k-means (Sculley 2010): each centroid moves to the mean of all rows that were ever nearest to it."""
-    seen = c.new_zeros(len(c), 1)
-    for _ in range(steps):
-        chosen = np.unique(generator.integers(N, size=batch))
-        x = rows_of(features, own_rows(chosen, N, ranks), metric, c.device)
-        sums, counts, _ = sums_of_nearest([x], c, ranks)
-        seen += counts
-        c = c + (sums - counts * c) / seen.clamp(min=1)
-        c = F.normalize(c, dim=1) if metric == "cosine" else c
     return c
 
 
@@ -320,22 +294,23 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
                regions=x.new_empty(n, objects, D * cells ** 2), masks=x.new_zeros(n, *size, dtype=torch.uint8))
     for j in range(objects):
         patches = cut(x, left, grid, method, tau)
-        inside, rest = mean_over(x, patches), mean_over(x, left & ~patches)
+        others = left & ~patches
+        inside, rest = mean_over(x, patches), mean_over(x, others)
         apart = (inside - rest).square().sum(1)
-        first = apart if j == 0 else first
-        a, b = patches.sum(1), (left & ~patches).sum(1)   # patches of the object, of the rest
-        exists = exists & (a > 0) & (b > 0)
-        if j > 0:                                         # judged by size, halves of a plain ground would be objects
-            exists = exists & (apart >= contrast * first)
+        if j == 0:
+            first = apart                                 # judged by size, halves of a plain ground would be objects
+        a, b = patches.sum(1), others.sum(1)
+        exists = exists & (a > 0) & (b > 0) & (apart >= contrast * first)
         patches = patches & exists[:, None]
         pixels = enlarge(patches, grid, size, "nearest") > 0
         if refine:
             fine = outline(x, patches, inside, rest, grid, size, images)
             pixels = torch.where(fine.flatten(1).any(1)[:, None, None], fine, pixels)
-        out["boxes"][:, j] = bounds(pixels)
+        box = bounds(pixels)
+        out["boxes"][:, j] = box
         out["confidence"][:, j] = a * b / (a + b).clamp(min=1) * apart / spread.clamp(min=1e-30) * exists
         out["masks"][pixels & (out["masks"] == 0)] = j + 1
-        out["regions"][:, j] = region(x, patches, out["boxes"][:, j], grid, size, cells)
+        out["regions"][:, j] = region(x, box, grid, size, cells)
         left = left & ~patches
     return out
 
@@ -466,30 +441,18 @@ def bounds(masks):
     return torch.where(masks.flatten(1).any(1)[:, None], box, -1.0)
 
 
-def region(x, patches, boxes, grid, size, cells):
-    """Features [n, D * cells^2] of objects: of their boxes [n, 4] (in pixels), cell by cell; with cells=1 the mean.
+def region(x, boxes, grid, size, cells):
+    """Features [n, D * cells^2] of x [n, P, D] in the middles of cells x cells cells of boxes [n, 4], bilinear.
 
-    The mean is over the box around the object's patches [n, P]. Where there is no object, the image is the box.
+    Boxes are in pixels; where there is none, the image is the box.
     """
-    exists = patches.any(1)[:, None]
-    if cells == 1:
-        m = patches.unflatten(1, grid)
-        around = (m.any(1)[:, None] & m.any(2)[:, :, None]).flatten(1)
-        return mean_over(x, around | ~exists)
     shares = boxes / torch.tensor([size[1], size[0], size[1], size[0]], device=x.device)
-    shares = torch.where(exists, shares, shares.new_tensor([0, 0, 1, 1]))
-    return crop(x.transpose(1, 2).unflatten(2, grid), shares, cells)
-
-
-def crop(maps, boxes, cells):
-    """Features [n, D * cells^2] of maps [n, D, h, w] in the middles of cells x cells cells of boxes [n, 4], bilinear.
-
-    Boxes are in shares of the image.
-    """
-    at = (torch.arange(cells, device=maps.device) + 0.5) / cells
-    corner, side = boxes[:, :2, None], boxes[:, 2:, None] - boxes[:, :2, None]
-    x, y = (2 * (corner + at * side) - 1).unbind(1)       # [n, cells] each, in -1 ... 1
-    points = torch.stack([x[:, None].expand(-1, cells, -1), y[:, :, None].expand(-1, -1, cells)], 3)
+    shares = torch.where(boxes[:, :1] < 0, shares.new_tensor([0, 0, 1, 1]), shares)
+    corner, side = shares[:, :2, None], shares[:, 2:, None] - shares[:, :2, None]
+    at = (torch.arange(cells, device=x.device) + 0.5) / cells
+    across, down = (2 * (corner + at * side) - 1).unbind(1)                      # [n, cells] each, in -1 ... 1
+    points = torch.stack([across[:, None].expand(-1, cells, -1), down[:, :, None].expand(-1, -1, cells)], 3)
+    maps = x.transpose(1, 2).unflatten(2, grid)
     return F.grid_sample(maps, points, padding_mode="border", align_corners=False).flatten(1)
 
 
@@ -518,33 +481,24 @@ def open_features(run, name, split, dense=False):
     """
     arrays, info = load_features(run, name, split)
     pool = info["pool"]
+    if pool == ("mean" if dense else "none"):
+        raise UserError(f"features/{name}: pool={pool} does not fit this method; extract with "
+                        f"pool={'none' if dense else 'mean'} or a number")
 
-    def as_map(a):                                        # [N, C, h, w]
-        if dense and a.ndim == 2 and pool.isdigit():
-            return a.reshape(len(a), -1, int(pool), int(pool))
-        if a.ndim != (4 if dense else 2):
-            advice = "pool=none or a number" if dense else "pool=mean or a number"
-            raise UserError(f"features/{name}: pool={pool} does not fit this method; extract with {advice}")
-        return a if dense else a[:, :, None, None]
+    def as_maps(a):                                       # [N, C, h, w]
+        side = int(pool) if dense and pool != "none" else 1
+        return a if a.ndim == 4 else a.reshape(len(a), -1, side, side)
 
     def scale(a):
-        few = as_map(a)[:1000 if dense else 20_000].astype(np.float32)
-        return 1 / max(float(np.nanmean(np.linalg.norm(few, axis=1))), 1e-9)
+        few = as_maps(a)[:1000 if dense else 20_000].astype(np.float32)
+        return 1 / max(float(np.linalg.norm(few, axis=1).mean()), 1e-9)
 
-    maps = [as_map(a) for a in arrays]
+    maps = [as_maps(a) for a in arrays]
     grid = max(a.shape[2:] for a in maps)
-    if dense and min(grid) < 2:
-        raise UserError(f"features/{name}: boxes and masks need 2 x 2 positions; extract with pool=none or a number")
     scales = [scale(a) for a in load_features(run, name, "train")[0]] if len(maps) > 1 else [1.0]
 
     def read(rows):
-        parts = [torch.from_numpy(a[rows].astype(np.float32)) for a in maps]
-        x = joined(parts, grid, scales)
-        bad = ~x.isfinite().all(2).all(1)
-        if bad.any():
-            row = rows.start + int(bad.int().argmax())
-            raise UserError(f"features/{name}: row {row} of {split} is not finite; extract again")
-        return x
+        return joined([torch.from_numpy(a[rows].astype(np.float32)) for a in maps], grid, scales)
     return read, info | dict(grid=grid, scales=scales)
 
 
@@ -560,22 +514,21 @@ def batches(run, n, step):
     return [slice(part[0], part[-1] + 1) for part in np.split(rows, range(step, len(rows), step)) if len(part)]
 
 
-def fill_arrays(run, folder, n, shapes, step, compute):
-    """{name: memory map [n, ...]} of compute(rows) -> {name: tensor or array}, each process for its share of the rows.
+def fill_arrays(run, folder, n, step, compute):
+    """{name: memory map [n, ...]} of compute(rows) -> {name: tensor}, each process for its share of the rows.
 
-    shapes: {name: (dtype, shape of a row)}; the files lie in `folder`, so they may be larger than memory.
+    The files lie in `folder`, so they may be larger than memory.
     """
-    files = {k: folder / f"{k}.npy" for k in shapes}
     if run.rank == 0:
         folder.mkdir(parents=True)
-        for k, (dtype, shape) in shapes.items():
-            create_rows(files[k], dtype, (n, *shape))
+        for name, one in compute(slice(0, 1)).items():
+            create_rows(folder / f"{name}.npy", one.cpu().numpy().dtype, (n, *one.shape[1:]))
     run.wait()
     for rows in batches(run, n, step):
-        for k, v in compute(rows).items():
-            write_rows(files[k], rows.start, v.cpu().numpy())
+        for name, values in compute(rows).items():
+            write_rows(folder / f"{name}.npy", rows.start, values.cpu().numpy())
     run.wait()
-    return {k: np.load(f, mmap_mode="r") for k, f in files.items()}
+    return {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
 
 
 def prepare(run, cfg, folder, sources):
@@ -585,19 +538,16 @@ def prepare(run, cfg, folder, sources):
     Centring comes first: activations share a large direction, beside which differences between images hardly count.
     """
     n, read = sources["train"]
-    P, D = read(slice(0, 1)).shape[1:]
-    step = max(1, 8192 // P)                              # images at a time
-    rows = (read(part).flatten(0, 1) for part in batches(run, n, step))
-    mean, projection = fit_projection(rows, cfg.pca, cfg.whiten, run)
-    mean = mean if cfg.center else torch.zeros_like(mean)
-    width = D if projection is None else projection.shape[1]
+    step = max(1, 8192 // read(slice(0, 1)).shape[1])     # images at a time
+    chunks = (read(rows).flatten(0, 1) for rows in batches(run, n, step))
+    mean, projection = fit_projection(chunks, cfg.pca, cfg.whiten, run)
     out = {}
     for split, (n, read) in sources.items():
-        def compute(part):
-            x = read(part) - mean
+        def compute(rows):
+            x = read(rows) - mean if cfg.center else read(rows)
             return dict(rows=x if projection is None else x @ projection)
-        maps = fill_arrays(run, folder / f"rows-{split}", n, dict(rows=("f4", (P, width))), step, compute)
-        out[split] = maps["rows"].reshape(n * P, width)
+        rows = fill_arrays(run, folder / f"rows-{split}", n, step, compute)["rows"]
+        out[split] = rows.reshape(-1, rows.shape[2])
     return out
 
 
@@ -615,7 +565,7 @@ def fit_projection(chunks, components, white, ranks=ALONE):
         return mean.float(), None
     e, u = torch.linalg.eigh(ranks.total(outer) / n - mean[:, None] * mean)
     keep = (e > 1e-9 * e[-1]).nonzero().flatten().flip(0)[:components or None]   # largest first, but no flat directions
-    sign = torch.sign(u[u.abs().argmax(0), torch.arange(len(u))])                # eigenvectors have none of their own
+    sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()                   # eigenvectors have none of their own
     u = (u * sign)[:, keep]
     return mean.float(), (u / e[keep].sqrt() if white else u).float()
 
@@ -632,9 +582,7 @@ def fit_clusters(run, cfg, rows, by, K):
     if by == "sinkhorn":
         c, g, facts = sinkhorn_cluster(mine, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
         return (c, "cosine", cfg.eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
-    batch = max(cfg.batch, 4 * K) if len(rows) > cfg.full else 0
-    c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts,
-                               batch=batch, **how)
+    c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, **how)
     return (c, cfg.metric, None), dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
 
 
@@ -643,14 +591,13 @@ def fit_clusters(run, cfg, rows, by, K):
 
 @dataclass
 class Labels:
-    """Labels of all images of each split, and what is stored and shown with them."""
+    """Labels of all images of each split, and what is stored with them."""
     ids: dict                                             # {split: int64 [N]}, below K
     K: int
     typical: np.ndarray | None = None                     # float [N]: how typical a training image is of its label
     arrays: dict = dataclasses.field(default_factory=dict)                       # for the .npz
     about: dict = dataclasses.field(default_factory=dict)                        # for the .json
     scores: dict = dataclasses.field(default_factory=dict)                       # besides those of the ids
-    paint: Callable | None = None                         # (image uint8 [3, H, W], row) -> image with its layout
 
 
 def cluster(run, cfg, folder, sources, by):
@@ -686,51 +633,44 @@ def pixels(run, cfg, data, folder):
     return cluster_images(run, cfg, data, folder, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
 
 
-def search(run, cfg, data, folder, split):
-    """({boxes, confidence, masks, regions} of all images of a split, as `find_objects` has them; info of features)."""
-    read, info = open_features(run, cfg.features, split, dense=True)
+def search(run, cfg, folder, images, read, grid):
+    """{boxes, confidence, masks, regions} of all images [N, 3, H, W] as memory maps, as `find_objects` has them."""
     method = cfg.foreground if cfg.method == "masks" else cfg.method
-    images = data[split].images
-    size = images.shape[2:]
-    P, D = read(slice(0, 1)).shape[1:]
+    size, P = images.shape[2:], math.prod(grid)
     step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
 
     def compute(rows):
         shown = torch.from_numpy(np.array(images[rows])).to(run.device) if cfg.guide else None
-        return find_objects(read(rows).to(run.device), info["grid"], size, method, cfg.objects, cfg.tau, cfg.contrast,
+        return find_objects(read(rows).to(run.device), grid, size, method, cfg.objects, cfg.tau, cfg.contrast,
                             cfg.refine, shown, cfg.cells)
-    shapes = dict(boxes=("f4", (cfg.objects, 4)), confidence=("f4", (cfg.objects,)), masks=("u1", size),
-                  regions=("f4", (cfg.objects, D * cfg.cells ** 2)))
-    return fill_arrays(run, folder / split, len(images), shapes, step, compute), info
+    return fill_arrays(run, folder, len(images), step, compute)
 
 
 def label_objects(run, cfg, data, folder):
     """lost, ncut, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
     require(cfg.method != "masks" or cfg.K <= 254, cfg, "method K", "masks hold ids up to 255, so K is at most 254")
-    found, rows, sources = {}, {}, {}
-    for split in data:
-        found[split], info = search(run, cfg, data, folder, split)
-        exists = found[split]["boxes"][..., 0] >= 0       # [N, objects]
-        exists[:, 0] = True                               # every image has a first region, if only the whole image
-        rows[split] = np.flatnonzero(exists)
-        regions = found[split]["regions"].reshape(exists.size, -1)
-        sources[split] = len(rows[split]), partial(rows_at, regions, rows[split])
+    found, exists, sources = {}, {}, {}
+    for split, d in data.items():
+        read, info = open_features(run, cfg.features, split, dense=True)
+        found[split] = search(run, cfg, folder / split, d.images, read, info["grid"])
+        exists[split] = found[split]["boxes"][..., 0] >= 0                       # [N, objects]
+        exists[split][:, 0] = True                        # every image has a first region, if only the whole image
+        regions, at = found[split]["regions"].reshape(exists[split].size, -1), np.flatnonzero(exists[split])
+        sources[split] = len(at), partial(rows_at, regions, at)
     out = cluster(run, cfg, folder, sources, cfg.by)
-    out.typical = out.typical[rows["train"] % cfg.objects == 0]
-    out.about |= {k: info[k] for k in ("grid", "scales")}
-    for split, layout in found.items():
-        ids = np.full(layout["boxes"].shape[:2], -1)
-        ids.flat[rows[split]] = out.ids[split]
+    out.typical = out.typical[np.nonzero(exists["train"])[1] == 0]
+    out.about |= dict(grid=info["grid"], scales=info["scales"])
+    for split, d in data.items():
+        layout = {k: np.asarray(found[split][k]) for k in ("boxes", "confidence", "masks")}
+        ids = np.full(exists[split].shape, -1)
+        ids[exists[split]] = out.ids[split]
         out.ids[split] = ids[:, 0]
         layout["ids"] = np.where(layout["boxes"][..., 0] >= 0, ids, -1)
-        if cfg.method == "masks":
-            layout["segments"] = of_clusters(layout["masks"], layout["ids"])
-        out.scores |= prefixed(split, score_layouts(layout, data[split]))
-        layout["masks"] = layout.pop("segments", layout["masks"])
-        out.arrays |= {f"{k}_{split}": np.asarray(v) for k, v in layout.items() if k != "regions"}
-    boxes, masks = out.arrays["boxes_train"], out.arrays["masks_train"]
-    out.scores["boxes_per_image"] = float((boxes[..., 0] >= 0).sum(1).mean())
-    out.paint = lambda image, i: draw_layout(image, masks[i], boxes[i])
+        segments = of_clusters(layout["masks"], layout["ids"]) if cfg.method == "masks" else None
+        out.scores |= score_layouts(split, d, segments, layout["boxes"], layout["masks"])
+        if segments is not None:
+            layout["masks"] = segments
+        out.arrays |= {f"{k}_{split}": v for k, v in layout.items()}
     return out
 
 
@@ -757,6 +697,8 @@ def label_segments(run, cfg, data, folder):
     patches = prepare(run, cfg, folder / "patches", sources)
     clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
     out = cluster(run, cfg, folder / "means", means, cfg.by)
+    out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
+    out.about |= dict(segments=cfg.segments, patches=facts, grid=info["grid"], scales=info["scales"])
     grid, size = info["grid"], data["train"].images.shape[2:]
     step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
     for split, d in data.items():
@@ -764,12 +706,9 @@ def label_segments(run, cfg, data, folder):
 
         def compute(rows):
             return dict(masks=segment(torch.from_numpy(np.array(x[rows])), grid, size, *clusters, cfg.smooth))
-        found = fill_arrays(run, folder / split, len(d), dict(masks=("u1", size)), step, compute)
-        out.arrays[f"masks_{split}"] = np.asarray(found["masks"])
-        out.scores |= prefixed(split, score_layouts(found, d))
-    out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
-    out.about |= dict(segments=cfg.segments, patches=facts, grid=grid, scales=info["scales"])
-    out.paint = lambda image, i: draw_layout(image, out.arrays["masks_train"][i] + 1)      # 0 is a segment, too
+        masks = np.asarray(fill_arrays(run, folder / split, len(d), step, compute)["masks"])
+        out.arrays[f"masks_{split}"] = masks
+        out.scores |= score_layouts(split, d, masks)
     return out
 
 
@@ -805,7 +744,7 @@ def permuted(run, cfg, data, folder):
 
 
 ROWS = "K center pca whiten seed"
-KMEANS = f"{ROWS} metric iterations restarts batch full"
+KMEANS = f"{ROWS} metric iterations restarts"
 OBJECTS = f"features by {ROWS} objects contrast refine guide cells"
 METHODS = {                                               # name: (function, the settings that it reads)
     "kmeans": (cluster_features, f"features {KMEANS}"),
@@ -848,17 +787,6 @@ def nmi(a, b):
     return float(max(0.0, h - entropy(t, axis=None)) / (h / 2)) if h > 0 else 1.0
 
 
-def ari(a, b):
-    """Adjusted Rand index."""
-    def pairs(counts):
-        return float((counts * (counts - 1) / 2).sum())
-    t = contingency(a, b)
-    rows, cols, every = pairs(t.sum(1)), pairs(t.sum(0)), pairs(t.sum())
-    chance = rows * cols / every if every else 0.0
-    top = (rows + cols) / 2
-    return (pairs(t) - chance) / (top - chance) if top != chance else 1.0
-
-
 def hungarian_accuracy(a, b):
     """Share of images that are right when labels are matched to classes one to one as well as possible."""
     t = contingency(a, b)
@@ -876,7 +804,7 @@ def score_labels(labels, classes):
     if not known.any():
         return {}
     a, b = labels[known], classes[known]
-    return dict(nmi=nmi(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b))
+    return dict(nmi=nmi(a, b), hungarian_accuracy=hungarian_accuracy(a, b))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -891,7 +819,7 @@ def iou(a, b):
     return both / np.maximum(either, 1e-9)
 
 
-def first_box_overlap(boxes, truth):
+def first_overlap(boxes, truth):
     """IoU [M] of the first box [N, objects, 4] with the true one [N, m, 4] it meets best, where images have one."""
     known = (truth[..., 2] > truth[..., 0]).any(1)
     return iou(boxes[known, :1], truth[known]).max(1)
@@ -899,54 +827,37 @@ def first_box_overlap(boxes, truth):
 
 def corloc(boxes, truth, threshold=0.5):
     """Share of the images with an object whose first box [N, objects, 4] overlaps a true one [N, m, 4]."""
-    overlap = first_box_overlap(boxes, truth)
-    return float((overlap >= threshold).mean()) if len(overlap) else 0.0
+    return float((first_overlap(boxes, truth) >= threshold).mean())
 
 
 def confusion(masks, truth, chunk=256):
-    """Pixels by segment and class [K, C] of uint8 masks [N, H, W] and their truth (255 = void), read in chunks."""
+    """Pixels by segment and class [256, 255] of uint8 masks [N, H, W] and their truth (255 = void), read in chunks."""
     t = np.zeros(256 * 256, np.int64)
     for i in range(0, len(masks), chunk):
         pairs = 256 * masks[i:i + chunk].astype(np.int64) + truth[i:i + chunk]
         t += np.bincount(pairs.ravel(), minlength=len(t))
-    t = t.reshape(256, 256)[:, :255]
-    K, C = (t.any(axis).nonzero()[0].max(initial=0) + 1 for axis in (1, 0))
-    return t[:K, :C]
+    return t.reshape(256, 256)[:, :255]
 
 
 def segmentation_scores(t):
-    """Scores of a table [K, C] of pixels by segment and class.
-
-    miou, pixel_accuracy: segments and classes are matched one to one for the largest sum of IoUs. miou_many: every
-    segment stands for its most frequent class.
-    """
-    def overlap(t):
-        return t / np.maximum(t.sum(1, keepdims=True) + t.sum(0) - t, 1)
-    present = max((t.sum(0) > 0).sum(), 1)
-    pairs = linear_sum_assignment(overlap(t), maximize=True)
-    many = np.zeros((t.shape[1], t.shape[1]))
-    np.add.at(many, t.argmax(1), t)
-    return dict(miou=float(overlap(t)[pairs].sum() / present), pixel_accuracy=float(t[pairs].sum() / max(t.sum(), 1)),
-                miou_many=float(overlap(many).trace() / present))
+    """Scores of a table of pixels by segment and class, which are matched one to one for the largest sum of IoUs."""
+    overlap = t / np.maximum(t.sum(1, keepdims=True) + t.sum(0) - t, 1)
+    pairs = linear_sum_assignment(overlap, maximize=True)
+    return dict(miou=float(overlap[pairs].sum() / (t.sum(0) > 0).sum()), pixel_accuracy=float(t[pairs].sum() / t.sum()))
 
 
-def score_layouts(found, data):
-    """Scores of dict(boxes, masks, segments) of a split, where data/ has the truth: boxes and masks of objects, and ids
-    of pixels (segments, or masks without boxes)."""
-    scores, boxes, masks, segments = {}, found.get("boxes"), found["masks"], found.get("segments")
-    if data.boxes is not None and boxes is not None:
+def score_layouts(split, data, segments=None, boxes=None, masks=None):
+    """Scores of a split where data/ has the truth: of segments uint8 [N, H, W], and of objects' boxes and masks."""
+    scores = {}
+    if boxes is not None and data.boxes is not None:
         truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
-        overlap = first_box_overlap(boxes, truth)
-        scores = dict(iou=float(overlap.mean()) if len(overlap) else 0.0, corloc=corloc(boxes, truth))
-    if data.masks is None or data.masks.shape != masks.shape:
-        return scores
-    if boxes is None:
-        return scores | segmentation_scores(confusion(masks, data.masks))
-    t = confusion(masks, data.masks)                      # object or not, whichever
-    both, neither, every = t[1:, 1:].sum(), t[0, 0], t.sum()
-    scores["foreground_iou"] = float(both / max(every - neither, 1))
-    scores["pixel_accuracy"] = float((neither + both) / max(every, 1))
-    return scores | ({} if segments is None else segmentation_scores(confusion(segments, data.masks)))
+        scores |= dict(iou=float(first_overlap(boxes, truth).mean()), corloc=corloc(boxes, truth))
+    if masks is not None and data.masks is not None:      # object or not, whichever
+        t = confusion(masks, data.masks)
+        scores["foreground_iou"] = float(t[1:, 1:].sum() / max(t.sum() - t[0, 0], 1))
+    if segments is not None and data.masks is not None:
+        scores |= segmentation_scores(confusion(segments, data.masks))
+    return prefixed(split, scores)
 
 
 def prefixed(split, scores):
@@ -964,61 +875,66 @@ def draw_layout(image, mask, boxes=None):
     image, ids = torch.from_numpy(np.array(image)), np.unique(mask[mask > 0])
     colour = [f"hsl({137 * k % 360}, 90%, 55%)" for k in range(256)]
     if len(ids):
-        masks = torch.from_numpy(mask == ids[:, None, None])
-        image = draw_segmentation_masks(image, masks, 0.5, [colour[k] for k in ids])
+        image = draw_segmentation_masks(image, torch.from_numpy(mask == ids[:, None, None]), 0.5,
+                                        [colour[k] for k in ids])
     boxes = np.zeros((0, 4)) if boxes is None else boxes[boxes[:, 0] >= 0] - [0, 0, 1, 1]
     if len(boxes):
         image = draw_bounding_boxes(image, torch.from_numpy(boxes), colors=colour[1:len(boxes) + 1])
     return image.numpy()
 
 
-def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8, paint=None):
-    """One row per label (at most `rows`): its most typical members, then random ones; paint(image, i) draws on them."""
-    ids, tiles, captions = np.unique(labels), [], []
+def contact_sheet(path, images, labels, typical, arrays, head, seed, rows=40, columns=8):
+    """One row per label (at most `rows`): its most typical members, then random ones, with their boxes and masks."""
+    masks, boxes = arrays.get("masks_train"), arrays.get("boxes_train")
+
+    def tile(i):
+        if masks is None:
+            return images[i]
+        if boxes is None:                                 # segments: 0 is one, too
+            return draw_layout(images[i], masks[i] + 1)
+        return draw_layout(images[i], masks[i], boxes[i])
+
+    tiles, captions = [], []
     blank = np.full(images.shape[1:], 255, np.uint8)
-    for k in ids[np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int))]:
+    for k in np.unique(labels)[:rows]:
         members = np.flatnonzero(labels == k)
-        typical = members[np.argsort(-typicality[members], kind="stable")[:columns]]
         generator = np.random.default_rng(seed_of(seed, "sheet", int(k)))
         others = generator.choice(members, min(columns, len(members)), replace=False)
-        for part in (typical, others):
-            tiles += [paint(images[i], i) if paint else images[i] for i in part]
-            tiles += [blank] * (columns - len(part))
+        for part in (members[np.argsort(-typical[members], kind="stable")[:columns]], others):
+            tiles += [tile(i) for i in part] + [blank] * (columns - len(part))
         captions.append(f"{k}: {len(members)}")
     save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
 
 
-def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed, more=None, paint=None):
-    """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process; returns the scores (a monitor).
+def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed, more={}):
+    """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process.
 
     data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz,
-    about into the .json, more to the scores; paint(image, i) draws onto the contact sheet.
+    about into the .json, more to the scores (monitors).
     """
-    path = run.dir / "labels" / f"{name}.npz"
+    path, N = run.dir / "labels" / f"{name}.npz", len(labels["train"])
     sizes = np.bincount(labels["train"], minlength=K)
-    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()),
-                  smallest=int(sizes.min()), largest=int(sizes.max()))
+    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()), smallest=int(sizes.min()),
+                  largest=int(sizes.max()))
     for split, d in data.items():
         scores |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
-    scores |= more or {}
+    scores |= more
     if run.rank == 0:
         arrays = {split: v.astype(np.int64) for split, v in labels.items()} | dict(num_labels=np.array(K)) | arrays
         head = f"{name}: K = {K}; each row a label: most typical, then random members"
-        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, head, seed, paint=paint)
+        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, arrays, head, seed)
         with atomic(path) as f:
             np.savez(f, **arrays)
         write_json(path.with_suffix(".json"), dict(
             kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
             scores=scores, sizes=sizes.tolist() if K <= 1000 else None, hash=arrays_hash(arrays), **about))
     run.wait()
-    agreement = ""
-    if "nmi" in scores:
-        agreement = (f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, "
-                     f"accuracy {scores['hungarian_accuracy']:.3f}")
-    run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, "
-            f"entropy {scores['size_entropy']:.3f} of ln K{agreement}")
+    run.say(f"{name}: K = {K}, sizes {sizes.min()} ... {sizes.max()}")
+    run.say("monitors: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    if sizes.min() < 3 or K > N / 10:
+        run.say(f"note: {(sizes < 3).sum()} labels hold fewer than 3 images, all together {N / K:.1f} on average; "
+                "a smaller K gives each more")
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
-    return scores
 
 
 def are_made(run, path, recipe):
@@ -1036,26 +952,17 @@ def are_made(run, path, recipe):
 
 def recipe_of(run, cfg, data):
     """(what decides the labels: method, its settings, data, features, reference; where features come from, or {})."""
-    names = settings_of(cfg)
+    names, about = settings_of(cfg), {}
     recipe = {k: getattr(cfg, k) for k in ["method", *names]}
     recipe["data"] = {split: d.info["fingerprint"] for split, d in data.items()}
-    about = {}
     if "features" in names:
-        check_name("features", cfg.features)
         info = load_features(run, cfg.features, "train")[1]
-        decisive = ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize", "embedding")
+        decisive = ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize")
         recipe["features_hash"] = digest({k: info[k] for k in decisive if k in info})
         about["features"] = {k: info[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
-        now = run.dir / info["checkpoint"] / "checkpoint.json"
-        if info["weights"] == "ema" and now.exists() and read_json(now, "train it again")["weights"] != info["hash"]:
-            run.say(f"note: features/{cfg.features} are of an earlier state of {info['checkpoint']}; "
-                    "extract_features.py with overwrite=true reads the present one")
     if "reference" in names:
-        check_name("reference", cfg.reference)
         reference, _ = load_labels(run, cfg.reference)
         recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))
-    if "K" in names and cfg.K > len(data["train"]):
-        raise UserError(f"K={cfg.K}: must be between 1 and the number of training images, {len(data['train'])}")
     return recipe, about
 
 
@@ -1071,8 +978,7 @@ def main():
     data = {split: load_data(run, split) for split in ("train", "test")}
     recipe, about = recipe_of(run, cfg, data)
     if run.dry_run:
-        run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
-        return
+        return run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
 
     with locked(run, "labels", cfg.name):
         if run.agreed(lambda: are_made(run, path, recipe)):
@@ -1086,13 +992,10 @@ def main():
             run.wait()
         finally:
             shutil.rmtree(aside, ignore_errors=True)      # what is mapped stays readable
-        about = out.about | about | dict(seconds=round(time.time() - tick, 2))
         # write
+        about |= out.about | dict(seconds=round(time.time() - tick, 2))
         typical = np.zeros(len(data["train"])) if out.typical is None else out.typical
-        save_labels(run, cfg.name, data, out.ids, out.K, typical, recipe, out.arrays, about, cfg.seed,
-                    out.scores, out.paint)
-    if out.scores:
-        run.say("against the truth (monitor): " + ", ".join(f"{k} {v:.3f}" for k, v in out.scores.items()))
+        save_labels(run, cfg.name, data, out.ids, out.K, typical, recipe, out.arrays, about, cfg.seed, out.scores)
     run.next(f"train_guided.py labels={cfg.name}")
 
 
