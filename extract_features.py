@@ -301,7 +301,7 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
     for part, x, noise in ahead(prepared, (rows[i:i + batch] for i in range(0, len(rows), batch))):
         x, out = as_input(x.to(device)), {}               # [B, C, H, W]
         x = net.encode(x) if foreign else x
-        for z in noise:
+        for d, z in enumerate(noise):
             z = z.to(device)
             for t in times:
                 time = torch.full((len(x),), t, device=device)
@@ -309,7 +309,8 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
                 with context():
                     values = read(x_t, time)
                 for name, value in zip(names, values):
-                    out[name, t] = out.get((name, t), 0) + value / draws
+                    value = value / draws
+                    out[name, t] = out[name, t] + value if d else value
         yield part, out
 
 

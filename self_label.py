@@ -3,8 +3,8 @@
 Reads   features/<features>/ (extract_features.py); the controls read data/ alone
 Writes  labels/<name>.npz   train int64 [N], test int64 [N'], num_labels; of clusters: centroids [K, D]
                             of objects, for each split: boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels,
-                            right and bottom exclusive; -1 = none), confidence_<split> [N, objects], ids_<split>
-                            int64 [N, objects] (cluster of each box; -1 = none), masks_<split> uint8 [N, H, W]
+                            right and bottom exclusive; -1 = none), ids_<split> int64 [N, objects] (cluster of each
+                            box; -1 = none), masks_<split> uint8 [N, H, W]
         labels/<name>.json  recipe, scores, hash of the arrays; written last
         labels/<name>.png   contact sheet
 
@@ -22,11 +22,11 @@ controls    colours (k-means on mean and deviation of each channel), pixels (on 
             classes (ground truth), random (permuted labels of `reference`), subgroups (each class split at random)
 
 Read first: `kmeans`, `potentials`, `sinkhorn_cluster`; then `find_objects`, if boxes interest you; then `METHODS`, the
-one place where a method is added. Skip what follows `METHODS`: scores, pictures, files.
+one place where a method is added. Skip what follows `METHODS`: scores, pictures, files. Each process holds its share of
+the rows in memory.
 """
 import dataclasses
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -41,8 +41,8 @@ from scipy.stats import entropy
 from scipy.stats.contingency import crosstab
 
 from configs.data import arrays_hash, load_data, load_features, load_labels, torchvision_datasets
-from configs.run import (ALONE, UserError, atomic, cli, create_rows, digest, finished, key, locked, read_json, reading,
-                         require, save_grid, seed_of, start, unknown, write_json, write_rows)
+from configs.run import (ALONE, UserError, atomic, cli, digest, finished, key, locked, read_json, reading,
+                         require, save_grid, seed_of, start, unknown, write_json)
 
 
 @dataclass
@@ -83,24 +83,17 @@ class SelfLabel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of features. N rows may lie in memory or in a file; over several processes each passes its own share of them.
+# Rows of features [N, D]; over several processes each passes its own share of them.
 
-def rows_of(features, rows, metric, device="cpu"):
-    """features[rows] as float32 [n, D] on the device; of unit length under the cosine metric.
-
-    features: tensor or (memory-mapped) array [N, D].
-    """
-    x = features[rows]
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.array(x))
+def rows_of(x, metric, device):
+    """Rows as float32 on the device; of unit length under the cosine metric."""
     x = x.to(device).float()                              # in this order fewer bytes cross the bus
     return F.normalize(x, dim=1) if metric == "cosine" else x
 
 
 def in_chunks(features, metric, device, chunk):
-    """All rows, as `rows_of` gives them, in chunks; at least one chunk, which is empty if there are no rows."""
-    for i in range(0, max(len(features), 1), chunk):
-        yield rows_of(features, slice(i, i + chunk), metric, device)
+    """All rows, as `rows_of` gives them, in chunks."""
+    return (rows_of(x, metric, device) for x in features.split(chunk))
 
 
 def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
@@ -127,10 +120,11 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, c
     """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts). Memory does not grow with N x K.
 
     metric  euclidean, or cosine: rows and centroids of unit length (spherical k-means)
-    start   centroids [K, D] to start from, in place of k-means++
+    start   centroids [K, D] to start from, in place of k-means++ on at most max(10,000, 20 K) rows
     ranks   the processes whose shares of the rows belong together; all get the same centroids
     """
-    N = sum(ranks.gather(len(features)))
+    lengths = ranks.gather(len(features))
+    N, first = sum(lengths), sum(lengths[:ranks.rank])
     if not 1 <= K <= N:
         raise UserError(f"K={K}: must be between 1 and the {N} rows")
     if start is not None:
@@ -138,20 +132,20 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, c
     attempts = []
     for attempt in range(restarts):
         generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
-        c = plus_plus(features, N, K, metric, generator, device, ranks)
+        sample = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
+        mine = features[sample[(sample >= first) & (sample < first + len(features))] - first]
+        x = torch.cat(ranks.gather(rows_of(mine, metric, "cpu"))).to(device)
+        c = plus_plus(x, K, generator)
+        c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))           # GPUs may have rounded differently
         attempts.append(lloyd(features, c, metric, iterations, chunk, ranks))
     return min(attempts, key=lambda attempt: attempt[1])  # the first of equal ones
 
 
-def plus_plus(features, N, K, metric, generator, device, ranks):
-    """k-means++ centroids [K, D] (Arthur and Vassilvitskii 2007) from at most max(10,000, 20 K) of all N rows.
+def plus_plus(x, K, generator):
+    """k-means++ centroids [K, D] from rows x [M, D] (Arthur and Vassilvitskii 2007).
 
     Each is drawn with probability proportional to the squared distance to those before it: the best of 2 + ln K draws.
     """
-    sample = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
-    share = ranks.share(N)
-    mine = sample[np.isin(sample, share)] - share[:1].sum()                      # counted from the share's first row
-    x = torch.cat(ranks.gather(rows_of(features, mine, metric).cpu())).to(device)          # [M, D]
     chosen = [int(generator.integers(len(x)))]
     distance = (x - x[chosen]).square().sum(1)            # [M], squared, to the nearest centroid
     for _ in range(1, K):
@@ -161,8 +155,7 @@ def plus_plus(features, N, K, metric, generator, device, ranks):
         best = int(left.sum(1).argmin())
         chosen.append(int(draws[best]))
         distance = left[best]
-    c = x[chosen]
-    return ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))            # GPUs may have rounded differently
+    return x[chosen]
 
 
 def lloyd(features, c, metric, iterations, chunk, ranks):
@@ -277,10 +270,9 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
 def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5, refine=True, images=None, cells=1):
     """Objects of images of size = (H, W) pixels, as a dict:
 
-    boxes       [n, objects, 4], in pixels; -1 where there is none
-    confidence  [n, objects]: share of the variance of the image's features that lies between object and rest
-    masks       uint8 [n, H, W]: 1 + object, 0 = none; an earlier object keeps its pixels
-    regions     [n, objects, D * cells^2]: features of the object (of the image where there is none)
+    boxes    [n, objects, 4], in pixels; -1 where there is none
+    masks    uint8 [n, H, W]: 1 + object, 0 = none; an earlier object keeps its pixels
+    regions  [n, objects, D * cells^2]: features of the object (of the image where there is none)
 
     An object is one connected region. A further one is sought among the patches that are left, and its mean must lie as
     far from theirs, squared, as `contrast` times the first's. A plain image has none. With images uint8 [n, 3, H, W]
@@ -290,8 +282,7 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
     left = torch.ones(n, P, dtype=torch.bool, device=x.device)
     spread = (x - mean_over(x, left)[:, None]).square().sum((1, 2))
     exists = spread > 1e-6 * x.square().sum((1, 2))
-    out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects),
-               regions=x.new_empty(n, objects, D * cells ** 2), masks=x.new_zeros(n, *size, dtype=torch.uint8))
+    boxes, regions, masks = [], [], x.new_zeros(n, *size, dtype=torch.uint8)
     for j in range(objects):
         patches = cut(x, left, grid, method, tau)
         others = left & ~patches
@@ -299,20 +290,17 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
         apart = (inside - rest).square().sum(1)
         if j == 0:
             first = apart                                 # judged by size, halves of a plain ground would be objects
-        a, b = patches.sum(1), others.sum(1)
-        exists = exists & (a > 0) & (b > 0) & (apart >= contrast * first)
+        exists = exists & patches.any(1) & others.any(1) & (apart >= contrast * first)
         patches = patches & exists[:, None]
         pixels = enlarge(patches, grid, size, "nearest") > 0
         if refine:
             fine = outline(x, patches, inside, rest, grid, size, images)
             pixels = torch.where(fine.flatten(1).any(1)[:, None, None], fine, pixels)
-        box = bounds(pixels)
-        out["boxes"][:, j] = box
-        out["confidence"][:, j] = a * b / (a + b).clamp(min=1) * apart / spread.clamp(min=1e-30) * exists
-        out["masks"][pixels & (out["masks"] == 0)] = j + 1
-        out["regions"][:, j] = region(x, box, grid, size, cells)
+        boxes.append(bounds(pixels))
+        regions.append(region(x, boxes[-1], grid, size, cells))
+        masks[pixels & (masks == 0)] = j + 1
         left = left & ~patches
-    return out
+    return dict(boxes=torch.stack(boxes, 1), masks=masks, regions=torch.stack(regions, 1))
 
 
 def mean_over(x, patches):
@@ -355,7 +343,7 @@ def ncut(similarity, left, grid, tau=0.2):
     pair = left[:, :, None] & left[:, None]
     # a little everywhere tells parts that nothing joins apart (the paper's: 1e-5)
     A = torch.where(similarity >= tau, 1.0, 0.1 / left.shape[1]) * pair
-    y = second_eigenvector(A)[1] * A.sum(2).clamp(min=1e-30).rsqrt()
+    y = second_eigenvector(A) * A.sum(2).clamp(min=1e-30).rsqrt()
     y = (y - (y * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)) * left
     size = y.abs()                                        # the object is on the side of the largest
     largest = (size >= 0.99 * size.amax(1, keepdim=True)).float().argmax(1)      # the first, where rounding decides
@@ -366,17 +354,17 @@ def ncut(similarity, left, grid, tau=0.2):
 
 
 def second_eigenvector(A):
-    """(second largest eigenvalue [n], its unit eigenvector z [n, P]) of D^-1/2 A D^-1/2, D = diag(row sums of A).
+    """The second eigenvector z [n, P] of D^-1/2 A D^-1/2, D = diag(row sums of A), for symmetric A [n, P, P] >= 0.
 
-    A [n, P, P] is symmetric, >= 0. y = D^-1/2 z is then the relaxed normalised cut, (D - A) y = (1 - eigenvalue) D y
-    (Shi and Malik 2000). The largest eigenvalue, 1 of D^1/2 1, is moved to the other end. Empty rows stay 0.
+    y = D^-1/2 z is then the relaxed normalised cut (Shi and Malik 2000). The largest eigenvalue, 1 of D^1/2 1, is moved
+    to the other end. Empty rows stay 0.
     """
     degree = A.sum(2)                                     # [n, P]
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
     first = F.normalize(degree.sqrt(), dim=1)
     M = A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None]
-    values, vectors = torch.linalg.eigh(M.double())       # in float32 it fails where many patches are equal
-    return values[:, -1].float(), vectors[:, :, -1].float() * (degree > 0)
+    _, vectors = torch.linalg.eigh(M.double())            # in float32 it fails where many patches are equal
+    return vectors[:, :, -1].float() * (degree > 0)
 
 
 def largest_component(mask, grid):
@@ -461,7 +449,7 @@ def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
 
     smooth: weight of the mean over a patch's 3 x 3 neighbourhood in its scores.
     """
-    rows = rows_of(x.flatten(0, 1), slice(None), metric, centroids.device)
+    rows = rows_of(x.flatten(0, 1), metric, centroids.device)
     offset = centroids.square().sum(1) / 2 if offset is None else offset
     score = (rows @ centroids.T - offset).T.reshape(len(centroids), -1, *grid).transpose(0, 1)       # [n, K, h, w]
     score = (1 - smooth) * score + smooth * F.avg_pool2d(score, 3, 1, 1, count_include_pad=False)
@@ -474,7 +462,7 @@ def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
 # From files of features to rows that can be clustered
 
 def open_features(run, name, split, dense=False):
-    """(read, info) of features/<name>: read(rows) is float32 [n, h w, D], all activations side by side.
+    """(read, info) of features/<name>: read(rows) is float32 [n, h * w, D], all activations side by side.
 
     info["grid"]: (h, w); with dense=True that of the largest map, else h = w = 1. info["scales"]: several activations
     are scaled to unit mean norm over the first training images.
@@ -508,86 +496,59 @@ def joined(parts, grid, scales):
     return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
 
 
-def batches(run, n, step):
-    """This process's share of n rows, as slices of at most `step`."""
-    rows = run.share(n)
-    return [slice(part[0], part[-1] + 1) for part in np.split(rows, range(step, len(rows), step)) if len(part)]
+def pieces(run, n, step):
+    """This process's share of n rows, at most `step` at a time."""
+    share = run.share(n)
+    return np.split(share, range(step, len(share), step))
 
 
-def fill_arrays(run, folder, n, step, compute):
-    """{name: memory map [n, ...]} of compute(rows) -> {name: tensor}, each process for its share of the rows.
-
-    The files lie in `folder`, so they may be larger than memory.
-    """
-    if run.rank == 0:
-        folder.mkdir(parents=True)
-        for name, one in compute(slice(0, 1)).items():
-            create_rows(folder / f"{name}.npy", one.cpu().numpy().dtype, (n, *one.shape[1:]))
-    run.wait()
-    for rows in batches(run, n, step):
-        for name, values in compute(rows).items():
-            write_rows(folder / f"{name}.npy", rows.start, values.cpu().numpy())
-    run.wait()
-    return {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+def gathered(run, x):
+    """A tensor's rows of all processes, as one array."""
+    return np.concatenate(run.gather(x.cpu().numpy()))
 
 
-def prepare(run, cfg, folder, sources):
-    """What is clustered, {split: float32 memory map [n * P, d]}: centred, perhaps projected.
+def prepare(run, cfg, rows):
+    """What is clustered, of rows {split: float32 [n, D]} of this process: centred, perhaps projected, [n, d].
 
-    sources: {split: (n, read)}; read(slice of n images) is float32 [.., P, D], P rows (patches, objects) of an image.
     Centring comes first: activations share a large direction, beside which differences between images hardly count.
     """
-    n, read = sources["train"]
-    step = max(1, 8192 // read(slice(0, 1)).shape[1])     # images at a time
-    chunks = (read(rows).flatten(0, 1) for rows in batches(run, n, step))
-    mean, projection = fit_projection(chunks, cfg.pca, cfg.whiten, run)
-    out = {}
-    for split, (n, read) in sources.items():
-        def compute(rows):
-            x = read(rows) - mean if cfg.center else read(rows)
-            return dict(rows=x if projection is None else x @ projection)
-        rows = fill_arrays(run, folder / f"rows-{split}", n, step, compute)["rows"]
-        out[split] = rows.reshape(-1, rows.shape[2])
-    return out
+    mean, projection = fit_projection(rows["train"], cfg.pca, cfg.whiten, run)
+    if cfg.center:
+        rows = {split: x - mean for split, x in rows.items()}
+    return rows if projection is None else {split: x @ projection for split, x in rows.items()}
 
 
-def fit_projection(chunks, components, white, ranks=ALONE):
-    """Mean [D] and, if asked for, PCA projection [D, d] of float chunks [n, D]; white: to unit variances."""
-    n, total, outer = torch.zeros(1, dtype=torch.float64), 0, 0
-    project = components or white
-    for x in chunks:
-        x = x.double()
-        n += len(x)
-        total = total + x.sum(0)
-        outer = outer + x.T @ x if project else 0
-    mean = ranks.total(total) / ranks.total(n)
-    if not project:
+def fit_projection(x, components, white, ranks=ALONE):
+    """Mean [D] of rows x [n, D] and, if asked for, their PCA projection [D, d]; white: to unit variances."""
+    n = ranks.total(torch.tensor([len(x)], dtype=torch.float64))
+    mean = ranks.total(x.sum(0, dtype=torch.float64)) / n
+    if not components and not white:
         return mean.float(), None
-    e, u = torch.linalg.eigh(ranks.total(outer) / n - mean[:, None] * mean)
+    outer = ranks.total(sum(part.T @ part for part in map(torch.Tensor.double, x.split(8192))))
+    e, u = torch.linalg.eigh(outer / n - mean[:, None] * mean)
     keep = (e > 1e-9 * e[-1]).nonzero().flatten().flip(0)[:components or None]   # largest first, but no flat directions
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()                   # eigenvectors have none of their own
     u = (u * sign)[:, keep]
     return mean.float(), (u / e[keep].sqrt() if white else u).float()
 
 
-def fit_clusters(run, cfg, rows, by, K):
-    """K clusters of the rows of a memory map [N, d], by k-means or Sinkhorn-Knopp; every process reads its share.
+def fit_clusters(run, cfg, x, by, K):
+    """K clusters of rows [N, d], of which every process has its share, by k-means or Sinkhorn-Knopp.
 
     Returns (what `assign` needs: centroids [K, d], metric, offset [K]; arrays and facts for the label file).
     """
-    mine = rows[len(rows) * run.rank // run.world:len(rows) * (run.rank + 1) // run.world]
-    if run.device.type == "cuda" and 2 * mine.nbytes < torch.cuda.mem_get_info(run.device)[0]:
-        mine = torch.from_numpy(np.array(mine)).to(run.device)                   # once over the bus, not in every pass
+    if run.device.type == "cuda" and 2 * x.nbytes < torch.cuda.mem_get_info(run.device)[0]:
+        x = x.to(run.device)                              # once over the bus, not in every pass
     how = dict(seed=cfg.seed, device=run.device, ranks=run)
     if by == "sinkhorn":
-        c, g, facts = sinkhorn_cluster(mine, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
+        c, g, facts = sinkhorn_cluster(x, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
         return (c, "cosine", cfg.eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
-    c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, **how)
+    c, inertia, facts = kmeans(x, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, **how)
     return (c, cfg.metric, None), dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Methods: every one a function (run, cfg, data, folder) -> Labels. data: {split: Split}; folder: for files on the way.
+# Methods: every one a function (run, cfg, data) -> Labels. data: {split: Split}
 
 @dataclass
 class Labels:
@@ -600,83 +561,80 @@ class Labels:
     scores: dict = dataclasses.field(default_factory=dict)                       # besides those of the ids
 
 
-def cluster(run, cfg, folder, sources, by):
-    """Labels of rows: their clusters. sources: as in `prepare`, with one row of an image."""
-    maps = prepare(run, cfg, folder, sources)
-    clusters, arrays, facts = fit_clusters(run, cfg, maps["train"], by, cfg.K)
-    found = {split: assign(x, *clusters) for split, x in maps.items()}
-    ids = {split: ids.numpy() for split, (ids, _) in found.items()}
-    return Labels(ids, cfg.K, found["train"][1].numpy(), arrays, facts)
+def cluster(run, cfg, rows, by):
+    """Labels of rows {split: float32 [n, D]} of this process: their clusters."""
+    rows = prepare(run, cfg, rows)
+    clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], by, cfg.K)
+    found = {split: [gathered(run, v) for v in assign(x, *clusters)] for split, x in rows.items()}
+    return Labels({split: ids for split, (ids, _) in found.items()}, cfg.K, found["train"][1], arrays, facts)
 
 
-def cluster_features(run, cfg, data, folder):
+def cluster_features(run, cfg, data):
     """kmeans, sinkhorn: clusters of stored features."""
-    sources = {split: (len(d), open_features(run, cfg.features, split)[0]) for split, d in data.items()}
-    return cluster(run, cfg, folder, sources, cfg.method)
+    rows = {}
+    for split, d in data.items():
+        read, _ = open_features(run, cfg.features, split)
+        rows[split] = read(run.share(len(d))).flatten(0, 1)
+    return cluster(run, cfg, rows, cfg.method)
 
 
-def cluster_images(run, cfg, data, folder, numbers):
+def cluster_images(run, cfg, data, numbers):
     """Control: k-means on numbers(x) [n, D] of images x float32 [n, 3, H, W] in 0 ... 1."""
     def read(images, rows):
-        return numbers(torch.from_numpy(np.array(images[rows])).float() / 255)[:, None]
-    sources = {split: (len(d), partial(read, d.images)) for split, d in data.items()}
-    return cluster(run, cfg, folder, sources, "kmeans")
+        return numbers(torch.from_numpy(images[rows]).float() / 255)
+    rows = {split: torch.cat([read(d.images, part) for part in pieces(run, len(d), 1024)]) for split, d in data.items()}
+    return cluster(run, cfg, rows, "kmeans")
 
 
-def colours(run, cfg, data, folder):
+def colours(run, cfg, data):
     """Control without a network and without positions: mean and standard deviation of every channel."""
-    return cluster_images(run, cfg, data, folder, lambda x: torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))
+    return cluster_images(run, cfg, data, lambda x: torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))
 
 
-def pixels(run, cfg, data, folder):
+def pixels(run, cfg, data):
     """Control without a network, with positions: images averaged to pool x pool pixels."""
-    return cluster_images(run, cfg, data, folder, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
+    return cluster_images(run, cfg, data, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
 
 
-def search(run, cfg, folder, images, read, grid):
-    """{boxes, confidence, masks, regions} of all images [N, 3, H, W] as memory maps, as `find_objects` has them."""
+def search(run, cfg, images, read, grid):
+    """{boxes, masks, regions} of this process's share of images [N, 3, H, W] by `find_objects`, on the CPU."""
     method = cfg.foreground if cfg.method == "masks" else cfg.method
     size, P = images.shape[2:], math.prod(grid)
+    found = []
     step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
-
-    def compute(rows):
-        shown = torch.from_numpy(np.array(images[rows])).to(run.device) if cfg.guide else None
-        return find_objects(read(rows).to(run.device), grid, size, method, cfg.objects, cfg.tau, cfg.contrast,
+    for rows in pieces(run, len(images), step):
+        shown = torch.from_numpy(images[rows]).to(run.device) if cfg.guide else None
+        part = find_objects(read(rows).to(run.device), grid, size, method, cfg.objects, cfg.tau, cfg.contrast,
                             cfg.refine, shown, cfg.cells)
-    return fill_arrays(run, folder, len(images), step, compute)
+        found.append({k: v.cpu() for k, v in part.items()})
+    return {k: torch.cat([part[k] for part in found]) for k in found[0]}
 
 
-def label_objects(run, cfg, data, folder):
+def label_objects(run, cfg, data):
     """lost, ncut, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
     require(cfg.method != "masks" or cfg.K <= 254, cfg, "method K", "masks hold ids up to 255, so K is at most 254")
-    found, exists, sources = {}, {}, {}
+    found, exists, regions = {}, {}, {}
     for split, d in data.items():
         read, info = open_features(run, cfg.features, split, dense=True)
-        found[split] = search(run, cfg, folder / split, d.images, read, info["grid"])
-        exists[split] = found[split]["boxes"][..., 0] >= 0                       # [N, objects]
+        found[split] = search(run, cfg, d.images, read, info["grid"])
+        exists[split] = found[split]["boxes"][..., 0] >= 0                       # [n, objects]
         exists[split][:, 0] = True                        # every image has a first region, if only the whole image
-        regions, at = found[split]["regions"].reshape(exists[split].size, -1), np.flatnonzero(exists[split])
-        sources[split] = len(at), partial(rows_at, regions, at)
-    out = cluster(run, cfg, folder, sources, cfg.by)
-    out.typical = out.typical[np.nonzero(exists["train"])[1] == 0]
+        regions[split] = found[split]["regions"][exists[split]]
+    out = cluster(run, cfg, regions, cfg.by)
     out.about |= dict(grid=info["grid"], scales=info["scales"])
     for split, d in data.items():
-        layout = {k: np.asarray(found[split][k]) for k in ("boxes", "confidence", "masks")}
-        ids = np.full(exists[split].shape, -1)
-        ids[exists[split]] = out.ids[split]
+        boxes, masks, there = (gathered(run, v) for v in (found[split]["boxes"], found[split]["masks"], exists[split]))
+        ids = np.full(there.shape, -1)
+        ids[there] = out.ids[split]
+        if split == "train":
+            out.typical = out.typical[np.nonzero(there)[1] == 0]
         out.ids[split] = ids[:, 0]
-        layout["ids"] = np.where(layout["boxes"][..., 0] >= 0, ids, -1)
-        segments = of_clusters(layout["masks"], layout["ids"]) if cfg.method == "masks" else None
-        out.scores |= score_layouts(split, d, segments, layout["boxes"], layout["masks"])
-        if segments is not None:
-            layout["masks"] = segments
-        out.arrays |= {f"{k}_{split}": v for k, v in layout.items()}
+        ids = np.where(boxes[..., 0] >= 0, ids, -1)
+        segments = of_clusters(masks, ids) if cfg.method == "masks" else None
+        out.scores |= score_layouts(split, d, segments, boxes, masks)
+        masks = masks if segments is None else segments
+        out.arrays |= {f"boxes_{split}": boxes, f"masks_{split}": masks, f"ids_{split}": ids}
     return out
-
-
-def rows_at(x, at, part):
-    """Rows at[part] of an array x [M, D], as [n, 1, D]."""
-    return torch.from_numpy(x[at[part]])[:, None]
 
 
 def of_clusters(masks, ids):
@@ -685,39 +643,34 @@ def of_clusters(masks, ids):
     return np.take_along_axis(table, masks.reshape(len(masks), -1).astype(np.int64), 1).reshape(masks.shape)
 
 
-def label_segments(run, cfg, data, folder):
+def label_segments(run, cfg, data):
     """masks with foreground=none: clusters of the patches of all images; an image bears the cluster of its mean."""
-    def mean_of(read, rows):
-        return read(rows).mean(1, keepdim=True)
-    sources, means = {}, {}
+    patches, means = {}, {}
     for split, d in data.items():
         read, info = open_features(run, cfg.features, split, dense=True)
-        sources[split] = len(d), read
-        means[split] = len(d), partial(mean_of, read)
-    patches = prepare(run, cfg, folder / "patches", sources)
+        x = read(run.share(len(d)))                       # [n, P, D]
+        patches[split], means[split] = x.flatten(0, 1), x.mean(1)
+    patches = prepare(run, cfg, patches)
     clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
-    out = cluster(run, cfg, folder / "means", means, cfg.by)
+    out = cluster(run, cfg, means, cfg.by)
     out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
     out.about |= dict(segments=cfg.segments, patches=facts, grid=info["grid"], scales=info["scales"])
     grid, size = info["grid"], data["train"].images.shape[2:]
-    step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
     for split, d in data.items():
-        x = patches[split].reshape(len(d), math.prod(grid), -1)
-
-        def compute(rows):
-            return dict(masks=segment(torch.from_numpy(np.array(x[rows])), grid, size, *clusters, cfg.smooth))
-        masks = np.asarray(fill_arrays(run, folder / split, len(d), step, compute)["masks"])
-        out.arrays[f"masks_{split}"] = masks
-        out.scores |= score_layouts(split, d, masks)
+        x = patches[split].unflatten(0, (-1, math.prod(grid)))
+        step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
+        masks = torch.cat([segment(part, grid, size, *clusters, cfg.smooth) for part in x.split(step)])
+        out.arrays[f"masks_{split}"] = gathered(run, masks)
+        out.scores |= score_layouts(split, d, out.arrays[f"masks_{split}"])
     return out
 
 
-def label_masks(run, cfg, data, folder):
+def label_masks(run, cfg, data):
     """masks: of objects, or of all patches."""
-    return (label_segments if cfg.foreground == "none" else label_objects)(run, cfg, data, folder)
+    return (label_segments if cfg.foreground == "none" else label_objects)(run, cfg, data)
 
 
-def classes(run, cfg, data, folder):
+def classes(run, cfg, data):
     """Control: the ground truth."""
     ids = {split: np.asarray(d.classes) for split, d in data.items()}
     if min(c.min() for c in ids.values()) < 0:
@@ -725,20 +678,20 @@ def classes(run, cfg, data, folder):
     return Labels(ids, int(max(c.max() for c in ids.values())) + 1)
 
 
-def subgroups(run, cfg, data, folder):
+def subgroups(run, cfg, data):
     """Control: each class split at random, which tests whether merely more labels help."""
-    out = classes(run, cfg, data, folder)
+    out = classes(run, cfg, data)
     generator = np.random.default_rng(seed_of(cfg.seed, "subgroups"))
     ids = {split: c * cfg.groups + generator.integers(cfg.groups, size=len(c)) for split, c in out.ids.items()}
     return Labels(ids, out.K * cfg.groups)
 
 
-def permuted(run, cfg, data, folder):
+def permuted(run, cfg, data):
     """Control: the reference labels (and layouts) of other images: the same marginal, nothing about the image."""
     reference, info = load_labels(run, cfg.reference)
     generator = np.random.default_rng(seed_of(cfg.seed, "random"))
     order = {split: generator.permutation(len(d)) for split, d in data.items()}
-    layouts = [k for k in reference if k.startswith(("boxes_", "masks_", "ids_", "confidence_"))]
+    layouts = [k for k in reference if k.startswith(("boxes_", "masks_", "ids_"))]
     arrays = {k: reference[k][order[k.rsplit("_", 1)[1]]] for k in layouts}
     return Labels({split: reference[split][order[split]] for split in data}, info["num_labels"], arrays=arrays)
 
@@ -868,73 +821,58 @@ def prefixed(split, scores):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and files
 
-def draw_layout(image, mask, boxes=None):
-    """Image uint8 [3, H, W] with its mask uint8 [H, W] in colours (0 = none) and boxes [n, 4] (-1 = none) as frames."""
+def draw_masks(image, mask):
+    """Image uint8 [3, H, W] with its mask uint8 [H, W] in colours; 0 = none."""
     torchvision_datasets()                                # makes sure that torchvision loads
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+    from torchvision.utils import draw_segmentation_masks
     image, ids = torch.from_numpy(np.array(image)), np.unique(mask[mask > 0])
-    colour = [f"hsl({137 * k % 360}, 90%, 55%)" for k in range(256)]
-    if len(ids):
-        image = draw_segmentation_masks(image, torch.from_numpy(mask == ids[:, None, None]), 0.5,
-                                        [colour[k] for k in ids])
-    boxes = np.zeros((0, 4)) if boxes is None else boxes[boxes[:, 0] >= 0] - [0, 0, 1, 1]
-    if len(boxes):
-        image = draw_bounding_boxes(image, torch.from_numpy(boxes), colors=colour[1:len(boxes) + 1])
-    return image.numpy()
+    if not len(ids):
+        return image.numpy()
+    masks = torch.from_numpy(mask == ids[:, None, None])
+    return draw_segmentation_masks(image, masks, 0.5, [f"hsl({137 * k % 360}, 90%, 55%)" for k in ids]).numpy()
 
 
-def contact_sheet(path, images, labels, typical, arrays, head, seed, rows=40, columns=8):
-    """One row per label (at most `rows`): its most typical members, then random ones, with their boxes and masks."""
-    masks, boxes = arrays.get("masks_train"), arrays.get("boxes_train")
-
-    def tile(i):
-        if masks is None:
-            return images[i]
-        if boxes is None:                                 # segments: 0 is one, too
-            return draw_layout(images[i], masks[i] + 1)
-        return draw_layout(images[i], masks[i], boxes[i])
-
-    tiles, captions = [], []
-    blank = np.full(images.shape[1:], 255, np.uint8)
-    for k in np.unique(labels)[:rows]:
+def contact_sheet(path, images, labels, typical, arrays, head):
+    """One row per label (at most 40): members from the most to the least typical, with their masks."""
+    masks, tiles, captions = arrays.get("masks_train"), [], []
+    first = "boxes_train" not in arrays                   # without objects 0 is a segment, too
+    for k in np.unique(labels)[:40]:
         members = np.flatnonzero(labels == k)
-        generator = np.random.default_rng(seed_of(seed, "sheet", int(k)))
-        others = generator.choice(members, min(columns, len(members)), replace=False)
-        for part in (members[np.argsort(-typical[members], kind="stable")[:columns]], others):
-            tiles += [tile(i) for i in part] + [blank] * (columns - len(part))
+        members = members[np.argsort(-typical[members], kind="stable")]
+        some = members[np.linspace(0, len(members) - 1, 16).astype(int)]
+        tiles += [images[i] if masks is None else draw_masks(images[i], masks[i] + first) for i in some]
         captions.append(f"{k}: {len(members)}")
-    save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
+    save_grid(path, np.stack(tiles), 16, captions, head=head)
 
 
-def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed, more={}):
+def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, scores={}):
     """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process.
 
     data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz,
-    about into the .json, more to the scores (monitors).
+    about into the .json, scores to those of the labels (monitors).
     """
-    path, N = run.dir / "labels" / f"{name}.npz", len(labels["train"])
+    path = run.dir / "labels" / f"{name}.npz"
     sizes = np.bincount(labels["train"], minlength=K)
-    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()), smallest=int(sizes.min()),
-                  largest=int(sizes.max()))
+    own = dict(size_entropy=size_entropy(sizes))
     for split, d in data.items():
-        scores |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
-    scores |= more
+        own |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
+    scores = own | scores
     if run.rank == 0:
         arrays = {split: v.astype(np.int64) for split, v in labels.items()} | dict(num_labels=np.array(K)) | arrays
-        head = f"{name}: K = {K}; each row a label: most typical, then random members"
-        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, arrays, head, seed)
+        head = f"{name}: K = {K}; each row a label, from its most to its least typical image"
+        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, arrays, head)
         with atomic(path) as f:
             np.savez(f, **arrays)
         write_json(path.with_suffix(".json"), dict(
             kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
-            scores=scores, sizes=sizes.tolist() if K <= 1000 else None, hash=arrays_hash(arrays), **about))
+            scores=scores, sizes=sizes.tolist(), hash=arrays_hash(arrays), **about))
     run.wait()
-    run.say(f"{name}: K = {K}, sizes {sizes.min()} ... {sizes.max()}")
-    run.say("monitors: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-    if sizes.min() < 3 or K > N / 10:
-        run.say(f"note: {(sizes < 3).sum()} labels hold fewer than 3 images, all together {N / K:.1f} on average; "
-                "a smaller K gives each more")
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
+    run.say(f"K = {K}, sizes {sizes.min()} ... {sizes.max()}; monitors: "
+            + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    if sizes.min() < 3 or K > sizes.sum() / 10:
+        run.say(f"note: {(sizes < 3).sum()} labels hold fewer than 3 images, and all {sizes.mean():.1f} on average; "
+                "a smaller K gives each more")
 
 
 def are_made(run, path, recipe):
@@ -973,8 +911,7 @@ def main():
     if cfg.method not in METHODS:
         raise UserError(f"method={cfg.method}: {unknown(cfg.method, list(METHODS))}")
     cfg.name = cfg.name or cfg.method
-    folder = run.dir / "labels"
-    path = folder / f"{cfg.name}.npz"
+    path = run.dir / "labels" / f"{cfg.name}.npz"
     data = {split: load_data(run, split) for split in ("train", "test")}
     recipe, about = recipe_of(run, cfg, data)
     if run.dry_run:
@@ -983,19 +920,11 @@ def main():
     with locked(run, "labels", cfg.name):
         if run.agreed(lambda: are_made(run, path, recipe)):
             return
-        # make
         tick = time.time()
-        aside = folder / f".{cfg.name}.tmp"               # for files on the way
-        run.agreed(lambda: shutil.rmtree(aside, ignore_errors=True))             # those of a command that was killed
-        try:
-            out = METHODS[cfg.method][0](run, cfg, data, aside)
-            run.wait()
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)      # what is mapped stays readable
-        # write
+        out = METHODS[cfg.method][0](run, cfg, data)
         about |= out.about | dict(seconds=round(time.time() - tick, 2))
         typical = np.zeros(len(data["train"])) if out.typical is None else out.typical
-        save_labels(run, cfg.name, data, out.ids, out.K, typical, recipe, out.arrays, about, cfg.seed, out.scores)
+        save_labels(run, cfg.name, data, out.ids, out.K, typical, recipe, out.arrays, about, out.scores)
     run.next(f"train_guided.py labels={cfg.name}")
 
 
