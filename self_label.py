@@ -727,22 +727,16 @@ def settings_of(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores of labels a [N] against classes b [N]: monitors only
 
-def contingency(a, b):
-    """Counts [labels, classes], without empty rows and columns."""
-    _, table = crosstab(a, b)
-    return table.astype(np.float64)
-
-
 def nmi(a, b):
     """Normalised mutual information, arithmetic mean of the entropies."""
-    t = contingency(a, b)
+    t = crosstab(a, b).count                              # [labels, classes]
     h = entropy(t.sum(1)) + entropy(t.sum(0))
     return float(max(0.0, h - entropy(t, axis=None)) / (h / 2)) if h > 0 else 1.0
 
 
 def hungarian_accuracy(a, b):
     """Share of images that are right when labels are matched to classes one to one as well as possible."""
-    t = contingency(a, b)
+    t = crosstab(a, b).count
     return float(t[linear_sum_assignment(t, maximize=True)].sum() / t.sum())
 
 
@@ -825,11 +819,12 @@ def draw_masks(image, mask):
     """Image uint8 [3, H, W] with its mask uint8 [H, W] in colours; 0 = none."""
     torchvision_datasets()                                # makes sure that torchvision loads
     from torchvision.utils import draw_segmentation_masks
-    image, ids = torch.from_numpy(np.array(image)), np.unique(mask[mask > 0])
+    ids = np.unique(mask[mask > 0])
     if not len(ids):
-        return image.numpy()
+        return image
     masks = torch.from_numpy(mask == ids[:, None, None])
-    return draw_segmentation_masks(image, masks, 0.5, [f"hsl({137 * k % 360}, 90%, 55%)" for k in ids]).numpy()
+    colours = [f"hsl({137 * k % 360}, 90%, 55%)" for k in ids.tolist()]
+    return draw_segmentation_masks(torch.from_numpy(np.array(image)), masks, 0.5, colours).numpy()
 
 
 def contact_sheet(path, images, labels, typical, arrays, head):

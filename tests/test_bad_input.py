@@ -170,7 +170,7 @@ def test_features_that_do_not_fit(said, copy):
     bad = good.copy()
     bad[77] = np.nan
     np.save(path, bad)
-    assert "row 77" in said(copy, "self_label", "method=kmeans", "name=x")
+    assert "not finite" in said(copy, "self_label", "method=kmeans", "name=x")
     np.save(path, good[:-1])
     assert "199 rows for 200 images" in said(copy, "self_label", "method=kmeans", "name=x")
     np.save(path, good)
