@@ -27,7 +27,6 @@ the rows in memory.
 """
 import dataclasses
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -62,18 +61,15 @@ class SelfLabel:
     sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
     rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
     objects: int = key(1, "lost, ncut, masks: at most so many boxes per image", low=1, high=254)
-    contrast: float = key(0.5, "lost, ncut, masks: a further object differs from the rest (squared) by at least this "
-                               "share of what the first does", low=0, high=1)
+    contrast: float = key(0.5, "lost, ncut, masks: a further object differs at least so many times as much (squared)",
+                          low=0, high=1)
     tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined", low=-1, high=1)
     refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
     guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
-    cells: int = key(4, "lost, ncut, masks: what is clustered is a region's features in the middles of so many cells a "
-                        "side", low=1)
-    foreground: Literal["lost", "ncut", "none"] = key("lost", "masks: what finds the objects; none = cluster all "
-                                                              "patches")
+    cells: int = key(4, "lost, ncut, masks: a region's features are read in so many cells a side", low=1)
+    foreground: Literal["lost", "ncut", "none"] = key("lost", "masks: what finds objects; none = cluster all patches")
     segments: int = key(21, "masks with foreground=none: clusters of patches, background included", low=2, high=255)
-    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none",
-                        low=0, high=1)
+    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood", low=0, high=1)
     by: Literal["kmeans", "sinkhorn"] = key("kmeans", "lost, ncut, masks: how regions and patches are clustered")
     pool: int = key(8, "pixels: images are averaged to so many pixels a side", low=1)
     reference: str = key("kmeans", "random: whose marginal to keep")
@@ -91,12 +87,12 @@ def rows_of(x, metric, device):
     return F.normalize(x, dim=1) if metric == "cosine" else x
 
 
-def in_chunks(features, metric, device, chunk):
-    """All rows, as `rows_of` gives them, in chunks."""
+def in_chunks(features, metric, device, chunk=4096):
+    """All rows, as `rows_of` gives them, in chunks: so memory does not grow with rows x clusters."""
     return (rows_of(x, metric, device) for x in features.split(chunk))
 
 
-def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
+def assign(features, centroids, metric="cosine", offset=None):
     """Cluster of every row: (ids int64 [N], closeness float32 [N]: minus half the squared distance). CPU tensors.
 
     A row x belongs to the centroid c with the largest x.c - offset. The offset [K] is |c|^2 / 2 for the nearest one
@@ -105,7 +101,7 @@ def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
     half = centroids.square().sum(1) / 2
     offset = half if offset is None else offset
     ids, closeness = [], []
-    for x in in_chunks(features, metric, centroids.device, chunk):
+    for x in in_chunks(features, metric, centroids.device):
         score, best = torch.addmm(-offset, x, centroids.T).max(1)
         ids.append(best.cpu())
         closeness.append((score + (offset - half)[best] - x.square().sum(1) / 2).cpu())
@@ -115,9 +111,8 @@ def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
 # ---------------------------------------------------------------------------------------------------------------------
 # k-means
 
-def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, chunk=4096, start=None, device="cpu",
-           ranks=ALONE):
-    """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts). Memory does not grow with N x K.
+def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, start=None, device="cpu", ranks=ALONE):
+    """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts).
 
     metric  euclidean, or cosine: rows and centroids of unit length (spherical k-means)
     start   centroids [K, D] to start from, in place of k-means++ on at most max(10,000, 20 K) rows
@@ -128,7 +123,7 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, c
     if not 1 <= K <= N:
         raise UserError(f"K={K}: must be between 1 and the {N} rows")
     if start is not None:
-        return lloyd(features, start.to(device, torch.float32), metric, iterations, chunk, ranks)
+        return lloyd(features, start.to(device, torch.float32), metric, iterations, ranks)
     attempts = []
     for attempt in range(restarts):
         generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
@@ -137,7 +132,7 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, c
         x = torch.cat(ranks.gather(rows_of(mine, metric, "cpu"))).to(device)
         c = plus_plus(x, K, generator)
         c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))           # GPUs may have rounded differently
-        attempts.append(lloyd(features, c, metric, iterations, chunk, ranks))
+        attempts.append(lloyd(features, c, metric, iterations, ranks))
     return min(attempts, key=lambda attempt: attempt[1])  # the first of equal ones
 
 
@@ -158,11 +153,11 @@ def plus_plus(x, K, generator):
     return x[chosen]
 
 
-def lloyd(features, c, metric, iterations, chunk, ranks):
+def lloyd(features, c, metric, iterations, ranks):
     """Lloyd's iterations from centroids c [K, D] until the inertia stays: (centroids, their inertia, facts)."""
     before, repaired = math.inf, 0
     for step in range(iterations + 1):
-        sums, counts, inertia = sums_of_nearest(features, c, metric, chunk, ranks)
+        sums, counts, inertia = sums_of_nearest(features, c, metric, ranks)
         if not math.isfinite(inertia):
             raise UserError("features are not finite; extract them again")
         empty = int((counts == 0).sum())
@@ -175,13 +170,13 @@ def lloyd(features, c, metric, iterations, chunk, ranks):
     return c, max(inertia, 0.0), dict(iterations=step, repaired=repaired)
 
 
-def sums_of_nearest(features, c, metric, chunk, ranks):
+def sums_of_nearest(features, c, metric, ranks):
     """Of the rows nearest to each centroid of c [K, D]: (sums [K, D], counts [K, 1], inertia of all rows)."""
     half = c.square().sum(1) / 2
     sums = torch.zeros_like(c)
     counts = torch.zeros(len(c), 1, dtype=torch.float64, device=c.device)
     inertia = torch.zeros(1, dtype=torch.float64, device=c.device)
-    for x in in_chunks(features, metric, c.device, chunk):
+    for x in in_chunks(features, metric, c.device):
         score, ids = torch.addmm(-half, x, c.T).max(1)    # x.c - |c|^2 / 2 is largest where the distance is smallest
         sums.index_add_(0, ids, x)
         counts.index_add_(0, ids, counts.new_ones(len(x), 1))
@@ -234,7 +229,7 @@ def sinkhorn(scores, eps=0.05, iterations=3, ranks=ALONE):
     return torch.softmax(scores / eps - potentials(in_blocks(scores), eps, iterations, ranks), 1)
 
 
-def sinkhorn_stream(features, c, eps, iterations, chunk=2048, ranks=ALONE):
+def sinkhorn_stream(features, c, eps, iterations, chunk=8192, ranks=ALONE):
     """The same without holding Q: (potentials g [K], Q-weighted sums of rows [K, D], mass of each column [K])."""
     chunks = partial(in_chunks, features, "cosine", c.device, chunk)
     g = potentials(lambda: (x @ c.T for x in chunks()), eps, iterations, ranks)
@@ -247,7 +242,7 @@ def sinkhorn_stream(features, c, eps, iterations, chunk=2048, ranks=ALONE):
     return g, ranks.total(sums), ranks.total(mass)
 
 
-def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, chunk=8192, device="cpu", ranks=ALONE):
+def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, device="cpu", ranks=ALONE):
     """Clusters of equal size: (prototypes c [K, D] of unit length, potentials g [K], facts).
 
     Starts from spherical k-means; alternates Sinkhorn-Knopp with Q-weighted means. A row x, also of other images,
@@ -255,11 +250,11 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
     """
     c, _, _ = kmeans(features, K, metric="cosine", iterations=10, seed=seed, device=device, ranks=ranks)
     for step in range(1, rounds + 1):
-        _, sums, _ = sinkhorn_stream(features, c, eps, iterations, chunk, ranks)
+        _, sums, _ = sinkhorn_stream(features, c, eps, iterations, ranks=ranks)
         before, c = c, F.normalize(sums, dim=1)
         if float((before * c).sum(1).min()) > 1 - 1e-5:   # every prototype has come to rest
             break
-    g, _, mass = sinkhorn_stream(features, c, eps, iterations, chunk, ranks)
+    g, _, mass = sinkhorn_stream(features, c, eps, iterations, ranks=ranks)
     return c, g, dict(rounds=step, mass_spread=float(mass.max() / mass.min().clamp(min=1e-12)))
 
 
@@ -580,9 +575,10 @@ def cluster_features(run, cfg, data):
 
 def cluster_images(run, cfg, data, numbers):
     """Control: k-means on numbers(x) [n, D] of images x float32 [n, 3, H, W] in 0 ... 1."""
-    def read(images, rows):
-        return numbers(torch.from_numpy(images[rows]).float() / 255)
-    rows = {split: torch.cat([read(d.images, part) for part in pieces(run, len(d), 1024)]) for split, d in data.items()}
+    rows = {}
+    for split, d in data.items():
+        parts = [numbers(torch.from_numpy(d.images[part]).float() / 255) for part in pieces(run, len(d), 1024)]
+        rows[split] = torch.cat(parts)
     return cluster(run, cfg, rows, "kmeans")
 
 
@@ -630,9 +626,9 @@ def label_objects(run, cfg, data):
             out.typical = out.typical[np.nonzero(there)[1] == 0]
         out.ids[split] = ids[:, 0]
         ids = np.where(boxes[..., 0] >= 0, ids, -1)
-        segments = of_clusters(masks, ids) if cfg.method == "masks" else None
-        out.scores |= score_layouts(split, d, segments, boxes, masks)
-        masks = masks if segments is None else segments
+        clustered = cfg.method == "masks"
+        masks = of_clusters(masks, ids) if clustered else masks
+        out.scores |= score_layouts(split, d, masks, boxes, clustered)
         out.arrays |= {f"boxes_{split}": boxes, f"masks_{split}": masks, f"ids_{split}": ids}
     return out
 
@@ -660,8 +656,9 @@ def label_segments(run, cfg, data):
         x = patches[split].unflatten(0, (-1, math.prod(grid)))
         step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
         masks = torch.cat([segment(part, grid, size, *clusters, cfg.smooth) for part in x.split(step)])
-        out.arrays[f"masks_{split}"] = gathered(run, masks)
-        out.scores |= score_layouts(split, d, out.arrays[f"masks_{split}"])
+        masks = gathered(run, masks)
+        out.arrays[f"masks_{split}"] = masks
+        out.scores |= score_layouts(split, d, masks)
     return out
 
 
@@ -793,17 +790,21 @@ def segmentation_scores(t):
     return dict(miou=float(overlap[pairs].sum() / (t.sum(0) > 0).sum()), pixel_accuracy=float(t[pairs].sum() / t.sum()))
 
 
-def score_layouts(split, data, segments=None, boxes=None, masks=None):
-    """Scores of a split where data/ has the truth: of segments uint8 [N, H, W], and of objects' boxes and masks."""
+def score_layouts(split, data, masks, boxes=None, clustered=True):
+    """Scores of a split where data/ has the truth: of masks uint8 [N, H, W], and of objects' boxes [N, objects, 4].
+
+    clustered: values of masks are comparable between images. Without boxes 0 is a segment, too.
+    """
     scores = {}
     if boxes is not None and data.boxes is not None:
-        truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
+        truth = data.boxes[:, None]
         scores |= dict(iou=float(first_overlap(boxes, truth).mean()), corloc=corloc(boxes, truth))
-    if masks is not None and data.masks is not None:      # object or not, whichever
+    if data.masks is not None:
         t = confusion(masks, data.masks)
-        scores["foreground_iou"] = float(t[1:, 1:].sum() / max(t.sum() - t[0, 0], 1))
-    if segments is not None and data.masks is not None:
-        scores |= segmentation_scores(confusion(segments, data.masks))
+        if boxes is not None:
+            scores["foreground_iou"] = float(t[1:, 1:].sum() / max(t.sum() - t[0, 0], 1))
+        if clustered:
+            scores |= segmentation_scores(t)
     return prefixed(split, scores)
 
 
@@ -833,7 +834,8 @@ def contact_sheet(path, images, labels, typical, arrays, head):
     first = "boxes_train" not in arrays                   # without objects 0 is a segment, too
     for k in np.unique(labels)[:40]:
         members = np.flatnonzero(labels == k)
-        members = members[np.argsort(-typical[members], kind="stable")]
+        if typical is not None:
+            members = members[np.argsort(-typical[members], kind="stable")]
         some = members[np.linspace(0, len(members) - 1, 16).astype(int)]
         tiles += [images[i] if masks is None else draw_masks(images[i], masks[i] + first) for i in some]
         captions.append(f"{k}: {len(members)}")
@@ -843,15 +845,15 @@ def contact_sheet(path, images, labels, typical, arrays, head):
 def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, scores={}):
     """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process.
 
-    data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz,
-    about into the .json, scores to those of the labels (monitors).
+    data: {split: Split}; typical: float [N], how typical a training image is of its label, or None; arrays go into the
+    .npz, about into the .json, scores to those of the labels (monitors).
     """
     path = run.dir / "labels" / f"{name}.npz"
     sizes = np.bincount(labels["train"], minlength=K)
-    own = dict(size_entropy=size_entropy(sizes))
+    monitors = dict(size_entropy=size_entropy(sizes))
     for split, d in data.items():
-        own |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
-    scores = own | scores
+        monitors |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
+    monitors |= scores
     if run.rank == 0:
         arrays = {split: v.astype(np.int64) for split, v in labels.items()} | dict(num_labels=np.array(K)) | arrays
         head = f"{name}: K = {K}; each row a label, from its most to its least typical image"
@@ -860,11 +862,11 @@ def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, scor
             np.savez(f, **arrays)
         write_json(path.with_suffix(".json"), dict(
             kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
-            scores=scores, sizes=sizes.tolist(), hash=arrays_hash(arrays), **about))
+            scores=monitors, sizes=sizes.tolist(), hash=arrays_hash(arrays), **about))
     run.wait()
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
     run.say(f"K = {K}, sizes {sizes.min()} ... {sizes.max()}; monitors: "
-            + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            + ", ".join(f"{k} {v:.3f}" for k, v in monitors.items()))
     if sizes.min() < 3 or K > sizes.sum() / 10:
         run.say(f"note: {(sizes < 3).sum()} labels hold fewer than 3 images, and all {sizes.mean():.1f} on average; "
                 "a smaller K gives each more")
@@ -915,11 +917,8 @@ def main():
     with locked(run, "labels", cfg.name):
         if run.agreed(lambda: are_made(run, path, recipe)):
             return
-        tick = time.time()
         out = METHODS[cfg.method][0](run, cfg, data)
-        about |= out.about | dict(seconds=round(time.time() - tick, 2))
-        typical = np.zeros(len(data["train"])) if out.typical is None else out.typical
-        save_labels(run, cfg.name, data, out.ids, out.K, typical, recipe, out.arrays, about, out.scores)
+        save_labels(run, cfg.name, data, out.ids, out.K, out.typical, recipe, out.arrays, about | out.about, out.scores)
     run.next(f"train_guided.py labels={cfg.name}")
 
 

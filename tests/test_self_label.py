@@ -75,13 +75,6 @@ def test_empty_clusters_are_repaired():
     assert torch.isfinite(kmeans(same, 3, metric="euclidean")[0]).all()
 
 
-def test_chunks_change_nothing():
-    x, _ = blobs()
-    a, b = kmeans(x, 8, seed=2)[0], kmeans(x, 8, seed=2, chunk=77)[0]
-    assert torch.allclose(a, b, atol=1e-4)
-    assert torch.equal(assign(x, a)[0], assign(x, a, chunk=33)[0])
-
-
 def test_impossible_requests():
     x, _ = blobs(20)
     for K in (0, 21):

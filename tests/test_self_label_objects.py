@@ -176,8 +176,8 @@ def test_outlines_follow_edges(method):
     for guide in (False, True):
         out = find_objects(x, (8, 8), (32, 32), method, images=torch.from_numpy(images) if guide else None)
         found = {k: v.numpy() for k, v in out.items()}
-        score[guide] = score_layouts("train", SimpleNamespace(boxes=boxes, masks=masks), None, found["boxes"],
-                                     found["masks"])
+        truth = SimpleNamespace(boxes=boxes, masks=masks)
+        score[guide] = score_layouts("train", truth, found["masks"], found["boxes"], False)
     assert score[True]["foreground_iou"] > max(0.9, score[False]["foreground_iou"] + 0.1), score
     assert score[True]["iou"] > score[False]["iou"] + 0.05, score
 
