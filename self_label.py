@@ -310,8 +310,7 @@ def enlarge(v, grid, size, mode):
 
 def cut(x, left, grid, method, tau):
     """Patches bool [n, P] of one object among those that are left, by LOST or normalised cut: one connected region."""
-    f = F.normalize(x - mean_over(x, left)[:, None], dim=2)                      # centred: else all patches are alike
-    f = f * left[:, :, None]
+    f = F.normalize(x - mean_over(x, left)[:, None], dim=2) * left[:, :, None]   # centred: else all patches are alike
     similarity = torch.bmm(f, f.transpose(1, 2))          # cosines [n, P, P]
     patches = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
     return largest_component(patches, grid)               # parts of one cut that do not touch are not one object
@@ -457,10 +456,10 @@ def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
 # From files of features to rows that can be clustered
 
 def open_features(run, name, split, dense=False):
-    """(read, info) of features/<name>: read(rows) is float32 [n, h * w, D], all activations side by side.
+    """(read, about) of features/<name>: read(rows) is float32 [n, h * w, D], all activations side by side.
 
-    info["grid"]: (h, w); with dense=True that of the largest map, else h = w = 1. info["scales"]: several activations
-    are scaled to unit mean norm over the first training images.
+    about: grid (h, w), with dense=True that of the largest map, else h = w = 1; scales, which give several activations
+    unit mean norm over the first training images.
     """
     arrays, info = load_features(run, name, split)
     pool = info["pool"]
@@ -482,7 +481,7 @@ def open_features(run, name, split, dense=False):
 
     def read(rows):
         return joined([torch.from_numpy(a[rows].astype(np.float32)) for a in maps], grid, scales)
-    return read, info | dict(grid=grid, scales=scales)
+    return read, dict(grid=grid, scales=scales)
 
 
 def joined(parts, grid, scales):
@@ -592,41 +591,43 @@ def pixels(run, cfg, data):
     return cluster_images(run, cfg, data, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
 
 
-def search(run, cfg, images, read, grid):
-    """{boxes, masks, regions} of this process's share of images [N, 3, H, W] by `find_objects`, on the CPU."""
+def search(run, cfg, split, images):
+    """Objects of images [N, 3, H, W] by `find_objects`: (layout, regions, about).
+
+    layout: boxes [N, objects, 4], masks [N, H, W], and bool [N, objects]: is there a region to cluster? regions [n, D]
+    are those of this process's images; about is that of `open_features`.
+    """
     method = cfg.foreground if cfg.method == "masks" else cfg.method
-    size, P = images.shape[2:], math.prod(grid)
-    found = []
+    read, about = open_features(run, cfg.features, split, dense=True)
+    size, P, parts = images.shape[2:], math.prod(about["grid"]), []
     step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
     for rows in pieces(run, len(images), step):
         shown = torch.from_numpy(images[rows]).to(run.device) if cfg.guide else None
-        part = find_objects(read(rows).to(run.device), grid, size, method, cfg.objects, cfg.tau, cfg.contrast,
-                            cfg.refine, shown, cfg.cells)
-        found.append({k: v.cpu() for k, v in part.items()})
-    return {k: torch.cat([part[k] for part in found]) for k in found[0]}
+        found = find_objects(read(rows).to(run.device), about["grid"], size, method, cfg.objects, cfg.tau, cfg.contrast,
+                             cfg.refine, shown, cfg.cells)
+        parts.append([found[k].cpu() for k in ("boxes", "masks", "regions")])
+    boxes, masks, regions = map(torch.cat, zip(*parts))
+    exists = boxes[..., 0] >= 0
+    exists[:, 0] = True                                   # every image has a first region, if only the whole image
+    return [gathered(run, v) for v in (boxes, masks, exists)], regions[exists], about
 
 
 def label_objects(run, cfg, data):
     """lost, ncut, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
     require(cfg.method != "masks" or cfg.K <= 254, cfg, "method K", "masks hold ids up to 255, so K is at most 254")
-    found, exists, regions = {}, {}, {}
+    layouts, regions = {}, {}
     for split, d in data.items():
-        read, info = open_features(run, cfg.features, split, dense=True)
-        found[split] = search(run, cfg, d.images, read, info["grid"])
-        exists[split] = found[split]["boxes"][..., 0] >= 0                       # [n, objects]
-        exists[split][:, 0] = True                        # every image has a first region, if only the whole image
-        regions[split] = found[split]["regions"][exists[split]]
+        layouts[split], regions[split], about = search(run, cfg, split, d.images)
     out = cluster(run, cfg, regions, cfg.by)
-    out.about |= dict(grid=info["grid"], scales=info["scales"])
+    out.about |= about
+    out.typical = out.typical[layouts["train"][2].nonzero()[1] == 0]
+    clustered = cfg.method == "masks"
     for split, d in data.items():
-        boxes, masks, there = (gathered(run, v) for v in (found[split]["boxes"], found[split]["masks"], exists[split]))
-        ids = np.full(there.shape, -1)
-        ids[there] = out.ids[split]
-        if split == "train":
-            out.typical = out.typical[np.nonzero(there)[1] == 0]
+        boxes, masks, exists = layouts[split]
+        ids = np.full(exists.shape, -1)
+        ids[exists] = out.ids[split]
         out.ids[split] = ids[:, 0]
         ids = np.where(boxes[..., 0] >= 0, ids, -1)
-        clustered = cfg.method == "masks"
         masks = of_clusters(masks, ids) if clustered else masks
         out.scores |= score_layouts(split, d, masks, boxes, clustered)
         out.arrays |= {f"boxes_{split}": boxes, f"masks_{split}": masks, f"ids_{split}": ids}
@@ -643,20 +644,20 @@ def label_segments(run, cfg, data):
     """masks with foreground=none: clusters of the patches of all images; an image bears the cluster of its mean."""
     patches, means = {}, {}
     for split, d in data.items():
-        read, info = open_features(run, cfg.features, split, dense=True)
+        read, about = open_features(run, cfg.features, split, dense=True)
         x = read(run.share(len(d)))                       # [n, P, D]
         patches[split], means[split] = x.flatten(0, 1), x.mean(1)
     patches = prepare(run, cfg, patches)
     clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
     out = cluster(run, cfg, means, cfg.by)
     out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
-    out.about |= dict(segments=cfg.segments, patches=facts, grid=info["grid"], scales=info["scales"])
-    grid, size = info["grid"], data["train"].images.shape[2:]
+    out.about |= about | dict(segments=cfg.segments, patches=facts)
+    grid, size = about["grid"], data["train"].images.shape[2:]
     for split, d in data.items():
         x = patches[split].unflatten(0, (-1, math.prod(grid)))
         step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
-        masks = torch.cat([segment(part, grid, size, *clusters, cfg.smooth) for part in x.split(step)])
-        masks = gathered(run, masks)
+        parts = [segment(part, grid, size, *clusters, cfg.smooth) for part in x.split(step)]
+        masks = gathered(run, torch.cat(parts))
         out.arrays[f"masks_{split}"] = masks
         out.scores |= score_layouts(split, d, masks)
     return out
