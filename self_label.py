@@ -61,8 +61,8 @@ class SelfLabel:
     sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
     rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
     objects: int = key(1, "lost, ncut, masks: at most so many boxes per image", low=1, high=254)
-    contrast: float = key(0.5, "lost, ncut, masks: a further object differs at least so many times as much (squared)",
-                          low=0, high=1)
+    contrast: float = key(0.5, "lost, ncut, masks: share of the first object's distance to the rest (squared) that "
+                               "further ones must reach", low=0, high=1)
     tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined", low=-1, high=1)
     refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
     guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
