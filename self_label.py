@@ -3,8 +3,8 @@
 Reads   features/<features>/ (extract_features.py); the controls read data/ alone
 Writes  labels/<name>.npz   train int64 [N], test int64 [N'], num_labels; of clusters: centroids [K, D]
                             of objects, for each split: boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels,
-                            right and bottom exclusive; -1 = none), confidence_<split> [N, objects], ids_<split>
-                            int64 [N, objects] (cluster of each box; -1 = none), masks_<split> uint8 [N, H, W]
+                            right and bottom exclusive; -1 = none), ids_<split> int64 [N, objects] (cluster of each
+                            box; -1 = none), masks_<split> uint8 [N, H, W]
         labels/<name>.json  recipe, scores, hash of the arrays; written last
         labels/<name>.png   contact sheet
 
@@ -22,15 +22,14 @@ controls    colours (k-means on mean and deviation of each channel), pixels (on 
             classes (ground truth), random (permuted labels of `reference`), subgroups (each class split at random)
 
 Read first: `kmeans`, `potentials`, `sinkhorn_cluster`; then `find_objects`, if boxes interest you; then `METHODS`, the
-one place where a method is added. Skip what follows `METHODS`: scores, pictures, files.
+one place where a method is added. Skip what follows `METHODS`: scores, pictures, files. Each process holds its share of
+the rows in memory.
 """
 import dataclasses
 import math
-import shutil
-import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,8 +40,8 @@ from scipy.stats import entropy
 from scipy.stats.contingency import crosstab
 
 from configs.data import arrays_hash, load_data, load_features, load_labels, torchvision_datasets
-from configs.run import (ALONE, UserError, atomic, check_name, cli, create_rows, digest, finished, key, locked,
-                         read_json, reading, require, save_grid, seed_of, start, unknown, write_json, write_rows)
+from configs.run import (ALONE, UserError, atomic, cli, digest, finished, key, locked, read_json, reading,
+                         require, save_grid, seed_of, start, unknown, write_json)
 
 
 @dataclass
@@ -58,24 +57,19 @@ class SelfLabel:
     whiten: bool = key(False, "scale principal components to unit variance")
     iterations: int = key(30, "kmeans: at most", low=1)
     restarts: int = key(3, "kmeans: keep the best of so many starts", low=1)
-    batch: int = key(16_384, "kmeans: mini-batch size above `full` rows (at least 4 times K)", low=1)
-    full: int = key(500_000, "kmeans: up to so many rows, every iteration is a full pass (Lloyd)", low=0)
     eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
     sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
     rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
     objects: int = key(1, "lost, ncut, masks: at most so many boxes per image", low=1, high=254)
-    contrast: float = key(0.5, "lost, ncut, masks: a further object differs from the rest (squared) by at least this "
-                               "share of what the first does", low=0, high=1)
+    contrast: float = key(0.5, "lost, ncut, masks: share of the first object's distance to the rest (squared) that "
+                               "further ones must reach", low=0, high=1)
     tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined", low=-1, high=1)
     refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
     guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
-    cells: int = key(4, "lost, ncut, masks: what is clustered is a region's features on a grid of so many cells a "
-                        "side; 1 = their mean", low=1)
-    foreground: Literal["lost", "ncut", "none"] = key("lost", "masks: what finds the objects; none = cluster all "
-                                                              "patches")
+    cells: int = key(4, "lost, ncut, masks: a region's features are read in so many cells a side", low=1)
+    foreground: Literal["lost", "ncut", "none"] = key("lost", "masks: what finds objects; none = cluster all patches")
     segments: int = key(21, "masks with foreground=none: clusters of patches, background included", low=2, high=255)
-    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood; 0 = none",
-                        low=0, high=1)
+    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood", low=0, high=1)
     by: Literal["kmeans", "sinkhorn"] = key("kmeans", "lost, ncut, masks: how regions and patches are clustered")
     pool: int = key(8, "pixels: images are averaged to so many pixels a side", low=1)
     reference: str = key("kmeans", "random: whose marginal to keep")
@@ -85,27 +79,20 @@ class SelfLabel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of features. N rows may lie in memory or in a file; over several processes each passes its own share of them.
+# Rows of features [N, D]; over several processes each passes its own share of them.
 
-def rows_of(features, rows, metric, device="cpu"):
-    """features[rows] as float32 [n, D] on the device; of unit length under the cosine metric.
-
-    features: tensor or (memory-mapped) array [N, D].
-    """
-    x = features[rows]
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.array(x))
+def rows_of(x, metric, device):
+    """Rows as float32 on the device; of unit length under the cosine metric."""
     x = x.to(device).float()                              # in this order fewer bytes cross the bus
     return F.normalize(x, dim=1) if metric == "cosine" else x
 
 
-def in_chunks(features, metric, device, chunk):
-    """All rows, as `rows_of` gives them, in chunks; at least one chunk, which is empty if there are no rows."""
-    for i in range(0, max(len(features), 1), chunk):
-        yield rows_of(features, slice(i, i + chunk), metric, device)
+def in_chunks(features, metric, device, chunk=4096):
+    """All rows, as `rows_of` gives them, in chunks: so memory does not grow with rows x clusters."""
+    return (rows_of(x, metric, device) for x in features.split(chunk))
 
 
-def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
+def assign(features, centroids, metric="cosine", offset=None):
     """Cluster of every row: (ids int64 [N], closeness float32 [N]: minus half the squared distance). CPU tensors.
 
     A row x belongs to the centroid c with the largest x.c - offset. The offset [K] is |c|^2 / 2 for the nearest one
@@ -114,7 +101,7 @@ def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
     half = centroids.square().sum(1) / 2
     offset = half if offset is None else offset
     ids, closeness = [], []
-    for x in in_chunks(features, metric, centroids.device, chunk):
+    for x in in_chunks(features, metric, centroids.device):
         score, best = torch.addmm(-offset, x, centroids.T).max(1)
         ids.append(best.cpu())
         closeness.append((score + (offset - half)[best] - x.square().sum(1) / 2).cpu())
@@ -124,41 +111,29 @@ def assign(features, centroids, metric="cosine", offset=None, chunk=4096):
 # ---------------------------------------------------------------------------------------------------------------------
 # k-means
 
-def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, batch=0, chunk=4096, start=None,
-           device="cpu", ranks=ALONE):
-    """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts). Memory does not grow with N x K.
+def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, start=None, device="cpu", ranks=ALONE):
+    """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts).
 
     metric  euclidean, or cosine: rows and centroids of unit length (spherical k-means)
-    batch   > 0: mini-batches of so many rows, as many as `iterations` passes hold, then one full iteration
     start   centroids [K, D] to start from, in place of k-means++ on at most max(10,000, 20 K) rows
     ranks   the processes whose shares of the rows belong together; all get the same centroids
     """
-    N = sum(ranks.gather(len(features)))
+    lengths = ranks.gather(len(features))
+    N, first = sum(lengths), sum(lengths[:ranks.rank])
     if not 1 <= K <= N:
         raise UserError(f"K={K}: must be between 1 and the {N} rows")
-    best = None
-    for attempt in range(restarts if start is None else 1):
+    if start is not None:
+        return lloyd(features, start.to(device, torch.float32), metric, iterations, ranks)
+    attempts = []
+    for attempt in range(restarts):
         generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
-        if start is None:
-            chosen = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
-            mine = rows_of(features, own_rows(chosen, N, ranks), metric, device)
-            c = plus_plus(torch.cat(ranks.gather(mine.cpu())).to(device), K, generator)
-            c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))       # GPUs may have rounded differently
-        else:
-            c = start.to(device, torch.float32)
-        if batch:
-            steps = iterations * math.ceil(N / batch)
-            c = mini_batches(features, c, metric, batch, steps, generator, N, ranks)
-        c, inertia, facts = lloyd(features, c, metric, 1 if batch else iterations, chunk, ranks)
-        if best is None or inertia < best[1]:
-            best = c, inertia, facts | dict(restarts=restarts)
-    return best
-
-
-def own_rows(chosen, N, ranks):
-    """Which of the rows `chosen` among all N are this process's, counted from the first of its share."""
-    share = ranks.share(N)
-    return chosen[np.isin(chosen, share)] - share[:1].sum()                      # the first, if there is one
+        sample = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
+        mine = features[sample[(sample >= first) & (sample < first + len(features))] - first]
+        x = torch.cat(ranks.gather(rows_of(mine, metric, "cpu"))).to(device)
+        c = plus_plus(x, K, generator)
+        c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))           # GPUs may have rounded differently
+        attempts.append(lloyd(features, c, metric, iterations, ranks))
+    return min(attempts, key=lambda attempt: attempt[1])  # the first of equal ones
 
 
 def plus_plus(x, K, generator):
@@ -178,25 +153,11 @@ def plus_plus(x, K, generator):
     return x[chosen]
 
 
-def sums_of_nearest(chunks, c, ranks):
-    """Of the rows nearest to each centroid of c [K, D]: (sums [K, D], counts [K, 1], inertia of all rows)."""
-    half = c.square().sum(1) / 2
-    sums = torch.zeros_like(c)
-    counts = torch.zeros(len(c), 1, dtype=torch.float64, device=c.device)
-    inertia = torch.zeros(1, dtype=torch.float64, device=c.device)
-    for x in chunks:
-        score, ids = torch.addmm(-half, x, c.T).max(1)    # x.c - |c|^2 / 2 is largest where the distance is smallest
-        sums.index_add_(0, ids, x)
-        counts.index_add_(0, ids, counts.new_ones(len(x), 1))
-        inertia += x.square().sum(dtype=torch.float64) - 2 * score.sum(dtype=torch.float64)
-    return ranks.total(sums), ranks.total(counts).float(), float(ranks.total(inertia))
-
-
-def lloyd(features, c, metric, iterations, chunk=4096, ranks=ALONE):
+def lloyd(features, c, metric, iterations, ranks):
     """Lloyd's iterations from centroids c [K, D] until the inertia stays: (centroids, their inertia, facts)."""
     before, repaired = math.inf, 0
     for step in range(iterations + 1):
-        sums, counts, inertia = sums_of_nearest(in_chunks(features, metric, c.device, chunk), c, ranks)
+        sums, counts, inertia = sums_of_nearest(features, c, metric, ranks)
         if not math.isfinite(inertia):
             raise UserError("features are not finite; extract them again")
         empty = int((counts == 0).sum())
@@ -209,6 +170,20 @@ def lloyd(features, c, metric, iterations, chunk=4096, ranks=ALONE):
     return c, max(inertia, 0.0), dict(iterations=step, repaired=repaired)
 
 
+def sums_of_nearest(features, c, metric, ranks):
+    """Of the rows nearest to each centroid of c [K, D]: (sums [K, D], counts [K, 1], inertia of all rows)."""
+    half = c.square().sum(1) / 2
+    sums = torch.zeros_like(c)
+    counts = torch.zeros(len(c), 1, dtype=torch.float64, device=c.device)
+    inertia = torch.zeros(1, dtype=torch.float64, device=c.device)
+    for x in in_chunks(features, metric, c.device):
+        score, ids = torch.addmm(-half, x, c.T).max(1)    # x.c - |c|^2 / 2 is largest where the distance is smallest
+        sums.index_add_(0, ids, x)
+        counts.index_add_(0, ids, counts.new_ones(len(x), 1))
+        inertia += x.square().sum(dtype=torch.float64) - 2 * score.sum(dtype=torch.float64)
+    return ranks.total(sums), ranks.total(counts).float(), float(ranks.total(inertia))
+
+
 def split_largest(c, counts):
     """Centroids in which every empty cluster takes half of the largest one, as in faiss: both lie a little apart."""
     c, counts = c.clone(), counts[:, 0].clone()
@@ -217,19 +192,6 @@ def split_largest(c, counts):
         largest = int(counts.argmax())
         c[k], c[largest] = c[largest] * apart, c[largest] * (2 - apart)
         counts[k] = counts[largest] = counts[largest] / 2
-    return c
-
-
-def mini_batches(features, c, metric, batch, steps, generator, N, ranks):
-    """Mini-batch k-means (Sculley 2010): each centroid moves to the mean of all rows that were ever nearest to it."""
-    seen = c.new_zeros(len(c), 1)
-    for _ in range(steps):
-        chosen = np.unique(generator.integers(N, size=batch))
-        x = rows_of(features, own_rows(chosen, N, ranks), metric, c.device)
-        sums, counts, _ = sums_of_nearest([x], c, ranks)
-        seen += counts
-        c = c + (sums - counts * c) / seen.clamp(min=1)
-        c = F.normalize(c, dim=1) if metric == "cosine" else c
     return c
 
 
@@ -267,7 +229,7 @@ def sinkhorn(scores, eps=0.05, iterations=3, ranks=ALONE):
     return torch.softmax(scores / eps - potentials(in_blocks(scores), eps, iterations, ranks), 1)
 
 
-def sinkhorn_stream(features, c, eps, iterations, chunk=2048, ranks=ALONE):
+def sinkhorn_stream(features, c, eps, iterations, chunk=8192, ranks=ALONE):
     """The same without holding Q: (potentials g [K], Q-weighted sums of rows [K, D], mass of each column [K])."""
     chunks = partial(in_chunks, features, "cosine", c.device, chunk)
     g = potentials(lambda: (x @ c.T for x in chunks()), eps, iterations, ranks)
@@ -280,7 +242,7 @@ def sinkhorn_stream(features, c, eps, iterations, chunk=2048, ranks=ALONE):
     return g, ranks.total(sums), ranks.total(mass)
 
 
-def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, chunk=8192, device="cpu", ranks=ALONE):
+def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, device="cpu", ranks=ALONE):
     """Clusters of equal size: (prototypes c [K, D] of unit length, potentials g [K], facts).
 
     Starts from spherical k-means; alternates Sinkhorn-Knopp with Q-weighted means. A row x, also of other images,
@@ -288,11 +250,11 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
     """
     c, _, _ = kmeans(features, K, metric="cosine", iterations=10, seed=seed, device=device, ranks=ranks)
     for step in range(1, rounds + 1):
-        _, sums, _ = sinkhorn_stream(features, c, eps, iterations, chunk, ranks)
+        _, sums, _ = sinkhorn_stream(features, c, eps, iterations, ranks=ranks)
         before, c = c, F.normalize(sums, dim=1)
         if float((before * c).sum(1).min()) > 1 - 1e-5:   # every prototype has come to rest
             break
-    g, _, mass = sinkhorn_stream(features, c, eps, iterations, chunk, ranks)
+    g, _, mass = sinkhorn_stream(features, c, eps, iterations, ranks=ranks)
     return c, g, dict(rounds=step, mass_spread=float(mass.max() / mass.min().clamp(min=1e-12)))
 
 
@@ -303,10 +265,9 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
 def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5, refine=True, images=None, cells=1):
     """Objects of images of size = (H, W) pixels, as a dict:
 
-    boxes       [n, objects, 4], in pixels; -1 where there is none
-    confidence  [n, objects]: share of the variance of the image's features that lies between object and rest
-    masks       uint8 [n, H, W]: 1 + object, 0 = none; an earlier object keeps its pixels
-    regions     [n, objects, D * cells^2]: features of the object (of the image where there is none)
+    boxes    [n, objects, 4], in pixels; -1 where there is none
+    masks    uint8 [n, H, W]: 1 + object, 0 = none; an earlier object keeps its pixels
+    regions  [n, objects, D * cells^2]: features of the object (of the image where there is none)
 
     An object is one connected region. A further one is sought among the patches that are left, and its mean must lie as
     far from theirs, squared, as `contrast` times the first's. A plain image has none. With images uint8 [n, 3, H, W]
@@ -316,28 +277,25 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
     left = torch.ones(n, P, dtype=torch.bool, device=x.device)
     spread = (x - mean_over(x, left)[:, None]).square().sum((1, 2))
     exists = spread > 1e-6 * x.square().sum((1, 2))
-    out = dict(boxes=x.new_empty(n, objects, 4), confidence=x.new_zeros(n, objects),
-               regions=x.new_empty(n, objects, D * cells ** 2), masks=x.new_zeros(n, *size, dtype=torch.uint8))
+    boxes, regions, masks = [], [], x.new_zeros(n, *size, dtype=torch.uint8)
     for j in range(objects):
         patches = cut(x, left, grid, method, tau)
-        inside, rest = mean_over(x, patches), mean_over(x, left & ~patches)
+        others = left & ~patches
+        inside, rest = mean_over(x, patches), mean_over(x, others)
         apart = (inside - rest).square().sum(1)
-        first = apart if j == 0 else first
-        a, b = patches.sum(1), (left & ~patches).sum(1)   # patches of the object, of the rest
-        exists = exists & (a > 0) & (b > 0)
-        if j > 0:                                         # judged by size, halves of a plain ground would be objects
-            exists = exists & (apart >= contrast * first)
+        if j == 0:
+            first = apart                                 # judged by size, halves of a plain ground would be objects
+        exists = exists & patches.any(1) & others.any(1) & (apart >= contrast * first)
         patches = patches & exists[:, None]
         pixels = enlarge(patches, grid, size, "nearest") > 0
         if refine:
             fine = outline(x, patches, inside, rest, grid, size, images)
             pixels = torch.where(fine.flatten(1).any(1)[:, None, None], fine, pixels)
-        out["boxes"][:, j] = bounds(pixels)
-        out["confidence"][:, j] = a * b / (a + b).clamp(min=1) * apart / spread.clamp(min=1e-30) * exists
-        out["masks"][pixels & (out["masks"] == 0)] = j + 1
-        out["regions"][:, j] = region(x, patches, out["boxes"][:, j], grid, size, cells)
+        boxes.append(bounds(pixels))
+        regions.append(region(x, boxes[-1], grid, size, cells))
+        masks[pixels & (masks == 0)] = j + 1
         left = left & ~patches
-    return out
+    return dict(boxes=torch.stack(boxes, 1), masks=masks, regions=torch.stack(regions, 1))
 
 
 def mean_over(x, patches):
@@ -352,8 +310,7 @@ def enlarge(v, grid, size, mode):
 
 def cut(x, left, grid, method, tau):
     """Patches bool [n, P] of one object among those that are left, by LOST or normalised cut: one connected region."""
-    f = F.normalize(x - mean_over(x, left)[:, None], dim=2)                      # centred: else all patches are alike
-    f = f * left[:, :, None]
+    f = F.normalize(x - mean_over(x, left)[:, None], dim=2) * left[:, :, None]   # centred: else all patches are alike
     similarity = torch.bmm(f, f.transpose(1, 2))          # cosines [n, P, P]
     patches = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
     return largest_component(patches, grid)               # parts of one cut that do not touch are not one object
@@ -380,7 +337,7 @@ def ncut(similarity, left, grid, tau=0.2):
     pair = left[:, :, None] & left[:, None]
     # a little everywhere tells parts that nothing joins apart (the paper's: 1e-5)
     A = torch.where(similarity >= tau, 1.0, 0.1 / left.shape[1]) * pair
-    y = second_eigenvector(A)[1] * A.sum(2).clamp(min=1e-30).rsqrt()
+    y = second_eigenvector(A) * A.sum(2).clamp(min=1e-30).rsqrt()
     y = (y - (y * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)) * left
     size = y.abs()                                        # the object is on the side of the largest
     largest = (size >= 0.99 * size.amax(1, keepdim=True)).float().argmax(1)      # the first, where rounding decides
@@ -391,17 +348,17 @@ def ncut(similarity, left, grid, tau=0.2):
 
 
 def second_eigenvector(A):
-    """(second largest eigenvalue [n], its unit eigenvector z [n, P]) of D^-1/2 A D^-1/2, D = diag(row sums of A).
+    """The second eigenvector z [n, P] of D^-1/2 A D^-1/2, D = diag(row sums of A), for symmetric A [n, P, P] >= 0.
 
-    A [n, P, P] is symmetric, >= 0. y = D^-1/2 z is then the relaxed normalised cut, (D - A) y = (1 - eigenvalue) D y
-    (Shi and Malik 2000). The largest eigenvalue, 1 of D^1/2 1, is moved to the other end. Empty rows stay 0.
+    y = D^-1/2 z is then the relaxed normalised cut (Shi and Malik 2000). The largest eigenvalue, 1 of D^1/2 1, is moved
+    to the other end. Empty rows stay 0.
     """
     degree = A.sum(2)                                     # [n, P]
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
     first = F.normalize(degree.sqrt(), dim=1)
     M = A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None]
-    values, vectors = torch.linalg.eigh(M.double())       # in float32 it fails where many patches are equal
-    return values[:, -1].float(), vectors[:, :, -1].float() * (degree > 0)
+    _, vectors = torch.linalg.eigh(M.double())            # in float32 it fails where many patches are equal
+    return vectors[:, :, -1].float() * (degree > 0)
 
 
 def largest_component(mask, grid):
@@ -466,30 +423,18 @@ def bounds(masks):
     return torch.where(masks.flatten(1).any(1)[:, None], box, -1.0)
 
 
-def region(x, patches, boxes, grid, size, cells):
-    """Features [n, D * cells^2] of objects: of their boxes [n, 4] (in pixels), cell by cell; with cells=1 the mean.
+def region(x, boxes, grid, size, cells):
+    """Features [n, D * cells^2] of x [n, P, D] in the middles of cells x cells cells of boxes [n, 4], bilinear.
 
-    The mean is over the box around the object's patches [n, P]. Where there is no object, the image is the box.
+    Boxes are in pixels; where there is none, the image is the box.
     """
-    exists = patches.any(1)[:, None]
-    if cells == 1:
-        m = patches.unflatten(1, grid)
-        around = (m.any(1)[:, None] & m.any(2)[:, :, None]).flatten(1)
-        return mean_over(x, around | ~exists)
     shares = boxes / torch.tensor([size[1], size[0], size[1], size[0]], device=x.device)
-    shares = torch.where(exists, shares, shares.new_tensor([0, 0, 1, 1]))
-    return crop(x.transpose(1, 2).unflatten(2, grid), shares, cells)
-
-
-def crop(maps, boxes, cells):
-    """Features [n, D * cells^2] of maps [n, D, h, w] in the middles of cells x cells cells of boxes [n, 4], bilinear.
-
-    Boxes are in shares of the image.
-    """
-    at = (torch.arange(cells, device=maps.device) + 0.5) / cells
-    corner, side = boxes[:, :2, None], boxes[:, 2:, None] - boxes[:, :2, None]
-    x, y = (2 * (corner + at * side) - 1).unbind(1)       # [n, cells] each, in -1 ... 1
-    points = torch.stack([x[:, None].expand(-1, cells, -1), y[:, :, None].expand(-1, -1, cells)], 3)
+    shares = torch.where(boxes[:, :1] < 0, shares.new_tensor([0, 0, 1, 1]), shares)
+    corner, side = shares[:, :2, None], shares[:, 2:, None] - shares[:, :2, None]
+    at = (torch.arange(cells, device=x.device) + 0.5) / cells
+    across, down = (2 * (corner + at * side) - 1).unbind(1)                      # [n, cells] each, in -1 ... 1
+    points = torch.stack([across[:, None].expand(-1, cells, -1), down[:, :, None].expand(-1, -1, cells)], 3)
+    maps = x.transpose(1, 2).unflatten(2, grid)
     return F.grid_sample(maps, points, padding_mode="border", align_corners=False).flatten(1)
 
 
@@ -498,7 +443,7 @@ def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
 
     smooth: weight of the mean over a patch's 3 x 3 neighbourhood in its scores.
     """
-    rows = rows_of(x.flatten(0, 1), slice(None), metric, centroids.device)
+    rows = rows_of(x.flatten(0, 1), metric, centroids.device)
     offset = centroids.square().sum(1) / 2 if offset is None else offset
     score = (rows @ centroids.T - offset).T.reshape(len(centroids), -1, *grid).transpose(0, 1)       # [n, K, h, w]
     score = (1 - smooth) * score + smooth * F.avg_pool2d(score, 3, 1, 1, count_include_pad=False)
@@ -511,41 +456,32 @@ def segment(x, grid, size, centroids, metric="cosine", offset=None, smooth=0.3):
 # From files of features to rows that can be clustered
 
 def open_features(run, name, split, dense=False):
-    """(read, info) of features/<name>: read(rows) is float32 [n, h w, D], all activations side by side.
+    """(read, about) of features/<name>: read(rows) is float32 [n, h * w, D], all activations side by side.
 
-    info["grid"]: (h, w); with dense=True that of the largest map, else h = w = 1. info["scales"]: several activations
-    are scaled to unit mean norm over the first training images.
+    about: grid (h, w), with dense=True that of the largest map, else h = w = 1; scales, which give several activations
+    unit mean norm over the first training images.
     """
     arrays, info = load_features(run, name, split)
     pool = info["pool"]
+    if pool == ("mean" if dense else "none"):
+        raise UserError(f"features/{name}: pool={pool} does not fit this method; extract with "
+                        f"pool={'none' if dense else 'mean'} or a number")
 
-    def as_map(a):                                        # [N, C, h, w]
-        if dense and a.ndim == 2 and pool.isdigit():
-            return a.reshape(len(a), -1, int(pool), int(pool))
-        if a.ndim != (4 if dense else 2):
-            advice = "pool=none or a number" if dense else "pool=mean or a number"
-            raise UserError(f"features/{name}: pool={pool} does not fit this method; extract with {advice}")
-        return a if dense else a[:, :, None, None]
+    def as_maps(a):                                       # [N, C, h, w]
+        side = int(pool) if dense and pool != "none" else 1
+        return a if a.ndim == 4 else a.reshape(len(a), -1, side, side)
 
     def scale(a):
-        few = as_map(a)[:1000 if dense else 20_000].astype(np.float32)
-        return 1 / max(float(np.nanmean(np.linalg.norm(few, axis=1))), 1e-9)
+        few = as_maps(a)[:1000 if dense else 20_000].astype(np.float32)
+        return 1 / max(float(np.linalg.norm(few, axis=1).mean()), 1e-9)
 
-    maps = [as_map(a) for a in arrays]
+    maps = [as_maps(a) for a in arrays]
     grid = max(a.shape[2:] for a in maps)
-    if dense and min(grid) < 2:
-        raise UserError(f"features/{name}: boxes and masks need 2 x 2 positions; extract with pool=none or a number")
     scales = [scale(a) for a in load_features(run, name, "train")[0]] if len(maps) > 1 else [1.0]
 
     def read(rows):
-        parts = [torch.from_numpy(a[rows].astype(np.float32)) for a in maps]
-        x = joined(parts, grid, scales)
-        bad = ~x.isfinite().all(2).all(1)
-        if bad.any():
-            row = rows.start + int(bad.int().argmax())
-            raise UserError(f"features/{name}: row {row} of {split} is not finite; extract again")
-        return x
-    return read, info | dict(grid=grid, scales=scales)
+        return joined([torch.from_numpy(a[rows].astype(np.float32)) for a in maps], grid, scales)
+    return read, dict(grid=grid, scales=scales)
 
 
 def joined(parts, grid, scales):
@@ -554,189 +490,148 @@ def joined(parts, grid, scales):
     return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
 
 
-def batches(run, n, step):
-    """This process's share of n rows, as slices of at most `step`."""
-    rows = run.share(n)
-    return [slice(part[0], part[-1] + 1) for part in np.split(rows, range(step, len(rows), step)) if len(part)]
+def pieces(run, n, step):
+    """This process's share of n rows, at most `step` at a time."""
+    share = run.share(n)
+    return np.split(share, range(step, len(share), step))
 
 
-def fill_arrays(run, folder, n, shapes, step, compute):
-    """{name: memory map [n, ...]} of compute(rows) -> {name: tensor or array}, each process for its share of the rows.
-
-    shapes: {name: (dtype, shape of a row)}; the files lie in `folder`, so they may be larger than memory.
-    """
-    files = {k: folder / f"{k}.npy" for k in shapes}
-    if run.rank == 0:
-        folder.mkdir(parents=True)
-        for k, (dtype, shape) in shapes.items():
-            create_rows(files[k], dtype, (n, *shape))
-    run.wait()
-    for rows in batches(run, n, step):
-        for k, v in compute(rows).items():
-            write_rows(files[k], rows.start, v.cpu().numpy())
-    run.wait()
-    return {k: np.load(f, mmap_mode="r") for k, f in files.items()}
+def gathered(run, x):
+    """A tensor's rows of all processes, as one array."""
+    return np.concatenate(run.gather(x.cpu().numpy()))
 
 
-def prepare(run, cfg, folder, sources):
-    """What is clustered, {split: float32 memory map [n * P, d]}: centred, perhaps projected.
+def prepare(run, cfg, rows):
+    """What is clustered, of rows {split: float32 [n, D]} of this process: centred, perhaps projected, [n, d].
 
-    sources: {split: (n, read)}; read(slice of n images) is float32 [.., P, D], P rows (patches, objects) of an image.
     Centring comes first: activations share a large direction, beside which differences between images hardly count.
     """
-    n, read = sources["train"]
-    P, D = read(slice(0, 1)).shape[1:]
-    step = max(1, 8192 // P)                              # images at a time
-    rows = (read(part).flatten(0, 1) for part in batches(run, n, step))
-    mean, projection = fit_projection(rows, cfg.pca, cfg.whiten, run)
-    mean = mean if cfg.center else torch.zeros_like(mean)
-    width = D if projection is None else projection.shape[1]
-    out = {}
-    for split, (n, read) in sources.items():
-        def compute(part):
-            x = read(part) - mean
-            return dict(rows=x if projection is None else x @ projection)
-        maps = fill_arrays(run, folder / f"rows-{split}", n, dict(rows=("f4", (P, width))), step, compute)
-        out[split] = maps["rows"].reshape(n * P, width)
-    return out
+    mean, projection = fit_projection(rows["train"], cfg.pca, cfg.whiten, run)
+    if cfg.center:
+        rows = {split: x - mean for split, x in rows.items()}
+    return rows if projection is None else {split: x @ projection for split, x in rows.items()}
 
 
-def fit_projection(chunks, components, white, ranks=ALONE):
-    """Mean [D] and, if asked for, PCA projection [D, d] of float chunks [n, D]; white: to unit variances."""
-    n, total, outer = torch.zeros(1, dtype=torch.float64), 0, 0
-    project = components or white
-    for x in chunks:
-        x = x.double()
-        n += len(x)
-        total = total + x.sum(0)
-        outer = outer + x.T @ x if project else 0
-    mean = ranks.total(total) / ranks.total(n)
-    if not project:
+def fit_projection(x, components, white, ranks=ALONE):
+    """Mean [D] of rows x [n, D] and, if asked for, their PCA projection [D, d]; white: to unit variances."""
+    n = ranks.total(torch.tensor([len(x)], dtype=torch.float64))
+    mean = ranks.total(x.sum(0, dtype=torch.float64)) / n
+    if not components and not white:
         return mean.float(), None
-    e, u = torch.linalg.eigh(ranks.total(outer) / n - mean[:, None] * mean)
+    outer = ranks.total(sum(part.T @ part for part in map(torch.Tensor.double, x.split(8192))))
+    e, u = torch.linalg.eigh(outer / n - mean[:, None] * mean)
     keep = (e > 1e-9 * e[-1]).nonzero().flatten().flip(0)[:components or None]   # largest first, but no flat directions
-    sign = torch.sign(u[u.abs().argmax(0), torch.arange(len(u))])                # eigenvectors have none of their own
+    sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()                   # eigenvectors have none of their own
     u = (u * sign)[:, keep]
     return mean.float(), (u / e[keep].sqrt() if white else u).float()
 
 
-def fit_clusters(run, cfg, rows, by, K):
-    """K clusters of the rows of a memory map [N, d], by k-means or Sinkhorn-Knopp; every process reads its share.
+def fit_clusters(run, cfg, x, by, K):
+    """K clusters of rows [N, d], of which every process has its share, by k-means or Sinkhorn-Knopp.
 
     Returns (what `assign` needs: centroids [K, d], metric, offset [K]; arrays and facts for the label file).
     """
-    mine = rows[len(rows) * run.rank // run.world:len(rows) * (run.rank + 1) // run.world]
-    if run.device.type == "cuda" and 2 * mine.nbytes < torch.cuda.mem_get_info(run.device)[0]:
-        mine = torch.from_numpy(np.array(mine)).to(run.device)                   # once over the bus, not in every pass
+    if run.device.type == "cuda" and 2 * x.nbytes < torch.cuda.mem_get_info(run.device)[0]:
+        x = x.to(run.device)                              # once over the bus, not in every pass
     how = dict(seed=cfg.seed, device=run.device, ranks=run)
     if by == "sinkhorn":
-        c, g, facts = sinkhorn_cluster(mine, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
+        c, g, facts = sinkhorn_cluster(x, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
         return (c, "cosine", cfg.eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
-    batch = max(cfg.batch, 4 * K) if len(rows) > cfg.full else 0
-    c, inertia, facts = kmeans(mine, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts,
-                               batch=batch, **how)
+    c, inertia, facts = kmeans(x, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, **how)
     return (c, cfg.metric, None), dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Methods: every one a function (run, cfg, data, folder) -> Labels. data: {split: Split}; folder: for files on the way.
+# Methods: every one a function (run, cfg, data) -> Labels. data: {split: Split}
 
 @dataclass
 class Labels:
-    """Labels of all images of each split, and what is stored and shown with them."""
+    """Labels of all images of each split, and what is stored with them."""
     ids: dict                                             # {split: int64 [N]}, below K
     K: int
     typical: np.ndarray | None = None                     # float [N]: how typical a training image is of its label
     arrays: dict = dataclasses.field(default_factory=dict)                       # for the .npz
     about: dict = dataclasses.field(default_factory=dict)                        # for the .json
     scores: dict = dataclasses.field(default_factory=dict)                       # besides those of the ids
-    paint: Callable | None = None                         # (image uint8 [3, H, W], row) -> image with its layout
 
 
-def cluster(run, cfg, folder, sources, by):
-    """Labels of rows: their clusters. sources: as in `prepare`, with one row of an image."""
-    maps = prepare(run, cfg, folder, sources)
-    clusters, arrays, facts = fit_clusters(run, cfg, maps["train"], by, cfg.K)
-    found = {split: assign(x, *clusters) for split, x in maps.items()}
-    ids = {split: ids.numpy() for split, (ids, _) in found.items()}
-    return Labels(ids, cfg.K, found["train"][1].numpy(), arrays, facts)
+def cluster(run, cfg, rows, by):
+    """Labels of rows {split: float32 [n, D]} of this process: their clusters."""
+    rows = prepare(run, cfg, rows)
+    clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], by, cfg.K)
+    found = {split: [gathered(run, v) for v in assign(x, *clusters)] for split, x in rows.items()}
+    return Labels({split: ids for split, (ids, _) in found.items()}, cfg.K, found["train"][1], arrays, facts)
 
 
-def cluster_features(run, cfg, data, folder):
+def cluster_features(run, cfg, data):
     """kmeans, sinkhorn: clusters of stored features."""
-    sources = {split: (len(d), open_features(run, cfg.features, split)[0]) for split, d in data.items()}
-    return cluster(run, cfg, folder, sources, cfg.method)
+    rows = {}
+    for split, d in data.items():
+        read, _ = open_features(run, cfg.features, split)
+        rows[split] = read(run.share(len(d))).flatten(0, 1)
+    return cluster(run, cfg, rows, cfg.method)
 
 
-def cluster_images(run, cfg, data, folder, numbers):
+def cluster_images(run, cfg, data, numbers):
     """Control: k-means on numbers(x) [n, D] of images x float32 [n, 3, H, W] in 0 ... 1."""
-    def read(images, rows):
-        return numbers(torch.from_numpy(np.array(images[rows])).float() / 255)[:, None]
-    sources = {split: (len(d), partial(read, d.images)) for split, d in data.items()}
-    return cluster(run, cfg, folder, sources, "kmeans")
+    rows = {}
+    for split, d in data.items():
+        parts = [numbers(torch.from_numpy(d.images[part]).float() / 255) for part in pieces(run, len(d), 1024)]
+        rows[split] = torch.cat(parts)
+    return cluster(run, cfg, rows, "kmeans")
 
 
-def colours(run, cfg, data, folder):
+def colours(run, cfg, data):
     """Control without a network and without positions: mean and standard deviation of every channel."""
-    return cluster_images(run, cfg, data, folder, lambda x: torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))
+    return cluster_images(run, cfg, data, lambda x: torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))
 
 
-def pixels(run, cfg, data, folder):
+def pixels(run, cfg, data):
     """Control without a network, with positions: images averaged to pool x pool pixels."""
-    return cluster_images(run, cfg, data, folder, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
+    return cluster_images(run, cfg, data, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
 
 
-def search(run, cfg, data, folder, split):
-    """({boxes, confidence, masks, regions} of all images of a split, as `find_objects` has them; info of features)."""
-    read, info = open_features(run, cfg.features, split, dense=True)
+def search(run, cfg, split, images):
+    """Objects of images [N, 3, H, W] by `find_objects`: (layout, regions, about).
+
+    layout: boxes [N, objects, 4], masks [N, H, W], and bool [N, objects]: is there a region to cluster? regions [n, D]
+    are those of this process's images; about is that of `open_features`.
+    """
     method = cfg.foreground if cfg.method == "masks" else cfg.method
-    images = data[split].images
-    size = images.shape[2:]
-    P, D = read(slice(0, 1)).shape[1:]
+    read, about = open_features(run, cfg.features, split, dense=True)
+    size, P, parts = images.shape[2:], math.prod(about["grid"]), []
     step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
+    for rows in pieces(run, len(images), step):
+        shown = torch.from_numpy(images[rows]).to(run.device) if cfg.guide else None
+        found = find_objects(read(rows).to(run.device), about["grid"], size, method, cfg.objects, cfg.tau, cfg.contrast,
+                             cfg.refine, shown, cfg.cells)
+        parts.append([found[k].cpu() for k in ("boxes", "masks", "regions")])
+    boxes, masks, regions = map(torch.cat, zip(*parts))
+    exists = boxes[..., 0] >= 0
+    exists[:, 0] = True                                   # every image has a first region, if only the whole image
+    return [gathered(run, v) for v in (boxes, masks, exists)], regions[exists], about
 
-    def compute(rows):
-        shown = torch.from_numpy(np.array(images[rows])).to(run.device) if cfg.guide else None
-        return find_objects(read(rows).to(run.device), info["grid"], size, method, cfg.objects, cfg.tau, cfg.contrast,
-                            cfg.refine, shown, cfg.cells)
-    shapes = dict(boxes=("f4", (cfg.objects, 4)), confidence=("f4", (cfg.objects,)), masks=("u1", size),
-                  regions=("f4", (cfg.objects, D * cfg.cells ** 2)))
-    return fill_arrays(run, folder / split, len(images), shapes, step, compute), info
 
-
-def label_objects(run, cfg, data, folder):
+def label_objects(run, cfg, data):
     """lost, ncut, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
     require(cfg.method != "masks" or cfg.K <= 254, cfg, "method K", "masks hold ids up to 255, so K is at most 254")
-    found, rows, sources = {}, {}, {}
-    for split in data:
-        found[split], info = search(run, cfg, data, folder, split)
-        exists = found[split]["boxes"][..., 0] >= 0       # [N, objects]
-        exists[:, 0] = True                               # every image has a first region, if only the whole image
-        rows[split] = np.flatnonzero(exists)
-        regions = found[split]["regions"].reshape(exists.size, -1)
-        sources[split] = len(rows[split]), partial(rows_at, regions, rows[split])
-    out = cluster(run, cfg, folder, sources, cfg.by)
-    out.typical = out.typical[rows["train"] % cfg.objects == 0]
-    out.about |= {k: info[k] for k in ("grid", "scales")}
-    for split, layout in found.items():
-        ids = np.full(layout["boxes"].shape[:2], -1)
-        ids.flat[rows[split]] = out.ids[split]
+    layouts, regions = {}, {}
+    for split, d in data.items():
+        layouts[split], regions[split], about = search(run, cfg, split, d.images)
+    out = cluster(run, cfg, regions, cfg.by)
+    out.about |= about
+    out.typical = out.typical[layouts["train"][2].nonzero()[1] == 0]
+    clustered = cfg.method == "masks"
+    for split, d in data.items():
+        boxes, masks, exists = layouts[split]
+        ids = np.full(exists.shape, -1)
+        ids[exists] = out.ids[split]
         out.ids[split] = ids[:, 0]
-        layout["ids"] = np.where(layout["boxes"][..., 0] >= 0, ids, -1)
-        if cfg.method == "masks":
-            layout["segments"] = of_clusters(layout["masks"], layout["ids"])
-        out.scores |= prefixed(split, score_layouts(layout, data[split]))
-        layout["masks"] = layout.pop("segments", layout["masks"])
-        out.arrays |= {f"{k}_{split}": np.asarray(v) for k, v in layout.items() if k != "regions"}
-    boxes, masks = out.arrays["boxes_train"], out.arrays["masks_train"]
-    out.scores["boxes_per_image"] = float((boxes[..., 0] >= 0).sum(1).mean())
-    out.paint = lambda image, i: draw_layout(image, masks[i], boxes[i])
+        ids = np.where(boxes[..., 0] >= 0, ids, -1)
+        masks = of_clusters(masks, ids) if clustered else masks
+        out.scores |= score_layouts(split, d, masks, boxes, clustered)
+        out.arrays |= {f"boxes_{split}": boxes, f"masks_{split}": masks, f"ids_{split}": ids}
     return out
-
-
-def rows_at(x, at, part):
-    """Rows at[part] of an array x [M, D], as [n, 1, D]."""
-    return torch.from_numpy(x[at[part]])[:, None]
 
 
 def of_clusters(masks, ids):
@@ -745,40 +640,35 @@ def of_clusters(masks, ids):
     return np.take_along_axis(table, masks.reshape(len(masks), -1).astype(np.int64), 1).reshape(masks.shape)
 
 
-def label_segments(run, cfg, data, folder):
+def label_segments(run, cfg, data):
     """masks with foreground=none: clusters of the patches of all images; an image bears the cluster of its mean."""
-    def mean_of(read, rows):
-        return read(rows).mean(1, keepdim=True)
-    sources, means = {}, {}
+    patches, means = {}, {}
     for split, d in data.items():
-        read, info = open_features(run, cfg.features, split, dense=True)
-        sources[split] = len(d), read
-        means[split] = len(d), partial(mean_of, read)
-    patches = prepare(run, cfg, folder / "patches", sources)
+        read, about = open_features(run, cfg.features, split, dense=True)
+        x = read(run.share(len(d)))                       # [n, P, D]
+        patches[split], means[split] = x.flatten(0, 1), x.mean(1)
+    patches = prepare(run, cfg, patches)
     clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
-    out = cluster(run, cfg, folder / "means", means, cfg.by)
-    grid, size = info["grid"], data["train"].images.shape[2:]
-    step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
-    for split, d in data.items():
-        x = patches[split].reshape(len(d), math.prod(grid), -1)
-
-        def compute(rows):
-            return dict(masks=segment(torch.from_numpy(np.array(x[rows])), grid, size, *clusters, cfg.smooth))
-        found = fill_arrays(run, folder / split, len(d), dict(masks=("u1", size)), step, compute)
-        out.arrays[f"masks_{split}"] = np.asarray(found["masks"])
-        out.scores |= prefixed(split, score_layouts(found, d))
+    out = cluster(run, cfg, means, cfg.by)
     out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
-    out.about |= dict(segments=cfg.segments, patches=facts, grid=grid, scales=info["scales"])
-    out.paint = lambda image, i: draw_layout(image, out.arrays["masks_train"][i] + 1)      # 0 is a segment, too
+    out.about |= about | dict(segments=cfg.segments, patches=facts)
+    grid, size = about["grid"], data["train"].images.shape[2:]
+    for split, d in data.items():
+        x = patches[split].unflatten(0, (-1, math.prod(grid)))
+        step = max(1, 2 ** 24 // (cfg.segments * math.prod(size)))
+        parts = [segment(part, grid, size, *clusters, cfg.smooth) for part in x.split(step)]
+        masks = gathered(run, torch.cat(parts))
+        out.arrays[f"masks_{split}"] = masks
+        out.scores |= score_layouts(split, d, masks)
     return out
 
 
-def label_masks(run, cfg, data, folder):
+def label_masks(run, cfg, data):
     """masks: of objects, or of all patches."""
-    return (label_segments if cfg.foreground == "none" else label_objects)(run, cfg, data, folder)
+    return (label_segments if cfg.foreground == "none" else label_objects)(run, cfg, data)
 
 
-def classes(run, cfg, data, folder):
+def classes(run, cfg, data):
     """Control: the ground truth."""
     ids = {split: np.asarray(d.classes) for split, d in data.items()}
     if min(c.min() for c in ids.values()) < 0:
@@ -786,26 +676,26 @@ def classes(run, cfg, data, folder):
     return Labels(ids, int(max(c.max() for c in ids.values())) + 1)
 
 
-def subgroups(run, cfg, data, folder):
+def subgroups(run, cfg, data):
     """Control: each class split at random, which tests whether merely more labels help."""
-    out = classes(run, cfg, data, folder)
+    out = classes(run, cfg, data)
     generator = np.random.default_rng(seed_of(cfg.seed, "subgroups"))
     ids = {split: c * cfg.groups + generator.integers(cfg.groups, size=len(c)) for split, c in out.ids.items()}
     return Labels(ids, out.K * cfg.groups)
 
 
-def permuted(run, cfg, data, folder):
+def permuted(run, cfg, data):
     """Control: the reference labels (and layouts) of other images: the same marginal, nothing about the image."""
     reference, info = load_labels(run, cfg.reference)
     generator = np.random.default_rng(seed_of(cfg.seed, "random"))
     order = {split: generator.permutation(len(d)) for split, d in data.items()}
-    layouts = [k for k in reference if k.startswith(("boxes_", "masks_", "ids_", "confidence_"))]
+    layouts = [k for k in reference if k.startswith(("boxes_", "masks_", "ids_"))]
     arrays = {k: reference[k][order[k.rsplit("_", 1)[1]]] for k in layouts}
     return Labels({split: reference[split][order[split]] for split in data}, info["num_labels"], arrays=arrays)
 
 
 ROWS = "K center pca whiten seed"
-KMEANS = f"{ROWS} metric iterations restarts batch full"
+KMEANS = f"{ROWS} metric iterations restarts"
 OBJECTS = f"features by {ROWS} objects contrast refine guide cells"
 METHODS = {                                               # name: (function, the settings that it reads)
     "kmeans": (cluster_features, f"features {KMEANS}"),
@@ -835,33 +725,16 @@ def settings_of(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores of labels a [N] against classes b [N]: monitors only
 
-def contingency(a, b):
-    """Counts [labels, classes], without empty rows and columns."""
-    _, table = crosstab(a, b)
-    return table.astype(np.float64)
-
-
 def nmi(a, b):
     """Normalised mutual information, arithmetic mean of the entropies."""
-    t = contingency(a, b)
+    t = crosstab(a, b).count                              # [labels, classes]
     h = entropy(t.sum(1)) + entropy(t.sum(0))
     return float(max(0.0, h - entropy(t, axis=None)) / (h / 2)) if h > 0 else 1.0
 
 
-def ari(a, b):
-    """Adjusted Rand index."""
-    def pairs(counts):
-        return float((counts * (counts - 1) / 2).sum())
-    t = contingency(a, b)
-    rows, cols, every = pairs(t.sum(1)), pairs(t.sum(0)), pairs(t.sum())
-    chance = rows * cols / every if every else 0.0
-    top = (rows + cols) / 2
-    return (pairs(t) - chance) / (top - chance) if top != chance else 1.0
-
-
 def hungarian_accuracy(a, b):
     """Share of images that are right when labels are matched to classes one to one as well as possible."""
-    t = contingency(a, b)
+    t = crosstab(a, b).count
     return float(t[linear_sum_assignment(t, maximize=True)].sum() / t.sum())
 
 
@@ -876,7 +749,7 @@ def score_labels(labels, classes):
     if not known.any():
         return {}
     a, b = labels[known], classes[known]
-    return dict(nmi=nmi(a, b), ari=ari(a, b), hungarian_accuracy=hungarian_accuracy(a, b))
+    return dict(nmi=nmi(a, b), hungarian_accuracy=hungarian_accuracy(a, b))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -891,7 +764,7 @@ def iou(a, b):
     return both / np.maximum(either, 1e-9)
 
 
-def first_box_overlap(boxes, truth):
+def first_overlap(boxes, truth):
     """IoU [M] of the first box [N, objects, 4] with the true one [N, m, 4] it meets best, where images have one."""
     known = (truth[..., 2] > truth[..., 0]).any(1)
     return iou(boxes[known, :1], truth[known]).max(1)
@@ -899,54 +772,41 @@ def first_box_overlap(boxes, truth):
 
 def corloc(boxes, truth, threshold=0.5):
     """Share of the images with an object whose first box [N, objects, 4] overlaps a true one [N, m, 4]."""
-    overlap = first_box_overlap(boxes, truth)
-    return float((overlap >= threshold).mean()) if len(overlap) else 0.0
+    return float((first_overlap(boxes, truth) >= threshold).mean())
 
 
 def confusion(masks, truth, chunk=256):
-    """Pixels by segment and class [K, C] of uint8 masks [N, H, W] and their truth (255 = void), read in chunks."""
+    """Pixels by segment and class [256, 255] of uint8 masks [N, H, W] and their truth (255 = void), read in chunks."""
     t = np.zeros(256 * 256, np.int64)
     for i in range(0, len(masks), chunk):
         pairs = 256 * masks[i:i + chunk].astype(np.int64) + truth[i:i + chunk]
         t += np.bincount(pairs.ravel(), minlength=len(t))
-    t = t.reshape(256, 256)[:, :255]
-    K, C = (t.any(axis).nonzero()[0].max(initial=0) + 1 for axis in (1, 0))
-    return t[:K, :C]
+    return t.reshape(256, 256)[:, :255]
 
 
 def segmentation_scores(t):
-    """Scores of a table [K, C] of pixels by segment and class.
+    """Scores of a table of pixels by segment and class, which are matched one to one for the largest sum of IoUs."""
+    overlap = t / np.maximum(t.sum(1, keepdims=True) + t.sum(0) - t, 1)
+    pairs = linear_sum_assignment(overlap, maximize=True)
+    return dict(miou=float(overlap[pairs].sum() / (t.sum(0) > 0).sum()), pixel_accuracy=float(t[pairs].sum() / t.sum()))
 
-    miou, pixel_accuracy: segments and classes are matched one to one for the largest sum of IoUs. miou_many: every
-    segment stands for its most frequent class.
+
+def score_layouts(split, data, masks, boxes=None, clustered=True):
+    """Scores of a split where data/ has the truth: of masks uint8 [N, H, W], and of objects' boxes [N, objects, 4].
+
+    clustered: values of masks are comparable between images. Without boxes 0 is a segment, too.
     """
-    def overlap(t):
-        return t / np.maximum(t.sum(1, keepdims=True) + t.sum(0) - t, 1)
-    present = max((t.sum(0) > 0).sum(), 1)
-    pairs = linear_sum_assignment(overlap(t), maximize=True)
-    many = np.zeros((t.shape[1], t.shape[1]))
-    np.add.at(many, t.argmax(1), t)
-    return dict(miou=float(overlap(t)[pairs].sum() / present), pixel_accuracy=float(t[pairs].sum() / max(t.sum(), 1)),
-                miou_many=float(overlap(many).trace() / present))
-
-
-def score_layouts(found, data):
-    """Scores of dict(boxes, masks, segments) of a split, where data/ has the truth: boxes and masks of objects, and ids
-    of pixels (segments, or masks without boxes)."""
-    scores, boxes, masks, segments = {}, found.get("boxes"), found["masks"], found.get("segments")
-    if data.boxes is not None and boxes is not None:
-        truth = np.asarray(data.boxes).reshape(len(data.boxes), -1, 4)
-        overlap = first_box_overlap(boxes, truth)
-        scores = dict(iou=float(overlap.mean()) if len(overlap) else 0.0, corloc=corloc(boxes, truth))
-    if data.masks is None or data.masks.shape != masks.shape:
-        return scores
-    if boxes is None:
-        return scores | segmentation_scores(confusion(masks, data.masks))
-    t = confusion(masks, data.masks)                      # object or not, whichever
-    both, neither, every = t[1:, 1:].sum(), t[0, 0], t.sum()
-    scores["foreground_iou"] = float(both / max(every - neither, 1))
-    scores["pixel_accuracy"] = float((neither + both) / max(every, 1))
-    return scores | ({} if segments is None else segmentation_scores(confusion(segments, data.masks)))
+    scores = {}
+    if boxes is not None and data.boxes is not None:
+        truth = data.boxes[:, None]
+        scores |= dict(iou=float(first_overlap(boxes, truth).mean()), corloc=corloc(boxes, truth))
+    if data.masks is not None:
+        t = confusion(masks, data.masks)
+        if boxes is not None:
+            scores["foreground_iou"] = float(t[1:, 1:].sum() / max(t.sum() - t[0, 0], 1))
+        if clustered:
+            scores |= segmentation_scores(t)
+    return prefixed(split, scores)
 
 
 def prefixed(split, scores):
@@ -957,68 +817,60 @@ def prefixed(split, scores):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and files
 
-def draw_layout(image, mask, boxes=None):
-    """Image uint8 [3, H, W] with its mask uint8 [H, W] in colours (0 = none) and boxes [n, 4] (-1 = none) as frames."""
+def draw_masks(image, mask):
+    """Image uint8 [3, H, W] with its mask uint8 [H, W] in colours; 0 = none."""
     torchvision_datasets()                                # makes sure that torchvision loads
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-    image, ids = torch.from_numpy(np.array(image)), np.unique(mask[mask > 0])
-    colour = [f"hsl({137 * k % 360}, 90%, 55%)" for k in range(256)]
-    if len(ids):
-        masks = torch.from_numpy(mask == ids[:, None, None])
-        image = draw_segmentation_masks(image, masks, 0.5, [colour[k] for k in ids])
-    boxes = np.zeros((0, 4)) if boxes is None else boxes[boxes[:, 0] >= 0] - [0, 0, 1, 1]
-    if len(boxes):
-        image = draw_bounding_boxes(image, torch.from_numpy(boxes), colors=colour[1:len(boxes) + 1])
-    return image.numpy()
+    from torchvision.utils import draw_segmentation_masks
+    ids = np.unique(mask[mask > 0])
+    if not len(ids):
+        return image
+    masks = torch.from_numpy(mask == ids[:, None, None])
+    colours = [f"hsl({137 * k % 360}, 90%, 55%)" for k in ids.tolist()]
+    return draw_segmentation_masks(torch.from_numpy(np.array(image)), masks, 0.5, colours).numpy()
 
 
-def contact_sheet(path, images, labels, typicality, head, seed, rows=40, columns=8, paint=None):
-    """One row per label (at most `rows`): its most typical members, then random ones; paint(image, i) draws on them."""
-    ids, tiles, captions = np.unique(labels), [], []
-    blank = np.full(images.shape[1:], 255, np.uint8)
-    for k in ids[np.unique(np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int))]:
+def contact_sheet(path, images, labels, typical, arrays, head):
+    """One row per label (at most 40): members from the most to the least typical, with their masks."""
+    masks, tiles, captions = arrays.get("masks_train"), [], []
+    first = "boxes_train" not in arrays                   # without objects 0 is a segment, too
+    for k in np.unique(labels)[:40]:
         members = np.flatnonzero(labels == k)
-        typical = members[np.argsort(-typicality[members], kind="stable")[:columns]]
-        generator = np.random.default_rng(seed_of(seed, "sheet", int(k)))
-        others = generator.choice(members, min(columns, len(members)), replace=False)
-        for part in (typical, others):
-            tiles += [paint(images[i], i) if paint else images[i] for i in part]
-            tiles += [blank] * (columns - len(part))
+        if typical is not None:
+            members = members[np.argsort(-typical[members], kind="stable")]
+        some = members[np.linspace(0, len(members) - 1, 16).astype(int)]
+        tiles += [images[i] if masks is None else draw_masks(images[i], masks[i] + first) for i in some]
         captions.append(f"{k}: {len(members)}")
-    save_grid(path, np.stack(tiles), 2 * columns, captions, head=head)
+    save_grid(path, np.stack(tiles), 16, captions, head=head)
 
 
-def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, seed, more=None, paint=None):
-    """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process; returns the scores (a monitor).
+def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, scores={}):
+    """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process.
 
-    data: {split: Split}; typical: float [N], how typical a training image is of its label; arrays go into the .npz,
-    about into the .json, more to the scores; paint(image, i) draws onto the contact sheet.
+    data: {split: Split}; typical: float [N], how typical a training image is of its label, or None; arrays go into the
+    .npz, about into the .json, scores to those of the labels (monitors).
     """
     path = run.dir / "labels" / f"{name}.npz"
     sizes = np.bincount(labels["train"], minlength=K)
-    scores = dict(size_entropy=size_entropy(sizes), used=int((sizes > 0).sum()),
-                  smallest=int(sizes.min()), largest=int(sizes.max()))
+    monitors = dict(size_entropy=size_entropy(sizes))
     for split, d in data.items():
-        scores |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
-    scores |= more or {}
+        monitors |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
+    monitors |= scores
     if run.rank == 0:
         arrays = {split: v.astype(np.int64) for split, v in labels.items()} | dict(num_labels=np.array(K)) | arrays
-        head = f"{name}: K = {K}; each row a label: most typical, then random members"
-        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, head, seed, paint=paint)
+        head = f"{name}: K = {K}; each row a label, from its most to its least typical image"
+        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, arrays, head)
         with atomic(path) as f:
             np.savez(f, **arrays)
         write_json(path.with_suffix(".json"), dict(
             kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
-            scores=scores, sizes=sizes.tolist() if K <= 1000 else None, hash=arrays_hash(arrays), **about))
+            scores=monitors, sizes=sizes.tolist(), hash=arrays_hash(arrays), **about))
     run.wait()
-    agreement = ""
-    if "nmi" in scores:
-        agreement = (f"; agreement with the classes (monitor): NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, "
-                     f"accuracy {scores['hungarian_accuracy']:.3f}")
-    run.say(f"{name}: K = {K}, sizes {scores['smallest']} ... {scores['largest']}, "
-            f"entropy {scores['size_entropy']:.3f} of ln K{agreement}")
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
-    return scores
+    run.say(f"K = {K}, sizes {sizes.min()} ... {sizes.max()}; monitors: "
+            + ", ".join(f"{k} {v:.3f}" for k, v in monitors.items()))
+    if sizes.min() < 3 or K > sizes.sum() / 10:
+        run.say(f"note: {(sizes < 3).sum()} labels hold fewer than 3 images, and all {sizes.mean():.1f} on average; "
+                "a smaller K gives each more")
 
 
 def are_made(run, path, recipe):
@@ -1036,26 +888,17 @@ def are_made(run, path, recipe):
 
 def recipe_of(run, cfg, data):
     """(what decides the labels: method, its settings, data, features, reference; where features come from, or {})."""
-    names = settings_of(cfg)
+    names, about = settings_of(cfg), {}
     recipe = {k: getattr(cfg, k) for k in ["method", *names]}
     recipe["data"] = {split: d.info["fingerprint"] for split, d in data.items()}
-    about = {}
     if "features" in names:
-        check_name("features", cfg.features)
         info = load_features(run, cfg.features, "train")[1]
-        decisive = ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize", "embedding")
+        decisive = ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize")
         recipe["features_hash"] = digest({k: info[k] for k in decisive if k in info})
         about["features"] = {k: info[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
-        now = run.dir / info["checkpoint"] / "checkpoint.json"
-        if info["weights"] == "ema" and now.exists() and read_json(now, "train it again")["weights"] != info["hash"]:
-            run.say(f"note: features/{cfg.features} are of an earlier state of {info['checkpoint']}; "
-                    "extract_features.py with overwrite=true reads the present one")
     if "reference" in names:
-        check_name("reference", cfg.reference)
         reference, _ = load_labels(run, cfg.reference)
         recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))
-    if "K" in names and cfg.K > len(data["train"]):
-        raise UserError(f"K={cfg.K}: must be between 1 and the number of training images, {len(data['train'])}")
     return recipe, about
 
 
@@ -1066,33 +909,17 @@ def main():
     if cfg.method not in METHODS:
         raise UserError(f"method={cfg.method}: {unknown(cfg.method, list(METHODS))}")
     cfg.name = cfg.name or cfg.method
-    folder = run.dir / "labels"
-    path = folder / f"{cfg.name}.npz"
+    path = run.dir / "labels" / f"{cfg.name}.npz"
     data = {split: load_data(run, split) for split in ("train", "test")}
     recipe, about = recipe_of(run, cfg, data)
     if run.dry_run:
-        run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
-        return
+        return run.say(f"{cfg.method} labels of {len(data['train']):,} + {len(data['test']):,} images into {path}")
 
     with locked(run, "labels", cfg.name):
         if run.agreed(lambda: are_made(run, path, recipe)):
             return
-        # make
-        tick = time.time()
-        aside = folder / f".{cfg.name}.tmp"               # for files on the way
-        run.agreed(lambda: shutil.rmtree(aside, ignore_errors=True))             # those of a command that was killed
-        try:
-            out = METHODS[cfg.method][0](run, cfg, data, aside)
-            run.wait()
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)      # what is mapped stays readable
-        about = out.about | about | dict(seconds=round(time.time() - tick, 2))
-        # write
-        typical = np.zeros(len(data["train"])) if out.typical is None else out.typical
-        save_labels(run, cfg.name, data, out.ids, out.K, typical, recipe, out.arrays, about, cfg.seed,
-                    out.scores, out.paint)
-    if out.scores:
-        run.say("against the truth (monitor): " + ", ".join(f"{k} {v:.3f}" for k, v in out.scores.items()))
+        out = METHODS[cfg.method][0](run, cfg, data)
+        save_labels(run, cfg.name, data, out.ids, out.K, out.typical, recipe, out.arrays, about | out.about, out.scores)
     run.next(f"train_guided.py labels={cfg.name}")
 
 

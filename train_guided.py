@@ -567,7 +567,7 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
             segments_sheet(folder / "segments.png", cfg, data.images, labels["train"])
     else:
         about = dict(online=dict(checkpoint=f"guided/{cfg.name}", hash=state["weights"]))
-        save_labels(run, cfg.name, splits, labels, cfg.K, typical, dict(online=state["weights"]), {}, about, cfg.seed)
+        save_labels(run, cfg.name, splits, labels, cfg.K, typical, dict(online=state["weights"]), {}, about)
         scores = score_labels(labels["train"], np.asarray(data.classes))
         state["label_scores"] = {name: float(v) for name, v in scores.items()}
         state["marginal"] = torch.from_numpy(np.bincount(labels["train"], minlength=cfg.K) / len(data))

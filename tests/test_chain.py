@@ -60,7 +60,7 @@ def test_files_follow_the_contract(chain):
         and len(labels["centroids"]) == 6
     )
     info = json.loads((chain / "labels/kmeans.json").read_text())
-    assert {"nmi", "ari", "hungarian_accuracy", "size_entropy"} <= set(info["scores"])
+    assert {"nmi", "hungarian_accuracy", "size_entropy"} <= set(info["scores"])
     state = torch.load(chain / "guided/kmeans/checkpoint.pt", weights_only=True)
     assert state["num_labels"] == 6 and state["seen"] == 256
     assert torch.allclose(state["marginal"], torch.from_numpy(np.bincount(labels["train"], minlength=6) / 512))

@@ -565,7 +565,7 @@ def test_a_sweep_of_averaged_weights_is_not_one_of_raw_ones(monkeypatch, refuse,
 def test_list_and_pca(monkeypatch, capsys, tiny, run):
     called(monkeypatch, extract_features, tiny, f"run={run}", "--list")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].split() == ["unet-out", "out", "end", "3", "32", "x", "32", "100%"]
+    assert lines[-1].split() == "unet-out 3 x 32 x 32".split()
     assert any("self-map" in line for line in lines)
     called(monkeypatch, extract_features, tiny, f"run={run}", "--pca", "activations=mid*out", "t=0.5,0.9", "shown=3,1")
     assert (run / "features/base-pca.png").stat().st_size > 1000 and not (run / "features/base").exists()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import self_label
 from configs.run import Processes, UserError, locked
 from configs.shapes import draw_shapes
-from self_label import (ari, assign, contingency, fit_projection, hungarian_accuracy, kmeans, nmi, sinkhorn,
-                        sinkhorn_cluster, sinkhorn_stream, size_entropy)
+from self_label import (assign, fit_projection, hungarian_accuracy, kmeans, nmi, sinkhorn, sinkhorn_cluster,
+                        sinkhorn_stream, size_entropy)
 
 
 def blobs(n=2000, d=16, groups=8, spread=0.6, seed=0):
@@ -73,22 +73,6 @@ def test_empty_clusters_are_repaired():
     assert facts["repaired"] >= 3 and len(np.unique(assign(x, c, "euclidean")[0])) == 8
     same = torch.ones(50, 4)                              # nothing to distinguish: must end, and stay finite
     assert torch.isfinite(kmeans(same, 3, metric="euclidean")[0]).all()
-
-
-def test_mini_batches_come_close():
-    x, _ = blobs(6000)
-    full = kmeans(x, 8, metric="euclidean", restarts=3)[1]
-    small = kmeans(x, 8, metric="euclidean", restarts=3, batch=512, iterations=10)[1]
-    assert full <= small < 1.05 * full
-
-
-def test_memory_maps_and_chunks_change_nothing(tmp_path):
-    x, _ = blobs()
-    np.save(tmp_path / "x.npy", x.numpy())
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    a, b = kmeans(x, 8, seed=2)[0], kmeans(mapped, 8, seed=2, chunk=77)[0]
-    assert torch.allclose(a, b, atol=1e-4)
-    assert torch.equal(assign(x, a)[0], assign(mapped, a, chunk=33)[0])
 
 
 def test_impossible_requests():
@@ -170,7 +154,7 @@ def test_equal_clusters_of_unequal_groups():
     assert np.array_equal(ids, (F.normalize(x, dim=1) @ c.T / 0.01 - potentials).argmax(1))
     sizes = np.bincount(ids, minlength=5)
     assert sizes.min() > 0.6 * 400 and sizes.max() < 1.4 * 400 and facts["mass_spread"] < 1.05
-    assert contingency(ids, y).max(1).sum() > 0.95 * 2000
+    assert sklearn.metrics.cluster.contingency_matrix(ids, y).max(1).sum() > 0.95 * 2000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,12 +170,11 @@ def ranks_job(rank, world, path, out):
     c, inertia, _ = kmeans(mine, 8, seed=5, ranks=ranks)
     repaired = kmeans(mine, 8, metric="euclidean", start=far_start(x), ranks=ranks)
     prototypes, g, _ = sinkhorn_cluster(mine, 8, rounds=3, ranks=ranks)
-    small = kmeans(mine, 8, batch=128, iterations=4, ranks=ranks)
     q = sinkhorn(s[ranks.share(len(s))], 0.05, 5, ranks)
-    mean, projection = fit_projection(mine.split(100), 3, True, ranks)
+    mean, projection = fit_projection(mine, 3, True, ranks)
     by_myself = kmeans(blobs(200)[0], 8, seed=1)[1] if rank == 0 else 0          # without ranks nobody waits
-    torch.save(dict(c=c, inertia=inertia, repaired=repaired[1], prototypes=prototypes, g=g, small=small[1], q=q,
-                    mean=mean, projection=projection, by_myself=by_myself), f"{out}.{rank}")
+    torch.save(dict(c=c, inertia=inertia, repaired=repaired[1], prototypes=prototypes, g=g, q=q, mean=mean,
+                    projection=projection, by_myself=by_myself), f"{out}.{rank}")
     dist.destroy_process_group()
 
 
@@ -203,7 +186,6 @@ def test_two_processes_equal_one(tmp_path):
         assert torch.equal(a[k], b[k]) and torch.allclose(a[k], one[k], atol=1e-3), k
     assert a["inertia"] == b["inertia"] == pytest.approx(one["inertia"], rel=1e-4)
     assert a["repaired"] == pytest.approx(one["repaired"], rel=0.05)
-    assert a["small"] == pytest.approx(one["small"], rel=1e-3)
     assert torch.allclose(torch.cat([a["q"], b["q"]]), one["q"], atol=1e-5)
     assert a["by_myself"] == one["by_myself"]
 
@@ -215,15 +197,15 @@ def test_whitening():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3000, 10, generator=g) @ torch.randn(10, 10, generator=g) + 5
     x = torch.cat([x, x[:, :1] * 2], 1)                   # a column that adds no dimension
-    mean, p = fit_projection(x.split(700), 0, True)
+    mean, p = fit_projection(x, 0, True)
     z = (x - mean) @ p
     assert p.shape == (11, 10) and torch.allclose(torch.cov(z.T), torch.eye(10), atol=5e-3)
     assert z.mean(0).abs().max() < 1e-3
-    _, p = fit_projection(x.split(700), 3, False)
+    _, p = fit_projection(x, 3, False)
     assert torch.allclose(p.T @ p, torch.eye(3), atol=1e-5)
     top = torch.linalg.svdvals((x - x.mean(0)).double())[:3] ** 2 / len(x)
     assert torch.allclose(((x - mean) @ p).double().var(0, correction=0), top, rtol=1e-4)
-    assert fit_projection(x.split(500), 0, False)[1] is None
+    assert fit_projection(x, 0, False)[1] is None
 
 
 def labelings():
@@ -242,9 +224,7 @@ def labelings():
 @pytest.mark.parametrize("a, b", list(labelings()))
 def test_scores_against_scikit_learn(a, b):
     assert nmi(a, b) == pytest.approx(sklearn.metrics.normalized_mutual_info_score(b, a), abs=1e-9)
-    assert ari(a, b) == pytest.approx(sklearn.metrics.adjusted_rand_score(b, a), abs=1e-9)
-    t = contingency(a, b)
-    assert np.array_equal(t, sklearn.metrics.cluster.contingency_matrix(a, b))
+    t = sklearn.metrics.cluster.contingency_matrix(a, b)
     pairs = scipy.optimize.linear_sum_assignment(-t)
     assert hungarian_accuracy(a, b) == pytest.approx(t[pairs].sum() / t.sum())
 
@@ -306,10 +286,11 @@ def run(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["kmeans", "sinkhorn"])
-def test_clusters_of_features(run, tiny, monkeypatch, method):
+def test_clusters_of_features(run, tiny, monkeypatch, capsys, method):
     out, info = label(run, tiny, monkeypatch, f"method={method}", "K=10", "restarts=3", "pca=8")
     assert out["train"].shape == (200,) and out["test"].shape == (80,) and out["centroids"].shape == (10, 8)
     assert info["scores"]["nmi"] > 0.85 and info["scores"]["test_nmi"] > 0.8, info["scores"]
+    assert "note" not in capsys.readouterr().out
     assert ("potentials" in out) == (method == "sinkhorn") and info["features"]["hash"] == "x"
     assert (run / f"labels/{method}.png").exists() and not list((run / "labels").glob(".*"))
 
@@ -343,7 +324,7 @@ def test_one_entry_adds_a_method(run, tiny, monkeypatch, refuse):
     known = {f for f in self_label.SelfLabel.__dataclass_fields__}
     assert all(set(names.split()) <= known for _, names in self_label.METHODS.values())
 
-    def parity(run, cfg, data, folder):
+    def parity(run, cfg, data):
         return self_label.Labels({split: np.arange(len(d)) % cfg.groups for split, d in data.items()}, cfg.groups)
     monkeypatch.setitem(self_label.METHODS, "parity", (parity, "groups"))
     out, info = label(run, tiny, monkeypatch, "method=parity", "groups=2")
@@ -356,6 +337,8 @@ def test_recipes_hold_what_their_method_used(run, tiny, monkeypatch, capsys, ref
     first, _ = label(run, tiny, monkeypatch, *words)
     again, _ = label(run, tiny, monkeypatch, *words, "tau=0.7", "rounds=3")      # of other methods
     assert "done already" in capsys.readouterr().out and np.array_equal(first["train"], again["train"])
+    label(run, tiny, monkeypatch, "method=kmeans", "K=40", "name=many")
+    assert "fewer than 3 images, and all 5.0 on average" in capsys.readouterr().out
     assert "K=4, now 5" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "K=5", "name=recipe")
 
 
@@ -387,6 +370,6 @@ def test_files_that_do_not_belong_together(run, tiny, monkeypatch, refuse):
 
 
 def test_bad_input(run, tiny, refuse):
-    for words in ("method=random reference=../x", "features=../../base", "K=201", "eps=0", "groups=0"):
-        assert words.split()[-1] in refuse("self_label", tiny, f"run={run}", *words.split())
+    for words in ("method=random reference=none_such", "features=none_such", "K=201", "eps=0", "groups=0"):
+        assert words.split("=")[-1] in refuse("self_label", tiny, f"run={run}", *words.split())
     assert "pool=none" in refuse("self_label", tiny, f"run={run}", "method=lost")
