@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import stage
+from test_chain import inside
 
 import sample_ode
 from train_diffusion import Batch, Condition, GivenLabels, layout_of
@@ -75,10 +75,10 @@ def test_a_bank_of_some_conditions_ends_in_null():
 def run(tiny, tmp_path_factory):
     """Ground-truth boxes and masks as conditions: the folder."""
     folder = tmp_path_factory.mktemp("layouts") / "run"
-    stage("train_diffusion", tiny, f"run={folder}", "images=64")
-    stage("self_label", tiny, f"run={folder}", "method=classes")
+    inside("train_diffusion", tiny, f"run={folder}", "images=64")
+    inside("self_label", tiny, f"run={folder}", "method=classes")
     for kind in ("box", "mask"):
-        stage("train_guided", tiny, f"run={folder}", "labels=classes", f"condition={kind}", f"name={kind}")
+        inside("train_guided", tiny, f"run={folder}", "labels=classes", f"condition={kind}", f"name={kind}", "images=64")
     return folder
 
 
@@ -88,19 +88,19 @@ def test_layout_models_train_and_sample(run, tiny, kind, channels):
     assert state["conditions"] == dict(num_labels=10, layout_channels=channels) and state["num_labels"] == 10
     assert state["bank"]["table"].shape == (513, 32, 32) and state["marginal"].shape == (512,)
     words = [tiny, f"run={run}", f"checkpoint=guided/{kind}", "guidance=2", "n=12"]
-    stage("sample_ode", *words, f"name={kind}")
+    inside("sample_ode", *words, f"name={kind}")
     assert (run / f"samples/{kind}/grid.png").stat().st_size > 500
 
 
 def test_the_unconditional_row_of_the_same_configuration(run, tiny):
     """A YAML that says condition=box serves labels=none, too."""
-    stage("train_guided", tiny, f"run={run}", "labels=none", "condition=box", "images=64")
-    stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/unconditional", "n=2", "name=plain", "evaluate=false")
+    inside("train_guided", tiny, f"run={run}", "labels=none", "condition=box", "images=64")
+    inside("sample_ode", tiny, f"run={run}", "checkpoint=guided/unconditional", "n=2", "name=plain", "evaluate=false")
 
 
 def test_hand_drawn_layouts(run, tiny):
     boxes = "boxes=[[4,4,20,28,3],[22,2,30,9,3]]"
-    stage("sample_ode", tiny, f"run={run}", "guidance=2", "n=4", "evaluate=false", "checkpoint=guided/box",
+    inside("sample_ode", tiny, f"run={run}", "guidance=2", "n=4", "evaluate=false", "checkpoint=guided/box",
           "name=drawn", boxes)
     assert (np.load(run / "samples/drawn/labels.npy") == 0).all()                # one layout
     condition = map_condition(np.ones((2, 8, 8), np.uint8), 1, np.array([0, 1, 5]))
@@ -119,7 +119,7 @@ def test_impossible_layouts_are_refused(run, tiny, refuse, model, words):
 
 
 def test_conditions_need_what_they_name(run, tiny, refuse):
-    stage("self_label", tiny, f"run={run}", "method=random", "reference=classes")
+    inside("self_label", tiny, f"run={run}", "method=random", "reference=classes")
     words = [tiny, f"run={run}", "name=no"]
     assert "has no boxes" in refuse("train_guided", *words, "labels=random", "condition=box")
     assert "online only" in refuse("train_guided", *words, "labels=classes", "condition=prototype")
