@@ -78,7 +78,8 @@ def run(tiny, tmp_path_factory):
     inside("train_diffusion", tiny, f"run={folder}", "images=64")
     inside("self_label", tiny, f"run={folder}", "method=classes")
     for kind in ("box", "mask"):
-        inside("train_guided", tiny, f"run={folder}", "labels=classes", f"condition={kind}", f"name={kind}", "images=64")
+        words = ["labels=classes", f"condition={kind}", f"name={kind}", "images=64"]
+        inside("train_guided", tiny, f"run={folder}", *words)
     return folder
 
 
