@@ -1,45 +1,37 @@
 """Sample: a model in, images along the ODE out, and how good they are.
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt; for scores also data/{train,test}
-Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png where w was
-        chosen; with sweep=nfe nfe.png and straightness.png
+Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png (several w);
+        with direction=encode noise.npy in place of images
 Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0 and back.
 Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write
         v_c + s (v_c - v_0) have s = w - 1.
 
-    python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans-w guidance=1,1.5,2,3
+    python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans guidance=1,1.5,2,3
     torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k
-    python sample_ode.py configs/shapes.yaml checkpoint=diffusion/base name=base-nfe sweep=nfe
     python sample_ode.py configs/shapes.yaml --table           # all results of the run side by side
 
-Several w: the best on other samples, against other real images, than the report uses. Several processes: the same
-images. The method is in `solve_fixed`, `solve_dopri5`, `Field` and `integrate`, then `generate`; evaluators,
-distances and pictures behind them can be skipped.
+Of several w the best is taken: on other samples, against other real images, than the report uses. To compare solvers,
+sample under several names, then --table. The method ends with `generate`; what measures and draws comes after it.
 """
 import itertools
 import math
 import os
-import time
-import uuid
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Callable, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 
-from configs.data import as_input, decode, load_data, load_labels, open_autoencoder, row_shape, torchvision_datasets
-from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill, finished, key,
-                         making, read_json, reading, require, save_grid, seed_of, seeded, start, to_uint8,
-                         weights_hash, write_json, write_rows)
-from train_diffusion import PATHS, Condition, load_checkpoint, load_condition, load_model, say_network, to_x_and_z
-
-Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim"]
+from configs.data import as_input, decode, load_data, open_autoencoder, torchvision_datasets
+from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, finished, key, making,
+                         read_json, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
+                         write_json, write_rows)
+from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z
 
 
 @dataclass
@@ -49,38 +41,26 @@ class SampleOde:
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     n: int = key(10_000, "samples", low=2)
-    solver: Solver = key("heun", "dopri5 adapts its steps to tol")
+    solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = key("heun", "euler is DDIM; dopri5 is adaptive")
     steps: int = key(12, "of the fixed-step solvers", low=1)
-    tol: float = key(1e-4, "dopri5: relative and absolute tolerance", above=0)
+    tol: float = key(1e-4, "dopri5: relative and absolute tolerance, above float32's rounding", low=1e-6)
     guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
-    select: int = key(1_000, "samples per candidate w; from another seed than those of the report", low=2)
+    select: int = key(1_000, "samples per candidate w, of another seed", low=2)
     interval: list[float] = key([0.0, 1.0], "guide only while t is inside; outside w = 1", count=2)
-    autoguide: str = key("", "checkpoint of a weaker model: v = v_weak + w (v - v_weak), both with the label if they "
-                             "know labels")
-    labels: list[str] = key(["marginal"], "marginal (of the training labels), uniform over those that training images "
-                                          "had, or ids (places in the bank, if any)")
-    boxes: list[list[float]] = key([], "models with box conditions: draw this layout, [[x0, y0, x1, y1, label], ...] "
-                                       "in pixels")
-    mask: str = key("", "models with mask conditions: a PNG whose pixel values are the ids")
-    layouts: Literal["train", "test"] = key("train", "models with box or mask conditions: layouts of the bank in the "
-                                                     "checkpoint, or of the test images")
+    autoguide: str = key("", "checkpoint of a weaker model: v = v_weak + w (v - v_weak), labels if it knows them")
+    labels: list[str] = key(["marginal"], "marginal (as in training), uniform, or ids (places in the bank, if any)")
+    boxes: list[list[float]] = key([], "of a model with box conditions: draw [[x0, y0, x1, y1, label], ...] in pixels")
     direction: Literal["generate", "encode"] = key("generate", "encode: test images to noise and back")
     evaluate: bool = key(True, "compare with real images")
-    evaluator: str = key("judge", "judge: small CNN on the run's classes; pixels: principal components of training "
-                                  "images; inception: FID proper; or a TorchScript file, which runs as code")
+    evaluator: str = key("judge", "judge (a CNN trained on the run's classes), pixels (principal components), "
+                                  "inception (FID), or a TorchScript file, which runs as code")
     reference: Literal["train", "test"] = key("test", "real images to compare with")
-    neighbours: int = key(5, "k of precision, recall, density, coverage", low=1)
-    sweep: Literal["", "nfe", "guidance"] = key("", "draw the distance against network evaluations, or against w")
-    against: list[str] = key([], "nfe sweep: further checkpoints to draw into the same figures")
-    sweep_steps: list[int] = key([2, 3, 5, 8, 12, 20, 32], "of the nfe sweep, up to 64 evaluations; dopri5 varies its "
-                                                           "tolerance instead", low=1)
-    sweep_solvers: list[Solver] = key(["euler", "midpoint", "heun", "dopri5"], "of the nfe sweep")
     features: list[str] = key([], "also save these activations of the network, names and globs, while it samples")
     features_at: list[int] = key([0], "at these evaluations of a fixed-step solver, from 0", low=0)
     features_pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
     batch: int = key(250, "images per network call and process", low=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network; the ODE state is float32 always")
-    compile: bool = key(False, "torch.compile the network: a minute or so that pays where n is many batches")
+    compile: bool = key(False, "torch.compile the network: pays where n is many batches")
     seed: int = key(0, "sample i is a function of (seed, i)")
     overwrite: bool = key(False, "replace samples that another recipe left under this name")
 
@@ -113,84 +93,64 @@ def mix(slopes, weights):
 def solve_fixed(f, y, grid, solver):
     """Explicit Runge-Kutta steps from y [B, ...] at grid[0] over the numbers in grid -> y at grid[-1]."""
     nodes, matrix, weights = TABLEAUS[solver]
-    for s0, s1 in itertools.pairwise(grid):
-        h, slopes = s1 - s0, []
+    for s, end in itertools.pairwise(grid):
+        h = end - s
+        slopes = []
         for node, row in zip(nodes, matrix):
-            slopes.append(f(y + h * mix(slopes, row) if row else y, s0 + node * h))
+            slopes.append(f(y + h * mix(slopes, row), s + node * h))
         y = y + h * mix(slopes, weights)
     return y
 
 
-def worst(e):
-    """Root mean square of each row of e [B, ...]; the largest of them."""
-    size = float(e.flatten(1).double().square().mean(1).sqrt().max())
-    if not math.isfinite(size):
-        raise UserError("solver=dopri5: the network returned a non-finite velocity")
-    return size
-
-
-def first_step(f, y, slope, s0, s1, tol):
-    """A first step size: an Euler step tells how fast the slope changes (Hairer, Norsett and Wanner, section II.4)."""
-    scale, sign = tol + tol * y.abs(), math.copysign(1, s1 - s0)
-    d0, d1 = worst(y / scale), worst(slope / scale)
-    h = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, abs(s1 - s0))
-    d2 = worst((f(y + sign * h * slope, s0 + sign * h) - slope) / scale) / h
-    d = max(d1, d2)
-    return min(100 * h, max(1e-6, 1e-3 * h) if d <= 1e-15 else (0.01 / d) ** 0.2)
-
-
-def solve_dopri5(f, y, s0, s1, tol, max_steps=10_000):
-    """Adaptive Dormand-Prince 5(4) from s0 to s1, in either direction, with one step size for all rows of y [B, ...].
-
-    atol = rtol = tol. The worst row decides about a step: in an average over rows, easy ones would hide the error of a
-    hard one. Returns (y at s1, calls of f).
-    """
+def solve_dopri5(f, y, s, end, tol, most=2000):
+    """Adaptive Dormand-Prince 5(4) of y [B, ...] from s to end, in either direction -> y at end; atol = rtol = tol. All
+    rows take the same steps, and the worst one decides: in an average, easy rows would hide the error of a hard one."""
     nodes, matrix, _ = DOPRI5
-    slope, s, sign = f(y, s0), s0, math.copysign(1, s1 - s0)
-    h, calls = first_step(f, y, slope, s0, s1, tol), 2
-    for _ in range(max_steps):
-        left = abs(s1 - s)
-        step = h if h < (1 - 1e-9) * left else left       # reach the end where that is all but so
-        if step < min(left, 1e-9 * abs(s1 - s0)):         # the last one may be tiny
-            raise UserError(f"solver=dopri5: the step shrank to {step:.1e} at {s:.6f}; "
-                            "raise tol, or use a fixed-step solver")
+    slope = f(y, s)
+    h = (end - s) / 20                                    # the control below soon finds a better one
+    for _ in range(most):
+        last = abs(h) >= abs(end - s)
+        if last:
+            h = end - s
         slopes = [slope]
         for node, row in zip(nodes[1:], matrix[1:]):
-            stage = y + sign * step * mix(slopes, row)
-            slopes.append(f(stage, s + sign * node * step))
-        calls += 6
-        error = worst(sign * step * mix(slopes, DOPRI5_ERROR) / (tol + tol * torch.maximum(y.abs(), stage.abs())))
-        factor = min(10, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))
-        if error > 1:
-            h = step * min(factor, 1)
-            continue
-        y, slope = stage, slopes[-1]                      # the last stage is the solution
-        s, h = s + sign * step, step * max(factor, 1)
-        if step == left:
-            return y, calls
-    raise UserError(f"solver=dopri5: more than {max_steps} steps; raise tol, or use a fixed-step solver")
+            stage = y + h * mix(slopes, row)
+            slopes.append(f(stage, s + node * h))
+        scale = tol + tol * torch.maximum(y.abs(), stage.abs())
+        errors = h * mix(slopes, DOPRI5_ERROR) / scale
+        error = float(errors.flatten(1).double().square().mean(1).sqrt().max())
+        if not math.isfinite(error):
+            raise UserError("solver=dopri5: the network returned a non-finite velocity")
+        accepted = error <= 1
+        if accepted:
+            y, slope, s = stage, slopes[-1], s + h        # the last stage is the solution
+            if last:
+                return y
+        least = 1 if accepted else 0.2
+        h *= min(10, max(least, 0.9 * max(error, 1e-10) ** -0.2))
+    raise UserError(f"solver=dopri5: more than {most} steps; raise tol, or use a fixed-step solver")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The field: the network's velocity, guided
 
+@dataclass
 class Field:
-    """Slope of the probability-flow ODE in the path's variables (y, s), with guidance; counts the images networks see.
-
-    Guidance and autoguidance mix outputs of networks. Estimates of x and z are affine in them: velocities mix alike.
-    """
-
-    def __init__(self, net, path, predict, w=1.0, interval=(0.0, 1.0), weak=None, context=nullcontext, batch=10 ** 9,
-                 condition=None, weak_condition=None):
-        """predict: what networks predict (v, eps, x); weak: a weaker network, or None; batch: rows they see at once.
-
-        condition, weak_condition: a `Condition`, or None where the network knows no labels.
-        """
-        self.net, self.path, self.predict, self.context = net, path, predict, context
-        self.w, self.interval, self.weak = w, interval, weak
-        self.condition, self.weak_condition = condition, weak_condition
-        self.batch, self.images = batch, 0
-        self.evaluations, self.watch = 0, None            # of the present integration; called after each of them
+    """Slope of the probability-flow ODE in the path's variables (y, s); guidance mixes the outputs of networks."""
+    net: Callable
+    path: NoisePath
+    predict: str                                          # what networks predict: v, eps or x
+    w: float = 1.0
+    interval: tuple = (0.0, 1.0)
+    weak: Callable | None = None                          # a weaker network
+    context: Callable = nullcontext                       # of autocast
+    batch: int = 10 ** 9                                  # rows that a network sees at once
+    condition: Condition | None = None                    # None where the network knows no labels
+    weak_condition: Condition | None = None
+    images: int = 0                                       # that networks have seen
+    states: int = 0                                       # at which the slope was asked for
+    evaluations: int = 0                                  # of the present integration
+    watch: Callable | None = None                         # called after each of them: watch(number, t)
 
     def call(self, net, condition, x, t, ids):
         """One network's prediction; counted."""
@@ -204,27 +164,28 @@ class Field:
         """The prediction, guided. x: [B, C, H, W]; t: a number; ids: int64 [B], or None without labels."""
         low, high = self.interval
         inside = low - 1e-6 <= t <= high + 1e-6           # the ends count as inside, however they are rounded
-        model = self.net, self.condition
-        guided = inside and self.w != 1 and (self.weak is not None or ids is not None)
-        if not guided:
-            return self.call(*model, x, t, ids)
+        own = self.net, self.condition
+        if not inside or self.w == 1 or (self.weak is None and ids is None):
+            return self.call(*own, x, t, ids)
         if self.weak is not None:
-            strong = self.call(*model, x, t, ids)
-            return torch.lerp(self.call(self.weak, self.weak_condition, x, t, ids), strong, self.w)
-        null = torch.full_like(ids, self.condition.null)
-        if self.w == 0:
-            return self.call(*model, x, t, null)
-        both = self.call(*model, torch.cat([x, x]), t, torch.cat([ids, null]))   # conditional, unconditional
-        cond, uncond = both.chunk(2)
-        return torch.lerp(uncond, cond, self.w)
+            strong = self.call(*own, x, t, ids)
+            weak = self.call(self.weak, self.weak_condition, x, t, ids)
+        else:
+            null = torch.full_like(ids, self.condition.null)
+            if self.w == 0:
+                return self.call(*own, x, t, null)
+            both = self.call(*own, torch.cat([x, x]), t, torch.cat([ids, null]))
+            strong, weak = both.chunk(2)
+        return torch.lerp(weak, strong, self.w)
 
     def estimate(self, x, t, ids):
         """(x_hat, z_hat), guided."""
         parts = itertools.repeat(None) if ids is None else ids.split(self.batch)
         out = torch.cat([self.output(part, t, told) for part, told in zip(x.split(self.batch), parts)])
-        if self.watch:                                    # somebody wants the activations of this evaluation
+        if self.watch:
             self.watch(self.evaluations, t)
         self.evaluations += 1
+        self.states += len(x)
         return to_x_and_z(self.path, self.predict, out, x, x.new_full((len(x),), t))
 
     def slope(self, y, s, ids):
@@ -237,22 +198,21 @@ class Field:
 
 @torch.no_grad()
 def integrate(field, x, ids, solver, steps, tol, reverse=False):
-    """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, evaluations)."""
+    """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, evaluations).
+
+    On both paths an Euler step from t to t' is one of DDIM (eta = 0): it ends in alpha(t') x_hat + sigma(t') z_hat.
+    """
     path, field.evaluations = field.path, 0
     grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     grid = grid.flip(0) if reverse else grid
-    if solver == "ddim":                                  # the formula itself; on VP the same as an Euler step in rho
-        for t, s in itertools.pairwise(grid):
-            x_hat, z_hat = field.estimate(x, float(t), ids)
-            x = float(path.alpha(s)) * x_hat + float(path.sigma(s)) * z_hat
-        return x, steps
-    y, times = x / float(path.scale(grid[0])), path.to_s(grid).tolist()
+    y = x / float(path.scale(grid[0]))
+    times = path.to_s(grid).tolist()
     slope = lambda y, s: field.slope(y, s, ids)
     if solver == "dopri5":
-        y, calls = solve_dopri5(slope, y, times[0], times[-1], tol)
+        y = solve_dopri5(slope, y, times[0], times[-1], tol)
     else:
-        y, calls = solve_fixed(slope, y, times, solver), steps * len(TABLEAUS[solver][0])
-    return y * float(path.scale(grid[-1])), calls
+        y = solve_fixed(slope, y, times, solver)
+    return y * float(path.scale(grid[-1])), field.evaluations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,139 +220,67 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
 
 @dataclass
 class Sampler:
-    """A network in eval mode, its checkpoint and condition, and perhaps a weaker network to guide by."""
-    net: nn.Module
-    state: dict
-    condition: Condition | None = None                    # ids 0 ... null - 1 are what samples are drawn for
+    """What samples are drawn from."""
+    field: Field                                          # at w = 1
+    state: dict                                           # the checkpoint
     marginal: torch.Tensor | None = None                  # float64 [null]: how common each id is; None = not known yet
-    weak: nn.Module | None = None
-    weak_condition: Condition | None = None
-    context: Callable = nullcontext
-
-    def field(self, cfg, w):
-        path, predict = PATHS[self.state["path"]], self.state["predict"]
-        return Field(self.net, path, predict, w, cfg.interval, self.weak, self.context, cfg.batch, self.condition,
-                     self.weak_condition)
+    weak_hash: str | None = None                          # of the weaker network's weights
 
 
 def open_sampler(run, cfg, context=nullcontext):
     """The Sampler that the settings name; a weaker model that does not fit it is a UserError."""
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
-    condition, marginal = load_condition(state, run.device), state["marginal"]
-    if cfg.boxes or cfg.mask or cfg.layouts != "train":
-        condition, marginal = asked_layouts(run, cfg, state, condition)
-    weak = weak_condition = None
-    if cfg.autoguide:
-        weak, other = load_model(run, cfg.autoguide, cfg.weights)
-        same = lambda *names: all(other.get(k) == state.get(k) for k in names)
-        if not same("path", "predict", "size"):
-            raise UserError(f"autoguide={cfg.autoguide}: not the path, prediction or size of {cfg.checkpoint}")
-        if other["num_labels"] and not same("num_labels", "labels", "layout", "label_digest", "condition"):
-            raise UserError(f"autoguide={cfg.autoguide}: was trained with other labels than {cfg.checkpoint}")
-        own = other["num_labels"] == 0 or state["condition"] == "prototype"      # else both are shown the same
-        weak_condition = load_condition(other, run.device) if own else condition
-        weak = compiled(weak, cfg)
-    return Sampler(compiled(net, cfg), state, condition, marginal, weak, weak_condition, context)
-
-
-def compiled(net, cfg):
-    """The network, compiled if the settings say so."""
-    return torch.compile(net) if cfg.compile else net
-
-
-def sample_labels(cfg, sampler, indices, seed):
-    """Id of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
-    if sampler.condition is None:
-        return None
-    n, marginal = sampler.condition.null, sampler.marginal
-    if cfg.labels == ["marginal"] and marginal is None:
-        raise UserError(f"{sampler.state['file']}: its training is not finished, so how common its labels are is not "
-                        "known; use labels=uniform or ids")
-    if cfg.labels in (["marginal"], ["uniform"]):
-        p = torch.ones(n, dtype=torch.float64) if marginal is None else marginal.double()
-        if cfg.labels == ["uniform"]:                     # over labels that the network has seen
-            p = (p > 0).double() / (p > 0).sum()
-        u, _ = draw(seed, "sample label", indices, (0,), 1)
-        place = u[:, 0].double() * p.sum()
-        return torch.searchsorted(p.cumsum(0), place, right=True).clamp(max=n - 1)       # right: never one without mass
-    if not cfg.labels or not all(v.isdecimal() and int(v) <= n for v in cfg.labels):
-        raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or ids in 0 ... {n - 1} "
-                        f"({n} is the null label)")
-    return torch.tensor([int(cfg.labels[i % len(cfg.labels)]) for i in indices])
-
-
-def asked_layouts(run, cfg, state, condition):
-    """(condition, marginal) of the layouts that `boxes`, `mask` or `layouts` ask for, in place of the training images'.
-
-    In training a layout never stands without a label. Boxes without one take all labels, as often as in training; a
-    mask those of the training masks in which the same object is the largest.
-    """
-    kind = state.get("condition", "label")
-    if cfg.boxes and kind != "box" or cfg.mask and kind != "mask" or kind not in ("box", "mask"):
-        raise UserError(f"{state['file']} was trained with condition={kind}: boxes= needs box, mask= needs mask, "
-                        "layouts= either")
+    field = Field(net, PATHS[state["path"]], state["predict"], interval=cfg.interval, context=context, batch=cfg.batch,
+                  condition=load_condition(state, run.device))
+    sampler = Sampler(field, state, state["marginal"])
     if cfg.boxes:
-        maps, labels = drawn_boxes(cfg.boxes, condition)
-    elif cfg.mask:
-        maps, labels = drawn_mask(cfg.mask, condition)
-    else:
-        maps, labels = layouts_of_test(run, state, condition)
-    share = np.full(len(labels), 1 / len(labels))
-    if len(maps) == 1:                                    # one layout, once with each of its labels
-        labels, count = np.unique(labels, return_counts=True)
-        maps, share = maps.repeat(len(labels), 0), count / count.sum()
-    null = np.full_like(maps[:1], condition.kinds)
-    table = torch.from_numpy(np.concatenate([maps, null]))
-    labels = torch.tensor([*map(int, labels), int(condition.labels[-1])])
-    condition = Condition("map", table, condition.kinds, condition.size, labels)
-    return condition.to(run.device), torch.from_numpy(share)
+        field.condition = drawn_layout(cfg, state, field.condition, run.device)
+        sampler.marginal = torch.ones(1)
+    if cfg.autoguide:
+        field.weak, weak = load_model(run, cfg.autoguide, cfg.weights)
+        sampler.weak_hash = weak["weights"]
+        shared = ["path", "predict", "size"]
+        if weak["num_labels"]:
+            shared += ["num_labels", "labels", "layout", "label_digest", "condition"]
+        other = [name for name in shared if weak.get(name) != state.get(name)]
+        require(not other, cfg, "autoguide checkpoint", f"were trained with another {' '.join(other)}")
+        own = weak["num_labels"] == 0 or state["condition"] == "prototype"       # other ids mean the same to both
+        field.weak_condition = load_condition(weak, run.device) if own else field.condition
+    if cfg.compile:
+        field.net = torch.compile(field.net)
+        field.weak = torch.compile(field.weak) if cfg.autoguide else None
+    return sampler
 
 
-def drawn_boxes(boxes, condition):
-    """(map uint8 [1, H, W], labels) of boxes [x0, y0, x1, y1] in pixels, perhaps with one label for all as a fifth."""
+def drawn_layout(cfg, state, condition, device):
+    """The condition that knows one layout, the `boxes` with their label, in place of those of the training images."""
     from train_guided import draw_boxes
-    size, K = condition.size, int(condition.labels[-1])
-    for b in boxes:
-        inside = len(b) in (4, 5) and 0 <= b[0] < b[2] <= size and 0 <= b[1] < b[3] <= size
-        if not inside or len(b) == 5 and not 0 <= b[4] < K:
-            raise UserError(f"boxes={b}: expected x0, y0, x1, y1 with 0 <= x0 < x1 <= {size}, 0 <= y0 < y1 <= {size}, "
-                            f"and perhaps a label in 0 ... {K - 1}")
-    named = sorted({int(b[4]) for b in boxes if len(b) == 5})
-    if len(named) > 1:
-        raise UserError(f"boxes={boxes}: an image has one label; name the same in every box, or in one")
-    return draw_boxes(np.array([[b[:4] for b in boxes]]), size), named or condition.labels[:-1].cpu().numpy()
+    require(state.get("condition") == "box", cfg, "boxes", f"{state['file']} was not trained with condition=box")
+    null, label = int(condition.labels[-1]), cfg.boxes[0][-1]
+    fits = all(len(b) == 5 and b[0] < b[2] and b[1] < b[3] and b[4] == label for b in cfg.boxes)
+    require(fits and label in range(null), cfg, "boxes",
+            f"expected [x0, y0, x1, y1, label] with x0 < x1, y0 < y1, and one label below {null} for all")
+    layout = torch.from_numpy(draw_boxes(np.array([cfg.boxes])[..., :4], condition.size))        # [1, H, W]
+    table, labels = torch.cat([layout, torch.full_like(layout, condition.kinds)]), torch.tensor([int(label), null])
+    return Condition("map", table, condition.kinds, condition.size, labels).to(device)
 
 
-def drawn_mask(file, condition):
-    """(map uint8 [1, H, W], labels) of a picture of ids."""
-    size, kinds, bank = condition.size, condition.kinds, condition.labels[:-1].cpu().numpy()
-    try:
-        picture = Image.open(file)
-        ids = np.asarray(picture if picture.mode in ("L", "P") else picture.convert("L"))
-    except OSError as e:
-        raise UserError(f"mask={file}: cannot be read ({e})") from None
-    if ids.shape != (size, size) or ids.max() > kinds:
-        raise UserError(f"mask={file}: is {ids.shape[1]}x{ids.shape[0]} with values up to {ids.max()}; expected "
-                        f"{size}x{size}, ids 0 ... {kinds - 1} as in the label file's masks (0 = no object), "
-                        f"{kinds} = whatever")
-
-    def largest(m):                                       # object of a mask; 0 = there is none
-        return np.append(0.5, np.bincount(m[m < kinds].astype(int), minlength=2)[1:]).argmax()
-
-    alike = np.array([largest(m) == largest(ids) for m in condition.table[:-1].cpu().numpy()])
-    return ids[None].astype(np.uint8), bank[alike] if alike.any() else bank
-
-
-def layouts_of_test(run, state, condition):
-    """(maps uint8 [N, H, W], labels) of the test images, by the label file that the model was trained with."""
-    from train_guided import TrainGuided, layout_maps
-    then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
-    arrays, info = load_labels(run, then.labels)
-    if digest(arrays["train"]) != state["labels"]:
-        raise UserError(f"layouts=test: labels/{then.labels}.npz is not what {state['file']} was trained with; "
-                        "train again, or use layouts=train")
-    maps, _ = layout_maps(run, then, arrays, info, "test", condition.kinds)
-    return maps, arrays["test"]
+def sample_labels(cfg, sampler, indices):
+    """Id of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
+    if sampler.field.condition is None:
+        return None
+    null, p = sampler.field.condition.null, sampler.marginal
+    if cfg.labels not in (["marginal"], ["uniform"]):
+        if not cfg.labels or not all(v.isdecimal() and int(v) <= null for v in cfg.labels):
+            raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or ids up to {null} (null)")
+        return torch.tensor([int(cfg.labels[i % len(cfg.labels)]) for i in indices])
+    if p is None:
+        raise UserError("labels: how common they are is known after the training only; name ids, such as labels=0,1")
+    if cfg.labels == ["uniform"]:                         # over labels that the network has seen
+        p = (p > 0) / (p > 0).sum()
+    u, _ = draw(cfg.seed, "sample label", indices, (0,), 1)
+    place = u[:, 0].double() * p.double().sum()
+    return torch.searchsorted(p.double().cumsum(0), place, right=True).clamp(max=null - 1)   # right: never without mass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,205 +288,89 @@ def layouts_of_test(run, state, condition):
 
 def batches(rows, cfg):
     """Sample indices in batches; with dopri5 in whole blocks of 64, wherever the share of a process begins and ends."""
-    if cfg.solver != "dopri5" or not len(rows):
+    if cfg.solver != "dopri5":
         return [rows[i:i + cfg.batch] for i in range(0, len(rows), cfg.batch)]
     return [np.arange(b * BLOCK, (b + 1) * BLOCK) for b in range(rows[0] // BLOCK, rows[-1] // BLOCK + 1)]
 
 
-def noise_and_labels(run, cfg, sampler, indices):
-    """(noise [B, C, H, W], ids int64 [B] or None) of samples, on the device: functions of (seed, index)."""
-    channels, size = sampler.state["channels"], sampler.state["size"]
-    z = draw(cfg.seed, "sample noise", indices, (channels, size, size))
-    label = sample_labels(cfg, sampler, indices, cfg.seed)
-    return z.to(run.device), None if label is None else label.to(run.device)
+def put(run, file, n, part, values):
+    """Write rows `part` of a .npy with n rows. Its share's first batch tells each process how large rows are."""
+    if part[0] == run.share(n)[0]:
+        if run.rank == 0:
+            create_rows(file, values.dtype, (n, *values.shape[1:]))
+        run.wait()
+    write_rows(file, part[0], values)
 
 
-def generate(run, cfg, sampler, w, file, what="sampling", record=False):
-    """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share; returns what it took.
+def generate(run, cfg, sampler, w, file):
+    """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share, and the activations that
+    `features` names beside it; returns what it took."""
+    field, rows, state = replace(sampler.field, w=w), run.share(cfg.n), sampler.state
+    parts = batches(rows, cfg)
+    def drawn(part):
+        z = draw(cfg.seed, "sample noise", part, (state["channels"], state["size"], state["size"]))
+        ids = sample_labels(cfg, sampler, part)
+        return part, z.to(run.device), None if ids is None else ids.to(run.device)
 
-    Sample i is a function of (cfg.seed, i). record: also write the activations that `features` names beside it.
-    """
-    state, field, rows = sampler.state, sampler.field(cfg, w), run.share(cfg.n)
-    side = run.data.size if run.vae is not None else state["size"]
-    if run.rank == 0:
-        create_rows(file, np.uint8, (cfg.n, 3, side, side))
-    run.wait()
-    evaluations, integrated, tick = 0, 0, time.time()
-    recording = recorded(cfg, sampler.net, field) if record else nullcontext({})
-    with bar(run, cfg.n, what) as progress, recording as seen:
-        drawn = lambda part: (part, *noise_and_labels(run, cfg, sampler, part))
-        for part, z, label in ahead(drawn, batches(rows, cfg)):
-            x, calls = integrate(field, z, label, cfg.solver, cfg.steps, cfg.tol)
+    recording = recorded(cfg, field) if cfg.features else nullcontext({})
+    with bar(run, cfg.n, "sampling") as progress, recording as seen:
+        for part, z, ids in ahead(drawn, parts):
+            x, _ = integrate(field, z, ids, cfg.solver, cfg.steps, cfg.tol)
             if not torch.isfinite(x).all():
-                raise UserError(f"{state['file']}: samples are not finite; is it a healthy model? "
-                                "(precision=fp32 may help)")
+                raise UserError(f"{state['file']}: samples are not finite (precision=fp32 may help)")
             own = (part >= rows[0]) & (part <= rows[-1])  # of a block
             pictures = to_uint8(decode(run.vae, x[torch.from_numpy(own)]))
-            write_rows(file, part[own][0], pictures.cpu().numpy())
-            write_activations(run, cfg, seen, part, part[0] == rows[0], file.parent)
-            evaluations += calls * len(part)
-            integrated += len(part)
+            put(run, file, cfg.n, part[own], pictures.cpu().numpy())
+            for name, (_, maps) in seen.items():
+                put(run, file.with_name(name), cfg.n, part, maps[:len(part)])
             progress.update(own.sum() * run.world)
-    seconds = time.time() - tick
-    counts = torch.tensor([evaluations, field.images, integrated], dtype=torch.float64)
-    evaluations, images, integrated = run.total(counts).tolist()
-    about = dict(features=about_activations(cfg, state, seen)) if record else {}
-    return about | dict(nfe=evaluations / integrated, network_calls=images / integrated,
-                        seconds_per_image=seconds / max(len(rows), 1))
+    counts = torch.tensor([field.states, field.images, sum(map(len, parts))], dtype=torch.float64)
+    states, images, integrated = run.total(counts).tolist()
+    about = [about | dict(file=name, shape=list(maps.shape[1:])) for name, (about, maps) in seen.items()]
+    return dict(nfe=states / integrated, network_calls=images / integrated, features=about)
 
 
 @contextmanager
-def recorded(cfg, net, field):
-    """Within this context `integrate` leaves activations of the evaluations features_at in the yielded dict.
-
-    {(name, evaluation, t): pooled [B, ...]}, where guidance doubles the batch the conditional half first.
-    """
-    from extract_features import matching, pooled, tapped
+def recorded(cfg, field):
+    """Within this context `integrate` leaves activations in the yielded dict: {file name: (what, pooled [B, ...])}.
+    Where guidance doubles the batch, the conditional half comes first."""
+    from extract_features import pooled, tapped
     seen = {}
-    names = matching(net, cfg.features)
-    with tapped(net, names, then=lambda x: pooled(x, cfg.features_pool)) as maps:
+    with tapped(field.net, cfg.features, then=lambda x: pooled(x, cfg.features_pool)) as maps:
         def keep(number, t):
-            if number in cfg.features_at:
-                seen.update({(name, number, t): maps[name].cpu().numpy() for name in names})
+            for name in cfg.features if number in cfg.features_at else []:
+                about = dict(activation=name, evaluation=number, t=t)
+                seen[f"features-{name}-at{number}.npy"] = about, maps[name].cpu().numpy()
         field.watch = keep
         yield seen
 
 
-def write_activations(run, cfg, seen, part, first, folder):
-    """Put the activations of the samples `part` into features-<activation>-at<evaluation>.npy; row i is sample i."""
-    for (name, number, _), maps in seen.items():
-        file = folder / f"features-{name}-at{number}.npy"
-        if first:                                         # now it is known how large they are
-            if run.rank == 0:
-                create_rows(file, np.float32, (cfg.n, *maps.shape[1:]))
-            run.wait()
-        write_rows(file, part[0], maps[:len(part)])
-
-
-def about_activations(cfg, state, seen):
-    """What was written, for metrics.json."""
-    from extract_features import noise_level
-    return [dict(file=f"features-{name}-at{number}.npy", activation=name, evaluation=number, pool=cfg.features_pool,
-                 shape=list(maps.shape[1:]), **noise_level(state["path"], t))
-            for (name, number, t), maps in seen.items()]
-
-
 @torch.no_grad()
 def encode(run, cfg, sampler, folder):
-    """Test images to noise and back, without guidance: noise.npy, a picture, and the error of the round trip."""
-    data, field, condition = load_data(run, "test"), sampler.field(cfg, 1.0), sampler.condition
-    n, file = min(cfg.n, len(data)), folder / "noise.npy"
-    create_rows(file, np.float32, (n, *row_shape(data.inputs)))
-    shown, error = [], 0.0
-    with bar(run, n, "encoding") as progress:
-        for part in batches(np.arange(n), cfg):
-            part = part[part < len(data)]
-            x = as_input(torch.from_numpy(np.array(data.inputs[part]))).to(run.device)
-            label = torch.full((len(x),), condition.null, device=run.device) if condition else None
-            z, _ = integrate(field, x, label, cfg.solver, cfg.steps, cfg.tol, reverse=True)
-            back, _ = integrate(field, z, label, cfg.solver, cfg.steps, cfg.tol)
-            own = (part < n).sum()                        # of a block
-            write_rows(file, part[0], z[:own].cpu().numpy())
-            pair = torch.stack([decode(run.vae, v[:own]) for v in (x, back)]).cpu()              # [2, B, 3, H, W]
-            error += float((pair[1] - pair[0]).double().square().flatten(1).mean(1).sum())
-            if part[0] < 10:
-                shown.append(pair)
-            progress.update(own)
-    noise, (image, back) = np.load(file, mmap_mode="r"), torch.cat(shown, 1)[:, :10]
-    rows = dict(image=image, noise=torch.from_numpy(noise[:10] / 3), back=back)
-    if run.vae is not None:                               # the noise is none of pixels
-        del rows["noise"]
-    save_grid(folder / "grid.png", to_uint8(torch.cat(list(rows.values()))).numpy(), len(image), list(rows))
-    mean, std = noise.mean(dtype=np.float64), noise.std(dtype=np.float64, ddof=1)
-    return dict(noise_mean=float(mean), noise_std=float(std), images=n,
-                round_trip_psnr=10 * math.log10(4 * n / max(error, 1e-30)))
+    """Test images to noise and back, without labels: noise.npy, a picture, and the error of the round trip."""
+    data, field = load_data(run, "test"), sampler.field
+    n, noise, pairs = min(cfg.n, len(data)), [], []
+    for part in batches(np.arange(n), cfg):
+        x = as_input(torch.from_numpy(data.inputs[part[part < n]])).to(run.device)
+        z, _ = integrate(field, x, None, cfg.solver, cfg.steps, cfg.tol, reverse=True)
+        back, _ = integrate(field, z, None, cfg.solver, cfg.steps, cfg.tol)
+        noise.append(z.cpu())
+        pairs.append(torch.stack([decode(run.vae, x), decode(run.vae, back)]).cpu())             # [2, B, 3, H, W]
+    noise, pairs = torch.cat(noise), torch.cat(pairs, 1)
+    np.save(folder / "noise.npy", noise.numpy())
+    pictures = to_uint8(pairs[:, :10].flatten(0, 1)).numpy()
+    save_grid(folder / "grid.png", pictures, len(pictures) // 2, ["image", "back"])
+    error = float((pairs[1] - pairs[0]).double().square().mean())
+    return dict(noise_mean=float(noise.double().mean()), noise_std=float(noise.double().std()), images=n,
+                round_trip_psnr=10 * math.log10(4 / max(error, 1e-30)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which w, how many evaluations
-
-@torch.no_grad()
-def straightness(run, cfg, sampler, w, steps=32, paths=64):
-    """How far sampling paths are from straight lines: (times [steps], deviation [steps]), averaged over 64 paths.
-
-    The deviation at t is |dx/dt - (x(1) - x(0))|^2 / |x(1) - x(0)|^2; 0 everywhere means that one Euler step is exact.
-    """
-    field, (x, label) = sampler.field(cfg, w), noise_and_labels(run, cfg, sampler, range(paths))
-    path, t = field.path, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    grid, y, points = path.to_s(t).tolist(), x / float(path.scale(t[0])), [x]
-    for i in range(steps):
-        y = solve_fixed(lambda y, s: field.slope(y, s, label), y, grid[i:i + 2], "midpoint")
-        points.append(y * float(path.scale(t[i + 1])))
-    points = torch.stack(points).flatten(2).double()                             # [steps + 1, paths, D]
-    chord = points[-1] - points[0]
-    off = (points[1:] - points[:-1]) * steps - chord                             # [steps, paths, D]
-    deviation = (off.square().sum(2) / chord.square().sum(1)).mean(1)
-    return ((t[1:] + t[:-1]) / 2).tolist(), deviation.tolist()
-
-
-def choose_w(run, cfg, sampler, judge, folder):
-    """(best w of `guidance`, what was measured): on samples of another seed, against real images of the other split."""
-    other, file, curve = replace(cfg, n=cfg.select, seed=cfg.seed + 1), folder / "candidates.npy", []
-    for w in cfg.guidance:
-        generate(run, other, sampler, w, file, f"w = {w:g}")
-        curve.append((w, judge.distance(file, judge.unreported)))
-        run.say(f"  w = {w:<5g} {judge.kind} {curve[-1][1]:.3f} on {cfg.select:,} samples of seed {other.seed}")
-    few = min(cfg.select, len(judge.data[judge.unreported])) <= judge.width
-    if few:
-        run.say(f"warning: fewer samples or {judge.unreported} images than the evaluator's {judge.width} features: "
-                "such a distance prefers samples that are too much alike; raise select, or give one w")
-    if run.rank == 0:
-        file.unlink()
-        title = f"{judge.kind} against w, {cfg.select:,} samples"
-        plot(folder / "guidance.png", {cfg.checkpoint: curve}, title, "w", judge.kind)
-    best = min(curve, key=lambda point: point[1])[0]
-    return best, dict(seed=other.seed, samples=cfg.select, curve=curve, fewer_than_features=few)
-
-
-def sweep_nfe(run, cfg, sampler, w, judge, folder):
-    """Distance against network evaluations for each solver, and the straightness of the paths; draws both."""
-    samplers = {cfg.checkpoint: sampler}
-    for name in cfg.against:
-        alone = replace(cfg, checkpoint=name, autoguide="", boxes=[], mask="", layouts="train")
-        samplers[name] = open_sampler(run, alone, sampler.context)
-    curves, bends, means, file = {}, {}, {}, folder / "candidates.npy"
-    for name, sampler in samplers.items():
-        w_here = w if sampler.condition or sampler.weak else 1.0
-        prefix = f"{name} " if len(samplers) > 1 else ""
-        for other in settings_of(cfg):
-            report = generate(run, other, sampler, w_here, file, f"{other.solver} {other.steps}")
-            distance, curve = judge.distance(file), prefix + other.solver
-            curves.setdefault(curve, []).append((report["nfe"], distance))
-            run.say(f"  {prefix}{other.solver:9} NFE {report['nfe']:6.1f}  {judge.kind} {distance:.3f}")
-        times, deviation = straightness(run, replace(cfg, seed=cfg.seed + 1), sampler, w_here)
-        bends[f"{name} ({sampler.state['path']})"] = list(zip(times, deviation))
-        means[name] = float(np.mean(deviation))
-        run.say(f"  {name}: paths deviate from straight lines by {means[name]:.3f} (0 = straight), mean over t")
-    if run.rank == 0:
-        file.unlink()
-        title = f"{judge.kind} against network evaluations ({', '.join(samplers)}; {cfg.select:,} samples)"
-        plot(folder / "nfe.png", curves, title, "evaluations (NFE)", judge.kind, log=True)
-        title = "deviation of the path's velocity from the straight line, by time"
-        plot(folder / "straightness.png", bends, title, "t", "deviation")
-    return dict(seed=cfg.seed + 1, samples=cfg.select, curves=curves, straightness=means, deviation=bends)
-
-
-def settings_of(cfg):
-    """The settings of every point of an nfe sweep: up to 64 evaluations; dopri5 at four tolerances."""
-    cfg = replace(cfg, n=cfg.select, seed=cfg.seed + 1)
-    for solver in cfg.sweep_solvers:
-        if solver == "dopri5":
-            yield from (replace(cfg, solver=solver, steps=1, tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3))
-            continue
-        stages = len(TABLEAUS[solver][0]) if solver in TABLEAUS else 1
-        yield from (replace(cfg, solver=solver, steps=steps) for steps in cfg.sweep_steps if steps * stages <= 64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluators: uint8 images [B, 3, H, W] -> features float32 [B, D]
+# Evaluators: uint8 images [B, 3, H, W] -> features float32 [B, D]. The first process alone measures.
 
 JUDGE_BATCH, JUDGE_UPDATES = 128, 10                      # a judge needs so many updates an epoch
-UNSCORED = "or only sample: evaluate=false guidance=W"
+thumbnail = lambda x: F.adaptive_avg_pool2d(x.float(), 8).flatten(1)         # [B, 192]: colours on a grid of 8 x 8
+OTHER = dict(train="test", test="train")                  # the split that is not reported on
 
 
 class Judge(nn.Module):
@@ -606,9 +378,8 @@ class Judge(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-
-        def conv(before, after, stride):
-            return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU())
+        conv = lambda before, after, stride: nn.Sequential(nn.Conv2d(before, after, 3, stride, 1),
+                                                           nn.GroupNorm(8, after), nn.SiLU())
         self.body = nn.Sequential(conv(3, 32, 2), conv(32, 64, 1), conv(64, 64, 2), conv(64, 128, 1),
                                   nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 64), nn.SiLU())
         self.head = nn.Linear(64, classes)
@@ -618,54 +389,46 @@ class Judge(nn.Module):
 
 
 def open_judge(run):
-    """(the judge of this run, its description); trained by the first process where it is not there yet."""
+    """(the judge of this run, its description); trained where it is not there yet."""
     path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
-    known = np.flatnonzero(np.asarray(data.classes) >= 0)
+    known, fingerprint = np.flatnonzero(np.asarray(data.classes) >= 0), data.info["fingerprint"]
     if len(known) < JUDGE_BATCH * JUDGE_UPDATES:
-        raise UserError(f"evaluator=judge: {len(known)} training images with a class are too few to train it (at least "
-                        f"{JUDGE_BATCH * JUDGE_UPDATES}); use evaluator=pixels or inception, {UNSCORED}")
+        raise UserError(f"evaluator=judge: {len(known)} training images with a class are too few to train it; use "
+                        "evaluator=pixels or inception, or only sample: evaluate=false guidance=W")
     with seeded(0, "judge"):
         net = Judge(int(np.max(data.classes)) + 1).to(run.device)
-
-    def saved():
-        """What the file holds, or None if it is not there or of other images."""
-        with reading(path, "delete it"):
-            there = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"data": None}
-            return there if there["data"] == data.info["fingerprint"] else None
-
-    if run.rank == 0 and saved() is None:
+    if not path.exists():
         accuracy = train_judge(run, net, data, known)
-        if saved() is None:                               # another command may have been faster
-            with atomic(path) as f:
-                torch.save(dict(net=net.state_dict(), data=data.info["fingerprint"], test_accuracy=accuracy), f)
-    run.wait()
-    there = run.agreed(saved)
+        with atomic(path) as f:
+            torch.save(dict(net=net.state_dict(), data=fingerprint, test_accuracy=accuracy), f)
+    with reading(path, "delete it"):
+        there = torch.load(path, map_location="cpu", weights_only=True)
+        if there["data"] != fingerprint:
+            raise ValueError("trained on other images")
     net.load_state_dict(there["net"])
-    name, accuracy = weights_hash(there["net"])[:6], there["test_accuracy"]
-    return net.eval(), f"judge {name} (small CNN on this run's classes, test accuracy {accuracy:.3f})"
+    said = f"small CNN on this run's classes, test accuracy {there['test_accuracy']:.3f}"
+    return net.eval(), f"judge {weights_hash(there['net'])[:6]} ({said})"
 
 
 def train_judge(run, net, data, known, epochs=2):
     """Two epochs over the training images at rows `known`; the share of test images whose class it then tells."""
-    counts, weight = np.bincount(data.classes[known], minlength=len(net.head.bias)), None
-    if run.data.imbalance > 1:                            # without weights, rare classes would not be seen
-        weight = len(known) / counts.clip(1) / (counts > 0).sum()
-        weight = torch.tensor(weight, dtype=torch.float32, device=run.device)
-    steps, per_epoch = epochs * len(known) // JUDGE_BATCH, len(known) // JUDGE_BATCH
+    counts = torch.from_numpy(np.bincount(data.classes[known])).float()
+    weight = None                                         # without weights, rare classes would not be seen
+    if run.data.imbalance > 1:
+        weight = (len(known) / counts.clamp(min=1) / (counts > 0).sum()).to(run.device)
+    guess = lambda images: net.head(net(torch.tensor(images).to(run.device)))    # [B, classes]
+    per_epoch, steps = len(known) // JUDGE_BATCH, epochs * len(known) // JUDGE_BATCH
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
-    guess = lambda images: net.head(net(torch.tensor(images).to(run.device)))    # [B, classes]
-    with bar(run, steps, "training the judge", "step") as progress:
-        for step in range(steps):
-            if step % per_epoch == 0:
-                order = np.random.default_rng(seed_of(0, "judge order", step)).permutation(known)
-            rows = np.sort(order[step % per_epoch * JUDGE_BATCH:][:JUDGE_BATCH])
-            loss = F.cross_entropy(guess(data.images[rows]), torch.tensor(data.classes[rows]).to(run.device), weight)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            schedule.step()
-            progress.update(1)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = np.random.default_rng(seed_of(0, "judge order", step)).permutation(known)
+        rows = np.sort(order[step % per_epoch * JUDGE_BATCH:][:JUDGE_BATCH])
+        loss = F.cross_entropy(guess(data.images[rows]), torch.tensor(data.classes[rows]).to(run.device), weight)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
     test = load_data(run, "test")
     with torch.no_grad():
         told = [guess(test.images[i:i + 500]).argmax(1).cpu().numpy() for i in range(0, len(test), 500)]
@@ -673,13 +436,8 @@ def train_judge(run, net, data, known, epochs=2):
 
 
 def pixel_components(images, side=16, count=64):
-    """The principal components of training images uint8 [N, 3, H, W], averaged to side x side, as an evaluator.
-
-    No class and no other program has shaped it: it sees colours and the layout of what is large, and nothing fine.
-    """
-    def small(x):                                         # [B, 3, H, W] -> [B, 3 side^2]
-        return F.adaptive_avg_pool2d(x.float() / 127.5 - 1, min(side, x.shape[-1])).flatten(1)
-
+    """The principal components of training images uint8 [N, 3, H, W], averaged to side x side, as an evaluator."""
+    small = lambda x: F.adaptive_avg_pool2d(x.float() / 127.5 - 1, min(side, x.shape[-1])).flatten(1)    # [B, 3 side^2]
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int))
     parts = np.array_split(rows, math.ceil(len(rows) / 500))
     x = torch.cat([small(torch.from_numpy(np.ascontiguousarray(images[r]))) for r in parts]).double()
@@ -691,87 +449,53 @@ def pixel_components(images, side=16, count=64):
 
 
 def inception_resize(x):
-    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255, on x's device: clean-fid's clean resizing (Pillow's
-    antialiased bicubic, not rounded) to about 0.01 grey levels."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in 0 ... 255, as by clean-fid to about 0.01 grey levels."""
     return F.interpolate(x.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
 
 
-def open_inception(run):
-    """clean-fid's Inception on resized images; its weights are downloaded where they are not there."""
+def open_network(run, name):
+    """(evaluator, description) by name; Inception's weights are downloaded where they are not there."""
+    if name == "judge":
+        return open_judge(run)
+    if name == "pixels":
+        data = load_data(run, "train")
+        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
+        return pixel_components(data.images), text
+    if name != "inception":
+        with reading(name, "evaluator= takes judge, pixels, inception, or a TorchScript file"):
+            net = torch.jit.load(name, map_location=run.device).eval()
+        return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}"
     torchvision_datasets()                                # clean-fid imports torchvision: beside a CPU-only torch, too
     from cleanfid.inception_torchscript import InceptionV3W
     folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
     folder.mkdir(parents=True, exist_ok=True)
-    for mine in run.turns():
-        if mine:
-            try:
-                net = InceptionV3W(str(folder), download=True).to(run.device).eval()
-            except (OSError, RuntimeError) as e:
-                why = str(e).splitlines()[0]
-                raise UserError(f"evaluator=inception: no weights in {folder}, and they could not be downloaded "
-                                f"({why}); put inception-2015-12-05.pt there (or set INCEPTION_DIR), "
-                                f"use another evaluator, {UNSCORED}") from None
-    return lambda x: net(inception_resize(x))
-
-
-def open_evaluator(run, name):
-    """(evaluator, description, name of its distance)."""
-    if name == "judge":
-        return *open_judge(run), "frechet"
-    if name == "pixels":
-        data = load_data(run, "train")
-        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
-        return pixel_components(data.images), text, "frechet"
-    if name == "inception":
-        return open_inception(run), "clean-fid Inception, clean resizing by PyTorch", "fid"
     try:
-        net = torch.jit.load(name, map_location=run.device).eval()               # uint8 images -> features
-    except (RuntimeError, ValueError, OSError):
-        raise UserError(f"evaluator={name}: not judge, pixels, inception, or a readable TorchScript file") from None
-    return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}", "frechet"
-
-
-def thumbnail(x):
-    """Colours on a grid of 8 x 8: uint8 [B, 3, H, W] -> float32 [B, 192]."""
-    return F.adaptive_avg_pool2d(x.float(), 8).flatten(1)
+        net = InceptionV3W(str(folder), download=True).to(run.device).eval()
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"evaluator=inception: could not be downloaded ({str(e).splitlines()[0]}); put "
+                        f"inception-2015-12-05.pt into {folder}, or set INCEPTION_DIR") from None
+    return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing by PyTorch"
 
 
 @torch.no_grad()
-def features_of(run, evaluator, images, rows, what):
-    """Yield evaluator features of uint8 images[rows], 100 at a time, float32 [n, D]; the next are read meanwhile."""
-    read = lambda i: torch.from_numpy(np.ascontiguousarray(images[rows[i:i + 100]]))
-    with bar(run, len(rows) * run.world, what) as progress:
-        for x in ahead(read, range(0, len(rows), 100)):
-            out = evaluator(x.to(run.device)).float().cpu()
-            if not torch.isfinite(out).all():
-                raise UserError(f"{what}: the evaluator returned non-finite features")
-            yield out
-            progress.update(len(out) * run.world)
-
-
-def write_features(run, evaluator, images, file, what):
-    """Evaluator features of images into a .npy, float32 [N, D]; every process writes its share."""
-    rows = run.share(len(images))
-    if run.rank == 0:
-        width = next(features_of(run, evaluator, images, np.arange(1), what)).shape[1]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        create_rows(file, np.float32, (len(images), width))
-    run.wait()
-    done = 0
-    for out in features_of(run, evaluator, images, rows, what):
-        write_rows(file, rows[done], out.numpy())
-        done += len(out)
-    run.wait()
+def features_of(run, net, images):
+    """Features float32 [N, D] of uint8 images [N, 3, H, W], an array or a memory map, on the device."""
+    found = []
+    with bar(run, len(images), "evaluator") as progress:
+        for i in range(0, len(images), 100):
+            x = torch.from_numpy(np.array(images[i:i + 100]))
+            found.append(net(x.to(run.device)).float().cpu())
+            progress.update(len(x))
+    return torch.cat(found).to(run.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Distances between sets of features
+# Scores of samples, by distances between sets of features [N, D]
 
 def chunks_of(x, device="cpu", size=20_000):
     """Rows of features [N, D], a tensor or a memory-mapped array, in chunks, float64 on the device."""
     for i in range(0, len(x), size):
-        part = x[i:i + size]
-        yield (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part).to(device).double()
+        yield torch.as_tensor(x[i:i + size]).to(device).double()
 
 
 def moments(x, device="cpu"):
@@ -784,40 +508,22 @@ def moments(x, device="cpu"):
 def frechet(a, b):
     """Frechet distance between Gaussians fitted to features a [N, D], b [M, D], or given as their moments, float64:
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
-    (m1, c1), (m2, c2) = [x if isinstance(x, tuple) else moments(x) for x in (a, b)]
+    (m1, c1), (m2, c2) = [x if isinstance(x, tuple) else moments(x, x.device) for x in (a, b)]
     values, vectors = torch.linalg.eigh(c1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T                    # symmetric square root of C1
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     return float(((m1 - m2) ** 2).sum() + c1.trace() + c2.trace() - 2 * cross)
 
 
-def kernel_distance(a, b, limit=5000):
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (arXiv 1801.01401), on at most `limit` rows of each."""
-    a, b = a[:limit].double(), b[:limit].double()
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def off_diagonal(m):
-        return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
-    return float(off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean())
-
-
 def manifold(fake, real, k=5, limit=10_000):
     """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) by k-nearest-neighbour balls."""
     fake, real = fake[:limit].double(), real[:limit].double()                    # torch.cdist cancels in float32
     k = min(k, len(fake) - 1, len(real) - 1)
-
-    def radius(x):                                        # the nearest is the point itself
-        return torch.cat([torch.cdist(part, x).kthvalue(k + 1, 1).values for part in x.split(1000)])
-
-    r_real, r_fake = radius(real), radius(fake)
-    d = torch.cat([torch.cdist(part, real) for part in fake.split(1000)])        # [fake, real]
-    inside = d < r_real
-    return dict(precision=float(inside.any(1).float().mean()),
-                recall=float((d < r_fake[:, None]).any(0).float().mean()),
-                density=float(inside.sum(1).float().mean() / k),
-                coverage=float((d.min(0).values < r_real).float().mean()))
+    radius = lambda x: torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(1000)])    # 1: itself
+    d = torch.cdist(fake, real)
+    inside, around = d < radius(real), d < radius(fake)[:, None]
+    share = dict(precision=inside.any(1), recall=around.any(0), density=inside.sum(1) / k, coverage=inside.any(0))
+    return {name: float(v.float().mean()) for name, v in share.items()}
 
 
 def nearest(x, train, device="cpu"):
@@ -829,406 +535,202 @@ def nearest(x, train, device="cpu"):
     return best.float().cpu()
 
 
-def shifted_distance(images, train, thumbnails, shift=2, candidates=10):
-    """Smallest mean squared difference of images uint8 [n, 3, H, W] to training images moved by up to 2 pixels, [n].
-
-    It is looked for among those training images whose thumbnails [N, 192] are nearest.
-    """
-    small = thumbnail(torch.from_numpy(images)).double()
-    d = torch.cat([torch.cdist(small, part).float() for part in chunks_of(thumbnails)], 1)       # [n, N]
-    near = d.topk(min(candidates, len(train)), largest=False).indices.numpy()
-    best = []
-    for x, rows in zip(images, near):
-        middle = x[:, shift:-shift, shift:-shift]
-        moved = np.lib.stride_tricks.sliding_window_view(train[np.sort(rows)], middle.shape, (1, 2, 3))
-        best.append(np.square(moved - middle.astype(np.float32)).mean((-3, -2, -1)).min())
-    return np.array(best)
+def copying(fake, test, train, device="cpu"):
+    """How much nearer samples are to training images than test images are, as thumbnails [N, 192], which tell near
+    copies, too: the ratio of median distances (1 is right), and the share as near as only 1 % of the test images."""
+    near, usual = nearest(fake, train, device), nearest(test, train, device)
+    return dict(memorisation=float(near.median() / usual.median()),
+                copies=float((near < usual.quantile(0.01)).float().mean()))
 
 
-class Evaluation:
-    """Real images as one evaluator sees them, against which sets of samples are scored.
+@torch.no_grad()
+def tail_scores(head, counts, fake, real):
+    """Scores of the third of the classes with the most training images (counts [classes]), and of that with the fewest.
+    The judge's last layer, head, says of what class features are: fake [n, D] and real [N, D], erring on both alike."""
+    order, n, out = np.argsort(-np.array(counts), kind="stable").tolist(), max(1, len(counts) // 3), {}
+    for name, classes in (("head", order[:n]), ("tail", order[-n:])):
+        a, b = (x[torch.isin(head(x).argmax(1), torch.tensor(classes, device=x.device))] for x in (fake, real))
+        out[name] = dict(classes=classes, samples=len(a), reference=len(b))
+        if min(len(a), len(b)) > fake.shape[1]:           # else there is no covariance
+            out[name]["frechet"] = frechet(a, b)
+    return out
 
-    All processes compute features. The first one compares, for it alone reads them again, and tells the others.
-    """
+
+class Evaluator:
+    """A network that sees images, and the real images that samples are compared with, by split."""
 
     def __init__(self, run, cfg):
-        self.run, self.cfg, self.moments_of = run, cfg, {}
-        self.unreported = "train" if cfg.reference == "test" else "test"         # the split that reports do not use
+        self.run = run
+        self.net, self.text = open_network(run, cfg.evaluator)
+        self.kind = "fid" if cfg.evaluator == "inception" else "frechet"         # what its distance is called
         self.data = {split: load_data(run, split) for split in ("train", "test")}
-        for split, data in self.data.items():
-            if len(data) < 2:
-                raise UserError(f"evaluate=true: {len(data)} {split} images are too few to compare with; "
-                                "evaluate=false guidance=W only samples")
-        self.net, self.text, self.kind = open_evaluator(run, cfg.evaluator)
-        self.sets, self.thumbnails = {}, {}
-        for split, data in self.data.items():
-            name = digest(cfg.evaluator, self.text, data.info["fingerprint"])
-            self.sets[split] = self.cached(name, self.net, data.images, f"evaluator on {split} images")
-        name = digest("thumbnails", self.data["train"].info["fingerprint"])
-        self.thumbnails = self.cached(name, thumbnail, self.data["train"].images, "thumbnails of train images")
-        self.width = run.agreed(lambda: self.sets["train"].shape[1])
-        tailed = cfg.evaluator == "judge" and run.data.imbalance > 1
-        self.groups = head_and_tail(self.data["train"].classes) if tailed else {}
-        self.decoded = self.distance_of_decoded() if run.vae is not None else None
+        self.features, self.thumbnails, self.moments = {}, {}, {}
+        for split in self.data:
+            self.features[split] = self.stored(split, self.net, cfg.evaluator, self.text)
+            self.thumbnails[split] = self.stored(split, thumbnail, "thumbnails")
+            self.moments[split] = moments(self.features[split], run.device)
 
-    def cached(self, name, evaluator, images, what):
-        """Evaluator features [N, D] of images as a memory map, computed once by all processes and kept in the run
-        folder; None beside the first process."""
-        run, file = self.run, self.run.dir / "samples" / ".reference" / f"{name}.npy"
-        if not run.agreed(file.exists):
-            aside = run.agreed(lambda: file.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp"))
-            write_features(run, evaluator, images, aside, what)
-            if run.rank == 0 and not file.exists():       # another command may have been faster
-                os.replace(aside, file)
-            elif run.rank == 0:
-                aside.unlink()
-        if run.rank:
-            return None
+    def stored(self, split, net, *recipe):
+        """Features [N, D] of real images as a memory map, kept in the run folder."""
+        data = self.data[split]
+        file = self.run.dir / "samples" / ".reference" / f"{digest(*recipe, data.info['fingerprint'])}.npy"
+        if not file.exists():
+            with atomic(file) as f:
+                np.save(f, features_of(self.run, net, data.images).cpu().numpy())
         with reading(file, "delete it"):
-            found = np.load(file, mmap_mode="r", allow_pickle=False)
-            if found.ndim != 2 or len(found) != len(images):
-                raise ValueError(f"{found.shape} for {len(images)} images")
-        return found
+            return np.load(file, mmap_mode="c", allow_pickle=False)               # c: PyTorch wants writable ones
 
-    def rows(self, split, purpose, limit=10_000):
-        """Up to so many rows of a split in random order, the same at all times."""
-        order = np.random.default_rng(seed_of(0, purpose)).permutation(len(self.data[split]))
-        return order[:limit]
+    def some(self, split, purpose, limit):
+        """Features of up to so many real images, drawn at random, always the same."""
+        order = np.random.default_rng(seed_of(0, purpose)).permutation(len(self.features[split]))
+        return torch.from_numpy(self.features[split][order[:limit]]).to(self.run.device)
 
-    def some(self, split, limit=10_000):
-        """Features of up to so many images of a split; some scores look at no more."""
-        return torch.from_numpy(self.sets[split][self.rows(split, f"reference {split}", limit)])
-
-    def gaussian(self, split):
-        """Moments of a split, computed when first asked for."""
-        if split not in self.moments_of:
-            self.moments_of[split] = moments(self.sets[split], self.run.device)
-        return self.moments_of[split]
-
-    def distance_of_decoded(self):
-        """What the autoencoder alone costs: up to 10,000 reference images there and back, against all of them."""
-        run, split = self.run, self.cfg.reference
-        latents = self.data[split].inputs[np.sort(self.rows(split, "decoded"))]
-        see = lambda rows: self.net(to_uint8(decode(run.vae, as_input(rows))))
-        name = digest(self.cfg.evaluator, self.text, self.data[split].info["fingerprint"], run.data.latents)
-        features = self.cached(name, see, latents, "evaluator on decoded images")
-        distance = run.agreed(lambda: frechet(moments(features, run.device), self.gaussian(split)))
-        run.say(f"{self.kind} of decoded {split} images against the images themselves: {distance:.3f}")
-        return distance
-
-    def of_samples(self, file):
-        """Features [n, D] of the samples in a .npy on the first process; None elsewhere."""
-        run, aside = self.run, Path(file).with_suffix(".features.npy")
-        write_features(run, self.net, np.load(file, mmap_mode="r"), aside, "evaluator on samples")
-        if run.rank:
-            return None
-        features = torch.from_numpy(np.load(aside))
-        aside.unlink()
-        return features
-
-    def distance(self, file, split=None):
-        """Frechet distance alone, of the samples in a .npy to a split, or to the reference."""
-        fake, split = self.of_samples(file), split or self.cfg.reference
-        return self.run.agreed(lambda: frechet(moments(fake, self.run.device), self.gaussian(split)))
-
-    def scores(self, file):
-        """All scores of the samples in a .npy, with what they were measured with."""
-        fake = self.of_samples(file)
-        return self.run.agreed(lambda: self.compare(fake, np.load(file, mmap_mode="r")))
-
-    def compare(self, fake, images):
-        """Scores of samples: evaluator features [n, D], and the images."""
-        run, reference = self.run, self.cfg.reference
-        some = self.some(reference).to(run.device)
-        out = self.tail_scores(fake, np.asarray(self.sets[reference])) if self.groups else {}
-        out[self.kind] = frechet(moments(fake, run.device), self.gaussian(reference))
-        out["kernel"] = kernel_distance(fake.to(run.device), some)
-        out |= manifold(fake.to(run.device), some, self.cfg.neighbours)
-        close, usual = nearest(fake[:2000], self.sets["train"], run.device), self.test_distances
-        out["memorisation"] = float(close.median() / usual.median())
-        out["copies"] = float((close < usual.quantile(0.01)).float().mean())
-        pixels = shifted_distance(np.array(images[:500]), self.data["train"].images, self.thumbnails)
-        out["copies_pixels"] = float((pixels < np.quantile(self.test_pixel_distances, 0.01)).mean())
-        if self.decoded is not None:
-            out["decoded"] = self.decoded
-        text = f"{reference}, {len(self.data[reference]):,} images"
-        return out | dict(evaluator=self.text, reference=text, samples=len(fake))
-
-    @cached_property
-    def test_distances(self):
-        """How far test images are from training images in features."""
-        return nearest(self.some("test", 2000), self.sets["train"], self.run.device)
-
-    @cached_property
-    def test_pixel_distances(self):
-        """How far test images are from training images in pixels."""
-        rows = np.sort(self.rows("test", "reference test", 500))
-        return shifted_distance(self.data["test"].images[rows], self.data["train"].images, self.thumbnails)
-
-    def real_scores(self, n):
-        """What n real images of the other split score in place of samples; nothing if there are fewer."""
-        def real_against_real():
-            rows = self.rows(self.unreported, "limits", n)
-            if len(rows) < n:
-                return {}
-            real, reference = torch.from_numpy(self.sets[self.unreported][rows]), self.cfg.reference
-            pair = real.to(self.run.device), self.some(reference).to(self.run.device)
-            return dict(distance_floor=frechet(moments(real, self.run.device), self.gaussian(reference)),
-                        coverage_ceiling=manifold(*pair, self.cfg.neighbours)["coverage"])
-        return self.run.agreed(real_against_real)
-
-    @torch.no_grad()
-    def tail_scores(self, fake, real):
-        """Scores of the most and the least frequent classes, from features of samples [n, D] and real images [N, D].
-
-        The judge says which class either is of, so that its errors fall on both sides alike. There is no distance with
-        fewer of either than a covariance needs: as many as features.
-        """
-        real, out = torch.from_numpy(np.array(real)), {}
-        guess = lambda x: self.net.head(x.to(self.run.device)).argmax(1).cpu()
-        fake_class, real_class = guess(fake), guess(real)
-        for name, classes in self.groups.items():
-            a = fake[torch.isin(fake_class, torch.tensor(classes))]
-            b = real[torch.isin(real_class, torch.tensor(classes))]
-            out[name] = dict(classes=classes, samples=len(a), reference=len(b),
-                             share=len(a) / len(fake), reference_share=len(b) / len(real))
-            if min(len(a), len(b)) > fake.shape[1]:
-                out[name][self.kind] = frechet(a, b)
-        return out
+    def scores(self, images, reference):
+        """All scores of samples uint8 [n, 3, H, W] against a split, with what they were measured with."""
+        fake = features_of(self.run, self.net, images)
+        real = self.some(reference, f"reference {reference}", 10_000)
+        out = {self.kind: frechet(fake, self.moments[reference])} | manifold(fake, real)
+        small = thumbnail(torch.from_numpy(np.array(images[:2000])))
+        usual = torch.from_numpy(self.thumbnails["test"][:2000])
+        out |= copying(small, usual, self.thumbnails["train"], self.run.device)
+        if isinstance(self.net, Judge) and self.run.data.imbalance > 1:
+            counts = self.data["train"].info["class_counts"]
+            out |= tail_scores(self.net.head, counts, fake, self.some(reference, "all", None))
+        other = OTHER[reference]
+        if len(self.data[other]) >= len(fake):            # what as many real images would score
+            as_many = self.some(other, "limits", len(fake))
+            out["distance_floor"] = frechet(as_many, self.moments[reference])
+            out["coverage_ceiling"] = manifold(as_many, real)["coverage"]
+        out["reference"] = f"{reference}, {len(self.data[reference]):,} images"
+        return out | dict(evaluator=self.text, samples=len(fake))
 
 
-def head_and_tail(classes):
-    """The third of the classes with the most training images, and that with the fewest: {head, tail: class ids}."""
-    counts = np.bincount(classes[classes >= 0])
-    order, n = np.argsort(-counts, kind="stable").tolist(), max(1, len(counts) // 3)
-    return dict(head=order[:n], tail=order[-n:])
+def choose_w(run, cfg, sampler, evaluator, folder):
+    """(best w of `guidance`, what was measured): on samples of another seed, against real images of the other split."""
+    other, split = replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[]), OTHER[cfg.reference]
+    file, curve, shown = folder / "candidates.npy", [], []
+    for w in cfg.guidance:
+        generate(run, other, sampler, w, file)
+        if evaluator:
+            images = np.load(file)
+            distance = frechet(features_of(run, evaluator.net, images), evaluator.moments[split])
+            run.say(f"  w = {w:<5g} {evaluator.kind} {distance:.3f} on {cfg.select:,} samples of seed {other.seed}")
+            curve.append((w, distance))
+            shown.append(images[:10])
+    if evaluator:
+        file.unlink()
+        rows = [f"w = {w:g}: {distance:.3g}" for w, distance in curve]
+        save_grid(folder / "guidance.png", np.concatenate(shown), len(images[:10]), rows, head=f"{evaluator.kind} by w")
+        if min(cfg.select, len(evaluator.data[split])) <= evaluator.features[split].shape[1]:
+            run.say("warning: a distance of fewer images than the evaluator has features prefers samples that are too "
+                    "much alike; raise select, or give one w")
+    best = run.agreed(lambda: min(curve, key=lambda point: point[1])[0])
+    return best, dict(seed=other.seed, samples=cfg.select, curve=curve)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and tables
 
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f"]
-
-
-def plot(path, curves, title, x_label, y_label, log=False, size=(760, 480)):
-    """Line chart as PNG with Pillow. curves: {name: [(x, y), ...]}; log: both axes."""
-    (w, h), left, right, top, low = size, 70, 20, 40, 50
-    scale, back = (math.log10, lambda v: 10 ** v) if log else (float, float)
-    points = {name: [(scale(x), scale(y)) for x, y in sorted(curve)] for name, curve in curves.items()}
-    xs, ys = zip(*itertools.chain(*points.values()))
-    (x0, x1), (y0, y1) = [(min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys)]
-
-    def place(x, y):
-        return left + (x - x0) / (x1 - x0) * (w - left - right), h - low - (y - y0) / (y1 - y0) * (h - top - low)
-
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for i in range(6):                                    # grid lines with numbers
-        x, y = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
-        px, py = place(x, y)
-        pen.line([(px, top), (px, h - low)], "#e6e6e6")
-        pen.line([(left, py), (w - right, py)], "#e6e6e6")
-        pen.text((px - 10, h - low + 6), f"{back(x):.3g}", "black")
-        pen.text((8, py - 6), f"{back(y):.3g}", "black")
-    for at, text in (((left, 12), title), ((w // 2 - 40, h - 22), x_label), ((8, 22), y_label)):
-        pen.text(at, text, "black")
-    for i, (name, curve) in enumerate(points.items()):
-        colour, line = COLOURS[i % len(COLOURS)], [place(*point) for point in curve]
-        pen.line(line, colour, 2)
-        for px, py in line:
-            pen.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colour)
-        pen.text((w - right - 150, top + 6 + 14 * i), f"- {name}", colour)
-    with atomic(path) as f:
-        sheet.save(f, "PNG")
-
-
-def sample_sheet(run, cfg, sampler, w, folder):
-    """Write grid.png: a row for each label, or a hundred samples."""
-    images, order, names, head = np.load(folder / "images.npy", mmap_mode="r"), np.arange(min(100, cfg.n)), None, ""
-    if sampler.condition:
-        labels, head = np.load(folder / "labels.npy"), f": w = {w:g}"
-        often = [k for k in np.unique(labels) if (labels == k).sum() >= 10][:20]
-        if often:
-            order = np.concatenate([np.flatnonzero(labels == k)[:10] for k in often])
-            names, head = [str(k) for k in often], f"{head}, a row for each label with ten samples"
-    save_grid(folder / "grid.png", images[order], 10, names, head=cfg.name + head)
-
-
-def layout_sheet(run, cfg, sampler, w, folder, rows=10, columns=9):
-    """Write grid.png: each row one layout of the bank, drawn on the left; each column one noise."""
-    state, field = sampler.state, sampler.field(cfg, w)
-    kinds, n = sampler.condition.kinds, min(rows, sampler.condition.null)
-    z = draw(cfg.seed, "sample noise", range(columns), (state["channels"], state["size"], state["size"]))
-    z, label = z.repeat(n, 1, 1, 1).to(run.device), torch.arange(n, device=run.device).repeat_interleave(columns)
-    parts = zip(z.split(BLOCK), label.split(BLOCK))
-    x = torch.cat([integrate(field, *part, cfg.solver, cfg.steps, cfg.tol)[0] for part in parts])
-    images = to_uint8(decode(run.vae, x)).cpu().numpy()
-    images = images.reshape(n, columns, *images.shape[1:])
-    colours = np.random.default_rng(3).integers(60, 256, (kinds, 3))
-    colours = np.concatenate([colours, np.zeros((1, 3))]).astype(np.uint8)       # black where nothing is asked for
-    table = sampler.condition.table[:n].long().cpu()
-    maps = torch.from_numpy(colours)[table].permute(0, 3, 1, 2)                  # [n, 3, h, w]
-    maps = F.interpolate(maps, size=images.shape[3:], mode="nearest").numpy()
-    cells = np.concatenate([maps[:, None], images], 1)                           # [n, 1 + columns, 3, H, W]
-    save_grid(folder / "grid.png", cells.reshape(-1, *images.shape[2:]), columns + 1,
-              head=f"{cfg.name}: w = {w:g}; rows: one layout, columns: one noise")
-
-
-def kind_of(scores):
-    """The name of the distance among scores."""
-    return "fid" if "fid" in scores else "frechet"
+def sample_sheet(cfg, condition, labels, w, folder):
+    """Write grid.png: samples of the 20 most frequent labels, a row each; or layouts, each beside its sample."""
+    images, columns, names = np.load(folder / "images.npy", mmap_mode="r"), 10, None
+    if condition is None:
+        cells = images[:100]
+    elif condition.kind == "map":
+        colours = np.random.default_rng(3).integers(60, 256, (condition.kinds + 1, 3)).astype(np.uint8)
+        colours[-1] = 0                                   # where nothing is asked for
+        maps = torch.from_numpy(colours)[condition.table.cpu()[labels[:50]].long()].permute(0, 3, 1, 2)
+        maps = F.interpolate(maps, images.shape[2:]).numpy()                     # [n, 3, H, W]
+        cells = np.stack([maps, images[:50]], 1).reshape(-1, *maps.shape[1:])
+    else:
+        ids, counts = np.unique(labels, return_counts=True)
+        names = ids[np.argsort(-counts, kind="stable")][:20].tolist()
+        cells = np.full((len(names) * columns, *images.shape[1:]), 255, np.uint8)                # white: no more there
+        for i, name in enumerate(names):
+            found = images[np.flatnonzero(labels == name)[:columns]]
+            cells[i * columns:][:len(found)] = found
+    save_grid(folder / "grid.png", cells, columns, names and list(map(str, names)), head=f"{cfg.name}: w = {w:g}")
 
 
 def row_of(m):
     """What the table shows of a metrics.json."""
-    scores, kind = m["scores"], kind_of(m["scores"])
+    scores, kind = m["scores"], "fid" if "fid" in m["scores"] else "frechet"
     plain = m.get("scores_w1", scores if m["w"] == 1 else {})
-    row = {"K": m.get("K", m["num_labels"]) or None, "NMI": (m.get("label_scores") or {}).get("nmi"),
-           "distance w=1": plain.get(kind), "chosen w": m["w"] if m["num_labels"] else None, "distance": scores[kind]}
+    row = {"evaluator": scores["evaluator"].split()[0], "samples": scores["samples"], "K": m["num_labels"],
+           "NMI": (m["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": m["w"],
+           "distance": scores[kind]}
     row |= {k: scores[k] for k in ("precision", "recall", "coverage", "memorisation")}
     row |= {k: scores.get(k, {}).get(kind) for k in ("head", "tail")}
-    return row | {"network calls": m["network_calls"], "training images": m["total_seen"]}
-
-
-def cell(v):
-    """A number of the table as text."""
-    if v is None:
-        return "-"
-    return f"{v:,.0f}" if abs(v) >= 100 or float(v).is_integer() else f"{v:.{3 if abs(v) < 2 else 2}f}"
-
-
-def as_text(metrics):
-    """{name: metrics.json} as a table, the largest distance first, and what these scores were measured with."""
-    shown = {name: row_of(m) for name, m in metrics.items()}
-    order = sorted(shown, key=lambda name: -shown[name]["distance"])
-    rows = [["samples", *shown[order[0]]], *([name, *map(cell, shown[name].values())] for name in order)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [[row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))] for row in rows]
-    rows.insert(1, ["-" * w for w in widths])
-    said = {k: {str(m["scores"][k]) for m in metrics.values()} for k in ("evaluator", "reference", "samples")}
-    said["solver"] = {f"{m['solver']} {m['steps']}" for m in metrics.values()}
-    notes = "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in said.items())
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{notes}\n\n"
+    return row | {"solver": m["solver"], "network calls": m["network_calls"], "training images": m["total_seen"]}
 
 
 def table(run):
-    """Print every samples/*/metrics.json of the run side by side, and write samples/table.md and table.json."""
-    folder, groups = run.dir / "samples", {}
-    for path in sorted(folder.glob("*/metrics.json")):
-        m = read_json(path, "delete it")
-        if "scores" in m and not m["recipe"]["sweep"]:    # a sweep is a picture, not a row
-            evaluator = m["scores"]["evaluator"].split()[0]                      # distances of two do not compare
-            groups.setdefault(evaluator, {})[path.parent.name] = m
-    if not groups:
-        raise UserError(f"{folder}: no evaluated samples yet")
-    text = "".join(as_text(groups[name]) for name in sorted(groups))
-    with atomic(folder / "table.md") as f:
-        f.write(text.encode())
-    write_json(folder / "table.json", {name: row_of(m) for group in groups.values() for name, m in group.items()})
-    run.say(text)
+    """Print every samples/*/metrics.json side by side, by evaluator, the largest distance first; also as table.json."""
+    made = {path.parent.name: read_json(path, "delete it") for path in run.dir.glob("samples/*/metrics.json")}
+    rows = [{"name": name, **row_of(m)} for name, m in made.items() if "scores" in m]
+    if not rows:
+        raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
+    rows.sort(key=lambda row: (row["evaluator"], -row["distance"]))
+    write_json(run.dir / "samples" / "table.json", {row["name"]: row for row in rows})
+    text_of = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v or "-")
+    shown = [list(rows[0]), *(list(map(text_of, row.values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*shown)]
+    shown.insert(1, ["-" * width for width in widths])
+    for row in shown:
+        run.say("| " + " | ".join(map(str.rjust, row, widths)) + " |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def check_request(run, cfg, sampler):
-    """Combinations of settings that cannot work, before anything is computed."""
-    state = sampler.state
-    if not sampler.condition and not cfg.autoguide and cfg.guidance != [1.0]:
-        cfg.guidance = [1.0]
-        run.say("note: a model without labels, which nothing can guide: w = 1")
-    several = len(cfg.guidance) > 1 or cfg.sweep
-    require(cfg.guidance, cfg, "guidance", "name at least one w")
+def check_request(cfg, sampler):
+    """Settings that cannot work together, before anything is computed."""
+    if not sampler.field.condition and not cfg.autoguide:
+        cfg.guidance = [1.0]                              # nothing can guide a model without labels
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
-    require(cfg.sweep != "nfe" or list(settings_of(cfg)), cfg, "sweep_steps sweep_solvers",
-            "no setting takes at most 64 evaluations")
-    require(cfg.evaluate or not several, cfg, "sweep guidance evaluate",
-            "sweeps and a choice of w need evaluate=true; with evaluate=false give one, such as guidance=2")
-    if sampler.condition and not state.get("null", True) and not cfg.autoguide and cfg.guidance != [1.0]:
-        raise UserError(f"guidance={cfg.guidance}: {state['file']} has no null label to guide with; use guidance=1, "
-                        "or autoguide= an unconditional model")
-    sample_labels(cfg, sampler, [0], cfg.seed)            # complains about labels
+    require(cfg.evaluate or len(cfg.guidance) == 1, cfg, "guidance evaluate", "to choose w needs evaluate=true")
+    can_guide = sampler.state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]
+    require(can_guide, cfg, "guidance", "no null label to guide with; use guidance=1, or autoguide= another model")
+    sample_labels(cfg, sampler, [0])                      # complains about labels
     if cfg.features:
         from extract_features import matching
-        matching(sampler.net, cfg.features)               # complains about names
-        last = cfg.steps * len(TABLEAUS.get(cfg.solver, [[0]])[0]) - 1
-        fits = cfg.solver != "dopri5" and cfg.direction == "generate" and cfg.features_at
-        require(fits and max(cfg.features_at) <= last, cfg, "solver direction features_at",
-                f"activations are kept at evaluations 0 to {last} of a fixed-step solver, while generating")
-        pool = cfg.features_pool
-        require(pool in ("mean", "none") or pool.isdecimal() and int(pool), cfg, "features_pool",
-                "must be mean, none or a number")
-        require(not cfg.compile, cfg, "features compile", "activations are read from the network as it is")
+        cfg.features = matching(sampler.field.net, cfg.features)
+        require(cfg.solver != "dopri5", cfg, "features solver", "use a fixed-step solver")
+        evaluations = cfg.steps * len(TABLEAUS[cfg.solver][0])
+        require(max(cfg.features_at) < evaluations, cfg, "features_at", f"there are {evaluations} evaluations")
 
 
 def recipe_of(run, cfg, sampler):
-    """What decides about the results: settings that are in use, and hashes of the files they name."""
-    state, nfe, chosen = sampler.state, cfg.sweep == "nfe", len(cfg.guidance) > 1 or cfg.sweep
-    unused = {"overwrite": True, "batch": True, "steps": cfg.solver == "dopri5", "tol": cfg.solver != "dopri5",
-              "select": not chosen, "against": not nfe, "sweep_steps": not nfe, "sweep_solvers": not nfe}
-    unused |= {k: not cfg.features for k in ("features", "features_at", "features_pool")}
-    unused |= {k: not cfg.evaluate for k in ("evaluator", "reference", "neighbours")}
-    recipe = {k: v for k, v in run.sections[run.stage].items() if not unused.get(k)}
-    weak = load_checkpoint(run, cfg.autoguide)["weights"] if cfg.autoguide else None
-    recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=weak)
-    if cfg.mask or cfg.layouts != "train":
-        recipe["bank"] = digest(sampler.condition.table.cpu().numpy())
-    if cfg.against:
-        recipe["others"] = [load_checkpoint(run, name)["weights"] for name in cfg.against]
-    return recipe
-
-
-def plan(run, cfg, sampler, folder):
-    """What sampling would do, for --dry-run."""
-    state = sampler.state
-    say_network(run, sampler.net, state["channels"], state["size"])
-    size = run.data.size if run.data.latents else state["size"]
-    run.say(f"{cfg.n:,} samples from {state['file']} into {folder}: {cfg.n * 3 * size ** 2 / 1e6:,.0f} MB")
+    """What decides about the results: settings that are in use, and hashes of the weights."""
+    unused = {"overwrite", "batch", "steps" if cfg.solver == "dopri5" else "tol"}
+    unused |= {"select"} if len(cfg.guidance) == 1 else set()
+    unused |= set() if cfg.features else {"features", "features_at", "features_pool"}
+    unused |= set() if cfg.evaluate else {"evaluator", "reference"}
+    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in unused}
+    return recipe | dict(hash=sampler.state["weights"], guidance=cfg.guidance, weak=sampler.weak_hash)
 
 
 def sample(run, cfg, sampler, folder):
-    """Choose w, draw the sweep, write and score the samples; what was measured, for metrics.json."""
-    judge, metrics, w = Evaluation(run, cfg) if cfg.evaluate else None, {}, cfg.guidance[0]
-    if len(cfg.guidance) > 1 or cfg.sweep == "guidance":
-        w, metrics["selection"] = choose_w(run, cfg, sampler, judge, folder)
-    if cfg.sweep == "nfe":
-        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, judge, folder)
-
-    # the samples that are reported
-    file = folder / "images.npy"
-    metrics |= dict(w=w) | generate(run, cfg, sampler, w, file, record=bool(cfg.features))
+    """Choose w, write and score the samples; what was measured, for metrics.json."""
+    metrics, w, file = {}, cfg.guidance[0], folder / "images.npy"
+    evaluator = Evaluator(run, cfg) if cfg.evaluate and run.rank == 0 else None
+    if len(cfg.guidance) > 1:
+        w, metrics["selection"] = choose_w(run, cfg, sampler, evaluator, folder)
+    metrics |= dict(w=w) | generate(run, cfg, sampler, w, file)
     if run.rank == 0:
-        if sampler.condition:
-            np.save(folder / "labels.npy", sample_labels(cfg, sampler, range(cfg.n), cfg.seed).numpy())
-        sheet = layout_sheet if sampler.condition and sampler.condition.kind == "map" else sample_sheet
-        sheet(run, cfg, sampler, w, folder)
-    if judge:
-        metrics["scores"] = judge.scores(file) | judge.real_scores(cfg.n)
-        if w != 1 and len(cfg.guidance) > 1:              # the gain of guidance apart from that of labels
-            plain = folder / "plain.npy"
-            generate(run, cfg, sampler, 1.0, plain, "w = 1")
-            metrics["scores_w1"] = judge.scores(plain)
-            if run.rank == 0:
-                plain.unlink()
+        labels = sample_labels(cfg, sampler, range(cfg.n))
+        if labels is not None:
+            np.save(folder / "labels.npy", labels.numpy())
+        sample_sheet(cfg, sampler.field.condition, labels, w, folder)
+    if evaluator:
+        metrics["scores"] = evaluator.scores(np.load(file, mmap_mode="r"), cfg.reference)
+    if w != 1 and len(cfg.guidance) > 1:                  # the gain of guidance apart from that of labels
+        plain = folder / "plain.npy"
+        generate(run, replace(cfg, features=[]), sampler, 1.0, plain)
+        if evaluator:
+            metrics["scores_w1"] = evaluator.scores(np.load(plain), cfg.reference)
+            plain.unlink()
     return metrics
-
-
-def report(run, metrics):
-    """Print what was measured."""
-    if "round_trip_psnr" in metrics:
-        run.say(f"noise of {metrics['images']} test images: mean {metrics['noise_mean']:.3f}, "
-                f"std {metrics['noise_std']:.3f}; round trip {metrics['round_trip_psnr']:.1f} dB")
-    if "scores" not in metrics:
-        return
-    s, kind = metrics["scores"], kind_of(metrics["scores"])
-    words = [f"{k} {s[k]:.3f}" for k in (kind, "kernel", "precision", "recall", "coverage")]
-    run.say("  ".join(words))
-    if "distance_floor" in s:
-        run.say(f"as many other real images: {kind} {s['distance_floor']:.3f}, coverage {s['coverage_ceiling']:.3f}")
-    run.say(f"memorisation {s['memorisation']:.3f} (1 = typically as far from the training images as test images are), "
-            f"copies {s['copies']:.1%}, in pixels {s['copies_pixels']:.1%} (1 % of test images are as close)")
-    run.say(f"w {metrics['w']:g}  NFE {metrics['nfe']:.1f}  network calls {metrics['network_calls']:.1f}  "
-            f"{metrics['seconds_per_image'] * 1000:.1f} ms/image; {s['evaluator']}; reference {s['reference']}")
 
 
 def main():
@@ -1239,26 +741,26 @@ def main():
         return table(run)
 
     # what to sample from, and whether that can be done
-    require(cfg.n >= run.world, cfg, "n", "at least one sample for every process")
+    require(min(cfg.n, cfg.select) >= run.world, cfg, "n select", "at least one sample for every process")
     context, _, why = autocast(run, cfg.precision)
     sampler = open_sampler(run, cfg, context)
-    check_request(run, cfg, sampler)
-    recipe, state = recipe_of(run, cfg, sampler), sampler.state
+    check_request(cfg, sampler)
+    state, recipe = sampler.state, recipe_of(run, cfg, sampler)
     if run.dry_run:
-        return plan(run, cfg, sampler, folder)
+        say_network(run, sampler.field.net, state["channels"], state["size"])
+        size = run.data.size if run.data.latents else state["size"]
+        return run.say(f"{cfg.n:,} samples into {folder}: {cfg.n * 3 * size ** 2 / 1e6:,.0f} MB")
     made = folder / ("images.npy" if cfg.direction == "generate" else "noise.npy")
     if run.agreed(lambda: finished(run, folder / "metrics.json", recipe, [made])):
         return
     open_autoencoder(run)
-    run.say(f"sampling from {state['file']} ({state['kind']}, {state['seen']:,} images seen, "
-            f"{cfg.weights} weights); {why}")
+    run.say(f"sampling from {state['file']} ({state['seen']:,} images seen, {cfg.weights} weights); {why}")
 
     # sample, in a folder that takes the place of an earlier one when it is complete
-    metrics = dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"],
-                   seen=state["seen"], num_labels=state["num_labels"], K=state["num_labels"],
-                   total_seen=state["seen"] + (state.get("init") or {}).get("seen", 0),       # with those of its start
-                   label_file=state.get("label_file"), label_scores=state.get("label_scores"),
-                   solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
+    metrics = {name: state.get(name) for name in ("seen", "num_labels", "label_file", "label_scores")}
+    metrics |= dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"],
+                    solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
+    metrics["total_seen"] = state["seen"] + (state.get("init") or {}).get("seen", 0)     # with those of its start
     with making(run, "samples", cfg.name, "metrics.json") as aside:
         if cfg.direction == "generate":
             metrics |= sample(run, cfg, sampler, aside)
@@ -1266,7 +768,10 @@ def main():
             metrics |= encode(run, cfg, sampler, aside)
         if run.rank == 0:
             write_json(aside / "metrics.json", metrics)
-    report(run, metrics)
+    scores = metrics.get("scores", {})
+    run.say("  ".join(f"{k} {v:.3f}" for k, v in (metrics | scores).items() if isinstance(v, float)))
+    if scores:
+        run.say(f"{scores['evaluator']}; floor, ceiling: as many other real images; test images memorise 1, copy 1 %")
     run.say(f"samples in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 

@@ -357,11 +357,13 @@ def sampling_sides(folder, device, model, batch, steps=4, channels=3, labels=20,
     net = network(model, device, channels, num_labels=labels)
     net = torch.compile(net, dynamic=False) if gpu else net
     context = (lambda: torch.autocast("cuda", torch.bfloat16)) if gpu else nullcontext
-    solver, ends = ("heun", 2) if path == "cv" else ("ddim", 1)                  # Heun looks at both ends of a step
-    cfg = sample_ode.SampleOde(n=batch, batch=batch, steps=steps, solver=solver, interval=list(interval))
+    solver, ends = ("heun", 2) if path == "cv" else ("euler", 1)                 # Heun looks at both ends of a step
+    cfg = sample_ode.SampleOde(n=batch, batch=batch, steps=steps, solver=solver)
     state = dict(path=path, predict="v", channels=channels, size=32, num_labels=labels)
     condition = Condition("label", torch.arange(labels + 1)).to(device) if labels else None
-    sampler = sample_ode.Sampler(net, state, condition, torch.ones(labels), context=context)
+    field = sample_ode.Field(net, PATHS[path], "v", interval=interval, context=context, batch=batch,
+                             condition=condition)
+    sampler = sample_ode.Sampler(field, state, torch.ones(labels))
     times = [(i + end) / steps for i in range(steps) for end in range(ends)]
     guided = [bool(labels) and interval[0] <= t <= interval[1] for t in times]
     x, t = torch.randn(2 * batch, channels, 32, 32, device=device), torch.full((2 * batch,), 500.0, device=device)

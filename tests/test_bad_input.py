@@ -96,7 +96,7 @@ def test_unwritable_run_folder(refuse, tiny, tmp_path):
 
 def test_requests_that_cannot_be_met(said, run):
     for words, text in ((["n=1"], "n=1"), (["solver=rk5"], "euler"), (["steps=0"], "steps=0"),
-                        (["evaluator=nothing.ts"], "nothing.ts"), (["sweep=nfe", "evaluate=false"], "evaluate=true"),
+                        (["evaluator=nothing.ts"], "nothing.ts"), (["tol=1e-9"], "at least 1e-06"),
                         (["precision=bf17"], "auto, bf16")):
         assert text in said(run, "sample_ode", "name=x", *words)
     assert "K=1" in said(run, "probe", "K=1")

@@ -1,7 +1,6 @@
 """Distances between sets of features against scipy, closed forms and plain loops."""
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import scipy.linalg
 import torch
 
 import sample_ode
-from sample_ode import Judge, features_of, frechet, kernel_distance, manifold, nearest
+from sample_ode import Judge, features_of, frechet, manifold, nearest
 from configs.data import Split, torchvision_datasets
 from configs.run import Data, Processes, UserError
 from configs.shapes import draw_shapes
+from train_diffusion import Condition
 
 
 class Here(Processes):
@@ -71,37 +71,6 @@ def test_frechet_is_a_squared_distance():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernel distance
-
-def test_kernel_distance_against_a_plain_loop():
-    a, b = points(30, 5), points(23, 5, 1, 1.3, 0.2)
-    x, y = a.double().numpy(), b.double().numpy()
-    k = lambda u, v: (u @ v / 5 + 1) ** 3
-    pairs = lambda s: sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (
-        len(s) * (len(s) - 1)
-    )
-    expected = pairs(x) + pairs(y) - 2 * np.mean([[k(u, v) for v in y] for u in x])
-    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert kernel_distance(a, b, limit=10) == pytest.approx(kernel_distance(a[:10], b[:10]), rel=1e-12)
-
-
-def test_kernel_distance_against_torchmetrics():
-    torchvision_datasets()  # torchmetrics imports torchvision: make sure that this works beside a CPU-only torch
-    from torchmetrics.image.kid import poly_mmd
-    a, b = points(200, 16), points(200, 16, 1, 1.3, 0.2)
-    assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a.double(), b.double())), rel=1e-9)
-
-
-def test_kernel_distance_is_unbiased():
-    """Two sets of one distribution: zero on average, so sometimes negative."""
-    g = torch.Generator().manual_seed(0)
-    values = np.array(
-        [kernel_distance(torch.randn(40, 3, generator=g), torch.randn(40, 3, generator=g)) for _ in range(400)]
-    )
-    assert abs(values.mean()) < 4 * values.std() / 20 and (values < 0).any() and (values > 0).any()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Precision, recall, density, coverage; nearest neighbours
 
 def by_force(fake, real, k):
@@ -156,16 +125,11 @@ def test_nearest(offset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluators
 
-def test_features_of_streams_images_in_order():
-    run = Here()
+def test_features_of_images_in_order():
     images = np.random.default_rng(0).integers(0, 256, (230, 3, 8, 8), dtype=np.uint8)
     net = Judge(4).eval()
-    rows = np.arange(20, 230)
-    assert torch.allclose(
-        torch.cat(list(features_of(run, net, images, rows, "test"))), net(torch.from_numpy(images[20:])), atol=1e-5
-    )
-    with pytest.raises(UserError, match="non-finite"):
-        list(features_of(run, lambda x: x.float().flatten(1) / 0, images, rows, "test"))
+    with torch.no_grad():
+        assert torch.allclose(features_of(Here(), net, images), net(torch.from_numpy(images)), atol=1e-5)
 
 
 def test_features_that_do_not_fit_memory(tmp_path, monkeypatch):
@@ -174,7 +138,7 @@ def test_features_that_do_not_fit_memory(tmp_path, monkeypatch):
         6, 6, generator=torch.Generator().manual_seed(1)
     )
     np.save(tmp_path / "x.npy", x.numpy())
-    there, a = np.load(tmp_path / "x.npy", mmap_mode="r"), x[:300] + 0.5
+    there, a = np.load(tmp_path / "x.npy", mmap_mode="c"), x[:300] + 0.5
     assert len(list(sample_ode.chunks_of(there, size=100))) == 11
     monkeypatch.setattr(sample_ode.chunks_of, "__defaults__", ("cpu", 100))
     mean, covariance = sample_ode.moments(there)
@@ -214,14 +178,14 @@ def test_images_reach_inception_as_in_clean_fid(tmp_path, monkeypatch, size):
     torch.jit.script(Base()).save(tmp_path / "inception-2015-12-05.pt")
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
     run = Here()
-    evaluator, text, name = sample_ode.open_evaluator(run, "inception")
+    evaluator, text = sample_ode.open_network(run, "inception")
     images = np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8)
     resized = torch.from_numpy(
         np.stack([build_resizer("clean")(x) for x in images.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2)
     )
     assert (sample_ode.inception_resize(torch.from_numpy(images)) - resized).abs().max() < 0.011
-    got = torch.cat(list(features_of(run, evaluator, images, np.arange(6), "features")))
-    assert name == "fid" and "clean" in text and torch.allclose(got, Layers()((resized - 128) / 128), atol=1e-4)
+    got = features_of(run, evaluator, images)
+    assert "clean" in text and torch.allclose(got, Layers()((resized - 128) / 128), atol=1e-4)
 
 
 def test_inception_without_weights_or_network(tmp_path, monkeypatch):
@@ -232,8 +196,8 @@ def test_inception_without_weights_or_network(tmp_path, monkeypatch):
         raise OSError("no route")
     monkeypatch.setattr(cleanfid.inception_torchscript, "check_download_inception", offline)
     monkeypatch.setenv("INCEPTION_DIR", str(tmp_path))
-    with pytest.raises(UserError, match=r"could not be downloaded \(no route\); put inception-2015-12-05.pt there"):
-        sample_ode.open_evaluator(Here(), "inception")
+    with pytest.raises(UserError, match=r"could not be downloaded \(no route\); put inception-2015-12-05.pt into"):
+        sample_ode.open_network(Here(), "inception")
 
 
 def test_pixel_components_are_those_of_an_svd(small_run):
@@ -252,14 +216,17 @@ def test_pixel_components_are_those_of_an_svd(small_run):
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies, limits, refusals, caches
 
-def test_copies_are_found_when_they_are_shifted():
-    rng = np.random.default_rng(0)
-    train = rng.integers(0, 256, (60, 3, 6, 6), dtype=np.uint8).repeat(4, 2).repeat(4, 3)        # [60, 3, 24, 24]
-    new = rng.integers(0, 256, (3, 3, 6, 6), dtype=np.uint8).repeat(4, 2).repeat(4, 3)
-    copies = np.stack([np.roll(train[5], (2, -1), (1, 2)), train[7], np.roll(train[9], -2, 2)])
-    small = sample_ode.thumbnail(torch.from_numpy(train)).numpy()
-    d = sample_ode.shifted_distance(np.concatenate([copies, new]), train, small)
-    assert (d[:3] == 0).all() and (d[3:] > 500).all()
+def test_near_copies_are_found():
+    """Exact, with noise, blurred, or moved by a pixel; new images are as far from the training images as others."""
+    train, other, new = (torch.from_numpy(draw_shapes(seed, np.arange(n))[0]) for seed, n in enumerate((600, 300, 200)))
+    small = sample_ode.thumbnail
+    x, g = train[:200].float(), torch.Generator().manual_seed(0)
+    copies = dict(exact=x, noise=(x + 10 * torch.randn(x.shape, generator=g)).clamp(0, 255), moved=x.roll(1, 3),
+                  blurred=torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+    found = {name: sample_ode.copying(small(v), small(other), small(train).numpy()) for name, v in copies.items()}
+    assert all(v["copies"] > 0.8 and v["memorisation"] < 0.6 for v in found.values()), found
+    fresh = sample_ode.copying(small(new), small(other), small(train).numpy())
+    assert fresh["copies"] < 0.05 and fresh["memorisation"] == pytest.approx(1, abs=0.1)
 
 
 def sampled(monkeypatch, tiny, run, *words):
@@ -276,28 +243,38 @@ def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, c
     scores = m["scores"]
     assert scores["evaluator"].startswith("pixels") and "selection" not in m and m["w"] == 1
     assert 0 < scores["distance_floor"] < scores["frechet"] and 0 < scores["coverage_ceiling"] <= 1
-    assert 0 <= scores["copies_pixels"] <= 1 and "as many other real images" in capsys.readouterr().out
+    assert 0 <= scores["copies"] <= 1 and "as many other real images" in capsys.readouterr().out
     assert {f.name for f in (small_run / "samples/x").iterdir()} == {"images.npy", "grid.png", "metrics.json"}
     m = sampled(monkeypatch, tiny, small_run, "autoguide=diffusion/base", "guidance=1,1", "select=10")
-    assert m["selection"]["fewer_than_features"] and "fewer samples" in capsys.readouterr().out
+    assert len(m["selection"]["curve"]) == 2 and "fewer images than" in capsys.readouterr().out
+    assert (small_run / "samples/x/guidance.png").stat().st_size > 500
 
 
-def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run, monkeypatch):
+def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run):
     words = [tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no"]
     assert "evaluate=false guidance=W" in refuse("sample_ode", *words, "evaluator=judge")        # of 160 images
-    assert "guidance=2" in refuse("sample_ode", *words, "sweep=nfe", "evaluate=false")
-    load = sample_ode.load_data
-    one = lambda run, split: replace(load(run, split), images=load(run, split).images[:1])
-    monkeypatch.setattr(sample_ode, "load_data", one)
-    assert "1 train images are too few" in refuse("sample_ode", *words)
+    assert "evaluate=true" in refuse("sample_ode", *words, "autoguide=diffusion/base", "guidance=1,2", "evaluate=false")
+    assert "takes judge" in refuse("sample_ode", *words, "evaluator=x.ts")
     assert not (small_run / "samples/no").exists()
+
+
+def test_rows_of_the_grid_are_the_most_frequent_labels(tmp_path):
+    images = np.arange(13, dtype=np.uint8)[:, None, None, None] + np.zeros((13, 3, 8, 8), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    labels = torch.tensor([7] * 2 + [4] * 11)
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_ode, "save_grid", lambda path, *given, head: shown.extend(given))
+        sample_ode.sample_sheet(sample_ode.SampleOde(), Condition("label", torch.arange(9)), labels, 1.0, tmp_path)
+    cells, columns, names = shown
+    assert columns == 10 and names == ["4", "7"] and cells[:, 0, 0, 0].tolist() == [*range(2, 12), 0, 1, *[255] * 8]
 
 
 def test_damaged_caches_are_one_line(refuse, tiny, small_run, monkeypatch):
     sampled(monkeypatch, tiny, small_run, "n=2")
     for file in (small_run / "samples/.reference").glob("*.npy"):
         good = file.read_bytes()
-        for bad in (b"", good[:200], good[:-9]):
+        for bad in (b"", good[:-9]):
             file.write_bytes(bad)
             said = refuse("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no")
             assert file.name in said and "delete it" in said

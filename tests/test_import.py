@@ -36,7 +36,7 @@ train_diffusion: {{imported: "{imported}", name: theirs}}
 extract_features: {{checkpoint: diffusion/theirs, activations: [mid*-out], t: [0.9], precision: fp32}}
 self_label: {{K: 2, restarts: 1}}
 train_guided: {{init: diffusion/theirs, path: {path}, predict: eps, images: 16, batch: 8, precision: fp32}}
-sample_ode: {{n: 4, solver: ddim, steps: 2, evaluate: false, precision: fp32}}
+sample_ode: {{n: 4, solver: euler, steps: 2, evaluate: false, precision: fp32}}
 """
 
 

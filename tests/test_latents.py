@@ -149,7 +149,7 @@ def test_chain_on_latents(run):
     inside("sample_ode", yaml, f"run={folder}", "checkpoint=guided/kmeans", "name=kmeans", "guidance=2")
     assert np.load(folder / "samples/kmeans/images.npy").shape == (6, 3, 16, 16)
     scores = json.loads((folder / "samples/kmeans/metrics.json").read_text())["scores"]
-    assert scores["decoded"] > 0 and scores["reference"] == "test, 64 images"
+    assert scores["reference"] == "test, 64 images"
 
 
 def test_training_sees_draws_of_the_latents(run, monkeypatch):

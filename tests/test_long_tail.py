@@ -1,7 +1,6 @@
 """Sets of labels as a condition; long-tailed data, and scores of its frequent and rare classes."""
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import sample_ode
 import self_label
 import train_diffusion
 import train_guided
-from sample_ode import Evaluation, frechet, head_and_tail
+from sample_ode import frechet, tail_scores
 from configs.data import long_tail
 from configs.run import UserError, fill, seed_of
 from configs.shapes import draw_shapes
@@ -71,18 +70,14 @@ def test_long_tail_counts(ratio):
 
 
 def test_head_and_tail_scores():
-    assert head_and_tail(np.repeat(np.arange(6), [5, 50, 10, 40, 1, 3])) == dict(head=[1, 3], tail=[5, 4])
     g = torch.Generator().manual_seed(0)
     real, fake = torch.randn(400, 4, generator=g), torch.randn(200, 4, generator=g) + 0.2
-    net = SimpleNamespace(
-        head=lambda x: torch.stack([x[:, 0], -x[:, 0], torch.full_like(x[:, 0], -9)], 1)
-    )  # class 0 where the first feature is positive
-    judge = SimpleNamespace(net=net, run=SimpleNamespace(device="cpu"), groups=dict(head=[0], tail=[2]), kind="frechet")
-    out = Evaluation.tail_scores(judge, fake, real.numpy())
-    assert (
-        out["head"]["frechet"] == pytest.approx(frechet(fake[fake[:, 0] > 0], real[real[:, 0] > 0]))
-        and out["head"]["samples"] == (fake[:, 0] > 0).sum()
-    )
+    # class 1 where the first feature is positive, else class 3, never another
+    head = lambda x: torch.stack([x[:, 0] * 0 - 9, x[:, 0], x[:, 0] * 0 - 9, -x[:, 0]], 1)
+    out = tail_scores(head, [5, 50, 1, 10], fake, real)
+    assert out["head"]["classes"] == [1] and out["tail"]["classes"] == [2]
+    assert out["head"]["frechet"] == pytest.approx(frechet(fake[fake[:, 0] > 0], real[real[:, 0] > 0]))
+    assert out["head"]["samples"] == (fake[:, 0] > 0).sum()
     assert "frechet" not in out["tail"] and out["tail"]["samples"] == 0          # nothing to fit a Gaussian to
 
 

@@ -9,7 +9,7 @@ import torchdiffeq
 
 import sample_ode
 from sample_ode import (BLOCK, DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, Sampler, generate, integrate,
-                        sample_labels, solve_dopri5, solve_fixed, straightness)
+                        sample_labels, solve_dopri5, solve_fixed)
 from configs.run import Processes, UserError, draw, seed_of, to_uint8, wide
 from train_diffusion import PATHS, Condition
 
@@ -130,9 +130,11 @@ def test_dopri5_against_other_programs(name, tol):
     scipys = scipy.integrate.solve_ivp(
         lambda s, y: f(s, torch.from_numpy(y)[None])[0].numpy(), (0, end), start[0].numpy(), "RK45", rtol=tol, atol=tol
     )
-    ours, nfe = solve_dopri5(lambda y, s: f(s, y), start, 0.0, end, tol)
-    assert 0.8 * calls[0] <= nfe <= 1.1 * calls[0] + 6, (nfe, calls[0])          # 6 calls are one step
-    assert abs(nfe - scipys.nfev) <= 0.1 * scipys.nfev + 6, (nfe, scipys.nfev)
+    counted, own = count(f)
+    ours = solve_dopri5(lambda y, s: counted(s, y), start, 0.0, end, tol)
+    nfe = own[0]
+    assert 0.8 * calls[0] <= nfe <= 1.1 * calls[0] + 18, (nfe, calls[0])         # 6 calls are one step
+    assert abs(nfe - scipys.nfev) <= 0.1 * scipys.nfev + 18, (nfe, scipys.nfev)
     errors = [float((y - exact).norm()) for y in (ours, theirs, torch.from_numpy(scipys.y[:, -1]))]
     assert errors[0] <= 3 * max(errors[1:]) + tol, errors
 
@@ -140,17 +142,12 @@ def test_dopri5_against_other_programs(name, tol):
 def test_dopri5_error_follows_the_tolerance():
     start, errors, calls = 0.4 * y0, [], []
     for tol in (1e-3, 1e-5, 1e-7, 1e-9):
-        y, nfe = solve_dopri5(lambda y, s: y ** 2 * math.cos(s), start, 0.0, 1.0, tol)
+        f, asked = count(lambda s, y: y ** 2 * math.cos(s))
+        y = solve_dopri5(lambda y, s: f(s, y), start, 0.0, 1.0, tol)
         errors.append(float((y - start / (1 - start * math.sin(1.0))).abs().max()))
-        calls.append(nfe)
+        calls.append(asked[0])
         assert errors[-1] < 10 * tol
     assert errors[-1] < 1e-4 * errors[0] and calls[0] < calls[-1] < 30 * calls[0]
-
-
-def test_dopri5_counts_its_calls():
-    asked = []
-    _, calls = solve_dopri5(lambda y, s: asked.append(s) or -20 * y, y0, 0.0, 1.0, 1e-6)
-    assert calls == len(asked) and max(asked) == 1
 
 
 def test_every_row_is_as_exact_as_it_would_be_alone():
@@ -158,41 +155,25 @@ def test_every_row_is_as_exact_as_it_would_be_alone():
     rates = torch.tensor([80.0] + [0.1] * 63, dtype=torch.float64)[:, None]
     start = torch.linspace(0.5, 2, 64, dtype=torch.float64)[:, None].expand(64, 6) + torch.arange(6) * 0.1
     field = lambda rates: lambda y, s: -rates * (y - math.cos(s)) + torch.sin(y)
-    exact, _ = solve_dopri5(field(rates[:1]), start[:1], 0.0, 1.0, 1e-10)
-    alone, calls = solve_dopri5(field(rates[:1]), start[:1], 0.0, 1.0, 1e-4)
-    together, more = solve_dopri5(field(rates), start, 0.0, 1.0, 1e-4)
+    exact = solve_dopri5(field(rates[:1]), start[:1], 0.0, 1.0, 1e-10)
+    alone = solve_dopri5(field(rates[:1]), start[:1], 0.0, 1.0, 1e-4)
+    together = solve_dopri5(field(rates), start, 0.0, 1.0, 1e-4)
     assert (together[0] - exact[0]).abs().max() <= 2 * (alone[0] - exact[0]).abs().max() + 1e-9
-    assert calls <= more + 12 and more <= calls + 60
 
 
 def test_dopri5_back_and_forth():
     f = lambda y, s: torch.sin(3 * y) + s * y
-    end, _ = solve_dopri5(f, y0, 0.0, 1.0, 1e-9)
-    assert torch.allclose(solve_dopri5(f, end, 1.0, 0.0, 1e-9)[0], y0, atol=1e-7) and (end - y0).abs().max() > 0.1
+    end = solve_dopri5(f, y0, 0.0, 1.0, 1e-9)
+    assert torch.allclose(solve_dopri5(f, end, 1.0, 0.0, 1e-9), y0, atol=1e-7) and (end - y0).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "f, words",
-    [
-        (lambda y, s: y**2 * 2, "step shrank|non-finite"),  # blows up at s = 1 / (2 y0)
-        (lambda y, s: y if s < 0.4 else y * math.nan, "non-finite"),
-        (lambda y, s: y * math.inf, "non-finite"),
-        (lambda y, s: -1e9 * (y - s), "more than 10000 steps|step shrank"),
-    ],
-    ids=["singular", "nan", "infinite", "too stiff"],
-)
+@pytest.mark.parametrize("f, words", [
+    (lambda y, s: y ** 2 * 2, "more than 2000 steps|non-finite"),                # blows up at s = 1 / (2 y0)
+    (lambda y, s: y if s < 0.4 else y * math.nan, "non-finite"), (lambda y, s: y * math.inf, "non-finite"),
+    (lambda y, s: -1e9 * (y - s), "more than 2000 steps")], ids=["singular", "nan", "infinite", "too stiff"])
 def test_hopeless_fields_are_user_errors(f, words):
     with pytest.raises(UserError, match=words):
         solve_dopri5(f, y0, 0.0, 1.0, 1e-6)
-
-
-def test_the_last_step_is_not_a_tiny_one():
-    """Where rounding would leave 1e-10 of the way, the step before goes all of it."""
-    asked = []
-    solve_dopri5(lambda y, s: asked.append(s) or torch.ones_like(y), y0[:1], 0.0, 1e6, 1e-6)
-    end = asked[2 + 6 + 5] * (1 + 1e-10)  # two calls choose the first step, six make one; its end is last
-    y, calls = solve_dopri5(lambda y, s: torch.ones_like(y), y0[:1], 0.0, end, 1e-6)
-    assert calls == 2 + 2 * 6 and y.item() == pytest.approx(y0[0].item() + end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +223,6 @@ def test_gaussian_data_is_reached_exactly(kind, predict):
         ("dopri5", 1, 4e-3),
         ("midpoint", 100, 4e-3),
         ("euler", 200, 4e-2),
-        ("ddim", 200, 4e-2),
     ):
         error = float((sample(flow, flow.path, predict, z, solver, steps) - flow.end(z)).abs().max())
         assert error < limit, (solver, error)
@@ -278,52 +258,28 @@ def test_both_paths_take_noise_to_the_same_picture():
 
 @EVERY_PATH
 @pytest.mark.parametrize("predict", ["v", "eps", "x"])
-def test_ddim_is_euler(kind, predict):
-    flow, z = Flow(kind, predict), noise()
+def test_an_euler_step_is_one_of_ddim(kind, predict):
+    flow, z = Flow(kind, predict), noise().double()
     for steps in (1, 7, 30):
-        a, b = (sample(flow, flow.path, flow.predict, z.double(), s, steps) for s in ("euler", "ddim"))
-        assert torch.allclose(a, b, atol=2e-6), (a - b).abs().max()
+        x, field = z, Field(flow, flow.path, predict)
+        for t in torch.arange(steps, dtype=torch.float64):
+            x_hat, z_hat = field.estimate(x, float(t / steps), None)
+            s = (t + 1) / steps
+            x = flow.path.alpha(s) * x_hat + flow.path.sigma(s) * z_hat
+        assert torch.allclose(sample(flow, flow.path, predict, z, "euler", steps), x, atol=2e-6)
 
 
-@pytest.mark.parametrize("solver", [*FIXED, "dopri5", "ddim"])
+@pytest.mark.parametrize("solver", [*FIXED, "dopri5"])
 def test_constant_velocity_needs_one_step(solver):
     v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
     net = lambda x, time: v[:len(x)]                      # one v for all times
     assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1), z + v, atol=2e-6)
-    assert torch.allclose(
-        sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6 if solver != "ddim" else 2e-3
-    )
-
-
-def bend(net, kind, predict, z, steps, monkeypatch):
-    """`straightness` of paths from given noise."""
-    monkeypatch.setattr(sample_ode, "draw", lambda *_: z)
-    state = dict(path=kind, predict=predict, num_labels=0, channels=3, size=4)
-    return straightness(Here(), SampleOde(), Sampler(net, state), 1.0, steps, len(z))
-
-
-def test_straightness_of_a_constant_field_and_of_gaussian_data(monkeypatch):
-    v, z = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(2)), noise()
-    times, deviation = bend(lambda x, time: v[:len(x)], "cv", "v", z, 8, monkeypatch)
-    assert max(deviation) < 1e-8 and len(times) == 8
-    bends = {}
-    for kind, predict in (("cv", "v"), ("vp", "eps")):
-        flow = Flow(kind, predict)
-        times, deviation = bend(flow, kind, predict, z.double(), 200, monkeypatch)
-        bends[kind] = np.mean(deviation)
-        t = torch.linspace(0, 1, 201, dtype=torch.float64)  # the exact path keeps quantiles
-        a, s = (f(t)[:, None, None, None, None] for f in (flow.path.alpha, flow.path.sigma))
-        width = ((a * flow.std) ** 2 + s ** 2).sqrt()
-        x = (a * flow.mu + width / width[0] * (z - a[0] * flow.mu)).flatten(2)
-        chord = x[-1] - x[0]
-        exact = ((((x[1:] - x[:-1]) * 200 - chord).square().sum(2)) / chord.square().sum(1)).mean(1)
-        assert torch.allclose(torch.tensor(deviation, dtype=torch.float64)[5:], exact[5:], rtol=0.05, atol=0.02), kind
-    assert bends["vp"] > bends["cv"] > 0
+    assert torch.allclose(sample(net, PATHS["cv"], "v", z, solver, 1, reverse=True), z - v, atol=2e-6)
 
 
 @EVERY_PATH
 @pytest.mark.parametrize(
-    "solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 0.02), ("ddim", 500, 0.1)]
+    "solver, steps, atol", [("dopri5", 1, 1e-3), ("rk4", 100, 1e-3), ("heun", 200, 0.02)]
 )
 def test_encoding_returns_to_the_start(kind, solver, steps, atol):
     flow, z = Flow(kind, "v"), noise()
@@ -334,7 +290,7 @@ def test_encoding_returns_to_the_start(kind, solver, steps, atol):
     )
 
 
-@pytest.mark.parametrize("solver, calls", [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20), ("ddim", 5)])
+@pytest.mark.parametrize("solver, calls", [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20)])
 def test_evaluations_are_counted(solver, calls):
     flow, z, seen = Flow("vp", "v"), noise(), []
 
@@ -505,33 +461,35 @@ def configured(**more):
     return SampleOde(**dict(n=20, steps=2) | more)
 
 
+def drawn_from(K, marginal):
+    """A sampler that only draws labels."""
+    return Sampler(Field(None, None, "v", condition=Condition("label", torch.arange(K + 1))), {}, marginal)
+
+
 def test_labels_follow_the_marginal():
     p = torch.tensor([0.5, 0.0, 0.3, 0.05, 0.15], dtype=torch.float64)
     for kind, expected in (("marginal", p), ("uniform", (p > 0) / 4)):           # never one that no image had
-        cfg, state = configured(labels=[kind]), Sampler(None, {}, Condition("label", torch.arange(6)), p)
-        labels = sample_labels(cfg, state, np.arange(10_000), seed=0)
+        cfg, state = configured(labels=[kind]), drawn_from(5, p)
+        labels = sample_labels(cfg, state, np.arange(10_000))
         seen = torch.bincount(labels, minlength=5).double()
         used = expected > 0
         assert labels.dtype == torch.int64 and seen[~used].sum() == 0
         chi = float(((seen - 10_000 * expected)[used] ** 2 / (10_000 * expected)[used]).sum())
         assert chi < 21.2                                 # 3 degrees of freedom, p = 0.0001
-        assert torch.equal(sample_labels(cfg, state, [77, 5], 0), labels[[77, 5]])
-        assert not torch.equal(sample_labels(cfg, state, np.arange(10_000), 1), labels)
+        assert torch.equal(sample_labels(cfg, state, [77, 5]), labels[[77, 5]])
+        assert not torch.equal(sample_labels(configured(labels=[kind], seed=1), state, np.arange(10_000)), labels)
 
 
 def test_labels_by_name():
-    state = Sampler(None, {}, Condition("label", torch.arange(6)), torch.full((5,), 0.2))
-    assert sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7), 0).tolist() == [
-        5,
-        3,
-        0,
-        5,
-        3,
-    ]  # cycles by index; 5 = null
-    assert sample_labels(configured(), Sampler(None, {}), [0], 0) is None
+    state = drawn_from(5, torch.full((5,), 0.2))
+    labels = sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7))
+    assert labels.tolist() == [5, 3, 0, 5, 3]             # cycles by index; 5 = null
+    assert sample_labels(configured(), Sampler(Field(None, None, "v"), {}), [0]) is None
     for wrong in (["6"], ["-1"], ["cat"], ["1.5"], []):
         with pytest.raises(UserError, match="labels"):
-            sample_labels(configured(labels=wrong), state, [0], 0)
+            sample_labels(configured(labels=wrong), state, [0])
+    with pytest.raises(UserError, match="after the training"):
+        sample_labels(configured(), drawn_from(5, None), [0])
 
 
 class Here(Processes):
@@ -551,8 +509,8 @@ class Here(Processes):
 STATE = dict(path="cv", predict="v", channels=3, size=8, file="x")
 
 
-def sampler():
-    return Sampler(Labelled(), STATE, LABELS, torch.full((4,), 0.25))
+def sampler(batch=250):
+    return Sampler(labelled(Labelled(), PATHS["cv"], batch=batch), STATE, torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
@@ -564,7 +522,7 @@ def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, tmp_path, 
     def run(n=150, worlds=1, seed=0, **more):
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
         cfg = configured(solver=solver, tol=1e-3, n=n, seed=seed, **more)
-        reports = [generate(Here(rank, worlds), cfg, sampler(), 2.0, file) for rank in range(worlds)]
+        reports = [generate(Here(rank, worlds), cfg, sampler(cfg.batch), 2.0, file) for rank in range(worlds)]
         return np.load(file), reports[0]
     images, report = run()
     assert images.shape == (150, 3, 8, 8) and images.dtype == np.uint8 and len(np.unique(images)) > 50
@@ -579,7 +537,7 @@ def test_blocks_of_dopri5_share_their_steps(tmp_path):
     cfg = configured(solver="dopri5", tol=1e-3, n=BLOCK + 10)
     generate(Here(), cfg, sampler(), 2.0, tmp_path / "x.npy")
     rows = range(BLOCK, 2 * BLOCK)
-    z, label = draw(0, "sample noise", rows, (3, 8, 8)), sample_labels(cfg, sampler(), rows, 0)
+    z, label = draw(0, "sample noise", rows, (3, 8, 8)), sample_labels(cfg, sampler(), rows)
     x, _ = integrate(labelled(Labelled(), PATHS["cv"], 2.0), z, label, "dopri5", 2, 1e-3)
     assert np.array_equal(np.load(tmp_path / "x.npy")[BLOCK:], to_uint8(x)[:10].numpy())
 
@@ -588,5 +546,5 @@ def test_broken_networks_do_not_become_pictures(tmp_path):
     """Not-a-number would turn into some uint8 and pass as an image."""
     for solver in ("heun", "dopri5"):
         with pytest.raises(UserError, match="non-finite|not finite"):
-            broken = Sampler(lambda x, time: x * math.nan, STATE)
+            broken = Sampler(Field(lambda x, time: x * math.nan, PATHS["cv"], "v"), STATE)
             generate(Here(), configured(solver=solver), broken, 1.0, tmp_path / "x.npy")
