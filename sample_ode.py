@@ -1,8 +1,8 @@
 """Sample: a model in, images along the ODE out, and how good they are.
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt; for scores also data/{train,test}
-Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png (several w);
-        with direction=encode noise.npy in place of images
+Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png (several w),
+        nfe.png (sweep); with direction=encode noise.npy in place of images
 Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0 and back.
 Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write
         v_c + s (v_c - v_0) have s = w - 1.
@@ -11,8 +11,10 @@ Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional
     torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k
     python sample_ode.py configs/shapes.yaml --table           # all results of the run side by side
 
-Of several w the best is taken: on other samples, against other real images, than the report uses. To compare solvers,
-sample under several names, then --table. The method ends with `generate`; what measures and draws comes after it.
+    python sample_ode.py configs/shapes.yaml name=nfe sweep=euler,midpoint,heun,dopri5       # nfe.png
+
+Of several w the best is taken: on other samples, against other real images, than the report uses. Several evaluators
+score the same samples; the first chooses w. The method ends with `generate`; what measures and draws comes after it.
 """
 import itertools
 import math
@@ -25,6 +27,7 @@ from typing import Callable, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
 from configs.data import as_input, decode, load_data, open_autoencoder, torchvision_datasets
@@ -32,6 +35,8 @@ from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_ro
                          read_json, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          write_json, write_rows)
 from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z
+
+Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
 
 @dataclass
@@ -41,7 +46,7 @@ class SampleOde:
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     n: int = key(10_000, "samples", low=2)
-    solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = key("heun", "euler is DDIM; dopri5 is adaptive")
+    solver: Solver = key("heun", "euler is DDIM; dopri5 is adaptive")
     steps: int = key(12, "of the fixed-step solvers", low=1)
     tol: float = key(1e-4, "dopri5: relative and absolute tolerance, above float32's rounding", low=1e-6)
     guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
@@ -52,9 +57,11 @@ class SampleOde:
     boxes: list[list[float]] = key([], "of a model with box conditions: draw [[x0, y0, x1, y1, label], ...] in pixels")
     direction: Literal["generate", "encode"] = key("generate", "encode: test images to noise and back")
     evaluate: bool = key(True, "compare with real images")
-    evaluator: str = key("judge", "judge (a CNN trained on the run's classes), pixels (principal components), "
-                                  "inception (FID), or a TorchScript file, which runs as code")
+    evaluator: list[str] = key(["judge"], "judge (a CNN trained on the run's classes), pixels (principal components), "
+                                          "inception (FID), or a TorchScript file, which runs as code")
     reference: Literal["train", "test"] = key("test", "real images to compare with")
+    sweep: list[Solver] = key([], "draw the distance against network evaluations (NFE) for these solvers")
+    sweep_steps: list[int] = key([2, 3, 5, 8, 12, 20, 32], "of the sweep; dopri5 varies its tolerance", low=1)
     features: list[str] = key([], "also save these activations of the network, names and globs, while it samples")
     features_at: list[int] = key([0], "at these evaluations of a fixed-step solver, from 0", low=0)
     features_pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
@@ -559,14 +566,14 @@ def tail_scores(head, counts, fake, real):
 class Evaluator:
     """A network that sees images, and the real images that samples are compared with, by split."""
 
-    def __init__(self, run, cfg):
+    def __init__(self, run, name):
         self.run = run
-        self.net, self.text = open_network(run, cfg.evaluator)
-        self.kind = "fid" if cfg.evaluator == "inception" else "frechet"         # what its distance is called
+        self.net, self.text = open_network(run, name)
+        self.kind = "fid" if name == "inception" else "frechet"                  # what its distance is called
         self.data = {split: load_data(run, split) for split in ("train", "test")}
         self.features, self.thumbnails, self.moments = {}, {}, {}
         for split in self.data:
-            self.features[split] = self.stored(split, self.net, cfg.evaluator, self.text)
+            self.features[split] = self.stored(split, self.net, name, self.text)
             self.thumbnails[split] = self.stored(split, thumbnail, "thumbnails")
             self.moments[split] = moments(self.features[split], run.device)
 
@@ -584,6 +591,10 @@ class Evaluator:
         """Features of up to so many real images, drawn at random, always the same."""
         order = np.random.default_rng(seed_of(0, purpose)).permutation(len(self.features[split]))
         return torch.from_numpy(self.features[split][order[:limit]]).to(self.run.device)
+
+    def distance(self, images, split):
+        """Frechet distance of samples uint8 [n, 3, H, W] to the real images of a split."""
+        return frechet(features_of(self.run, self.net, images), self.moments[split])
 
     def scores(self, images, reference):
         """All scores of samples uint8 [n, 3, H, W] against a split, with what they were measured with."""
@@ -612,8 +623,8 @@ def choose_w(run, cfg, sampler, evaluator, folder):
     for w in cfg.guidance:
         generate(run, other, sampler, w, file)
         if evaluator:
-            images = np.load(file)
-            distance = frechet(features_of(run, evaluator.net, images), evaluator.moments[split])
+            images = np.load(file, mmap_mode="c")
+            distance = evaluator.distance(images, split)
             run.say(f"  w = {w:<5g} {evaluator.kind} {distance:.3f} on {cfg.select:,} samples of seed {other.seed}")
             curve.append((w, distance))
             shown.append(images[:10])
@@ -628,8 +639,67 @@ def choose_w(run, cfg, sampler, evaluator, folder):
     return best, dict(seed=other.seed, samples=cfg.select, curve=curve)
 
 
+def settings_of(cfg):
+    """The settings of every point of a sweep: dopri5 at four tolerances, the other solvers at each number of steps."""
+    for solver in cfg.sweep:
+        if solver == "dopri5":
+            yield from (replace(cfg, solver=solver, tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3))
+        else:
+            yield from (replace(cfg, solver=solver, steps=steps) for steps in cfg.sweep_steps)
+
+
+def sweep_nfe(run, cfg, sampler, w, evaluator, folder):
+    """Distance against network evaluations of each solver, {solver: [(NFE, distance)]}: on the samples and real images
+    that choose w; draws nfe.png."""
+    file, curves = folder / "candidates.npy", {}
+    for point in settings_of(replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[])):
+        nfe = generate(run, point, sampler, w, file)["nfe"]
+        if evaluator:
+            distance = evaluator.distance(np.load(file, mmap_mode="c"), OTHER[cfg.reference])
+            run.say(f"  {point.solver:9} NFE {nfe:6.1f}  {evaluator.kind} {distance:.3f}")
+            curves.setdefault(point.solver, []).append((nfe, distance))
+    if evaluator:
+        file.unlink()
+        plot(folder / "nfe.png", curves, f"{evaluator.kind} ({cfg.select:,} samples) against network evaluations")
+    return curves
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and tables
+
+def ticks(low, high):
+    """The numbers 1, 2, 5 times a power of ten between two positive ones."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [v for p in powers for v in (10.0 ** p, 2 * 10.0 ** p, 5 * 10.0 ** p) if low <= v <= high]
+
+
+def plot(path, curves, title, width=760, height=480, edge=60):
+    """Curves {name: [(x, y), ...]} of positive numbers as a PNG, on logarithmic axes."""
+    xs, ys = (np.array([point[axis] for curve in curves.values() for point in curve]) for axis in (0, 1))
+    (x0, x1), (y0, y1) = ((v.min() * 0.9, v.max() * 1.1) for v in (xs, ys))
+
+    def place(x, y):
+        right = math.log(x / x0) / math.log(x1 / x0)
+        up = math.log(y / y0) / math.log(y1 / y0)
+        return edge + right * (width - 2 * edge), height - edge - up * (height - 2 * edge)
+
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((edge, 12), title, "black")
+    for x in ticks(x0, x1):
+        pen.line([place(x, y0), place(x, y1)], "#e6e6e6")
+        pen.text((place(x, y0)[0] - 6, height - edge + 8), f"{x:g}", "black")
+    for y in ticks(y0, y1):
+        pen.line([place(x0, y), place(x1, y)], "#e6e6e6")
+        pen.text((12, place(x0, y)[1] - 6), f"{y:g}", "black")
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = f"hsl({97 * i % 360}, 80%, 40%)"
+        pen.line([place(*point) for point in sorted(curve)], colour, 2)
+        pen.text((width - edge - 70, edge + 14 * i), name, colour)
+    with atomic(path) as f:
+        sheet.save(f, "PNG")
+
+
 
 def sample_sheet(cfg, condition, labels, w, folder):
     """Write grid.png: samples of the 20 most frequent labels, a row each; or layouts, each beside its sample."""
@@ -688,7 +758,8 @@ def check_request(cfg, sampler):
     if not sampler.field.condition and not cfg.autoguide:
         cfg.guidance = [1.0]                              # nothing can guide a model without labels
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
-    require(cfg.evaluate or len(cfg.guidance) == 1, cfg, "guidance evaluate", "to choose w needs evaluate=true")
+    require(cfg.evaluate or len(cfg.guidance) == 1 and not cfg.sweep, cfg, "guidance sweep evaluate",
+            "to choose w, or to sweep, needs evaluate=true")
     can_guide = sampler.state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]
     require(can_guide, cfg, "guidance", "no null label to guide with; use guidance=1, or autoguide= another model")
     sample_labels(cfg, sampler, [0])                      # complains about labels
@@ -703,7 +774,8 @@ def check_request(cfg, sampler):
 def recipe_of(run, cfg, sampler):
     """What decides about the results: settings that are in use, and hashes of the weights."""
     unused = {"overwrite", "batch", "steps" if cfg.solver == "dopri5" else "tol"}
-    unused |= {"select"} if len(cfg.guidance) == 1 else set()
+    unused |= set() if cfg.sweep or len(cfg.guidance) > 1 else {"select"}
+    unused |= set() if cfg.sweep else {"sweep", "sweep_steps"}
     unused |= set() if cfg.features else {"features", "features_at", "features_pool"}
     unused |= set() if cfg.evaluate else {"evaluator", "reference"}
     recipe = {k: v for k, v in run.sections[run.stage].items() if k not in unused}
@@ -713,23 +785,31 @@ def recipe_of(run, cfg, sampler):
 def sample(run, cfg, sampler, folder):
     """Choose w, write and score the samples; what was measured, for metrics.json."""
     metrics, w, file = {}, cfg.guidance[0], folder / "images.npy"
-    evaluator = Evaluator(run, cfg) if cfg.evaluate and run.rank == 0 else None
+    mine = cfg.evaluate and run.rank == 0
+    evaluators = {name: Evaluator(run, name) for name in cfg.evaluator} if mine else {}
+    first = next(iter(evaluators.values()), None)
     if len(cfg.guidance) > 1:
-        w, metrics["selection"] = choose_w(run, cfg, sampler, evaluator, folder)
+        w, metrics["selection"] = choose_w(run, cfg, sampler, first, folder)
+    if cfg.sweep:
+        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, folder)
+
     metrics |= dict(w=w) | generate(run, cfg, sampler, w, file)
     if run.rank == 0:
         labels = sample_labels(cfg, sampler, range(cfg.n))
         if labels is not None:
             np.save(folder / "labels.npy", labels.numpy())
         sample_sheet(cfg, sampler.field.condition, labels, w, folder)
-    if evaluator:
-        metrics["scores"] = evaluator.scores(np.load(file, mmap_mode="r"), cfg.reference)
+    scored = {name: {"scores": e.scores(np.load(file, mmap_mode="c"), cfg.reference)} for name, e in evaluators.items()}
+
     if w != 1 and len(cfg.guidance) > 1:                  # the gain of guidance apart from that of labels
         plain = folder / "plain.npy"
         generate(run, replace(cfg, features=[]), sampler, 1.0, plain)
-        if evaluator:
-            metrics["scores_w1"] = evaluator.scores(np.load(plain), cfg.reference)
+        for name, evaluator in evaluators.items():
+            scored[name]["scores_w1"] = evaluator.scores(np.load(plain, mmap_mode="c"), cfg.reference)
+        if run.rank == 0:
             plain.unlink()
+    if scored:
+        metrics |= scored.pop(cfg.evaluator[0]) | dict(others=scored)
     return metrics
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 
 import sample_ode
 from sample_ode import Judge, features_of, frechet, manifold, nearest
@@ -17,6 +18,13 @@ from train_diffusion import Condition
 
 class Here(Processes):
     device = torch.device("cpu")
+
+
+class Averages(torch.nn.Module):
+    """An evaluator: averages over a grid of 2 x 2."""
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
 
 def points(n, d, seed=0, spread=1.0, shift=0.0):
@@ -248,6 +256,26 @@ def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, c
     m = sampled(monkeypatch, tiny, small_run, "autoguide=diffusion/base", "guidance=1,1", "select=10")
     assert len(m["selection"]["curve"]) == 2 and "fewer images than" in capsys.readouterr().out
     assert (small_run / "samples/x/guidance.png").stat().st_size > 500
+
+
+def test_a_sweep_counts_evaluations_and_several_evaluators_score_the_same_samples(monkeypatch, tiny, small_run):
+    m = sampled(monkeypatch, tiny, small_run, "sweep=euler,heun,dopri5", "sweep_steps=2,3", "select=16")
+    curves = m["nfe_sweep"]
+    assert [nfe for nfe, _ in curves["euler"]] == [2, 3] and [nfe for nfe, _ in curves["heun"]] == [4, 6]
+    counts = [nfe for nfe, _ in curves["dopri5"]]
+    assert counts == sorted(counts) and counts[0] >= 7 and all(d > 0 for curve in curves.values() for _, d in curve)
+    picture = np.asarray(Image.open(small_run / "samples/x/nfe.png"))
+    assert picture.shape == (480, 760, 3) and (picture != 255).any(2).sum() > 500
+
+    torch.jit.script(Averages()).save(small_run / "averages.ts")
+    m = sampled(monkeypatch, tiny, small_run, f"evaluator=pixels,{small_run}/averages.ts")
+    other = m["others"][f"{small_run}/averages.ts"]["scores"]
+    assert m["scores"]["evaluator"].startswith("pixels") and "averages.ts" in other["evaluator"]
+    assert 0 < other["frechet"] != m["scores"]["frechet"] and other["copies"] == m["scores"]["copies"]
+
+
+def test_ticks_are_round_numbers():
+    assert sample_ode.ticks(1.5, 60) == [2, 5, 10, 20, 50] and sample_ode.ticks(0.09, 0.11) == [0.1]
 
 
 def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run):
