@@ -33,8 +33,7 @@ TEST_FOLDERS = ("test", "val", "valid", "validation")     # beside a folder `tra
 
 @dataclass
 class Part:
-    """Images of a source. read(rows) returns a block of them as {kind: array [b, ...]} with kinds as in KINDS, and a
-    list `skipped` of what was wrong with others."""
+    """Images of a source. read(rows) returns {kind: array [b, ...]}, kinds as in KINDS; `skipped`: complaints."""
     classes: np.ndarray                                   # int64 [N], -1 = not known before images are read
     read: Callable
 
@@ -190,10 +189,10 @@ def open_arrays(data):
     with reading(path, "expected .npz or .npy arrays, with one row for each image"):
         arrays = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = dict(images=arrays) if isinstance(arrays, np.ndarray) else dict(arrays)
-        parts["train"] = array_part(arrays, data.size)
-        if "test_images" in arrays:
-            test = {name.removeprefix("test_"): v for name, v in arrays.items() if name.startswith("test_")}
-            parts["test"] = array_part(test, data.size)
+        for split, prefix in zip(SPLITS, ("", "test_")):
+            part = {kind: arrays[prefix + kind] for kind in KINDS if prefix + kind in arrays}
+            if part or split == "train":
+                parts[split] = array_part(part, data.size)
     return parts, []
 
 
@@ -205,23 +204,18 @@ def array_part(arrays, size):
     elif images.shape[1:3] == (size, size):
         images = images.transpose(0, 3, 1, 2)
     known = dict(classes=np.full(len(images), -1)) | arrays | dict(images=images)
-    for kind, shape in shapes_of(len(images), size).items():
-        if kind in known:                                 # both calls complain of what does not fit
-            casting = "same_kind" if kind == "boxes" else "safe"
-            known[kind] = np.broadcast_to(known[kind].astype(KINDS[kind], casting=casting, copy=False), shape)
-    return Part(known["classes"], lambda rows: {kind: known[kind][rows] for kind in KINDS if kind in known})
+    for kind, values in known.items():                    # both calls complain of what does not fit
+        values = values.astype(KINDS[kind], casting="same_kind" if kind == "boxes" else "safe", copy=False)
+        known[kind] = np.broadcast_to(values, shapes_of(len(images), size)[kind])
+    return Part(known["classes"], lambda rows: {kind: values[rows] for kind, values in known.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From the source to the run folder
 
 def long_tail(classes, ratio, seed):
-    """Rows (sorted) of a long-tailed subset: of C classes, class k keeps n_max ratio^(-k / (C - 1)) images at random,
-    n_max = those of the largest class.
-
-    The exponential profile of Cui et al. 2019 (arXiv 1901.05555), there for CIFAR; a class with fewer images keeps all.
-    classes: int64 [N], none unknown.
-    """
+    """Rows (sorted) of a long-tailed subset (arXiv 1901.05555): of C classes, class k keeps n_max ratio^(-k / (C - 1))
+    images at random, or all; n_max = those of the largest class. classes: int64 [N], none unknown."""
     counts, g = np.bincount(classes), np.random.default_rng(seed_of(seed, "long tail"))
     k = np.arange(len(counts))
     wanted = np.floor(counts.max() * float(ratio) ** (-k / max(len(counts) - 1, 1)))
@@ -316,8 +310,7 @@ def prepare_data(run):
     with locked(run, "data"):
         if not run.agreed(done.exists):                   # another command may just have made it
             with making(run, ".", "data", "test/info.json") as aside:
-                if run.rank == 0:
-                    write_data(run, aside)
+                run.agreed(lambda: write_data(run, aside))
         for split in SPLITS:
             if run.data.latents and not run.agreed((folder / split / "latents.json").exists):
                 encode_split(run, split)
@@ -365,8 +358,7 @@ def decode(vae, x, batch=16):
 
 
 def encode_split(run, split, batch=16):
-    """data/<split>/latents.npy, float16 [N, 2, 2C, h, w]: mean and deviation of the latents of all images and of their
-    mirror images."""
+    """data/<split>/latents.npy, float16 [N, 2, 2C, h, w]: mean and deviation for all images and their mirror images."""
     folder, vae, (channels, side) = run.dir / "data" / split, open_autoencoder(run), input_shape(run)
     images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
     aside, shape = folder / ".latents.npy", [2, 2 * channels, side, side]
@@ -394,10 +386,7 @@ def encode_split(run, split, batch=16):
 
 def as_input(rows, flip=None, z=None):
     """Stored rows as the network sees them: uint8 images [B, C, H, W] in [-1, 1]; of latents [B, 2, 2C, h, w] the mean,
-    or with noise z [B, C, h, w] a draw.
-
-    flip: bool [B], the images to be mirrored.
-    """
+    or with noise z [B, C, h, w] a draw. flip: bool [B], the images to be mirrored."""
     if rows.dtype == torch.uint8:
         x = rows.float() / 127.5 - 1
         return x if flip is None else torch.where(wide(flip), x.flip(-1), x)
@@ -449,8 +438,7 @@ def require_shape(run, state):
     own, here = (state["channels"], state["size"]), input_shape(run)
     if own != here:
         raise UserError(f"{state['file']}: made for inputs of {own[0]} x {own[1]} x {own[1]}, this run's are {here[0]} "
-                        f"x {here[1]} x {here[1]}; use it in a run of its own size: set data.size or data.latents in "
-                        "another run=")
+                        f"x {here[1]} x {here[1]}; set data.size or data.latents in another run=")
 
 
 def input_shape(run):

@@ -93,21 +93,16 @@ class Model:
 
 
 SHARED = {"data": Data, "model": Model}                   # sections that every stage reads
-
-
 UNITS = {"k": 1_000, "M": 1_000_000}
 LIMITS = {"low": (operator.ge, "at least"), "above": (operator.gt, "above"), "high": (operator.le, "at most")}
 
 
 def convert(kind, value):
     """`value` (from YAML or the command line) as the type `kind`; a ValueError or KeyError if it is none."""
-    args = typing.get_args(kind)
+    args, text = typing.get_args(kind), "" if value is None else str(value).strip()
     if typing.get_origin(kind) is list:
-        if isinstance(value, str):
-            value = value.strip("[]").split(",")
-        items = value if isinstance(value, list) else [value]
-        return [convert(args[0], v) for v in items if v not in (None, "")]
-    text = "" if value is None else str(value).strip()
+        items = value if isinstance(value, list) else text.split(",")
+        return [convert(args[0], v) for v in items if v != ""]
     if args:
         return args[args.index(text)]
     if kind is str:
@@ -168,10 +163,9 @@ def print_help(doc, known, stage, flags):
         for f in dataclasses.fields(cls):
             default = f"{f.name}={getattr(cls(), f.name)}"
             print(f"  {default:32} {f.metadata['text']}  ({inspect.formatannotation(f.type)})")
-    print("other:")
     others = {"run=DIR": "default runs/<name of the YAML>", "--dry-run": "configuration and what would be done"}
     for name, text in (others | flags).items():
-        print(f"  {name:32} {text}")
+        print(f"{name:34} {text}")
 
 
 def read_yaml(path):
@@ -285,10 +279,7 @@ class Run(Processes):
 
 
 def start(stage, cls, doc, flags={}):
-    """Read the command line and YAML of a stage, set up its processes, and return the `Run`.
-
-    Called as `python <stage>.py config.yaml [key=value ...] [section.key=value ...] [run=DIR] [--dry-run] [--help]`.
-    """
+    """The `Run` of `python <stage>.py CONFIG.yaml [key=value ...] [section.key=value ...] [run=DIR] [--flags]`."""
     words, known = sys.argv[1:], {stage: cls, **SHARED}
     if "--help" in words or not words:
         print_help(doc, known, stage, flags)
@@ -357,12 +348,16 @@ def check_run_folder(run):
 
 
 def cli(main):
-    """Run a stage's `main`: what the user can put right is one line on stderr and exit code 2."""
+    """Run a stage's `main`: what the user can put right is one line on stderr and exit code 2. Of several processes the
+    first one speaks, if it can: the others wait, and torchrun ends them meanwhile."""
     try:
         main()
-    except (UserError, OSError) as e:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(3)                                 # most often the first process says it, and torchrun ends us
+    except Exception as e:
+        ours = isinstance(e, (UserError, OSError))
+        if int(os.environ.get("RANK", 0)) > 0 or (dist.is_initialized() and not ours):
+            time.sleep(3)
+        if not ours:
+            raise
         print(f"error: {e}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)                                   # others may sit in a collective that will never complete
@@ -414,9 +409,7 @@ def locked(run, *names):
 @contextmanager
 def making(run, kind, name, proof):
     """A new folder that all processes fill and that becomes <run>/<kind>/<name> in the end; refused while another does.
-
-    proof: the file, written last, by which our results are known; a folder without it is not ours to replace.
-    """
+    A folder without `proof`, which is written last, is not ours to replace."""
     target = run.dir / kind / name
 
     def begin():
@@ -487,10 +480,8 @@ def write_rows(path, first, rows):
 
 
 def finished(run, path, recipe, files=()):
-    """Whether the result that the JSON file `path` describes is there, with its files, made by `recipe`.
-
-    A result of another recipe is a UserError that names what differs, unless overwrite=true.
-    """
+    """Whether the result that the JSON file `path` describes is there, with its files, made by `recipe`; a UserError if
+    another one made it, unless overwrite=true."""
     if not path.exists():
         return False
     there = read_json(path, "delete it")
@@ -556,10 +547,8 @@ def seeded(seed, purpose, index=0):
 
 
 def draw(seed, purpose, indices, shape, uniforms=0):
-    """Random numbers that belong to each index alone, so that no batch size or number of processes changes them.
-
-    indices: ints [B] -> normal numbers float32 [B, *shape], preceded by uniform ones [B, uniforms] when asked for.
-    """
+    """Normal numbers float32 [B, *shape], after uniform ones [B, uniforms] if asked for, that belong to each of indices
+    [B] alone: no batch size or number of processes changes them."""
     g, u, z = torch.Generator(), torch.empty(len(indices), uniforms), torch.empty(len(indices), *shape)
     for j, i in enumerate(indices):
         g.manual_seed(seed_of(seed, purpose, int(i)))
