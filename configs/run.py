@@ -344,7 +344,7 @@ def check_run_folder(run):
             with atomic(path) as f:
                 f.write(yaml.safe_dump(run.sections, sort_keys=False).encode())
     elif getattr(run.cfg, "evaluate", True):              # sampling alone needs no images
-        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py")
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py, or only sample with evaluate=false")
 
 
 def cli(main):
