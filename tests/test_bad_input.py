@@ -237,7 +237,9 @@ def test_corrupt_images_do_not_lock_the_run(refuse, tiny, tmp_path):
     infos = [json.loads((tmp_path / f"r/data/{s}/info.json").read_text()) for s in ("train", "test")]
     assert sum(i["count"] for i in infos) == 29 and sum(len(i["skipped"]) for i in infos) == 1
     Image.fromarray(x).save(folder / "07.png")
+    before = (tmp_path / "r/config.yaml").read_bytes()
     assert "use another run=DIR" in refuse("train_diffusion", *words, "--prepare")
+    assert (tmp_path / "r/config.yaml").read_bytes() == before
 
 
 def test_a_dry_run_needs_prepared_data(said, tmp_path):
