@@ -2,8 +2,7 @@
 is in here.
 
 A stage calls `start`, which reads `python <stage>.py CONFIG.yaml key=value ...` into dataclasses and returns a `Run`,
-and ends in `cli(main)`. What it makes, it makes under names of its own (`atomic`, `making`), so that commands side by
-side never harm each other.
+and ends in `cli(main)`. Commands side by side never harm each other: see `atomic`, `locked`, `making`.
 """
 import collections
 import ctypes
@@ -12,22 +11,23 @@ import datetime
 import difflib
 import fcntl
 import hashlib
+import inspect
 import json
 import math
+import operator
 import os
 import re
 import shlex
 import shutil
 import sys
 import time
-import traceback
 import typing
 import uuid
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,11 +49,10 @@ class UserError(Exception):
 # Settings: one dataclass per section of the YAML; what a key means and may be stands beside it
 
 def key(default, text, low=None, high=None, above=None, count=None):
-    """A setting: its default, its line of --help, and what numbers it may be (low ... high, or above; in a list each;
-    count: how many)."""
+    """A setting: its default, its line of --help, what numbers it or those in its list may be, and how many."""
     meta = dict(text=text, low=low, high=high, above=above, count=count)
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+        return dataclasses.field(default_factory=default.copy, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -94,46 +93,48 @@ class Model:
 
 
 SHARED = {"data": Data, "model": Model}                   # sections that every stage reads
+UNITS = {"k": 1_000, "M": 1_000_000}
+LIMITS = {"low": (operator.ge, "at least"), "above": (operator.gt, "above"), "high": (operator.le, "at most")}
 
 
-def convert(name, kind, value):
-    """`value` (from YAML or the command line) as the type `kind`; 200k and 50M are accepted for whole numbers."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if value is None and (origin is list or "" in args):  # key= on the command line empties it
-        return [] if origin is list else ""
-    if origin is Literal:
-        if value in args:
-            return value
-        raise UserError(f"{name}={value}: must be one of {', '.join(map(str, args))}")
-    if origin is list:
-        items = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else [value]
-        return [convert(name, args[0], v) for v in items]
-    if kind is int and isinstance(value, str) and (m := re.fullmatch(r"(\d+(?:\.\d+)?)([kM])", value)):
-        value = float(m[1]) * {"k": 1_000, "M": 1_000_000}[m[2]]
-    try:
-        if isinstance(value, bool) != (kind is bool) or kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return kind(float(value) if kind is int else "" if value is None else value)
-    except (TypeError, ValueError, OverflowError):
-        hint = {int: " (200k and 50M are fine)", str: " (a name such as yes or no: quote it)"}.get(kind, "")
-        raise UserError(f"{name}={value!r}: expected {kind.__name__}{hint}") from None
+def convert(kind, value):
+    """`value` (from YAML or the command line) as the type `kind`; a ValueError or KeyError if it is none."""
+    args, text = typing.get_args(kind), "" if value is None else str(value).strip()
+    if typing.get_origin(kind) is list:
+        nested = typing.get_origin(args[0]) is list       # [[1,2],[3,4]]
+        items = value if isinstance(value, list) else yaml.safe_load(text) if nested else text.split(",")
+        return [convert(args[0], v) for v in items if v != ""]
+    if args:
+        return args[args.index(text)]
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    number = float(text.rstrip("kM")) * UNITS.get(text[-1:], 1)
+    if kind is int and not number.is_integer():
+        raise ValueError
+    return kind(number)
 
 
-def check(name, field, value):
-    """A UserError unless a converted value is what its field allows."""
-    m, values = field.metadata, value if isinstance(value, list) else [value]
-    if m.get("count") and len(values) != m["count"]:
-        raise UserError(f"{name}={value}: expected {m['count']} values")
-    for v in values:
-        if not isinstance(v, (int, float)) or isinstance(v, bool):
-            continue
-        low, high, above = m.get("low"), m.get("high"), m.get("above")
-        wrong = [f"at least {low:g}"] if low is not None and not v >= low else []
-        wrong += [f"above {above:g}"] if above is not None and not v > above else []
-        wrong += [f"at most {high:g}"] if high is not None and not v <= high else []
-        wrong += [] if math.isfinite(v) and abs(v) < 2 ** 53 else ["a finite number"]
-        if wrong:
-            raise UserError(f"{name}={v:g}: must be {' and '.join(wrong)}")
+def fill(section, cls, values):
+    """A dataclass from a plain dict, or a UserError that names what is unknown, of a wrong type or out of range."""
+    fields, out = {f.name: f for f in dataclasses.fields(cls)}, {}
+    for name, value in values.items():
+        said = f"{section}.{name}={value}"
+        if name not in fields:
+            raise UserError(f"{said}: {unknown(name, list(fields))}")
+        kind, meta = fields[name].type, fields[name].metadata
+        try:
+            out[name] = convert(kind, value)
+        except (ValueError, KeyError, TypeError, yaml.YAMLError):
+            raise UserError(f"{said}: expected {inspect.formatannotation(kind)}") from None
+        numbers = out[name] if isinstance(out[name], list) else [out[name]]
+        if meta["count"] not in (None, len(numbers)):
+            raise UserError(f"{said}: expected {meta['count']} values")
+        for limit, (holds, words) in LIMITS.items():
+            if meta[limit] is not None and not all(holds(v, meta[limit]) for v in numbers):
+                raise UserError(f"{said}: must be {words} {meta[limit]:g}")
+    return cls(**out)
 
 
 def unknown(name, known):
@@ -144,86 +145,56 @@ def unknown(name, known):
 
 def require(ok, cfg, keys, what):
     """A UserError that shows these keys of a section, and says what they must be, unless ok."""
+    section = {Data: "data.", Model: "model."}.get(type(cfg), "")
     if not ok:
-        raise UserError(", ".join(f"{k}={getattr(cfg, k)}" for k in keys.split()) + f": {what}")
+        raise UserError(", ".join(f"{section}{k}={getattr(cfg, k)}" for k in keys.split()) + f": {what}")
 
 
-def fill(section, cls, values):
-    """A dataclass from a plain dict; an unknown key, a wrong type or a value out of range is a UserError that names it.
-    """
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise UserError(f"{section}.{name}: {unknown(name, list(known))}")
-    kinds, out = typing.get_type_hints(cls), {}
-    for name, value in values.items():
-        out[name] = convert(f"{section}.{name}", kinds[name], value)
-        check(f"{section}.{name}", known[name], out[name])
-    return cls(**out)
+def check_name(name, value, parts=1):
+    """A UserError unless the value names something inside the run, in up to so many parts joined by /."""
+    if not re.fullmatch(rf"\w[\w.+-]*(/\w[\w.+-]*){{0,{parts - 1}}}", value):
+        raise UserError(f"{name}={value}: must be a name of letters, digits, and . _ + -")
 
 
 def print_help(doc, known, stage, flags):
-    """What --help says: the script's docstring and every key with its default, meaning and choices."""
+    """What --help says: the script's docstring and every key with its default, meaning and type."""
     print(doc)
     for section, cls in known.items():
         print(f"{section}: {'key=value' if section == stage else section + '.key=value'}")
         for f in dataclasses.fields(cls):
-            default = f.default if f.default is not dataclasses.MISSING else ",".join(map(str, f.default_factory()))
-            choices = f"  [{' | '.join(typing.get_args(f.type))}]" if typing.get_origin(f.type) is Literal else ""
-            print(f"  {f.name + '=' + str(default):32} {f.metadata['text']}{choices}")
-    print("other:")
+            default = f"{f.name}={getattr(cls(), f.name)}"
+            print(f"  {default:32} {f.metadata['text']}  ({inspect.formatannotation(f.type)})")
     others = {"run=DIR": "default runs/<name of the YAML>", "--dry-run": "configuration and what would be done"}
     for name, text in (others | flags).items():
-        print(f"  {name:32} {text}")
+        print(f"{name:34} {text}")
 
 
 def read_yaml(path):
-    """The sections of a YAML file as plain dicts; all that is wrong with it is a UserError that names it."""
-    try:
+    """The sections of a YAML file as plain dicts."""
+    with reading(path, "expected YAML of sections (data:, model:, ...), each with keys"):
         sections = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:                    # impossible dates are ValueErrors
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
-    if not isinstance(sections, dict) or not all(isinstance(v or {}, dict) for v in sections.values()):
-        raise UserError(f"{path}: expected sections (data:, model:, ...), each with keys")
-    return {k: dict(v or {}) for k, v in sections.items()}
+        return {name: dict(keys or {}) for name, keys in sections.items()}
 
 
-def read_words(stage, words, known, flags):
-    """(YAML file, sections with what the command line overrides, run folder, --flags) of a command line."""
-    given = {w for w in words if w.startswith("--")}
-    for w in given - {"--dry-run", *flags}:
-        raise UserError(f"{w}: {unknown(w, ['--help', '--dry-run', *flags])}")
-    files = [w for w in words if "=" not in w and w not in given]
-    if len(files) != 1:
-        raise UserError(f"expected exactly one YAML file, got {files or 'none'}; see --help")
-    sections, folder = read_yaml(files[0]), Path("runs") / Path(files[0]).stem
-    for word in (w for w in words if "=" in w and w not in given):
-        name, value = word.split("=", 1)
-        if name == "run":
-            if not value:
-                raise UserError("run=: name a folder")
+def read_words(words, stage):
+    """(sections of the YAML file with what the command line overrides, run folder, words that hold for all stages)."""
+    shared = [w for w in words if "=" not in w and not w.startswith("--")]
+    if len(shared) != 1:
+        raise UserError(f"expected exactly one YAML file, got {shared or 'none'}; see --help")
+    sections, folder = read_yaml(shared[0]), Path("runs") / Path(shared[0]).stem
+    for word in words:
+        where, equals, value = word.partition("=")
+        section, _, key = where.rpartition(".")
+        if where == "run" and value:
             folder = Path(value).expanduser()
-            continue
-        section, _, name = name.rpartition(".")
-        section = section or stage
-        kinds = {f.name: f.type for f in dataclasses.fields(known[section])} if section in known else {}
-        if kinds.get(name) not in (str, list[str]):       # name=no is a name, not false
-            with suppress(yaml.YAMLError, ValueError, RecursionError):
-                value = yaml.safe_load(value)
-        sections.setdefault(section, {})[name] = value
+        elif equals:
+            sections.setdefault(section or stage, {})[key] = value
+        if equals and (section or where == "run"):
+            shared.append(word)
     for name in sections:
         if name not in (*SHARED, *STAGES):
             raise UserError(f"section {name}: {unknown(name, [*SHARED, *STAGES])}")
-    return files[0], sections, folder, given
-
-
-def check_name(name, value, parts=1):
-    """A UserError unless the value names something inside the run: up to so many parts of letters, digits and . _ + -,
-    joined by /."""
-    if not re.fullmatch(rf"\w[\w.+-]*(/\w[\w.+-]*){{0,{parts - 1}}}", value):
-        raise UserError(f"{name}={value}: must be a name of letters, digits, and . _ + -")
+    return sections, folder, shared
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +202,7 @@ def check_name(name, value, parts=1):
 
 class Processes:
     """This process among those that torchrun started. Alone: rank 0 of 1, and nothing is ever exchanged."""
-    rank, world, patient = 0, 1, None  # patient: a group that waits for hours, as for a large set to be prepared
+    rank, world = 0, 1
 
     def share(self, n):
         """Those of n rows that are this process's."""
@@ -240,14 +211,13 @@ class Processes:
     def wait(self):
         """Let all processes meet."""
         if self.world > 1:
-            dist.barrier(self.patient)
+            dist.barrier()
 
     def gather(self, value):
         """Every process's value, in order of rank."""
-        if self.world == 1:
-            return [value]
-        every = [None] * self.world
-        dist.all_gather_object(every, value)
+        every = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, value)
         return every
 
     def total(self, x):
@@ -257,14 +227,13 @@ class Processes:
         return x
 
     def agreed(self, look):
-        """What look() gives on the first process, on all of them; so too its UserError. Files may change between two
-        looks."""
+        """What look() gives on the first process, on all of them; so too its UserError."""
         box = [None]
         if self.rank == 0:
             try:
-                box = [look()]
-            except UserError as e:                        # a complaint of all, so that nobody waits
-                box = [e]
+                box[0] = look()
+            except UserError as e:
+                box[0] = e
         if self.world > 1:
             dist.broadcast_object_list(box)
         if isinstance(box[0], UserError):
@@ -272,9 +241,8 @@ class Processes:
         return box[0]
 
     def turns(self):
-        """Yield True once, when this process should open what may have to be downloaded: first one, then one a machine,
-        then all."""
-        mine = 0 if self.rank == 0 else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+        """Yield True once, when this process may download: first one process, then one a machine, then all."""
+        mine = [self.rank == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0, True].index(True)
         for turn in range(3):
             yield turn == mine
             self.wait()
@@ -298,8 +266,7 @@ class Run(Processes):
     world: int = 1
     device: torch.device = torch.device("cpu")
     words: tuple = ()                                     # of the command line: what the next stage must be told, too
-    patient: typing.Any = None
-    vae: typing.Any = None  # the autoencoder of data.latents, once `open_autoencoder` was called
+    vae: typing.Any = None                                # of data.latents: see `open_autoencoder`
 
     def say(self, *words):
         """Print from the first process only."""
@@ -309,127 +276,97 @@ class Run(Processes):
     def next(self, stage, what=""):
         """Say which command comes next, with this run's YAML, folder and overrides."""
         script, *keys = stage.split()
-        words = map(shlex.quote, [*self.words, *keys])
-        self.say("next: python", script, *words, *([f"   # {what}"] if what else []))
+        self.say("next: python", shlex.join([script, *self.words, *keys]), f"   # {what}" if what else "")
 
 
 def start(stage, cls, doc, flags={}):
-    """Read the command line and YAML of a stage, set up its processes, and return the `Run`.
-
-    Called as `python <stage>.py config.yaml [key=value ...] [section.key=value ...] [run=DIR] [--dry-run] [--help]`.
-    """
+    """The `Run` of `python <stage>.py CONFIG.yaml [key=value ...] [section.key=value ...] [run=DIR] [--flags]`."""
     words, known = sys.argv[1:], {stage: cls, **SHARED}
-    if "--help" in words or "-h" in words or not words:
+    if "--help" in words or not words:
         print_help(doc, known, stage, flags)
         raise SystemExit(0 if words else 2)
-    file, sections, folder, given = read_words(stage, words, known, flags)
+    given = {w for w in words if w.startswith("--")}
+    for w in given - {"--dry-run", *flags}:
+        raise UserError(f"{w}: {unknown(w, ['--help', '--dry-run', *flags])}")
+    sections, folder, shared = read_words(words, stage)
     own = {name: fill(name, c, sections.get(name, {})) for name, c in known.items()}
     sections |= {name: dataclasses.asdict(c) for name, c in own.items()}
-    if own[stage].name or cls().name:                     # names a folder that finished work replaces: inside the run
-        check_name(f"{stage}.name", own[stage].name)
-    dry = "--dry-run" in given
-    rank, world, device = start_processes(stage, own[stage], dry)
-    shared = [w for w in words if w.split("=")[0] == "run" or w.split(".")[0] in (*SHARED, *STAGES) and "=" in w]
-    run = Run(stage, folder, own[stage], own["data"], own["model"], sections, dry, given,
-              rank, world, device, words=(file, *shared))
-    if world > 1:
-        run.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=24))
-    if dry:
+    cfg = own[stage]
+    if cfg.name or cls().name:                            # names a folder that finished work replaces: inside the run
+        check_name(f"{stage}.name", cfg.name)
+    run = Run(stage, folder, cfg, own["data"], own["model"], sections, "--dry-run" in given, given, words=shared)
+    start_processes(run)
+    if run.dry_run:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
     else:
         check_run_folder(run)
     return run
 
 
-def start_processes(stage, cfg, dry):
-    """(rank, number of processes, device), as torchrun set them; a dry run knows one process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("WORLD_SIZE is set, but not by torchrun, which starts several processes")
-    rank, world, local = (0, 1, 0) if dry else (int(os.environ.get(k, v)) for k, v in zip(names, (0, 1, 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+def start_processes(run):
+    """Give a run the rank, the number of processes and the device that torchrun chose."""
+    run.rank, run.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    backend = "gloo"
     reuse_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        gpu_flags(stage in ("train_diffusion", "train_guided"), exact=getattr(cfg, "optimizer", "") == "muon")
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    return rank, world, device
+    if torch.cuda.is_available():
+        backend, run.device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(run.device)
+        gpu_flags(run.stage.startswith("train"), exact=getattr(run.cfg, "optimizer", "") == "muon")
+    if run.world > 1:                                     # one may prepare a large set for hours while others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
 
 
 def reuse_memory():
-    """Let the C library keep what was freed: every training step asks for the same sizes again, and fresh pages cost
-    CPUs a fifth of it."""
+    """Let the C library keep what was freed: fresh pages cost a training step on CPUs a fifth of its time."""
     with suppress(AttributeError, OSError, TypeError):    # glibc alone has this
         mallopt = ctypes.CDLL(None).mallopt
-        # mmap and trim threshold, top pad: in bytes
-        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
+        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):  # mmap and trim threshold, top pad
             mallopt(option, value)
 
 
 def gpu_flags(training, exact=False):
-    """PyTorch's settings for GPUs: short float32 products (TF32) in training only; convolutions by the fastest kernel
-    tried.
-
-    exact: no short matrix products, which Muon's orthogonalisation does not survive. In bf16 and fp16 nothing else
-    multiplies float32.
-    """
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = training and not exact, training
+    """Short float32 products (TF32) in training only; exact: not of matrices, which Muon has to orthogonalise."""
+    torch.backends.cuda.matmul.allow_tf32 = training and not exact
+    torch.backends.cudnn.allow_tf32 = training
     torch.backends.cudnn.benchmark = True
 
 
 def check_run_folder(run):
-    """Write config.yaml on first use; afterwards the data section must stay what it was, since every file's row i is
-    image i."""
+    """The data section must stay what it was, since every file's row i is image i; it is kept in config.yaml."""
     path = run.dir / "config.yaml"
-    there = run.agreed((run.dir / "data" / "train" / "info.json").exists)
-    if there:
-        with reading(path, "restore it or use another run=DIR"):
-            before = fill("data", Data, read_yaml(path).get("data", {}))
+    if run.agreed((run.dir / "data" / "train" / "info.json").exists):
+        before = fill("data", Data, read_yaml(path).get("data", {}))
         for name, value in dataclasses.asdict(run.data).items():
             if getattr(before, name) != value and name not in ("root", "download", "skip_bad"):
                 raise UserError(f"{path}: this run was made with data.{name}={getattr(before, name)}, "
                                 f"now data.{name}={value}; use another run=DIR")
-    elif run.stage != "train_diffusion" and getattr(run.cfg, "evaluate", True):  # sampling alone needs no images
-        alone = ", or only sample with evaluate=false" if run.stage == "sample_ode" else ""
-        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py{alone}")
-    run.wait()
-    if run.rank == 0 and run.stage == "train_diffusion":
-        with atomic(path) as f:
-            f.write(yaml.safe_dump(run.sections, sort_keys=False).encode())
-    run.wait()
+    elif run.stage == "train_diffusion":
+        if run.rank == 0:
+            with atomic(path) as f:
+                f.write(yaml.safe_dump(run.sections, sort_keys=False).encode())
+    elif getattr(run.cfg, "evaluate", True):              # sampling alone needs no images
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py, or only sample with evaluate=false")
 
 
 def cli(main):
-    """Run a stage's `main`: what the user can put right is one line on stderr and exit code 2."""
-    code = 0
+    """Run a stage's `main`: what the user can put right is one line on stderr and exit code 2. Of several processes the
+    first one speaks, if it can: the others wait, and torchrun ends them meanwhile."""
     try:
         main()
-    except UserError as e:
-        code = 2
-        print(f"error: {e}", file=sys.stderr)
-    except BrokenPipeError:                               # | head
-        code = 1
-        sys.stdout = open(os.devnull, "w")
-    except OSError as e:                                  # full disk, no permission, ...
-        code = 2
-        print(f"error: {e.filename or 'file system'}: {e.strerror or e}", file=sys.stderr)
-    except Exception:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    except Exception as e:
+        ours = isinstance(e, (UserError, OSError))
+        if int(os.environ.get("RANK", 0)) > 0 or (dist.is_initialized() and not ours):
+            time.sleep(3)
+        if not ours:
             raise
-        code = 1                                          # the other ranks must not wait for this one
-        traceback.print_exc()
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(2)                                   # others may sit in a collective that will never complete
+        sys.exit(2)
     except KeyboardInterrupt:
-        code = 130
-        print("interrupted; the same command again goes on from what was saved", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(code)  # the other ranks may sit in a collective that will never complete
+        sys.exit("interrupted; the same command again goes on from what was saved")
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,8 +374,7 @@ def cli(main):
 
 @contextmanager
 def atomic(path):
-    """Open `path` for binary writing under a name of one's own; on success flush, sync and rename. A kill leaves the
-    old file or the new."""
+    """Open `path` for binary writing, under a name of one's own until it is complete: a kill leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -448,57 +384,49 @@ def atomic(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError as e:                                  # a full disk, most of all: say which file it was
-        aside.unlink(missing_ok=True)
+    except OSError as e:                                  # a full disk, most of all
         raise UserError(f"{path}: could not be written ({e.strerror or e}); what was there before is kept") from None
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
 def locked(run, *names):
-    """Within this context no other command makes the same thing in this run: dir/.locks/<names>, held by the first
-    process while it lives."""
-    path, file = run.dir / ".locks" / "-".join(names), None
+    """Within this context no other command makes <run>/<names>: the first process holds a lock while it lives."""
+    path = run.dir / ".locks" / "-".join(names)
 
     def take():
-        nonlocal file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-        for tries in range(30):                           # a killed predecessor may take a moment to be gone
+        for _ in range(30):                               # a killed predecessor may take a moment to be gone
             with suppress(BlockingIOError):
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             time.sleep(0.1)
         raise UserError(f"{run.dir / '/'.join(names)}: another command is making it right now; "
                         "wait for it, or choose another name")
-    run.agreed(take)
-    try:
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        run.agreed(take)
         yield
-    finally:
-        if file:
-            file.close()
 
 
 @contextmanager
 def making(run, kind, name, proof):
-    """A new folder in which all processes build <run>/<kind>/<name>, and which takes its place in the end; refused
-    while another does so.
-
-    proof: the file, written last, by which our results are known; a folder without it was made by others and is left
-    alone.
-    """
+    """A new folder that all processes fill and that becomes <run>/<kind>/<name> in the end; refused while another does.
+    A folder without `proof`, which is written last, is not ours to replace."""
     target = run.dir / kind / name
-    with locked(run, kind, name):
+
+    def begin():
         if target.exists() and not (target / proof).exists() and any(target.iterdir()):
             raise UserError(f"{target}: has no {proof}, so it is not ours to replace; "
                             "move it away or choose another name=")
-        aside = run.agreed(lambda: target.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp"))
-        if run.rank == 0:
-            for stale in target.parent.glob(f".{name}.*.tmp"):                   # of commands that were killed
-                shutil.rmtree(stale, ignore_errors=True)
-            aside.mkdir(parents=True)
-        run.wait()
+        for stale in target.parent.glob(f".{name}.{'?' * 8}.???"):               # of commands that were killed
+            shutil.rmtree(stale)
+        aside = target.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+        aside.mkdir(parents=True)
+        return aside
+
+    with locked(run, kind, name):
+        aside = run.agreed(begin)
         try:
             yield aside
             run.wait()
@@ -516,89 +444,64 @@ def making(run, kind, name, proof):
 
 @contextmanager
 def reading(path, hint):
-    """Whatever goes wrong while a file of ours is taken apart is one line that names it and ends in `hint`."""
+    """Whatever goes wrong while a file is taken apart is one line that names it and ends in `hint`."""
     try:
         yield
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there; {hint}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            zipfile.BadZipFile, zlib.error) as e:
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename or path}: not there; {hint}") from None
+    except Exception as e:                                # readers of damaged files raise nearly everything
         text = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
-        raise UserError(f"{path}: damaged, or not what this program writes ({text}); {hint}") from None
+        raise UserError(f"{path}: damaged, or not what is expected there ({text}); {hint}") from None
 
 
 def write_json(path, value):
     """`value` as indented JSON, atomically; numbers that are not finite become null."""
-    def finite(v):
-        if isinstance(v, dict):
-            return {k: finite(u) for k, u in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [finite(u) for u in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
+    value = json.loads(json.dumps(value), parse_constant=lambda word: None)
     with atomic(path) as f:
-        f.write((json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+        f.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path, hint):
     """The dict in the JSON file at `path`; a missing or broken one is a UserError that ends in `hint`."""
     with reading(path, hint):
-        value = json.loads(Path(path).read_text())
-        if not isinstance(value, dict):
-            raise TypeError("not a dict")
-    return value
+        return {**json.loads(Path(path).read_text())}
 
 
 def create_rows(path, dtype, shape):
     """A .npy file of zeros whose rows `write_rows` fills, perhaps from several machines."""
-    with open(path, "wb") as f:
-        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=tuple(shape))
-        np.lib.format.write_array_header_1_0(f, header)
-        f.truncate(f.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+    np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
 
 
 def write_rows(path, first, rows):
-    """Put rows into a .npy file at row `first`. Plain writes: with memory maps, machines that share a page on a network
-    disk lose rows."""
-    try:
-        with open(path, "r+b") as f:
-            np.lib.format.read_magic(f)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-            f.seek(first * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
-            f.write(np.ascontiguousarray(rows, dtype).tobytes())
-    except OSError as e:                                  # a full disk, most of all: say which file it was
-        raise UserError(f"{path}: could not be written ({e.strerror or e})") from None
+    """Put rows into a .npy file. Not by memory maps: machines that share a page on a network disk would lose rows."""
+    there = np.load(path, mmap_mode="r")
+    with open(path, "r+b") as f:
+        f.seek(there.offset + first * there.strides[0])
+        f.write(np.ascontiguousarray(rows, there.dtype).tobytes())
 
 
 def finished(run, path, recipe, files=()):
-    """Whether the result described by the JSON file `path` is there, with its files, and was made by `recipe`.
-
-    A result of another recipe is a UserError that names what differs, unless overwrite=true.
-    """
+    """Whether the result that the JSON file `path` describes is there, with its files, made by `recipe`; a UserError if
+    another one made it, unless overwrite=true."""
     if not path.exists():
         return False
     there = read_json(path, "delete it")
     there = there.get("recipe", there)
-    other = [f"{k}={there.get(k)}, now {v}" if len(str(v)) < 40 else k for k, v in recipe.items() if there.get(k) != v]
+    other = [f"{k}={str(there.get(k))[:40]}, now {str(v)[:40]}" for k, v in recipe.items() if there.get(k) != v]
     if other and not run.cfg.overwrite:
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
-    gone = [file for file in files if not file.exists()]
-    if gone and not other:
-        run.say(f"{gone[0]} is gone: made again")
-    elif not other:
+    complete = not other and all(file.exists() for file in files)
+    if complete:
         run.say(f"{path.parent}/{path.stem}: done already")
-    return not other and not gone
+    return complete
 
 
 def read_torch(path):
-    """What a file written by torch.save holds, on the CPU; anything that is not tensors and plain types is a UserError.
-    """
-    try:
+    """What a file written by torch.save holds, on the CPU: tensors and plain types alone."""
+    with reading(path, "not a readable checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:                                # a truncated or foreign file fails in many ways
-        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
-        raise UserError(f"{path}: not a readable checkpoint ({why}); truncated, or of another program?") from None
 
 
 def digest(*parts):
@@ -630,12 +533,10 @@ def bar(run, total, what, unit="img"):
 # Random numbers, precision, pictures
 
 def seed_of(seed, purpose, index=0):
-    """A 32-bit seed that is a function of (seed, purpose, index) and different for every index of one purpose (mt19937
-    takes 32 bits)."""
+    """A 32-bit seed (mt19937 takes no more), different for every index of one (seed, purpose)."""
     base = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4], "little")
     h = (base + index) & 0xFFFFFFFF
-    # each step is a bijection of the 32-bit numbers
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):          # bijections of the 32-bit numbers
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     return h
 
@@ -649,10 +550,8 @@ def seeded(seed, purpose, index=0):
 
 
 def draw(seed, purpose, indices, shape, uniforms=0):
-    """Random numbers that belong to each index alone, so that no batch size or number of processes changes them.
-
-    indices: ints [B] -> normal numbers float32 [B, *shape], preceded by uniform ones [B, uniforms] when asked for.
-    """
+    """Normal numbers float32 [B, *shape], after uniform ones [B, uniforms] if asked for, that belong to each of indices
+    [B] alone: no batch size or number of processes changes them."""
     g, u, z = torch.Generator(), torch.empty(len(indices), uniforms), torch.empty(len(indices), *shape)
     for j, i in enumerate(indices):
         g.manual_seed(seed_of(seed, purpose, int(i)))
@@ -662,10 +561,9 @@ def draw(seed, purpose, indices, shape, uniforms=0):
     return (u, z) if uniforms else z
 
 
-def ahead(f, items, depth=1):
-    """Yield f(item) for every item, computed in order in a thread, up to `depth` of them while the caller is busy with
-    an earlier one."""
-    with ThreadPoolExecutor(1) as pool:
+def ahead(f, items, depth=1, threads=1):
+    """Yield f(item) for every item in order, computed in threads, up to `depth` of them while the caller is busy."""
+    with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque()
         for item in items:
             waiting.append(pool.submit(f, item))
@@ -676,18 +574,18 @@ def ahead(f, items, depth=1):
 
 
 def autocast(run, precision):
-    """(context factory, dtype, the reason in words): bf16 where the hardware multiplies it natively, unless told
-    otherwise."""
-    cuda, kinds = run.device.type == "cuda", dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-    if cuda:
+    """(context factory, dtype, the reason in words); auto: bf16 where the hardware multiplies it natively."""
+    if run.device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:                                                 # PyTorch has no public function that tells
         flags = Path("/proc/cpuinfo")
         native = flags.exists() and "avx512_bf16" in flags.read_text()
-    kind = kinds.get(precision) or (torch.bfloat16 if native else torch.float32)
-    why = "asked for" if precision != "auto" else "native on this device" if native else "no native bfloat16 here"
-    context = (lambda: torch.autocast(run.device.type, kind)) if kind != torch.float32 else nullcontext
-    return context, kind, f"{str(kind).split('.')[1]} ({why})"
+    why = "asked for"
+    if precision == "auto":
+        precision, why = ("bf16", "native here") if native else ("fp32", "no native bf16 here")
+    kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
+    context = nullcontext if precision == "fp32" else partial(torch.autocast, run.device.type, kind)
+    return context, kind, f"{precision} ({why})"
 
 
 def wide(t):
@@ -702,18 +600,17 @@ def to_uint8(x):
 
 def save_grid(path, images, columns, rows=None, zoom=0, head=None):
     """Images uint8 [N, 3, H, W] as one PNG, row by row; `rows` are captions left of each row, `head` a line on top."""
-    n, _, h, w = images.shape
-    zoom = zoom or max(1, round(64 / h))
-    left, top, gap = 8 * max(map(len, rows)) + 8 if rows else 0, 20 if head else 0, 2
-    lines = math.ceil(n / columns)
-    sheet = Image.new("RGB", (left + columns * (w * zoom + gap), top + lines * (h * zoom + gap)), "white")
+    zoom = zoom or max(1, round(64 / images.shape[2]))
+    tiles = np.asarray(images).transpose(0, 2, 3, 1).repeat(zoom, 1).repeat(zoom, 2)
+    high, across = tiles.shape[1] + 2, tiles.shape[2] + 2                        # 2 pixels between them
+    left, top = 8 * max(map(len, rows)) + 8 if rows else 0, 20 if head else 0
+    size = (left + columns * across, top + math.ceil(len(tiles) / columns) * high)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for i, x in enumerate(np.asarray(images)):
-        tile = Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))).resize((w * zoom, h * zoom), Image.NEAREST)
-        sheet.paste(tile, (left + i % columns * (w * zoom + gap), top + i // columns * (h * zoom + gap)))
+    for i, tile in enumerate(tiles):
+        sheet.paste(Image.fromarray(tile), (left + i % columns * across, top + i // columns * high))
     for j, text in enumerate(rows or []):
-        pen.text((4, top + j * (h * zoom + gap) + h * zoom // 2 - 6), text, "black")
-    if head:
-        pen.text((4, 4), head, "black")
+        pen.text((4, top + j * high + high // 2 - 7), text, "black")
+    pen.text((4, 4), head or "", "black")
     with atomic(path) as f:
         sheet.save(f, "PNG")

@@ -10,7 +10,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from PIL import Image
 
@@ -95,51 +94,46 @@ def test_flat_folder_is_cropped_and_held_out(tmp_path, capsys):
     out = folder_of(tmp_path / "r", tmp_path / "images")
     assert len(out["train"][0]) + len(out["test"][0]) == 60 and 0 < len(out["test"][0]) < 20
     assert out["train"][0].shape[1:] == (3, 32, 32) and (out["train"][0] == 200).all() and (out["train"][1] == -1).all()
-    assert "53 train and 7 test images" in capsys.readouterr().out
+    assert "prepared 53 train images of no classes" in capsys.readouterr().out
 
 
 def test_resizing_is_that_of_pillow():
     x = picture(0, (41, 70, 3))
-    there, transparent = square(Image.fromarray(x), 16)
+    there = square(Image.fromarray(x), 16)
     wanted = Image.fromarray(x).crop((14, 0, 55, 41)).resize((16, 16), Image.BICUBIC)
-    assert np.array_equal(there, np.asarray(wanted).transpose(2, 0, 1)) and not transparent
+    assert np.array_equal(there, np.asarray(wanted).transpose(2, 0, 1))
 
 
-def test_photographs_are_turned_and_16_bits_kept():
-    """EXIF orientation 6 means that the top row of the file is the right edge; 16-bit grey becomes 8-bit grey."""
+def test_photographs_are_turned_and_deep_pixels_refused():
+    """EXIF orientation 6 means that the top row of the file is the right edge."""
     x, file, exif = np.zeros((8, 8, 3), np.uint8), io.BytesIO(), Image.Exif()
     x[:2] = 255
     exif[0x0112] = 6
     Image.fromarray(x).save(file, "png", exif=exif)
-    turned = square(Image.open(file), 8)[0]
+    turned = square(Image.open(file), 8)
     assert (turned[:, :, -2:] == 255).all() and (turned[:, :, :-2] == 0).all()
-    deep = square(Image.fromarray((np.arange(64).reshape(8, 8) * 1024).astype(np.uint16)), 8)[0]
-    assert np.array_equal(deep[1], np.arange(64).reshape(8, 8) * 4)
-    with pytest.raises(ValueError, match="mode F"):
-        square(Image.fromarray(np.zeros((8, 8), np.float32)), 8)
+    for kind in (np.float32, np.uint16):
+        with pytest.raises(ValueError, match="store 8 bits"):
+            square(Image.fromarray(np.zeros((8, 8), kind)), 8)
 
 
 def test_of_an_animation_the_first_picture_counts():
     frames, file = [Image.new("RGB", (8, 8), (colour, 0, 0)) for colour in (100, 200)], io.BytesIO()
     frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
-    assert (square(Image.open(file), 8)[0][0] == 100).all()
+    assert (square(Image.open(file), 8)[0] == 100).all()
 
 
-def test_transparent_parts_are_white(tmp_path, capsys):
+def test_transparent_parts_are_white():
     x = picture(0, (32, 32, 4))
     x[..., 3] = 255
-    assert np.array_equal(square(Image.fromarray(x), 32)[0], x[..., :3].transpose(2, 0, 1))
+    assert np.array_equal(square(Image.fromarray(x), 32), x[..., :3].transpose(2, 0, 1))
     x[:16, :, 3] = 0
-    (tmp_path / "images").mkdir()
-    for i in range(20):
-        Image.fromarray(x).save(tmp_path / "images" / f"{i}.png")
-    images = folder_of(tmp_path / "r", tmp_path / "images")["train"][0]
-    assert (images[:, :, :16] == 255).all() and np.array_equal(images[0, :, 16:], x[16:, :, :3].transpose(2, 0, 1))
-    assert "20 with transparent parts laid on white" in capsys.readouterr().out
+    image = square(Image.fromarray(x), 32)
+    assert (image[:, :16] == 255).all() and np.array_equal(image[:, 16:], x[16:, :, :3].transpose(2, 0, 1))
 
 
 def test_links_and_what_is_no_class(tmp_path):
-    """Links to folders are followed, not in circles; hidden folders, __MACOSX and files that are no images are left."""
+    """Links to folders are followed; hidden folders, __MACOSX and files that are no images are left."""
     root = tmp_path / "images"
     for i in range(20):
         put(tmp_path / "elsewhere" / f"{i}.png", i)
@@ -150,17 +144,14 @@ def test_links_and_what_is_no_class(tmp_path):
     for name in ("a/notes.pdf", "a/data.h5", "a/film.mpg", "list.txt"):
         (root / name).write_bytes(b"no image")
     (root / "b").symlink_to(tmp_path / "elsewhere")
-    (root / "a" / "up").symlink_to(root)
-    (tmp_path / "elsewhere" / "back").symlink_to(root / "a")
     (root / "gone").symlink_to(tmp_path / "nowhere")
     out = folder_of(tmp_path / "r", root)
-    assert out["train"][2]["class_names"] == ["a", "b"] and out["train"][2]["origin"]["files"] < 200
+    assert out["train"][2]["class_names"] == ["a", "b"] and out["train"][2]["origin"]["files"] == 40
     counts = np.array(out["train"][2]["class_counts"]) + out["test"][2]["class_counts"]
-    paths = [path for path, _ in cd.find_images(root)]
-    assert counts.sum() == len(paths) == len(set(paths)) and "b/7.png" in paths and not any("/." in p for p in paths)
+    assert counts.tolist() == [20, 20]
 
 
-def test_folders_that_are_mixed(tmp_path, capsys):
+def test_folders_that_are_mixed(tmp_path):
     root = tmp_path / "images"
     for i in range(30):
         put(root / "train" / "a" / f"{i}.png", i)
@@ -168,14 +159,12 @@ def test_folders_that_are_mixed(tmp_path, capsys):
     assert out["train"][2]["class_names"] == ["a"] and len(out["train"][0]) + len(out["test"][0]) == 30
     put(root / "valid" / "a" / "0.png")
     put(root / "extra" / "0.png")
-    out = folder_of(tmp_path / "more", root)
-    assert [len(out[s][0]) for s in out] == [30, 1] and "1 images outside train/ and valid/" in capsys.readouterr().out
     put(root / "train" / "stray.png")
-    said = complaint_of(tmp_path / "stray", source="folder", root=str(root))
-    assert "train/stray.png: an image beside folders of classes" in said
+    out = folder_of(tmp_path / "more", root)
+    assert [len(out[s][0]) for s in out] == [31, 1] and out["train"][1].tolist() == [0] * 30 + [-1]
     assert "no such folder" in complaint_of(tmp_path / "r", source="folder", root="/nowhere")
     (tmp_path / "none").mkdir()
-    assert "no image files" in complaint_of(tmp_path / "r", source="folder", root=str(tmp_path / "none"))
+    assert "of 0 images none" in complaint_of(tmp_path / "r", source="folder", root=str(tmp_path / "none"))
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
@@ -197,8 +186,6 @@ def test_chosen_classes(tmp_path):
     assert set(images[classes == 0, 0, 0, 0]) == {150} and set(images[classes == 1, 0, 0, 0]) == {50}
     words = dict(source="folder", root=str(tmp_path / "tree"))
     assert "known: 001, 002, 003" in complaint_of(tmp_path / "other", classes=["2"], **words)
-    with pytest.raises(UserError, match="quote it"):
-        cr.fill("data", Data, yaml.safe_load("classes: [yes, cat]"))
 
 
 def test_very_small_sets_are_refused(tmp_path):
@@ -209,7 +196,7 @@ def test_very_small_sets_are_refused(tmp_path):
     assert len(prepare(tmp_path / "r", test_fraction=0.5, **words)["test"][0]) > 0
 
 
-def spoiled(folder, n=200):
+def spoiled(folder, n=100):
     """Image files of many modes and formats, with flipped bytes, cut short, or with broken EXIF."""
     g, folder = np.random.default_rng(0), folder / "spoiled"
     folder.mkdir()
@@ -244,7 +231,7 @@ def test_spoiled_images_are_skipped_or_named(tmp_path):
     folder = spoiled(tmp_path)
     out = folder_of(tmp_path / "r", folder, skip_bad=True)
     skipped = out["train"][2]["skipped"] + out["test"][2]["skipped"]
-    assert len(skipped) > 50 and sum(len(out[s][0]) for s in out) + len(skipped) == 200
+    assert len(skipped) > 25 and sum(len(out[s][0]) for s in out) + len(skipped) == 100
     assert all(str(folder) in line for line in skipped)
     assert all(out[s][2]["count"] == len(np.load(tmp_path / f"r/data/{s}/classes.npy")) for s in out)
     said = complaint_of(tmp_path / "stop", source="folder", root=str(folder))
@@ -281,27 +268,24 @@ IMAGES = np.zeros((40, 32, 32, 3), np.uint8)
 
 
 @pytest.mark.parametrize("arrays, said", [
-    (dict(pictures=IMAGES), "no array 'images'"), (dict(images=IMAGES / 255), "images are float64"),
-    (dict(images=np.zeros((40, 16, 16, 3), np.uint8)), "(40, 16, 16, 3)"),
-    (dict(images=np.zeros((40, 32, 32, 4), np.uint8)), "(40, 32, 32, 4)"),
-    (dict(images=IMAGES, classes=np.zeros(39, np.int64)), "one row for each image"),
-    (dict(images=IMAGES, classes=np.zeros((40, 5), np.int64)), "classes are int64 of shape (40, 5)"),
-    (dict(images=IMAGES, classes=np.zeros(40)), "classes are float64"),
-    (dict(images=IMAGES, classes=np.full(40, 2 ** 40)), "1099511627776"),
-    (dict(images=IMAGES, classes=np.full(40, -5)), "-5"),
-    (dict(images=IMAGES, boxes=np.zeros((40, 5))), "boxes are float64 of shape (40, 5)"),
-    (dict(images=IMAGES, masks=np.zeros((40, 8, 8), np.uint8)), "masks are uint8"),
-    (dict(images=IMAGES, test_images=IMAGES[:, :8]), "(40, 8, 32, 3)"),
-    (dict(images=np.array([None] * 40)), "plain numbers"), (dict(images=IMAGES[:0]), "none is a train image")])
+    (dict(pictures=IMAGES), "'images'"), (dict(images=IMAGES / 255), "float64"),
+    (dict(images=np.zeros((40, 16, 16, 3), np.uint8)), "(40,16,16,3)"),
+    (dict(images=np.zeros((40, 32, 32, 4), np.uint8)), "(40,4,32,32)"),
+    (dict(images=IMAGES, classes=np.zeros(39, np.int64)), "(39,)"),
+    (dict(images=IMAGES, classes=np.zeros((40, 5), np.int64)), "more dimensions"),
+    (dict(images=IMAGES, classes=np.zeros(40)), "float64"), (dict(images=IMAGES, boxes=np.zeros((40, 5))), "(40,5)"),
+    (dict(images=IMAGES, masks=np.zeros((40, 8, 8), np.uint8)), "(40,8,8)"),
+    (dict(images=IMAGES, test_images=IMAGES[:, :8]), "(40,8,32,3)"),
+    (dict(images=np.array([None] * 40)), "Object arrays"), (dict(images=IMAGES[:0]), "none is a train image")])
 def test_arrays_that_cannot_be_used(tmp_path, arrays, said):
     np.savez(tmp_path / "x.npz", **arrays)
     line = complaint_of(tmp_path / "r", source="arrays", root=str(tmp_path / "x.npz"))
-    assert said in line and "x.npz" in line or "data.source" in line
+    assert said in line and ("x.npz" in line or "data.source" in line)
 
 
 def test_array_files_that_are_damaged(tmp_path):
     words = dict(source="arrays", root=str(tmp_path / "x.npz"))
-    assert "no such" in complaint_of(tmp_path / "r", **words)
+    assert "not there" in complaint_of(tmp_path / "r", **words)
     np.savez_compressed(tmp_path / "x.npz", images=picture(0, (40, 32, 32, 3)))
     good = (tmp_path / "x.npz").read_bytes()
     for at in (500, len(good) // 2):
@@ -312,7 +296,7 @@ def test_array_files_that_are_damaged(tmp_path):
         assert "x.npz: damaged" in complaint_of(tmp_path / "r", **words)
     np.save(tmp_path / "y.npy", IMAGES)
     os.truncate(tmp_path / "y.npy", 50_000)
-    assert "cut short" in complaint_of(tmp_path / "r", source="arrays", root=str(tmp_path / "y.npy"))
+    assert "y.npy: damaged" in complaint_of(tmp_path / "r", source="arrays", root=str(tmp_path / "y.npy"))
 
 
 def test_torchvision_set_from_files_at_hand(tmp_path):
@@ -346,14 +330,14 @@ def test_nothing_is_prepared_twice_or_from_something_else(tmp_path, capsys):
     shutil.move(tmp_path / "A", tmp_path / "B")
     for root in ("A", "B"):
         assert folder_of(tmp_path / "r", tmp_path / root)["train"][2] == first["train"][2]
-    assert capsys.readouterr().out.count("prepared 27") == 1
+    assert capsys.readouterr().out.count("prepared 27 train") == 1
     put(tmp_path / "B" / "new.png", 99)
-    with pytest.raises(UserError, match=r"B \(31 files\) is not what .*r/data was made from .*A, 30 files.*run=DIR"):
+    with pytest.raises(UserError, match=r"B: holds other images than .*r/data, made from .*A; use another run=DIR"):
         folder_of(tmp_path / "r", tmp_path / "B")
     np.save(tmp_path / "x.npy", np.repeat(IMAGES, 2, 0))
     prepare(tmp_path / "arrays", source="arrays", root=str(tmp_path / "x.npy"))
     np.save(tmp_path / "x.npy", np.repeat(IMAGES, 2, 0) + np.uint8(1))
-    with pytest.raises(UserError, match="x.npy .* is not what"):
+    with pytest.raises(UserError, match="x.npy: holds other images"):
         prepare(tmp_path / "arrays", source="arrays", root=str(tmp_path / "x.npy"))
 
 
@@ -386,13 +370,13 @@ def test_arrays_that_do_not_fit_each_other(tmp_path):
     path = tmp_path / "data/train/images.npy"
     for bad in (np.zeros((5, 3, 32, 32), np.uint8), np.zeros((50, 3, 16, 16), np.uint8)):
         np.save(path, bad)
-        with pytest.raises(UserError, match="images.npy.* for 50 images of size 32"):
+        with pytest.raises(UserError, match="images of shape .* for 50 images"):
             load_data(run, "train")
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="images.npy: damaged"):
+    with pytest.raises(UserError, match="data/train: damaged"):
         load_data(run, "train")
     (tmp_path / "data/train/info.json").write_text(json.dumps(dict(count=50)))
-    with pytest.raises(UserError, match="info.json: damaged"):
+    with pytest.raises(UserError, match="data/train: damaged"):
         load_data(run, "train")
 
 

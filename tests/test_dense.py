@@ -579,7 +579,7 @@ def test_protocols_on_other_images(monkeypatch, refuse, tiny, run, tmp_path):
 
 def test_bad_transfer(refuse, tiny, run, tmp_path):
     words = [tiny, f"run={run}", "protocol=head", "name=bad", *WORDS]
-    assert "none.yaml: No such file" in refuse("probe", *words, "transfer=none.yaml")
+    assert "none.yaml: not there" in refuse("probe", *words, "transfer=none.yaml")
     np.savez(tmp_path / "more.npz", images=np.zeros((20, 3, 32, 32), np.uint8), classes=np.arange(20) % 3,
              test_images=np.zeros((8, 3, 32, 32), np.uint8),
              test_classes=np.arange(8))

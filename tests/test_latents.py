@@ -12,7 +12,7 @@ from conftest import stage
 
 import train_diffusion as td
 from configs import data as cd
-from configs.data import as_input, decode, encode_latents, load_data, open_autoencoder, prepare_data, row_shape
+from configs.data import as_input, decode, load_data, open_autoencoder, prepare_data, row_shape
 from configs.run import Data, Model, Run, UserError
 from train_diffusion import build_model
 
@@ -36,7 +36,9 @@ def inside(name, *words):
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """A random autoencoder on disk that halves the side of images."""
-    kind, folder = cd.autoencoder_kl(), tmp_path_factory.mktemp("vae")
+    cd.torchvision_datasets()                             # diffusers imports torchvision, see there
+    from diffusers import AutoencoderKL as kind
+    folder = tmp_path_factory.mktemp("vae")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = kind(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -95,38 +97,24 @@ def test_network_input():
     assert torch.equal(as_input(images, flip[:2])[0], images[0].flip(-1) / 127.5 - 1) and row_shape(images) == (3, 2, 2)
 
 
-def test_encoding_continues_and_is_shared(run, vae, tmp_path, monkeypatch):
-    """Killed after some blocks by one of two processes, then continued by the other and by one alone: the same file,
-    and no block twice. Killed between the last block and the end: nothing is encoded again."""
-    expected, calls = np.load(run[1] / "data/train/latents.npy"), []
+def test_encoding_that_was_killed_begins_again(run, vae, tmp_path, monkeypatch):
+    """Killed between the last row and the end: nothing that a later command could take for latents."""
+    expected = np.load(run[1] / "data/train/latents.npy")
     shutil.copytree(run[1] / "data", tmp_path / "data")
     for file in (tmp_path / "data").rglob("latents.*"):
         file.unlink()
-    write, replace = cd.write_rows, cd.os.replace
-
-    def counted(path, first, rows):
-        if path.name == "latents.npy" and path.parent.name == "train":
-            if len(calls) == 3:
-                calls.append("killed")
-                raise KeyboardInterrupt
-            calls.append(first)
-        write(path, first, rows)
 
     def killed(a, b):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cd, "write_rows", counted)
-    with pytest.raises(KeyboardInterrupt):
-        encode_latents(there(tmp_path, vae, 0, 2), block=32)
-    with pytest.raises(UserError, match="latents.json: not there"):
+    with monkeypatch.context() as patch:
+        patch.setattr(cd.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(there(tmp_path, vae))
+    with pytest.raises(UserError, match="latents.npy: not there"):
         load_data(there(tmp_path, vae), "train")
-    monkeypatch.setattr(cd.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        encode_latents(there(tmp_path, vae), block=32)
-    assert sorted(c for c in calls if c != "killed") == list(range(0, 256, 32))
-    monkeypatch.setattr(cd.os, "replace", replace)
     prepare_data(there(tmp_path, vae))
-    assert len(calls) == 9 and np.array_equal(load_data(there(tmp_path, vae), "train").latents, expected)
+    assert np.array_equal(load_data(there(tmp_path, vae), "train").latents, expected)
     assert not list((tmp_path / "data").rglob(".latents*"))
 
 
@@ -183,7 +171,7 @@ def test_what_cannot_work(run, vae, refuse, tmp_path, monkeypatch):
     broken = shutil.copytree(vae, tmp_path / "vae")
     next(broken.glob("*.safetensors")).write_bytes(b"no tensors")
     said = refuse("train_diffusion", yaml, f"run={tmp_path / 'r'}", f"data.latents={broken}")
-    assert "not a readable AutoencoderKL" in said and not (tmp_path / "r/data/train/latents.json").exists()
+    assert "expected an AutoencoderKL" in said and not (tmp_path / "r/data/train/latents.json").exists()
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in refuse("train_diffusion", yaml, f"run={tmp_path / 'r2'}")
 
