@@ -102,7 +102,7 @@ def convert(kind, value):
     args, text = typing.get_args(kind), "" if value is None else str(value).strip()
     if typing.get_origin(kind) is list:
         nested = typing.get_origin(args[0]) is list       # [[1,2],[3,4]]
-        items = value if isinstance(value, list) else yaml.safe_load(text) if nested else text.split(",")
+        items = value if isinstance(value, list) else (yaml.safe_load(text) or []) if nested else text.split(",")
         return [convert(args[0], v) for v in items if v != ""]
     if args:
         return args[args.index(text)]
