@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from configs.data import as_input, decode, load_data, load_labels, open_autoencoder, row_shape, torchvision_datasets
-from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, fill, finished, key,
+from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, finished, key,
                          making, read_json, reading, require, save_grid, seed_of, seeded, start, to_uint8,
                          weights_hash, write_json, write_rows)
 from train_diffusion import PATHS, Condition, load_checkpoint, load_condition, load_model, say_network, to_x_and_z
@@ -386,7 +386,8 @@ def drawn_mask(file, condition):
 def layouts_of_test(run, state, condition):
     """(maps uint8 [N, H, W], labels) of the test images, by the label file that the model was trained with."""
     from train_guided import TrainGuided, layout_maps
-    then = fill("train_guided", TrainGuided, state["config"]["train_guided"])
+    then = state["config"]["train_guided"]
+    then = TrainGuided(labels=then["labels"], condition=then["condition"])
     arrays, info = load_labels(run, then.labels)
     if digest(arrays["train"]) != state["labels"]:
         raise UserError(f"layouts=test: labels/{then.labels}.npz is not what {state['file']} was trained with; "

@@ -92,7 +92,7 @@ def test_metrics_have_a_line_per_interval(chain):
     lines = [json.loads(line) for line in (chain / "diffusion/base/metrics.jsonl").read_text().splitlines()]
     assert [m["images"] for m in lines] == [128, 256, 384, 512]
     assert (
-        all(len(m["loss_by_t"]) == 10 and m["images_per_second"] > 0 for m in lines)
+        all(m["images_per_second"] > 0 for m in lines)
         and lines[-1]["loss"] < lines[0]["loss"]
     )
 
@@ -221,8 +221,6 @@ def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
         *model,
         "path=vp",
         "predict=eps",
-        "times=logit_normal",
-        "min_snr=5",
         "micro=16",
         "images=256",
     )

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import stage
+from conftest import inside
 from PIL import Image
 
 import sample_ode
@@ -30,14 +30,14 @@ def test_layouts_flip_and_drop_with_their_image():
     maps = g.integers(0, 4, (50, 8, 8)).astype(np.uint8)  # 3 = nothing there
     labels = np.append(g.integers(0, 5, 50), 5)
     condition = map_condition(maps, 3, labels)
-    u = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    batch = Batch(torch.arange(50), None, None, None, u, u[:, 1] < 0.5, 0)
+    u = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(50), None, None, None, u[:, 0] < 0.5, u[:, 1], None, None, 0)
     out = GivenLabels(condition, None, 0.3).step(None, None, None, batch)[1]
     assert out["layout"].shape == (50, 3, 8, 8)
     for i in range(50):
         expected = np.stack([maps[i] == k for k in range(3)])
-        expected = expected[..., ::-1] if u[i, 1] < 0.5 else expected
-        dropped = u[i, 2] < 0.3
+        expected = expected[..., ::-1] if u[i, 0] < 0.5 else expected
+        dropped = u[i, 1] < 0.3
         assert int(out["label"][i]) == (5 if dropped else labels[i])
         assert np.array_equal(out["layout"][i].numpy(), 0 * expected if dropped else expected)
     still = condition(torch.arange(50))
@@ -47,10 +47,10 @@ def test_layouts_flip_and_drop_with_their_image():
 def test_labels_are_dropped_image_by_image():
     labels = torch.arange(1000) % 7
     condition = Condition("label", torch.cat([labels, torch.tensor([7])]))
-    u = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
-    batch = Batch(torch.arange(1000), None, None, None, u, None, 0)
+    u = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(1000), None, None, None, torch.zeros(1000, dtype=bool), u, None, None, 0)
     out = GivenLabels(condition, None, 0.25).step(None, None, None, batch)[1]["label"]
-    dropped = u[:, 2] < 0.25                              # a share of the images, not whole batches
+    dropped = u < 0.25                              # a share of the images, not whole batches
     assert torch.equal(out == 7, dropped) and 0.2 < dropped.float().mean() < 0.3
     assert torch.equal(out[~dropped], labels[~dropped])
 
@@ -78,10 +78,10 @@ def test_a_bank_of_some_conditions_ends_in_null():
 def run(tiny, tmp_path_factory):
     """Ground-truth boxes and masks as conditions: the folder."""
     folder = tmp_path_factory.mktemp("layouts") / "run"
-    stage("train_diffusion", tiny, f"run={folder}", "images=64")
-    stage("self_label", tiny, f"run={folder}", "method=classes")
+    inside("train_diffusion", tiny, f"run={folder}", "images=64")
+    inside("self_label", tiny, f"run={folder}", "method=classes")
     for kind in ("box", "mask"):
-        stage("train_guided", tiny, f"run={folder}", "labels=classes", f"condition={kind}", f"name={kind}")
+        inside("train_guided", tiny, f"run={folder}", "labels=classes", f"condition={kind}", f"name={kind}")
     return folder
 
 
@@ -91,27 +91,27 @@ def test_layout_models_train_and_sample(run, tiny, kind, channels):
     assert state["conditions"] == dict(num_labels=10, layout_channels=channels) and state["num_labels"] == 10
     assert state["bank"]["table"].shape == (513, 32, 32) and state["marginal"].shape == (512,)
     words = [tiny, f"run={run}", f"checkpoint=guided/{kind}", "guidance=2", "n=12"]
-    stage("sample_ode", *words, f"name={kind}")
-    stage("sample_ode", *words, f"name={kind}-test", "layouts=test", "evaluate=false")
+    inside("sample_ode", *words, f"name={kind}")
+    inside("sample_ode", *words, f"name={kind}-test", "layouts=test", "evaluate=false")
     for end in ("", "-test"):
         assert (run / f"samples/{kind}{end}/grid.png").stat().st_size > 500
 
 
 def test_the_unconditional_row_of_the_same_configuration(run, tiny):
     """A YAML that says condition=box serves labels=none, too."""
-    stage("train_guided", tiny, f"run={run}", "labels=none", "condition=box", "images=64")
-    stage("sample_ode", tiny, f"run={run}", "checkpoint=guided/unconditional", "n=2", "name=plain", "evaluate=false")
+    inside("train_guided", tiny, f"run={run}", "labels=none", "condition=box", "images=64")
+    inside("sample_ode", tiny, f"run={run}", "checkpoint=guided/unconditional", "n=2", "name=plain", "evaluate=false")
 
 
 def test_hand_drawn_layouts(run, tiny, tmp_path):
     words = [tiny, f"run={run}", "guidance=2", "n=4", "evaluate=false"]
     boxes = "boxes=[[4,4,20,28,3],[22,2,30,9]]"
-    stage("sample_ode", *words, "checkpoint=guided/box", "name=drawn", boxes)
+    inside("sample_ode", *words, "checkpoint=guided/box", "name=drawn", boxes)
     assert (np.load(run / "samples/drawn/labels.npy") == 0).all()                # one layout
     mask = np.zeros((32, 32), np.uint8)
     mask[8:20, 8:20] = 2
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    stage("sample_ode", *words, "checkpoint=guided/mask", "name=painted", f"mask={tmp_path / 'mask.png'}")
+    inside("sample_ode", *words, "checkpoint=guided/mask", "name=painted", f"mask={tmp_path / 'mask.png'}")
 
 
 def test_a_drawn_layout_never_stands_without_a_label(run, tmp_path):
@@ -146,7 +146,7 @@ def test_impossible_layouts_are_refused(run, tiny, refuse, model, words, part):
 
 
 def test_conditions_need_what_they_name(run, tiny, refuse):
-    stage("self_label", tiny, f"run={run}", "method=random", "reference=classes")
+    inside("self_label", tiny, f"run={run}", "method=random", "reference=classes")
     words = [tiny, f"run={run}", "name=no"]
     assert "has no boxes" in refuse("train_guided", *words, "labels=random", "condition=box")
     assert "online only" in refuse("train_guided", *words, "labels=classes", "condition=prototype")
