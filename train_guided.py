@@ -254,29 +254,30 @@ class Labeller(Guide):
         cfg, update = self.cfg, batch.seen // self.cfg.batch
         guided = cfg.condition != "none" and batch.seen >= cfg.switch
         stride = round(1 / cfg.sk_share)                  # one image of so many is in the loss
-        labels = torch.zeros(len(batch.x), self.patches, dtype=torch.long, device=batch.x.device)
+        few = batch.every(stride)
         if 0 < cfg.sk_until <= batch.seen:
-            labels = self.settled_labels(ema, labeller_ema, batch)               # [b, P]
-            targets = F.one_hot(self.pick(labels.flatten(), stride, update), cfg.K).float()      # [n, K]
-        else:
-            step = 1 if guided else stride                # the teacher sees all images, or only those in the loss
-            h = self.teacher_pass(ema, labeller_ema, batch, step, stride // step)                # [m P, d]
-            targets, found = self.balance(labeller_ema, h, stride // step, update)
-            labels = found.view_as(labels) if guided else labels
-        loss = self.student_loss(net, batch, targets, stride)
+            labels = self.settled_labels(ema, labeller_ema, batch)               # [b P]
+            targets = F.one_hot(self.pick(labels, stride, update), cfg.K).float()                # [n, K]
+        elif guided:
+            h = self.teacher_pass(ema, labeller_ema, batch, stride)              # [b P, d]
+            targets, labels = self.balance(labeller_ema, h, stride, update)
+        else:                                             # no labels are needed yet
+            h = self.teacher_pass(ema, labeller_ema, few, 1)
+            targets, _ = self.balance(labeller_ema, h, 1, update)
+            labels = torch.zeros(len(batch.x) * self.patches, dtype=torch.long, device=h.device)
+        loss = self.student_loss(net, few, targets)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
         drop = batch.coin < (cfg.drop if guided else 1.0)
-        return weight * loss, self.tell(labels, labeller_ema, drop)
+        return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, drop)
 
-    def teacher_pass(self, ema, labeller_ema, batch, step, stride):
-        """Unit vectors h [m P, d] of every step-th image, by the averages.
+    def teacher_pass(self, ema, labeller_ema, batch, stride):
+        """Unit vectors h [m P, d] of images, by the averages.
 
         Without a condition, so that labels never explain themselves. Statistics learn from what is in the loss.
         """
         update = batch.seen // self.cfg.batch
         with torch.no_grad(), self.context():
-            t = torch.full_like(batch.t[::step], self.cfg.sk_t)
-            f = self.feature(ema, batch.x[::step], batch.spare_z[::step, 0], t)
+            f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
         self.standardised.learn(self.pick(f, stride, update), update, self.ranks)
         labeller_ema.standardised.load_state_dict(self.standardised.state_dict())
         with torch.no_grad():
@@ -294,13 +295,13 @@ class Labeller(Guide):
         self.queue.add(mine, update, ranks)
         return q, (scores / cfg.sk_eps - g).argmax(1)
 
-    def student_loss(self, net, batch, targets, stride):
+    def student_loss(self, net, batch, targets):
         """Cross entropy between targets [n, K] and the trained network's prediction, under other noise."""
         cfg = self.cfg
         low, high = cfg.sk_window
-        t = low + (high - low) * batch.spare_u[::stride, 0]
+        t = low + (high - low) * batch.spare_u[:, 0]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), self.context():
-            f = self.feature(net, batch.x[::stride], batch.spare_z[::stride, 1], t)
+            f = self.feature(net, batch.x, batch.spare_z[:, 1], t)
         h = self.embed(self.pick(f, 1, batch.seen // cfg.batch))
         fixed = batch.seen < cfg.sk_freeze or self.settled is not None           # prototypes of settled labels stay
         prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
@@ -332,14 +333,14 @@ class Labeller(Guide):
         return rows.unflatten(0, (-1, self.patches))[::stride][:, patches].flatten(0, 1)
 
     def settled_labels(self, ema, labeller_ema, batch):
-        """The labels [b, P] that images keep, found now if they are not yet; maps are mirrored with their images."""
+        """The labels [b P] that images keep, found now if they are not yet; maps are mirrored with their images."""
         if self.settled is None:                          # by the averages as they are, under one draw of noise
             rows = self.ranks.share(len(self.inputs))
             ids = label_images(ema, labeller_ema, self.inputs, rows, self.context, "settle", self.ranks)[0]
             ids = np.concatenate(self.ranks.gather(ids.numpy().astype(np.int16)))
             self.settled = torch.from_numpy(ids).to(batch.rows.device)
         labels = self.settled[batch.rows].long()
-        return torch.where(batch.flip[:, None], square(labels).flip(2).flatten(1), labels)
+        return torch.where(batch.flip[:, None], square(labels).flip(2).flatten(1), labels).flatten()
 
     def tell(self, labels, labeller_ema, drop=None):
         """Keyword arguments of the network for labels int64 [B, P]; drop: bool [B]."""
