@@ -18,10 +18,11 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import time
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +34,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, require_shape,
-                          row_shape)
+from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, row_shape)
 from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, finished, key, locked,
                          read_torch, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide,
                          write_json)
@@ -49,8 +49,6 @@ class Training:
     path: Literal["cv", "vp", "vp-sd", "vp-sde"] = key("cv", "constant velocity; variance preserving: linear betas, "
                                                              "Stable Diffusion's, score SDE")
     predict: Literal["v", "eps", "x"] = key("v", "what the network predicts")
-    times: Literal["uniform", "logit_normal"] = key("uniform", "how t is drawn")
-    min_snr: float = key(0.0, "> 0: min-SNR loss weighting with this gamma", low=0)
     optimizer: Literal["adamw", "muon"] = key("adamw", "muon: orthogonalised updates of the hidden weights; several "
                                                        "times faster in short trainings")
     lr: float = key(2e-4, "never rescaled by batch or processes", above=0)
@@ -60,7 +58,7 @@ class Training:
     ema: int = key(500_000, "half-life, in images, of the averaged weights", low=1)
     ema_ramp: float = key(0.05, "but never longer than this share of the images seen so far", above=0)
     flip: bool = key(True, "mirror images at random")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto = bf16 where the hardware has it")
+    precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto = bf16 where the hardware has it")
     compile: bool = key(False, "torch.compile the network")
     recompute: bool = key(False, "keep the inputs of blocks only and compute the rest again when going back: less "
                                  "memory, a third more work")
@@ -75,32 +73,20 @@ class Training:
 class TrainDiffusion(Training):
     """Section `train_diffusion`."""
     name: str = key("base", "results go to diffusion/<name>")
-    imported: str = key("", "adm:FILE or uvit:FILE: only write these published weights as diffusion/<name>")
+    imported: str = key("", "adm:FILE or uvit:FILE: only write these published weights, of section `model`, "
+                            "as diffusion/<name>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise paths: x_t = alpha(t) x + sigma(t) z with t = 0 noise, t = 1 data
 
 class NoisePath:
-    """What a path must say. A new one is a subclass with `alpha`, `sigma` and `rates`, and an entry in PATHS.
+    """A new path is a subclass with alpha(t), sigma(t) and rates(t) = (dalpha/dt, dsigma/dt), and an entry in PATHS.
 
-    x: data, z: noise, t: times of a shape that multiplies them, [B, 1, 1, 1] or a number; alpha and sigma take any
-    shape. The network may predict v, whose meaning is the path's. Samplers solve dy/ds = slope in variables (y, s)
-    with x_t = scale(t) y. Here v is the velocity dx_t/dt, y = x_t and s = t; a path whose velocity is singular at an
-    end says otherwise.
+    t is a number or a tensor that multiplies x and z, as [B, 1, 1, 1]; alpha and sigma take any shape. Samplers solve
+    dy/ds = slope in variables (y, s) with x_t = scale(t) y. Here v is the velocity dx_t/dt, y = x_t and s = t; a path
+    whose velocity is singular at an end says otherwise.
     """
-
-    def alpha(self, t):
-        """The share of the data in x_t."""
-        raise NotImplementedError
-
-    def sigma(self, t):
-        """The share of the noise in x_t."""
-        raise NotImplementedError
-
-    def rates(self, t):
-        """(dalpha/dt, dsigma/dt)."""
-        raise NotImplementedError
 
     def v_target(self, x, z, t):
         """What a network that predicts v learns."""
@@ -128,8 +114,7 @@ class NoisePath:
 
     def slope(self, x_hat, z_hat, t):
         """dy/ds where the network estimates x_hat and z_hat."""
-        alpha_rate, sigma_rate = self.rates(t)
-        return alpha_rate * x_hat + sigma_rate * z_hat
+        return self.v_target(x_hat, z_hat, t)
 
 
 class ConstantVelocity(NoisePath):
@@ -204,22 +189,18 @@ class VariancePreserving(NoisePath):
         return z_hat
 
 
-def table_of_betas(betas):
-    """ln prod (1 - beta) after 0, 1, ..., 1000 steps. betas: float64 [1000]."""
+def table_of_betas(first, last, power=1):
+    """ln prod (1 - beta) after 0, 1, ..., 1000 steps, of betas whose `power`-th roots rise in even steps."""
+    betas = torch.linspace(first ** (1 / power), last ** (1 / power), 1000, dtype=torch.float64) ** power
     return F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
-
-
-def even(first, last):
-    """1000 numbers in even steps."""
-    return torch.linspace(first, last, 1000, dtype=torch.float64)
 
 
 STEPS = torch.arange(1001, dtype=torch.float64) / 1000
 PATHS = {
     "cv": ConstantVelocity(),
-    "vp": VariancePreserving(table_of_betas(even(1e-4, 0.02))),                                 # DDPM
-    "vp-sd": VariancePreserving(table_of_betas(even(0.00085 ** 0.5, 0.012 ** 0.5) ** 2)),       # Stable Diffusion
-    "vp-sde": VariancePreserving(-(0.1 * STEPS + 9.95 * STEPS ** 2)),                           # arXiv 2011.13456
+    "vp": VariancePreserving(table_of_betas(1e-4, 0.02)),                        # DDPM
+    "vp-sd": VariancePreserving(table_of_betas(0.00085, 0.012, power=2)),        # Stable Diffusion
+    "vp-sde": VariancePreserving(-(0.1 * STEPS + 9.95 * STEPS ** 2)),            # arXiv 2011.13456
 }
 
 
@@ -240,36 +221,22 @@ def to_x_and_z(path, predict, out, x_t, t):
     return out, (x_t - a * out) / s.clamp(min=0.02)       # 0.02: sigma one or two steps before the data
 
 
-def loss_per_image(net, path, predict, x, z, t, min_snr=0.0, **condition):
-    """Mean squared error of the network's prediction, [B]. x, z: [B, C, H, W]; t: [B].
-
-    min_snr: weights errors by min(SNR, gamma) of x_hat (arXiv 2303.09556), whatever is predicted.
-    """
-    target = path.v_target(x, z, wide(t)) if predict == "v" else z if predict == "eps" else x
+def loss_per_image(net, path, predict, x, z, t, **condition):
+    """Mean squared error of the network's prediction, [B]. x, z: [B, C, H, W]; t: [B]."""
+    target = {"v": path.v_target(x, z, wide(t)), "eps": z, "x": x}[predict]
     out = net(diffuse(path, x, z, t), 1000 * t, **condition).float()
-    error = (out - target).square().flatten(1).mean(1)
-    if min_snr:                                           # an error d of x is d / sigma in v, d alpha / sigma in eps
-        snr = (path.alpha(t) / path.sigma(t)).square().clamp(1e-8, 1e8)
-        in_x = {"v": path.sigma(t).square(), "eps": 1 / snr, "x": torch.ones_like(t)}[predict]
-        error = error * snr.clamp(max=min_snr) * in_x
-    return error
+    return (out - target).square().flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks. forward(x [B, C, H, W], time [B] = 1000 t, label [B], vector [B, D], layout [B, L, H, W]) -> [B, C', H, W].
-# Conditions may be absent; null is: label num_labels, vector of zeros, layout of zeros. Module names are those of the
-# published weights.
+# Module names are those of the published weights
 
 def time_embedding(t, width, clock=(0, 1000)):
-    """Sines and cosines of network time, as ADM and U-ViT embed it: t [B] in 0 ... 1000 -> [B, width], cosines first.
-
-    clock: (a, b), what is embedded is a + b t / 1000.
-    """
-    if tuple(clock) != (0, 1000):
-        t = clock[0] + clock[1] / 1000 * t.float()
+    """Cosines and sines of a + b t / 1000 with (a, b) = clock, as ADM and U-ViT have them: t [B] -> [B, width]."""
     steps = torch.arange(width // 2, device=t.device, dtype=torch.float32)
     freqs = torch.exp(-math.log(10_000) * steps / (width // 2))                  # from 1 towards 1e-4
-    angles = t.float()[:, None] * freqs                   # [B, width / 2]
+    angles = (clock[0] + clock[1] / 1000 * t.float())[:, None] * freqs           # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
@@ -288,11 +255,59 @@ def group_norm(channels):
     return nn.GroupNorm(groups, channels)
 
 
-class ResBlock(nn.Module):
-    """ADM's residual block: norm, SiLU, conv, twice; the embedding scales and shifts the second norm.
+def again(f, *args):
+    """f(*args), of which the backward pass keeps the arguments only and computes the rest once more."""
+    if not torch.is_grad_enabled():
+        return f(*args)
+    return torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
 
-    resample: None, or "down" / "up" by two inside.
+
+def recompute(net):
+    """Let a network keep the inputs of its blocks only: activation checkpointing."""
+    for m in net.modules():
+        if isinstance(m, (Layers, Block)):
+            m.forward = partial(again, m.forward)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, [B, heads, L, d] each: PyTorch's fused operation, which keeps no scores to go back.
+
+    In bfloat16 on CPUs it takes up to four times as long as these products and their recomputation (64 positions).
     """
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < 500
+    if slow and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return again(lambda q, k, v: (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v, q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Conditional(nn.Module):
+    """A network that may be told label, vector and layout. What it is not told is null: label num_labels, zeros."""
+
+    def add_conditions(self, num_labels, vector_dim, layout_channels, width):
+        """Label rows are N(0, 1), as published, the last one null; vectors have no bias, so that zero is null."""
+        self.num_labels, self.vector_dim, self.layout_channels = num_labels, vector_dim, layout_channels
+        if num_labels:
+            self.label_emb = nn.Embedding(num_labels + 1, width)
+        if vector_dim:
+            self.vector_emb = nn.Linear(vector_dim, width, bias=False)
+
+    def embedded(self, x, label, vector):
+        """What label and vector say of images x, [B, width]; 0 of a network that knows neither."""
+        out = 0
+        if self.num_labels:
+            null = torch.full((len(x),), self.num_labels, device=x.device)
+            out = out + self.label_emb(null if label is None else label)
+        if self.vector_dim:
+            out = out + self.vector_emb(x.new_zeros(len(x), self.vector_dim) if vector is None else vector)
+        return out
+
+    def shown(self, x, layout):
+        """The layout of images x [B, C, H, W], or null."""
+        return x.new_zeros(len(x), self.layout_channels, *x.shape[2:]) if layout is None else layout
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block: norm, SiLU, conv, twice; the embedding scales and shifts the second norm."""
 
     def __init__(self, c_in, c_out, width, dropout=0.0, resample=None):
         super().__init__()
@@ -317,30 +332,6 @@ class ResBlock(nn.Module):
         return self.skip_connection(self.resized(x)) + conv2(dropout(act2(h)))
 
 
-def again(f, *args):
-    """f(*args), of which the backward pass keeps the arguments only and computes the rest once more."""
-    if not torch.is_grad_enabled():
-        return f(*args)
-    return torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
-
-
-def plainly(f, *args):
-    """f(*args): what `again` is instead of."""
-    return f(*args)
-
-
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v, [B, heads, L, d] each. The backward pass keeps no scores.
-
-    PyTorch's fused operation, but for training in bfloat16 on CPUs, where it takes up to four times as long as these
-    products and their recomputation (64 positions; 1.5 times at 257, as long at 500).
-    """
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < 500
-    if slow and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return again(lambda q, k, v: (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v, q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class AttentionBlock(nn.Module):
     """ADM self-attention over all positions of a map, with a residual connection."""
 
@@ -360,19 +351,26 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(a.transpose(2, 3).reshape(B, C, H * W)).reshape(B, C, H, W)
 
 
-class UNet(nn.Module):
+class Layers(nn.Sequential):
+    """One block of the U-Net: layers, of which residual blocks are shown the embedding, too."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(Conditional):
     """The ADM U-Net (arXiv 2105.05233): scale-shift residual blocks, residual resampling, attention at chosen sizes.
 
     A label row or a vector is added to the time embedding; a layout is concatenated to the input.
     """
-    run_block = staticmethod(plainly)                     # or `again`: activation checkpointing, block by block
     ends = ("input_blocks.0.", "out.", "vector_emb")      # layers that touch pixels or conditions
 
     def __init__(self, size, in_channels, out_channels, channels, mult, blocks, attention, head_channels, dropout=0.0,
                  stem=1, num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
         super().__init__()
         self.channels, self.stem, self.clock = channels, stem, clock
-        self.num_labels, self.vector_dim, self.layout_channels = num_labels, vector_dim, layout_channels
         widths = [int(m * channels) for m in mult]        # of the levels
         width = 4 * channels                              # of the embedding
         size = size // stem
@@ -381,34 +379,32 @@ class UNet(nn.Module):
             return ResBlock(c_in, c_out, width, dropout, resample)
 
         def attend(c):
-            return AttentionBlock(c, heads or max(1, c // head_channels))
+            return AttentionBlock(c, max(1, c // head_channels) if head_channels else heads)
 
         self.time_embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
-        if num_labels:                                    # rows N(0, 1), as published; the last is the null label
-            self.label_emb = nn.Embedding(num_labels + 1, width)
-        if vector_dim:                                    # without bias, so that the zero vector is null
-            self.vector_emb = nn.Linear(vector_dim, width, bias=False)
+        self.add_conditions(num_labels, vector_dim, layout_channels, width)
+        if vector_dim:
             nn.init.normal_(self.vector_emb.weight)       # a unit vector then weighs as much as a label row
         c = widths[0]
         first = nn.Conv2d((in_channels + layout_channels) * stem ** 2, c, 3, padding=1)
-        self.input_blocks = nn.ModuleList([nn.ModuleList([first])])
+        self.input_blocks = nn.ModuleList([Layers(first)])
         self.output_blocks = nn.ModuleList()
         skips = [c]
         for level, m in enumerate(widths):
             for _ in range(blocks):
-                self.input_blocks.append(nn.ModuleList([block(c, m)]))
+                self.input_blocks.append(Layers(block(c, m)))
                 c = m
                 if size in attention:
                     self.input_blocks[-1].append(attend(c))
                 skips.append(c)
             if level < len(widths) - 1:
-                self.input_blocks.append(nn.ModuleList([block(c, c, "down")]))
+                self.input_blocks.append(Layers(block(c, c, "down")))
                 skips.append(c)
                 size //= 2
-        self.middle_block = nn.ModuleList([block(c, c), attend(c), block(c, c)])
+        self.middle_block = Layers(block(c, c), attend(c), block(c, c))
         for level, m in reversed(list(enumerate(widths))):
             for i in range(blocks + 1):
-                self.output_blocks.append(nn.ModuleList([block(c + skips.pop(), m)]))
+                self.output_blocks.append(Layers(block(c + skips.pop(), m)))
                 c = m
                 if size in attention:
                     self.output_blocks[-1].append(attend(c))
@@ -418,39 +414,20 @@ class UNet(nn.Module):
         last = zeroed(nn.Conv2d(c, out_channels * stem ** 2, 3, padding=1))
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), last)
 
-    def forward(self, x, time, label=None, vector=None, layout=None):            # what is not given is null
+    def forward(self, x, time, label=None, vector=None, layout=None):
         emb = self.time_embed(time_embedding(time, self.channels, self.clock))   # [B, width]
-        if self.num_labels:
-            emb = emb + self.label_emb(null_label(self, time) if label is None else label)
-        if self.vector_dim:
-            emb = emb + self.vector_emb(emb.new_zeros(len(x), self.vector_dim) if vector is None else vector)
+        emb = emb + self.embedded(x, label, vector)
         if self.layout_channels:
-            x = torch.cat([x, null_layout(self, x) if layout is None else layout], 1)
-
-        def layers(block, x, emb):
-            for layer in block:
-                x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
-            return x
-
+            x = torch.cat([x, self.shown(x, layout)], 1)
         x = F.pixel_unshuffle(x, self.stem)
         skips = []
         for block in self.input_blocks:
-            x = self.run_block(layers, block, x, emb)
+            x = block(x, emb)
             skips.append(x)
-        x = self.run_block(layers, self.middle_block, x, emb)
+        x = self.middle_block(x, emb)
         for block in self.output_blocks:
-            x = self.run_block(layers, block, torch.cat([x, skips.pop()], 1), emb)
+            x = block(torch.cat([x, skips.pop()], 1), emb)
         return F.pixel_shuffle(self.out(x), self.stem)
-
-
-def null_label(net, time):
-    """The null label of every image, [B]."""
-    return time.new_full((len(time),), net.num_labels, dtype=torch.long)
-
-
-def null_layout(net, x):
-    """The null layout of images x [B, C, H, W]."""
-    return x.new_zeros(len(x), net.layout_channels, *x.shape[2:])
 
 
 class Attention(nn.Module):
@@ -469,19 +446,6 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, L, D))
 
 
-class Mlp(nn.Module):
-    """Feed-forward part of a transformer block."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block; in the second half of the network it first merges the tokens of its mirror block."""
 
@@ -490,7 +454,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, x, skip=None):                      # [B, L, D]
@@ -511,25 +475,20 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class UViT(nn.Module):
+class UViT(Conditional):
     """U-ViT (arXiv 2209.12152): tokens of condition, time and patches, long skips from the first to the second half.
 
     Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens.
     """
-    run_block = staticmethod(plainly)                     # or `again`: activation checkpointing, block by block
     ends = ("patch_embed", "layout_embed", "vector_emb", "decoder_pred", "final_layer")   # touch pixels or conditions
 
     def __init__(self, size, in_channels, out_channels, channels, patch, depth, heads, final_conv=True, num_labels=0,
                  vector_dim=0, layout_channels=0, clock=(0, 1000)):
         super().__init__()
-        self.channels, self.patch, self.clock, self.out_channels = channels, patch, clock, out_channels
-        self.num_labels, self.vector_dim, self.layout_channels = num_labels, vector_dim, layout_channels
+        self.channels, self.patch, self.clock = channels, patch, clock
         self.grid = size // patch
         self.patch_embed = PatchEmbed(patch, in_channels, channels)
-        if num_labels:
-            self.label_emb = nn.Embedding(num_labels + 1, channels)
-        if vector_dim:
-            self.vector_emb = nn.Linear(vector_dim, channels, bias=False)
+        self.add_conditions(num_labels, vector_dim, layout_channels, channels)
         if layout_channels:
             self.layout_embed = PatchEmbed(patch, layout_channels, channels, bias=False)
         self.extras = 1 + bool(num_labels or vector_dim)  # tokens before those of patches: perhaps a condition, time
@@ -549,77 +508,48 @@ class UViT(nn.Module):
         if vector_dim:
             nn.init.normal_(self.vector_emb.weight)
 
-    def forward(self, x, time, label=None, vector=None, layout=None):            # what is not given is null
+    def forward(self, x, time, label=None, vector=None, layout=None):
         tokens = self.patch_embed(x)                      # [B, L, D]
         if self.layout_channels:
-            tokens = tokens + self.layout_embed(null_layout(self, x) if layout is None else layout)
+            tokens = tokens + self.layout_embed(self.shown(x, layout))
         front = [time_embedding(time, self.channels, self.clock).to(tokens.dtype)]
-        if self.num_labels or self.vector_dim:
-            told = torch.zeros_like(front[0])
-            if self.num_labels:
-                told = told + self.label_emb(null_label(self, time) if label is None else label)
-            if self.vector_dim:
-                told = told + self.vector_emb(told.new_zeros(len(x), self.vector_dim) if vector is None else vector)
-            front.insert(0, told)
+        if self.extras == 2:
+            front.insert(0, self.embedded(x, label, vector))
         x = torch.cat([torch.stack(front, 1), tokens], 1) + self.pos_embed
         skips = []
         for block in self.in_blocks:
-            x = self.run_block(block, x)
+            x = block(x)
             skips.append(x)
-        x = self.run_block(self.mid_block, x)
+        x = self.mid_block(x)
         for block in self.out_blocks:
-            x = self.run_block(block, x, skips.pop())
+            x = block(x, skips.pop())
         x = self.decoder_pred(self.norm(x)[:, self.extras:])                     # [B, L, patch * patch * C]
-        x = x.unflatten(2, (self.patch, self.patch, self.out_channels)).unflatten(1, (self.grid, self.grid))
+        x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (self.grid, self.grid))
         x = x.permute(0, 5, 1, 3, 2, 4)                   # [B, C, grid, patch, grid, patch]
-        side = self.grid * self.patch
-        return self.final_layer(x.reshape(len(x), self.out_channels, side, side))
+        return self.final_layer(x.flatten(4, 5).flatten(2, 3))
 
 
 def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_channels=0, seed=0):
-    """The network that section `model` describes, with weights drawn from `seed`; UserErrors for what cannot be."""
+    """The network that section `model` describes, with weights drawn from `seed`."""
     check_model(model, size)
-    condition = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels, clock=model.clock)
+    known = dict(num_labels=num_labels, vector_dim=vector_dim, layout_channels=layout_channels)
     with seeded(seed, "weights"):
         if model.backbone == "uvit":
             return UViT(size, in_channels, in_channels, model.channels, model.patch, model.depth, model.heads,
-                        model.final_conv, **condition)
+                        model.final_conv, clock=model.clock, **known)
         return UNet(size, in_channels, in_channels, model.channels, model.mult, model.blocks, model.attention,
-                    model.head_channels, model.dropout, model.stem, heads=0 if model.head_channels else model.heads,
-                    **condition)
+                    model.head_channels, model.dropout, model.stem, heads=model.heads, clock=model.clock, **known)
 
 
 def check_model(model, size):
-    """Combinations of keys of section `model` that cannot work."""
+    """A UserError for what would fail late, or be left out without a word."""
     if model.backbone == "uvit":
-        if size % model.patch or model.channels % model.heads or model.depth % 2 or model.channels % 2:
-            raise UserError(f"model: size {size} must be a multiple of patch={model.patch}, channels={model.channels} "
-                            f"of heads={model.heads}; channels and depth={model.depth} even")
-        return
+        fits = size % model.patch == 0 and model.depth % 2 == 0
+        return require(fits, model, "patch depth", f"size {size} must be a multiple of patch, depth even")
     step = model.stem * 2 ** (len(model.mult) - 1)
-    if size % step:
-        raise UserError(f"model: size {size} must be a multiple of {step} (stem={model.stem}, {len(model.mult)} "
-                        "levels in mult)")
-    widths = [m * model.channels for m in model.mult]
-    if model.channels % 8 or any(c % 8 or c % (min(c, model.head_channels) or model.heads) for c in widths):
-        raise UserError(f"model: channels={model.channels} must be a multiple of 8, and of "
-                        f"head_channels={model.head_channels} or heads={model.heads} at every level")
-    sizes = [size // model.stem // 2 ** level for level in range(len(model.mult))]
-    if stray := [a for a in model.attention if a not in sizes]:
-        raise UserError(f"model: attention={','.join(map(str, stray))}: no level has maps of that size; here they "
-                        f"have {', '.join(map(str, sizes))}")
-
-
-def placed(net, device, compiled=False):
-    """`net` on the device, in the memory layout that suits it: U-Nets that a GPU runs compiled are channels-last.
-
-    Not compiled they are not, since PyTorch's own group normalisation knows one layout on GPUs; on CPUs channels-last
-    was measured to be slower.
-    """
-    net.to(device)
-    if isinstance(net, UNet) and compiled and torch.device(device).type == "cuda":
-        net.to(memory_format=torch.channels_last)
-    return net
+    require(size % step == 0, model, "stem mult", f"size {size} must be a multiple of {step}")
+    sizes = {size // model.stem >> level for level in range(len(model.mult))}
+    require(sizes.issuperset(model.attention), model, "attention", f"the levels have maps of size {sizes}")
 
 
 def say_network(run, net, channels, size):
@@ -662,7 +592,7 @@ class Condition:
         """Keyword arguments for the network. ids: int64 [B]; drop: bool [B], null instead; flip: bool [B], mirrored."""
         if drop is not None:
             ids = torch.where(drop, self.null, ids)
-        rows = self.table[ids.to(self.table.device)].to(ids.device)              # large tables stay on the host
+        rows = self.table[ids]
         if self.kind == "label":
             return dict(label=rows)
         if self.kind == "vector":
@@ -674,20 +604,15 @@ class Condition:
             told["label"] = self.labels[ids]
         return told
 
-    def subset(self, ids):
-        """The condition that knows these rows only, and null."""
-        ids = torch.cat([ids, torch.tensor([self.null])])
-        labels = None if self.labels is None else self.labels[ids]
-        return Condition(self.kind, self.table[ids], self.kinds, self.size, labels)
-
     def bank(self, seed, most=2000):
         """Some of its rows, drawn at random, which stand for the distribution of all: what a checkpoint can hold."""
         order = np.random.default_rng(seed_of(seed, "bank")).permutation(self.null)
-        return self.subset(torch.from_numpy(order[:most]))
+        ids = torch.from_numpy(np.append(order[:most], self.null))
+        labels = None if self.labels is None else self.labels[ids]
+        return Condition(self.kind, self.table[ids], self.kinds, self.size, labels)
 
     def to(self, device):
-        large = torch.device(device).type == "cuda" and self.table.nbytes > 2e9
-        self.table = self.table if large else self.table.to(device)
+        self.table = self.table.to(device)
         self.labels = None if self.labels is None else self.labels.to(device)
         return self
 
@@ -701,6 +626,9 @@ def load_condition(state, device):
     """The condition by which a checkpoint's model is sampled, for ids 0 ... null; None of an unconditional one."""
     if "bank" in state:
         return Condition(**state["bank"]).to(device)
+    if state.get("condition") == "prototype":
+        prototypes = F.normalize(state["labeller_ema"]["prototypes"], dim=1)
+        return Condition("vector", with_null(prototypes, 0)).to(device)
     K = state["conditions"].get("num_labels", 0)
     return Condition("label", torch.arange(K + 1)).to(device) if K else None
 
@@ -708,37 +636,26 @@ def load_condition(state, device):
 class Guide(nn.Module):
     """What a training tells its network of images: here nothing. Others are `GivenLabels`, and those that find labels.
 
-    `fit` saves such a module beside the network, trains its parameters and logs its report.
+    `fit` saves such a module beside the network, trains its parameters and logs its report. `labeller_ema` is its
+    average, `ema` that of the network.
     """
-    uniforms, noises = 3, 0                               # numbers per image that `step` needs; see `Batch`
-
-    def averaged(self):
-        """A copy for averages. Where nothing is learned the module itself will do."""
-        return self
+    spare = 0, 0                                          # uniform numbers and noises per image that `step` needs
 
     def begin(self, run, data, context):
         """Called once before the first step."""
 
-    def step(self, net, ema, average, batch):
+    def step(self, net, ema, labeller_ema, batch):
         """(a loss of its own or None, keyword arguments of the network for a `Batch`)."""
         return None, {}
 
-    def after(self, average, beta):
-        """Called after an update, to move the average: see `move_average`."""
+    def after(self, labeller_ema, beta):
+        """Called after an update, to move the average as far as that of the network."""
 
-    def facts(self, average):
-        """What the checkpoint says besides weights."""
-        return {}
-
-    def report(self, ema, average):
+    def report(self, ema, labeller_ema):
         """What joins a line of the log."""
         return {}
 
-    def words(self, line):
-        """The same for the screen."""
-        return ""
-
-    def grid(self, ema, average):
+    def grid(self, ema, labeller_ema):
         """Keyword arguments of the network for the sample grid, rows of ten; {} = nothing."""
         return {}
 
@@ -746,7 +663,7 @@ class Guide(nn.Module):
 class GivenLabels(Guide):
     """Labels that were there before: conditions by row of the training images, and by id as for sampling.
 
-    drop: share of images of which the network is told nothing, decided image by image (arXiv 2207.12598).
+    drop: the share of images of which the network is told nothing (arXiv 2207.12598).
     """
 
     def __init__(self, by_row, by_id, drop):
@@ -757,29 +674,26 @@ class GivenLabels(Guide):
         self.by_row.to(run.device)
         self.by_id.to(run.device)
 
-    def step(self, net, ema, average, batch):
-        return None, self.by_row(batch.rows, batch.u[:, 2] < self.drop, batch.flip)
+    def step(self, net, ema, labeller_ema, batch):
+        return None, self.by_row(batch.rows, batch.coin < self.drop, batch.flip)
 
-    def grid(self, ema, average):
-        return self.by_id(every_tenth(self.by_id.null).to(self.by_id.table.device))
+    def grid(self, ema, labeller_ema):
+        return self.by_id(ten_of_each(self.by_id.null).to(self.by_id.table.device))
 
 
-def every_tenth(n, most=12):
+def ten_of_each(n, most=12):
     """Up to `most` of the ids 0 ... n - 1, evenly chosen, ten times each."""
-    ids = np.linspace(0, n - 1, min(n, most)).round().astype(int)
-    return torch.from_numpy(np.unique(ids).repeat(10))
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long().repeat_interleave(10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
 def orthogonalised(m, iterations=5):
-    """U V^T of m = U S V^T, roughly: the same singular vectors, every singular value moved to between 0.7 and 1.2.
+    """m [N, rows, columns] = U S V^T -> U V^T, roughly: every singular value moves to between 0.7 and 1.2.
 
-    m: [N, rows, columns]. Newton-Schulz: x -> (a + b G + c G^2) x with G = x x^T acts on each singular value alone.
-    With these coefficients (Jordan 2024) small values grow 3.4 times an iteration and none passes 1.2. All factors are
-    polynomials of the first G, so they are multiplied among themselves, which takes a third of the time since x is
-    several times as long as it is wide, and meet x once, in the end. Needs all digits of float32.
+    Newton-Schulz: x -> (a + b G + c G^2) x with G = x x^T acts on each singular value alone. All factors are
+    polynomials of the first G: multiplied among themselves, they meet the long x once. Needs all digits of float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = m if m.shape[1] <= m.shape[2] else m.mT           # [N, short, long]
@@ -799,8 +713,7 @@ class Muon(torch.optim.AdamW):
     """Muon (Jordan 2024; arXiv 2502.16982) for parameter groups with `muon=True`, AdamW for the others.
 
     A hidden weight moves by its orthogonalised momentum, so that all directions in which it can act learn at one
-    speed, not only the few that dominate the gradient. Convolutions are matrices [out, in * k * k]. With the factor
-    0.2 sqrt(max(out, in)) an update is as large as AdamW's usually are, so learning rate and weight decay carry over.
+    speed. Convolutions are matrices [out, in * k * k]. With 0.2 sqrt(max(out, in)) updates are as large as AdamW's.
     """
     momentum = 0.95                                       # Nesterov's
 
@@ -837,10 +750,7 @@ def hidden_weights(net):
 
 
 def build_optimizer(cfg, net, more=()):
-    """The optimizer of a network and of more parameters beside it.
-
-    Norms, biases and embeddings keep clear of Muon and, but for embeddings, of weight decay.
-    """
+    """Of a network and more parameters. Norms, biases, embeddings: without Muon and, but for these, weight decay."""
     hidden = hidden_weights(net) if cfg.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
     others = [p for p in [*net.parameters(), *more] if id(p) not in taken]
@@ -865,100 +775,86 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
     """
     path, folder = PATHS[cfg.path], Path(folder)
     labeller = labeller or Guide()
-    context, kind, why = autocast(run, cfg.precision)
+    context, _, why = autocast(run, cfg.precision)
 
     # what learns, and averages of it; the same command again resumes
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    average = labeller.averaged()
-    net.run_block = again if cfg.recompute else plainly
-    optimizer = build_optimizer(cfg, net, labeller.parameters())
-    scaler = torch.amp.GradScaler(run.device.type, enabled=kind == torch.float16)
-    parts = dict(net=net, ema=ema, labeller=labeller, labeller_ema=average, optimizer=optimizer, scaler=scaler)
+    learns = list(labeller.parameters())
+    labeller_ema = copy.deepcopy(labeller).eval().requires_grad_(False) if learns else labeller
+    optimizer = build_optimizer(cfg, net, learns)
+    parts = dict(net=net, ema=ema, labeller=labeller, labeller_ema=labeller_ema, optimizer=optimizer)
     seen = resume(run, cfg, folder, state, parts)
     if seen >= cfg.images:
         run.say(f"{folder}: done already ({seen:,} images seen)")
         return load_checkpoint(run, str(folder))
-    say_start(run, cfg, net, data, seen, why)
+    run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training "
+            f"images; {why}")
+    if cfg.recompute:
+        recompute(net)
     model = distributed(run, cfg, net.train())
     weights, averages = list(net.parameters()), list(ema.parameters())
     labeller.begin(run, data, context)
     open_autoencoder(run)                                 # for the sample grids
     share, micro = cfg.batch // run.world, micro_batch(run, cfg)
-    stream = batches(run, cfg, data, seen, labeller.uniforms, labeller.noises)
-    meter = Meter(run, seen)
+    stream = batches(run, cfg, data, seen, *labeller.spare)
+    log = Log(run, folder, seen)
 
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
         while seen < cfg.images:
-            # a batch of images, their times, and what the network is told of them
-            batch = meter.next(stream)
-            t = batch.u[:, 0] if cfg.times == "uniform" else logit_normal(batch.u[:, 0])
+            # a batch of images, and what the network is told of them
+            batch = next(stream)
             if state["model"]["dropout"]:                 # masks: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
-            labeller_loss, told = labeller.step(net, ema, average, batch)
+            labeller_loss, told = labeller.step(net, ema, labeller_ema, batch)
 
             # the loss, and its gradients. The labeller's come first: DDP then averages the sum
             if labeller_loss is not None:
-                scaler.scale(labeller_loss).backward()
+                labeller_loss.backward()
+            losses = []
             for i in range(0, share, micro):
                 part = slice(i, i + micro)
-                last = i + micro >= share
-                with nullcontext() if last or run.world == 1 else model.no_sync(), context():
-                    loss = loss_per_image(model, path, cfg.predict, batch.x[part], batch.z[part], t[part], cfg.min_snr,
+                more = run.world > 1 and i + micro < share
+                with model.no_sync() if more else nullcontext(), context():
+                    loss = loss_per_image(model, path, cfg.predict, batch.x[part], batch.z[part], batch.t[part],
                                           **{name: v[part] for name, v in told.items()})
-                    scaler.scale(loss.mean() * micro / share).backward()
-                meter.add(t[part], loss)
+                    (loss.mean() * micro / share).backward()
+                losses.append(loss.detach())
 
             # one update, and the averages, whose half-life is `ema` images
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
-            meter.norm(update(run, cfg, optimizer, scaler, lr, weights, list(labeller.parameters())))
+            log.add(torch.cat(losses), update(run, cfg, optimizer, lr, weights, learns))
             seen += cfg.batch
             beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
-            move_average(averages, weights, beta)
-            labeller.after(average, beta)
+            get_ema_multi_avg_fn(beta)(averages, weights, None)
+            labeller.after(labeller_ema, beta)
             progress.update(cfg.batch)
 
             # a line of the log, a checkpoint, a picture, each at its own interval
-            if due(cfg, seen, cfg.log_every) or due(cfg, seen, cfg.save_every):
-                meter.require_health(folder, seen, scaler)
-            if due(cfg, seen, cfg.log_every):
-                line = meter.line(seen, lr, scaler) | labeller.report(ema, average)
-                write_line(run, folder, line, labeller.words(line), progress)
-                meter = Meter(run, seen)
-            if due(cfg, seen, cfg.save_every):
-                save_checkpoint(run, folder, state | labeller.facts(average) | dict(seen=seen), parts)
+            saves = due(cfg, seen, cfg.save_every)
+            if saves or due(cfg, seen, cfg.log_every):    # never a checkpoint that is broken
+                log.write(seen, lr, labeller.report(ema, labeller_ema), progress)
+            if saves:
+                learned = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(run, folder, state | learned | dict(seen=seen))
             if due(cfg, seen, cfg.grid_every):
-                save_pictures(run, cfg, folder, ema, labeller, average, data, seen, context)
+                save_pictures(run, cfg, folder, ema, labeller.grid(ema, labeller_ema), data, seen, context)
     stream.close()
     return load_checkpoint(run, str(folder))
 
 
-def logit_normal(u):
-    """Uniform numbers [B] -> times whose logit is normal."""
-    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
-
-
-def update(run, cfg, optimizer, scaler, lr, weights, more):
+def update(run, cfg, optimizer, lr, weights, more):
     """One step of the optimizer; returns the gradient norm of the network's weights. more: the labeller's."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     for p in more:                                        # DDP knows the network only
-        if p.grad is not None and run.world > 1:
-            run.total(p.grad)
-            p.grad /= run.world
-    scaler.unscale_(optimizer)
+        if p.grad is not None:
+            run.total(p.grad).div_(run.world)
     norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
-    if more:
-        nn.utils.clip_grad_norm_(more, cfg.clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
+    nn.utils.clip_grad_norm_(more, cfg.clip or math.inf)
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm             # a skipped step does not count
-
-
-def move_average(averages, weights, beta):
-    """averages <- beta averages + (1 - beta) weights, lists of tensors."""
-    get_ema_multi_avg_fn(beta)(averages, weights, None)
+    return norm
 
 
 def due(cfg, seen, every):
@@ -973,13 +869,10 @@ def micro_batch(run, cfg):
 
 
 def check_training(run, cfg):
-    """Combinations of training keys that cannot work."""
-    if cfg.batch % run.world:
-        raise UserError(f"batch={cfg.batch} must be a multiple of the {run.world} processes")
-    if (cfg.batch // run.world) % micro_batch(run, cfg):
-        raise UserError(f"micro={cfg.micro} must divide the {cfg.batch // run.world} images per process and update")
-    if cfg.precision == "fp16" and run.device.type != "cuda":
-        raise UserError("precision=fp16 needs a GPU; use bf16 or fp32")
+    """A UserError where a batch cannot be divided among processes and passes."""
+    require(cfg.batch % run.world == 0, cfg, "batch", f"must be a multiple of the {run.world} processes")
+    share = cfg.batch // run.world
+    require(share % micro_batch(run, cfg) == 0, cfg, "micro", f"must divide the {share} images per process and update")
 
 
 def distributed(run, cfg, net):
@@ -1000,13 +893,16 @@ class Batch:
     rows: torch.Tensor                                    # int64 [b]: which images
     x: torch.Tensor                                       # [b, C, H, W], mirrored already
     z: torch.Tensor                                       # [b, C, H, W]: the path's noise
-    more: torch.Tensor                                    # [b, noises, C, H, W]: noise for the labeller
-    u: torch.Tensor                                       # [b, uniforms]: of time, flip, drop, then the labeller's
-    flip: torch.Tensor | None                             # bool [b]: mirrored
+    t: torch.Tensor                                       # [b]: times
+    flip: torch.Tensor                                    # bool [b]: mirrored
+    coin: torch.Tensor                                    # [b], uniform: decides who is told nothing
+    spare_u: torch.Tensor                                 # [b, uniforms]: for the labeller
+    spare_z: torch.Tensor                                 # [b, noises, C, H, W]: for the labeller
     seen: int                                             # images before this update
 
-
-RESIDENT = 4e9                                            # bytes of a training set up to which a GPU keeps it
+    def every(self, n):
+        """The part of every n-th image."""
+        return dataclasses.replace(self, **{k: v[::n] for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
 def image_order(seed, purpose, seen, n):
@@ -1018,105 +914,62 @@ def image_order(seed, purpose, seen, n):
         epoch, position = epoch + 1, 0
 
 
-def batches(run, cfg, data, seen, uniforms=3, noises=0):
+def batches(run, cfg, data, seen, uniforms=0, noises=0):
     """Endless `Batch`es from image number `seen` on. A thread prepares the next ones while the network works.
 
-    Noise and uniforms belong to the stage and the running number of the image, so neither restarts nor the number of
-    processes change them. Of latents, one more noise draws the latent from its distribution.
+    Of latents, one more noise draws the latent from its distribution.
     """
     images, share = data.inputs, cfg.batch // run.world
     latent = data.latents is not None
     first = run.rank * share                              # of this process, in every batch
-    on_gpu = run.device.type == "cuda"
-    resident = None
-    if on_gpu and images.nbytes < RESIDENT:
-        resident = torch.from_numpy(np.array(images, order="C")).to(run.device)
     order = image_order(cfg.seed, run.stage, seen, len(images))
 
     def prepared(number):
         rows = torch.tensor([next(order) for _ in range(cfg.batch)][first:first + share])
         mine = range(number + first, number + first + share)
-        u, z = draw(cfg.seed, run.stage, mine, (1 + noises + latent, *row_shape(images)), uniforms)
-        x = torch.from_numpy(images[rows.numpy()]) if resident is None else None
-        return number, [v.pin_memory() if on_gpu and v is not None else v for v in (rows, x, z, u)]
+        u, z = draw(cfg.seed, run.stage, mine, (1 + noises + latent, *row_shape(images)), 3 + uniforms)
+        item = [rows, torch.from_numpy(images[rows.numpy()]), z, u]
+        if run.device.type == "cuda":
+            item = [v.pin_memory() for v in item]
+        return number, item
 
     for number, item in ahead(prepared, itertools.count(seen, cfg.batch), depth=4):
-        rows, x, z, u = (v.to(run.device, non_blocking=True) if v is not None else None for v in item)
-        flip = u[:, 1] < 0.5 if cfg.flip else None
-        x = as_input(resident[rows] if x is None else x, flip, z[:, -1] if latent else None)
-        yield Batch(rows, x, z[:, 0], z[:, 1:1 + noises], u, flip, number)
+        rows, x, z, u = (v.to(run.device, non_blocking=True) for v in item)
+        flip = (u[:, 1] < 0.5) & cfg.flip
+        x = as_input(x, flip, z[:, -1] if latent else None)
+        yield Batch(rows, x, z[:, 0], u[:, 0], flip, u[:, 2], u[:, 3:], z[:, 1:1 + noises], number)
 
 
-class Meter:
-    """What happened since the last line of metrics.jsonl: loss by tenth of t, gradient norm, time.
+class Log:
+    """Lines of metrics.jsonl. What happens between two stays on the device, so that nobody waits for it."""
 
-    Sums stay on the device, so that nobody waits for it.
-    """
+    def __init__(self, run, folder, seen):
+        self.run, self.folder = run, folder
+        self.updates, self.since, self.start = [], seen, time.time()
 
-    def __init__(self, run, seen):
-        self.run, self.since = run, seen
-        self.bins = torch.zeros(2, 10, device=run.device, dtype=torch.float64)   # sum of losses, number of images
-        self.norms = torch.zeros((), device=run.device)
-        self.updates = 0
-        self.start = time.time()
-        self.waited = 0.0                                 # seconds, for batches
+    def add(self, losses, norm):
+        """An update: losses [n] of its images, and the norm of its gradient."""
+        self.updates.append(torch.stack([losses.mean(), norm]).double())
 
-    def next(self, stream):
-        """The next batch."""
-        tick = time.time()
-        batch = next(stream)
-        self.waited += time.time() - tick
-        return batch
-
-    def add(self, t, loss):
-        slot = (t * 10).long().clamp(0, 9)
-        self.bins[0].index_add_(0, slot, loss.detach().double())
-        self.bins[1].index_add_(0, slot, torch.ones_like(loss, dtype=torch.float64))
-
-    def norm(self, norm):
-        self.norms += norm
-        self.updates += 1
-
-    def sums(self):
-        """(losses by tenth, images by tenth) over all processes."""
-        return self.run.total(self.bins.clone()).tolist()
-
-    def require_health(self, folder, seen, scaler):
-        """A UserError unless losses are finite (and gradients, where no scaler skips those that are not)."""
-        finite = all(map(math.isfinite, self.sums()[0]))
-        if not finite or not scaler.is_enabled() and not math.isfinite(float(self.norms)):
-            raise UserError(f"{folder}: the loss is not finite after {seen:,} images; the last checkpoint is kept. "
-                            "Lower lr, or use precision=fp32 or bf16")
-
-    def line(self, seen, lr, scaler):
-        losses, counts = self.sums()
-        seconds, images = time.time() - self.start, seen - self.since
-        memory = round(torch.cuda.max_memory_allocated() / 2 ** 20) if torch.cuda.is_available() else None
-        line = dict(images=seen, loss=sum(losses) / max(sum(counts), 1),
-                    loss_by_t=[round(a / b, 5) if b else None for a, b in zip(losses, counts)],
-                    grad_norm=float(self.norms) / max(self.updates, 1), lr=lr, seconds=round(seconds, 3),
-                    images_per_second=round(images / seconds, 1), waiting=round(self.waited / seconds, 4),
-                    memory_mb=memory)
-        return line | (dict(scale=scaler.get_scale()) if scaler.is_enabled() else {})
-
-
-def say_start(run, cfg, net, data, seen, why):
-    """What is about to be trained, in a line."""
-    share, micro = cfg.batch // run.world, micro_batch(run, cfg)
-    run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training "
-            f"images; {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; batch {cfg.batch} = "
-            f"{run.world} process(es) x {share // micro} x {micro}; {why}")
-
-
-def write_line(run, folder, line, words, progress):
-    """A line of metrics.jsonl, and of the screen."""
-    if run.rank == 0:
-        with open(folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
-    progress.set_postfix(loss=f"{line['loss']:.4f}")
-    if progress.disable:
-        run.say(f"{line['images']:>12,} images  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s"
-                + words)
+    def write(self, seen, lr, more, progress):
+        """A line with `more` from the labeller, on the screen as well; a UserError unless the loss is finite."""
+        loss, norm = map(float, self.run.total(torch.stack(self.updates).mean(0)) / self.run.world)
+        if not math.isfinite(loss + norm):
+            raise UserError(f"{self.folder}: the loss is not finite after {seen:,} images; the last checkpoint is "
+                            "kept. Lower lr, or use precision=fp32")
+        seconds = time.time() - self.start
+        speed = (seen - self.since) / seconds
+        line = dict(images=seen, loss=loss, grad_norm=norm, lr=lr, seconds=seconds, images_per_second=speed) | more
+        if self.run.rank == 0:
+            with open(self.folder / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        progress.set_postfix(loss=f"{loss:.4f}")
+        if progress.disable:
+            self.run.say(f"{seen:>12,} images  loss {loss:.4f}  {speed:.0f} images/s",
+                         *(f" {name} {value:.3g}" for name, value in more.items() if isinstance(value, float)))
+        if "warning" in more:
+            self.run.say(f"WARNING: {more['warning']}")
+        self.updates, self.since, self.start = [], seen, time.time()
 
 
 @torch.no_grad()
@@ -1130,10 +983,9 @@ def preview(net, path, predict, z, steps=25, **condition):
     return x
 
 
-def save_pictures(run, cfg, folder, ema, labeller, average, data, seen, context):
+def save_pictures(run, cfg, folder, ema, told, data, seen, context):
     """samples/<images seen>.png: previews by the averaged network, no more at once than in training."""
     if run.rank == 0:
-        told = labeller.grid(ema, average)
         n = len(next(iter(told.values()))) if told else 64
         noise = draw(cfg.seed, "grid", range(n), row_shape(data.inputs)).to(run.device)
         micro, drawn = micro_batch(run, cfg), []
@@ -1156,11 +1008,7 @@ RESUMABLE = {"images", "log_every", "save_every", "grid_every", "overwrite", "mi
 
 
 def new_state(run, kind, data, size, channels, **more):
-    """What a checkpoint says of a training besides weights.
-
-    conditions: of the network, for `build_model`; num_labels: how many labels it knows; marginal: float64, how common
-    each id of `load_condition` is in training, 0 for those that it has never seen; config: what the result depends on.
-    """
+    """What a checkpoint says besides weights. conditions: for `build_model`; marginal: how common each id is."""
     cfg = run.cfg
     return dict(format=FORMAT, kind=kind, model=dataclasses.asdict(run.model), size=size, channels=channels,
                 conditions={}, num_labels=0, marginal=None, path=cfg.path, predict=cfg.predict,
@@ -1168,27 +1016,19 @@ def new_state(run, kind, data, size, channels, **more):
                 config={k: run.sections[k] for k in ("data", "model", run.stage)}) | more
 
 
-def save_checkpoint(run, folder, state, parts=None):
-    """checkpoint.pt and checkpoint.json in `folder`, by the first process; the old ones stay until the new are there.
-
-    parts: name -> what has a state_dict; without them `state` holds these already.
-    """
+def save_checkpoint(run, folder, state):
+    """checkpoint.pt and .json in `folder`, by the first process; the old ones stay until the new are there."""
     if run.rank == 0:
         path = Path(folder) / "checkpoint.pt"
-        if parts:
-            state = state | {name: part.state_dict() for name, part in parts.items()}
-            state["weights"] = weights_hash(state["ema"])
+        state = state | dict(weights=weights_hash(state["ema"]))
         try:
             with atomic(path) as f:
                 torch.save(state, f)
         except RuntimeError as e:                         # torch reports a full disk as a RuntimeError
             raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); is the disk full? "
                             "the previous checkpoint is kept") from None
-        names = "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
-        facts = {name: state[name] for name in names}
-        write_json(path.with_suffix(".json"), dict(
-            what=f"{state['kind']} model, {state['seen']:,} images seen; 'ema' holds the averaged weights that samples "
-                 "and features use", parameters=sum(v.numel() for v in state["net"].values()), **facts))
+        names = "kind", "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
+        write_json(path.with_suffix(".json"), {name: state[name] for name in names})
     run.wait()
 
 
@@ -1200,30 +1040,23 @@ def load_checkpoint(run, name):
         raise UserError(f"{places[0]}: no such checkpoint; train it first (published weights: train_diffusion.py "
                         "imported=adm:FILE)")
     state = read_torch(path)
-    if not isinstance(state, dict) or not {"format", "kind", "net", "ema", "model"} <= set(state):
-        raise UserError(f"{path}: a torch file, but not a checkpoint of this project; published weights become one by "
-                        "train_diffusion.py imported=adm:FILE")
-    if state["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}; move it away "
-                        "and train again")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {state.get('format')}, this code reads {FORMAT}; train again "
+                        "(published weights: train_diffusion.py imported=adm:FILE)")
     return state | {"file": str(path)}
 
 
-def load_model(run, name, weights="ema", compiled=False):
+def load_model(run, name, weights="ema"):
     """(network in eval mode on the run's device, checkpoint) from the checkpoint alone."""
     state = load_checkpoint(run, name)
     net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], **state["conditions"])
     with reading(state["file"], "train again"):
         net.load_state_dict(state[weights])
-    return placed(net.eval().requires_grad_(False), run.device, compiled), state
+    return net.eval().requires_grad_(False).to(run.device), state
 
 
 def resume(run, cfg, folder, state, parts):
-    """Load the checkpoint in `folder`, if any, into `parts` (name -> object with load_state_dict): images seen.
-
-    A checkpoint of another recipe is a UserError unless overwrite=true. Later log lines and pictures are removed: they
-    belong to a run that was killed.
-    """
+    """Load the checkpoint in `folder`, if any, into `parts`: images seen. Of another recipe: refused or overwritten."""
     seen = 0
     if run.agreed((folder / "checkpoint.pt").exists):
         old = load_checkpoint(run, str(folder))
@@ -1236,11 +1069,6 @@ def resume(run, cfg, folder, state, parts):
             with reading(old["file"], "train again"):
                 for name, part in parts.items():
                     part.load_state_dict(old[name])
-    # moments come back in the memory layout of the run that wrote them, which may have been compiled
-    for p, moments in parts["optimizer"].state.items():
-        for name, v in moments.items():
-            if v.shape == p.shape:
-                moments[name] = torch.empty_like(p).copy_(v)
     if run.rank == 0 and seen < cfg.images:
         forget(folder, seen)
     return seen
@@ -1259,69 +1087,40 @@ def differences(run, cfg, old, state):
 
 
 def forget(folder, seen):
-    """Remove log lines and pictures of more than `seen` images."""
-    log, pictures = folder / "metrics.jsonl", folder / "samples"
-    pictures.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines() if seen and log.exists() else []
-    with reading(log, "delete it"):
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["images"] <= seen]
+    """Remove log lines and pictures of more than `seen` images, which a run left that was killed or is replaced."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
     with atomic(log) as f:
-        f.write("".join(line + "\n" for line in lines).encode())
-    for picture in pictures.glob("*.png"):
-        if picture.stem.isdigit() and int(picture.stem) > seen:
+        for line in lines:
+            if line.endswith("}") and json.loads(line)["images"] <= seen:        # a kill may have cut the last one
+                f.write(f"{line}\n".encode())
+    for picture in (folder / "samples").glob("*.png"):
+        if picture.stem > f"{seen:010d}":
             picture.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Published weights, written once as an ordinary checkpoint. Tensors tell the architecture; the tables tell the rest
-
-# How many heads, where they are not of 64 channels each: by channel multiples, and by width
-ADM_HEADS = {(1, 1, 2, 3, 4): 4}                          # ImageNet 128 x 128
-UVIT_HEADS = {1152: 16}
-
-
-def read_adm(w):
-    """A U-Net of guided-diffusion (arXiv 2105.05233): (Model, size, input channels, path, null row there?)."""
-    channels = w["time_embed.0.weight"].shape[1]
-    count = 1 + max(int(k.split(".")[1]) for k in w if k.startswith("input_blocks."))
-    levels = 1 + sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", k) is not None for k in w)
-    blocks = count // levels - 1                          # a level has them, and the first convolution or a downsampler
-    first = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
-    mult = [w[f"{f}.0.in_layers.2.weight"].shape[0] / channels for f in first]
-    size = 8 * 2 ** (levels - 1)
-    attention = [size >> level for level in range(levels) if f"{first[level]}.1.qkv.weight" in w]
-    if mult == [1, 2, 3, 4]:                              # no tensor tells that
-        raise ValueError("ImageNet 64 x 64: has cosine betas and another order of q, k and v")
-    if min(mult) * channels < 128:
-        raise ValueError("below 128 channels our group norms have fewer groups")
-    for k in ("out.2.weight", "out.2.bias"):              # the second half is a variance, which an ODE does not need
-        w[k] = w[k][:3]
-    heads = ADM_HEADS.get(tuple(mult))
-    model = Model("unet", channels, mult, blocks, attention, head_channels=0 if heads else 64, heads=heads or 8,
-                  clock=[999.0, -1000.0])
-    return model, size, 3, "vp", False
-
-
-def read_uvit(w):
-    """A U-ViT (arXiv 2209.12152), as `read_adm`. On latents its last class is the null label."""
-    _, positions, width = w["pos_embed"].shape
-    _, channels, patch, _ = w["patch_embed.proj.weight"].shape
-    size = patch * math.isqrt(positions - 1 - ("label_emb.weight" in w))         # tokens of time and class stand before
-    depth = 2 * sum(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", k) is not None for k in w)
-    continuous = "final_layer.weight" in w                # the H models, without it, count 1000 steps
-    path, clock = ("vp-sde", [999.0, -999.0]) if continuous else ("vp-sd", [1000.0, -1000.0])
-    model = Model("uvit", width, patch=patch, depth=depth, heads=UVIT_HEADS.get(width, width // 64),
-                  final_conv=continuous, clock=clock)
-    return model, size, channels, path, channels == 4
-
+# Published weights, written once as an ordinary checkpoint
 
 def import_published(run, cfg):
-    """Write the weights that imported= names as the checkpoint diffusion/<name>, as if it had been trained here."""
+    """Write the weights that imported= names as the checkpoint diffusion/<name>, as if it had been trained here.
+
+    adm: U-Nets of guided-diffusion (arXiv 2105.05233); uvit: U-ViTs (arXiv 2209.12152). Section `model` is theirs.
+    """
     kind, _, file = cfg.imported.partition(":")
     require(kind in ("adm", "uvit"), cfg, "imported", "must be adm:FILE or uvit:FILE")
-    with reading(file, f"name the weights of a published {kind} model"):
+    channels, size = input_shape(run)
+    path, clock = "vp", [999.0, -1000.0]                  # of ADM. All of them predict eps
+    if kind == "uvit":                                    # the H models, without a last convolution, count 1000 steps
+        path, clock = ("vp-sde", [999.0, -999.0]) if run.model.final_conv else ("vp-sd", [1000.0, -1000.0])
+    model = dataclasses.replace(run.model, clock=clock)
+    null = kind == "uvit" and channels == 4               # on latents their last class is the null label
+    with reading(file, f"name the weights of a published {kind} model that section `model` describes"):
         w = {k: v.float() for k, v in read_torch(file).items()}
-        model, size, channels, path, null = (read_adm if kind == "adm" else read_uvit)(w)
+        if kind == "adm":                                 # the second half is a variance, which an ODE does not need
+            w |= {k: w[k][:channels] for k in ("out.2.weight", "out.2.bias")}
+        if kind == "adm" and model.mult == [1, 2, 3, 4]:  # no tensor tells that
+            raise ValueError("ImageNet 64 x 64: has cosine betas and another order of q, k and v")
         table = w.get("label_emb.weight")                 # [K or K + 1, width]
         if table is not None and not null:                # the mean of all classes is the nearest thing to no class
             w["label_emb.weight"] = table = torch.cat([table, table.mean(0, keepdim=True)])
@@ -1329,21 +1128,19 @@ def import_published(run, cfg):
         with torch.device("meta"):
             net = build_model(model, size, channels, num_labels=K)
         net.load_state_dict(w, assign=True)               # names and shapes must fit
-    require_shape(run, dict(file=file, channels=channels, size=size))
+    folder = run.dir / "diffusion" / cfg.name
+    state = dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size,
+                 channels=channels, conditions=dict(num_labels=K), num_labels=K, marginal=None, null=null, path=path,
+                 predict="eps", data=None, config=dict(model=dataclasses.asdict(model)), seen=0)
     if K:
         run.say(f"note: {file} was trained with {K} classes: what is found in its features is not free of annotation")
-    run.say(f"model: {json.dumps(dataclasses.asdict(model))}\npath: {path}, predict: eps")
-    folder, weights = run.dir / "diffusion" / cfg.name, weights_hash(w)
+        state |= dict(marginal=torch.full((K,), 1 / K, dtype=torch.float64), labels="published", condition="label",
+                      label_file="published classes")
     if run.dry_run:
         return run.say(f"would be written to {folder}")
-    state = dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size,
-                 channels=channels, conditions=dict(num_labels=K) if K else {}, num_labels=K,
-                 marginal=torch.full((K,), 1 / K, dtype=torch.float64) if K else None, null=null,
-                 labels="published" if K else None, condition="label", label_file="published classes" if K else None,
-                 path=path, predict="eps", data=None, config=dict(model=dataclasses.asdict(model)), seen=0,
-                 weights=weights)
     with locked(run, "diffusion", cfg.name):
-        if not run.agreed(lambda: finished(run, folder / "checkpoint.json", dict(weights=weights))):
+        done = dict(weights=weights_hash(w))
+        if not run.agreed(lambda: finished(run, folder / "checkpoint.json", done)):
             save_checkpoint(run, folder, state)
     run.next(f"extract_features.py checkpoint=diffusion/{cfg.name}", "reads it, after train_diffusion.py --prepare")
 
@@ -1375,7 +1172,7 @@ def main():
     # train; the checkpoint alone rebuilds the model
     state = new_state(run, "diffusion", data, size, channels)
     with locked(run, "diffusion", cfg.name):
-        fit(run, cfg, placed(net, run.device, cfg.compile), folder, data, state)
+        fit(run, cfg, net.to(run.device), folder, data, state)
 
     # close
     run.say(f"model in {folder}, sample grids in {folder / 'samples'}")
@@ -1386,10 +1183,8 @@ def main():
 def say_training(run, cfg, net, channels, size, folder):
     """What a training would do, for --dry-run."""
     say_network(run, net, channels, size)
-    moments = 1 if cfg.optimizer == "muon" else 2
-    megabytes = (2 + moments) * 4 * sum(p.numel() for p in net.parameters()) / 1e6
-    run.say(f"{math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; checkpoint {megabytes:.0f} MB in "
-            f"{folder}")
+    megabytes = 16 * sum(p.numel() for p in net.parameters()) / 1e6              # weights, averages, two moments
+    run.say(f"{math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; {megabytes:.0f} MB in {folder}")
 
 
 if __name__ == "__main__":

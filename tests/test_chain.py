@@ -1,8 +1,5 @@
 """The whole chain at tiny size, on one process and on two: every stage runs, writes what the contracts say, and agrees
 across processes. Stages on one process run in that of the test, which spares the time of many imports."""
-import contextlib
-import importlib
-import io
 import json
 import os
 import shutil
@@ -13,18 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, stage
+from conftest import ROOT, inside, stage
 
 from configs.run import weights_hash
-
-
-def inside(name, *words):
-    """Run a stage in this process; what it printed."""
-    module, said = importlib.import_module(name), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-        module.main()
-    return said.getvalue()
 
 
 STAGES = [
@@ -92,7 +80,7 @@ def test_metrics_have_a_line_per_interval(chain):
     lines = [json.loads(line) for line in (chain / "diffusion/base/metrics.jsonl").read_text().splitlines()]
     assert [m["images"] for m in lines] == [128, 256, 384, 512]
     assert (
-        all(len(m["loss_by_t"]) == 10 and m["images_per_second"] > 0 for m in lines)
+        all(m["images_per_second"] > 0 for m in lines)
         and lines[-1]["loss"] < lines[0]["loss"]
     )
 
@@ -221,8 +209,6 @@ def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
         *model,
         "path=vp",
         "predict=eps",
-        "times=logit_normal",
-        "min_snr=5",
         "micro=16",
         "images=256",
     )

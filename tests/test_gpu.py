@@ -1,5 +1,5 @@
 """What only a GPU shows; skipped where there is none. Nothing waits for it in training and sampling, compiled bf16
-agrees with float32, memory layouts change on resume, NCCL under torch.compile, features and samples equal the CPU's."""
+agrees with float32, NCCL under torch.compile, features and samples equal the CPU's."""
 import dataclasses
 import json
 import warnings
@@ -47,8 +47,7 @@ def trained(folder, **keys):
     data = cd.Split(images(40), np.zeros(40, np.int64), None, None, dict(fingerprint="x"))
     state = td.new_state(run, "diffusion", data, 32, 3)
     cr.gpu_flags(training=True)
-    net = td.placed(td.build_model(model, 32), GPU, cfg.compile)
-    done = td.fit(run, cfg, net, folder / "diffusion/base", data, state)
+    done = td.fit(run, cfg, td.build_model(model, 32).to(GPU), folder / "diffusion/base", data, state)
     lines = (folder / "diffusion/base/metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines], done
 
@@ -88,8 +87,7 @@ def test_no_step_of_a_sampler_waits(path, solver, interval):
     assert waits(lambda: run(3)) == waits(lambda: run(9))
 
 
-def test_compiled_bf16_training_is_like_float32_and_changes_layout_on_resume(tmp_path):
-    """The compiled network is channels-last; the plain run that goes on is not."""
+def test_compiled_bf16_training_is_like_float32_and_goes_on_without(tmp_path):
     keys = dict(images=128, log_every=64, save_every=64, grid_every=128)
     plain = trained(tmp_path / "plain", **keys)[0]
     compiled = trained(tmp_path / "compiled", compile=True, precision="bf16", **keys)[0]
@@ -99,18 +97,13 @@ def test_compiled_bf16_training_is_like_float32_and_changes_layout_on_resume(tmp
     assert len(further[0]) == 4 and np.allclose(*further, rtol=0.03)
 
 
-def test_fp16_scales_its_losses(tmp_path):
-    losses, done = trained(tmp_path, images=128, log_every=32, precision="fp16")
-    assert np.isfinite(losses).all() and done["scaler"]["scale"] > 1
-
-
 def test_nccl_and_a_compiled_network(tmp_path):
     """Gradients through DDP and torch.compile in a group of one process are those of the network itself."""
     x, t = torch.randn(8, 3, 32, 32, device=GPU), torch.linspace(0, 1000, 8, device=GPU)
     cr.gpu_flags(training=False)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
-        nets = [td.placed(network(WIDE), GPU, compiled) for compiled in (False, True)]
+        nets = [network(WIDE).to(GPU) for _ in range(2)]
         for p in nets[0].parameters():                    # zeros at the ends would hide what is behind them
             nn.init.normal_(p, std=0.05)
         nets[1].load_state_dict(nets[0].state_dict())

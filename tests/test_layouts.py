@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from test_chain import inside
+from conftest import inside
 
 import sample_ode
 from train_diffusion import Batch, Condition, GivenLabels, layout_of
@@ -27,14 +27,14 @@ def test_layouts_flip_and_drop_with_their_image():
     maps = g.integers(0, 4, (50, 8, 8)).astype(np.uint8)  # 3 = nothing there
     labels = np.append(g.integers(0, 5, 50), 5)
     condition = map_condition(maps, 3, labels)
-    u = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    batch = Batch(torch.arange(50), None, None, None, u, u[:, 1] < 0.5, 0)
+    u = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(50), None, None, None, u[:, 0] < 0.5, u[:, 1], None, None, 0)
     out = GivenLabels(condition, None, 0.3).step(None, None, None, batch)[1]
     assert out["layout"].shape == (50, 3, 8, 8)
     for i in range(50):
         expected = np.stack([maps[i] == k for k in range(3)])
-        expected = expected[..., ::-1] if u[i, 1] < 0.5 else expected
-        dropped = u[i, 2] < 0.3
+        expected = expected[..., ::-1] if u[i, 0] < 0.5 else expected
+        dropped = u[i, 1] < 0.3
         assert int(out["label"][i]) == (5 if dropped else labels[i])
         assert np.array_equal(out["layout"][i].numpy(), 0 * expected if dropped else expected)
     still = condition(torch.arange(50))
@@ -44,10 +44,10 @@ def test_layouts_flip_and_drop_with_their_image():
 def test_labels_are_dropped_image_by_image():
     labels = torch.arange(1000) % 7
     condition = Condition("label", torch.cat([labels, torch.tensor([7])]))
-    u = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
-    batch = Batch(torch.arange(1000), None, None, None, u, None, 0)
+    u = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(1000), None, None, None, torch.zeros(1000, dtype=bool), u, None, None, 0)
     out = GivenLabels(condition, None, 0.25).step(None, None, None, batch)[1]["label"]
-    dropped = u[:, 2] < 0.25                              # a share of the images, not whole batches
+    dropped = u < 0.25                              # a share of the images, not whole batches
     assert torch.equal(out == 7, dropped) and 0.2 < dropped.float().mean() < 0.3
     assert torch.equal(out[~dropped], labels[~dropped])
 
