@@ -11,23 +11,19 @@ Time    t = 0 is noise, t = 1 is data.
     python probe.py configs/cifar10.yaml protocol=head head=difformer labels_share=0.1 t=0.7,0.8,0.95 \
         activations='mid-repeat1-res-out,up-level?-repeat1-res-out'
 
-sweep       scores every block x time without labels, and beside that by labels: NMI of k-means, and on a validation
-            part of the training images kNN and linear probe. `label_free` is what extract_features.py reads; `oracle`,
-            the choice made with labels, is only reported.
-boxes       finds a box in `boxed` training images by every block x time; those that agree with the boxes of all others
-            and of other noise are best. No labels.
+sweep       scores every block x time without labels, and beside that by labels: NMI of k-means, kNN, linear probe.
+            `label_free` is what extract_features.py reads; `oracle`, the choice by labels, is only reported.
+boxes       finds a box in `boxed` training images by every block x time: the best agree with the boxes of all others.
 linear      linear probe and kNN of all that is named, side by side, or of features=: stored ones of any model.
-head        a head trained on the fly, with fresh noise for every image seen: linear, MLP, CNN, attention
-            (arXiv 2307.08702), DifFormer and DifFeed (2311.17921).
-select      measures noise sensitivity, granularity and locality of activations, filters them by the rules of
-            2410.03558, ranks the rest with a linear probe.
+head        linear, MLP, CNN, attention (arXiv 2307.08702), DifFormer, DifFeed (2311.17921), with fresh noise.
+select      noise sensitivity, granularity and locality of activations; filters by them as 2410.03558 does, then ranks.
 segment     semantic segmentation from frozen maps: linear, UPerNet's decoder, an ensemble of pixel MLPs; mean IoU.
 correspond  nearest neighbours between an image and its known warp, and between objects of one class; PCK.
 detect      objects by torchvision's Mask R-CNN on frozen maps; average precision of boxes and masks.
 cka         how alike activations are, across blocks, times and models (against=). No labels.
 layout      how well the images of samples/<samples>/ keep to the boxes or masks that they were asked for.
 
-Learning rate, l2 and place are selected on a validation part of the training images; test images are reported once.
+What is selected is selected on a validation part of the training images; test images are reported once.
 linear, head, segment, detect and correspond have controls beside them: the same network with random weights, a
 supervised network of the same size, raw pixels. Only sweep, boxes and layout divide their work between processes.
 
@@ -69,10 +65,9 @@ class Probe:
                       "layout"] = key("sweep", "what is measured: see above")
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
-    activations: list[str] = key(["blocks"], "names and globs; blocks = every block output, for linear, head, segment "
-                                             "and detect the label-free choice, for select all that there is")
-    t: list[float] = key([], "noise times; empty = 0.4,0.5,...,0.9; where the label-free choice is read its time, "
-                             "unless one is given", low=0, high=1)
+    activations: list[str] = key(["blocks"], "names and globs; blocks = all block outputs (select: everything; linear, "
+                                             "head, segment, detect: the label-free choice, at its time or one t)")
+    t: list[float] = key([], "noise times; empty = 0.4,0.5,...,0.9", low=0, high=1)
     choice: str = key("sweep", "which result of sweep or boxes the label-free choice is taken from")
     features: str = key("", "linear: stored features/<name> of any model, in place of the checkpoint")
     transfer: str = key("", "YAML whose `data:` section is probed in place of the run's images")
@@ -175,10 +170,8 @@ def sweep(run, cfg, source, train, test):
     fit, val = fit_and_validation(cfg, len(train), cfg.fit)
     K = min(cfg.K, max(2, len(fit) // 4))                 # clusters of four images at least
     table = []
-    with bar(run, len(source.times), "sweep", "time") as progress:
-        for t in source.times[run.rank::run.world]:
-            table += score_time(replace(source, times=[t]), cfg, train, fit, val, K)
-            progress.update(run.world)
+    for t in source.times[run.rank::run.world]:
+        table += score_time(replace(source, times=[t]), cfg, train, fit, val, K)
     table = sorted(itertools.chain(*run.gather(table)), key=lambda r: (source.names.index(r["activation"]), r["t"]))
     criterion = "stability" if len(source.names) <= 2 else "consensus"
     chosen = label_free_choice(table, criterion)
@@ -230,8 +223,7 @@ def boxes(run, cfg, source, train, test):
 
 
 def report_choice(run, table, chosen, criteria, truth):
-    """What is known of the row of a table that was chosen without labels, and where labels gave the scores `truth`, the
-    rows that these would choose. Draws the first score."""
+    """What is known of the row that was chosen without labels; where there are scores `truth`, the rows they choose."""
     def about(row, *keys):
         return {k: row[k] for k in ("activation", "t", "rho", "log_snr", *keys)}
 
@@ -258,10 +250,7 @@ def as_text(row, *keys):
 
 @dataclass
 class Source:
-    """Activations `names` at noise `times` of a frozen network; net=None: the images as they are.
-
-    Its methods are given images uint8 [N, 3, H, W] or latents.
-    """
+    """Activations `names` at noise `times` of a frozen network; net=None: the images (or latents) as they are."""
     net: nn.Module | None
     state: dict                                           # its checkpoint
     names: list
@@ -290,10 +279,8 @@ class Source:
                       context=self.context, seed=self.seed, purpose=purpose, **options)
 
     def vectors(self, images, rows, purpose):
-        """Activations of all rows averaged over positions, {(name, t): float32 [len(rows), D]}, on the CPU.
-
-        Images as they are become 32 x 32 at most: many columns tell little.
-        """
+        """Activations of all rows averaged over positions, {(name, t): float32 [len(rows), D]}, on the CPU; images as
+        they are become 32 x 32 at most."""
         parts = {}
         if self.net is None:
             small = [self.shown(images, part) for part in split(rows, 1000)]
@@ -353,7 +340,7 @@ def known_classes(train, test):
     if (y < 0).any() or (y_test < 0).any():
         raise UserError("this protocol needs the class of every image, and this data lacks some")
     if len(new := np.setdiff1d(y_test, y)):
-        raise UserError(f"no training image has class {', '.join(map(str, new[:10]))}, but test images have")
+        raise UserError(f"no training image has the classes {new[:10].tolist()}, but test images have")
     return y, y_test
 
 
@@ -366,10 +353,7 @@ def known_masks(train, test):
 
 
 def fit_and_validation(cfg, n, most=0):
-    """(rows to learn from, rows to select on) of n training images: a fifth of them at most is held out.
-
-    most: sorted, and no more than so many to learn from.
-    """
+    """(rows to learn from, rows to select on: at most a fifth) of n training images; of the former at most so many."""
     if n < 20:
         raise UserError(f"the run has only {n} training images, too few to fit on some and select on others")
     order = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(n)
@@ -479,14 +463,14 @@ def compare(run, sources, measure, seeds, scores):
     return rows
 
 
-def controls(run, cfg, asked, single, images, y, rows):
+def controls(run, cfg, asked, single, train, rows):
     """What to compare with, {what: Source}: random weights in place of those of `asked`; in place of those of `single`
-    a network taught the classes y of `rows` of the images; and the raw pixels."""
-    out = {}
+    a network taught the classes of `rows` of the training images; and the raw pixels."""
+    out, y = {}, classes_of(train)
     if "random" in cfg.controls:
         out["random weights"] = replace(asked, net=random_network(asked))
     if "supervised" in cfg.controls and (y >= 0).all():
-        taught = train_supervised(run, cfg, single, images, y, rows)
+        taught = train_supervised(cfg, single, train.inputs, y, rows)
         out["supervised, same size"] = replace(single, net=taught, times=[1.0])
     if "pixels" in cfg.controls:
         what = "latents" if run.data.latents else "pixels"
@@ -528,9 +512,8 @@ def random_network(source):
     return net
 
 
-def train_supervised(run, cfg, source, images, y, rows, batch=128):
-    """A network of the same architecture, trained on `rows` of clean images and their classes up to the last of
-    source.names: what labels would give."""
+def train_supervised(cfg, source, images, y, rows, batch=128):
+    """The same architecture up to the last of source.names, taught the classes y of `rows` of clean images."""
     net = same_network(source, source.seed)
     read, one = reader(net, source.names[-1:]), torch.ones(1, device=source.device)
     with torch.no_grad():
@@ -539,14 +522,12 @@ def train_supervised(run, cfg, source, images, y, rows, batch=128):
         head = nn.Linear(width, int(y.max()) + 1).to(source.device)
     steps = max(1, cfg.supervised_images // batch)
     opt = OneCycle([net, head], 2e-3, 0.05, steps)
-    with bar(run, steps, "supervised control", "step") as progress:
-        for step in range(steps):
-            generator = np.random.default_rng(seed_of(source.seed, "supervised rows", step))
-            part = np.sort(generator.choice(rows, batch))
-            with source.context():
-                logits = head(read(source.shown(images, part), one.expand(batch))[0])
-            opt.step(F.cross_entropy(logits.float(), y[part].to(source.device)))
-            progress.update(1)
+    for step in range(steps):
+        generator = np.random.default_rng(seed_of(source.seed, "supervised rows", step))
+        part = np.sort(generator.choice(rows, batch))
+        with source.context():
+            logits = head(read(source.shown(images, part), one.expand(batch))[0])
+        opt.step(F.cross_entropy(logits.float(), y[part].to(source.device)))
     return net.requires_grad_(False)
 
 
@@ -560,8 +541,7 @@ def stored_vectors(run, name, part):
 
 
 def linear(run, cfg, source, train, test):
-    """Linear probe and kNN of all activations side by side, selected on the validation part; the test part is reported
-    once for every noise draw; controls beside it."""
+    """Linear probe and kNN of all activations side by side, for every noise draw."""
     y, y_test = known_classes(train, test)
     fit, val = map(np.sort, fit_and_validation(cfg, len(train)))
     classes, y_fit, y_val, y_test = int(y.max()) + 1, *(v.to(run.device) for v in (y[fit], y[val], y_test))
@@ -583,7 +563,7 @@ def linear(run, cfg, source, train, test):
         return dict(linear=accuracy(weights[l2], b, y_test), knn=knn(a, y_fit, b, y_test, k, s.device), l2=l2, k=k,
                     parameters=w.numel())
 
-    every = {"features": source} | controls(run, cfg, source, source, train.inputs, y, fit)
+    every = {"features": source} | controls(run, cfg, source, source, train, fit)
 
     def sources(number):                                  # what reads no noise is measured once
         return {what: s for what, s in every.items() if number == 0 or s.net is not None and s.times != [1.0]}
@@ -596,10 +576,8 @@ def linear(run, cfg, source, train, test):
 # Heads, called as head(maps, x_t, t) with maps [times][names] of [B, C, H, W] -> logits [B, classes]
 
 class PooledHead(nn.Sequential):
-    """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2) of all maps side by side, normalised.
-
-    shapes: (C, H, W) of all maps; the grid is no finer than a map.
-    """
+    """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2) of all maps, of shapes (C, H, W), side by
+    side, normalised."""
 
     def __init__(self, shapes, classes, grid, hidden=()):
         sizes = [sum(c * min(grid, h) * min(grid, w) for c, h, w in shapes), *hidden, classes]
@@ -618,8 +596,7 @@ class PooledHead(nn.Sequential):
 
 
 class Cnn(nn.Sequential):
-    """Of the first map twice 3x3 convolution, norm, ReLU; average; linear. (The paper's exact shape is not published.)
-    """
+    """Of one map twice 3x3 convolution, norm, ReLU; average; linear. (The paper's exact shape is not published.)"""
 
     def __init__(self, channels, classes, width):
         layers = []
@@ -676,15 +653,16 @@ def mirrors(net):
 
 class DifFeed(nn.Module):
     """DifFeed (arXiv 2311.17921): a second pass of the same x_t, to which decoder maps of the first are added in the
-    encoder; attention head on `name`.
+    encoder; attention head on what `source` names.
 
     The network stays frozen, but gradients go through it to the feedback layers. shapes: (C, H, W) of the decoder maps;
-    shape: of `name`.
+    shape: of what is named.
     """
 
-    def __init__(self, net, name, shapes, shape, classes, width=1024, depth=2, context=nullcontext):
+    def __init__(self, source, shapes, shape, classes, width=1024, depth=2):
         super().__init__()
-        self.frozen = net, name, [m for _, m in mirrors(net)], context           # a tuple: not to be trained
+        targets = [module for _, module in mirrors(source.net)]
+        self.frozen = source.net, source.names[0], targets, source.context       # a tuple: not to be trained
         self.back = nn.ModuleList()
         for c, _, _ in shapes:
             self.back.append(nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()))
@@ -782,21 +760,13 @@ class PixelMlps(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # What there is to choose from: a head is a class and an entry here
 
-def feedback(m):
-    """DifFeed, for which a pass tells the shape of its activation."""
-    net, name = m.source.net, m.source.names[0]
-    with torch.no_grad():
-        out, = reader(net, [name], "none")(m.x, torch.zeros(1, device=m.x.device))
-    return DifFeed(net, name, m.shapes, out.shape[1:], m.classes, m.width, m.depth, m.source.context)
-
-
 HEADS = {                                                 # (protocol, name): from what `build_head` knows to the head
     ("head", "linear"): lambda m: PooledHead(m.every, m.classes, m.grid),
     ("head", "mlp"): lambda m: PooledHead(m.every, m.classes, m.grid, [512]),
     ("head", "cnn"): lambda m: Cnn(m.shapes[0][0], m.classes, m.width),
     ("head", "attention"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
     ("head", "difformer"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
-    ("head", "diffeed"): feedback,
+    ("head", "diffeed"): lambda m: DifFeed(m.source, m.shapes, m.named[0], m.classes, m.width, m.depth),
     ("segment", "linear"): lambda m: LinearMap(m.every, m.classes, m.size),
     ("segment", "uper"): lambda m: UPer(m.shapes, m.times, m.classes, m.size, m.width),
     ("segment", "ensemble"): lambda m: PixelMlps(m.every, m.classes, m.size),
@@ -806,10 +776,10 @@ HEADS = {                                                 # (protocol, name): fr
 def build_head(cfg, source, images, classes, seed):
     """A fresh head of the kind source.head for what `source` reads of such images or latents."""
     x, times = source.shown(images, np.arange(1)), len(source.times)
-    shapes = [m.shape[1:] for m in source.views(x, x)[0][0]]                     # of each activation
-    grid = cfg.grid if source.net else x.shape[2]         # of pixels linear and MLP see all
-    known = SimpleNamespace(source=source, x=x, size=x.shape[2], shapes=shapes, times=times, every=times * shapes,
-                            classes=classes, grid=grid, width=cfg.width, depth=cfg.depth)
+    shapes, named = ([m.shape[1:] for m in s.views(x, x)[0][0]] for s in (source, replace(source, head="")))
+    known = SimpleNamespace(source=source, size=x.shape[2], shapes=shapes, named=named, times=times,
+                            every=times * shapes, classes=classes, width=cfg.width, depth=cfg.depth,
+                            grid=cfg.grid if source.net else x.shape[2])         # of pixels linear and MLP see all
     with seeded(seed, "head"):
         return HEADS[cfg.protocol, source.head](known).to(source.device)
 
@@ -888,8 +858,7 @@ def parameters_of(module):
 
 
 def labelled(y, rows, share, seed):
-    """The rows whose labels may be used: a share of each class, at least one; of one seed, smaller sets lie inside
-    larger ones."""
+    """A share of the rows of each class, at least one; of one seed, smaller sets lie inside larger ones."""
     rows, keep = np.random.default_rng(seed_of(seed, "labelled rows")).permutation(rows), []
     for k in np.unique(y[rows]):
         of = rows[y[rows] == k]
@@ -898,8 +867,7 @@ def labelled(y, rows, share, seed):
 
 
 def head(run, cfg, source, train, test):
-    """Train heads on the fly to tell classes, or with protocol=segment masks: selected on the validation part, the test
-    part reported once per seed; controls beside it."""
+    """Train heads to tell classes, or with protocol=segment masks, of a frozen network's maps."""
     dense = cfg.protocol == "segment"
     y, y_test = known_masks(train, test) if dense else known_classes(train, test)
     classes, parts = 1 + int(max(y.max(), y_test.max())), fit_and_validation(cfg, len(train))
@@ -917,7 +885,7 @@ def head(run, cfg, source, train, test):
     def sources(seed):
         own = replace(source, head=cfg.head, seed=seed)
         single = replace(own, head="attention") if cfg.head == "diffeed" else own
-        return {cfg.head: own} | controls(run, cfg, own, single, train.inputs, classes_of(train), rows_of(seed)[0])
+        return {cfg.head: own} | controls(run, cfg, own, single, train, rows_of(seed)[0])
 
     def measure(what, s, seed):
         best, chosen = fit_head(cfg, s, train.inputs, y, *rows_of(seed), seed, run, classes)
@@ -1010,8 +978,7 @@ def why_dropped(i, rows, outputs):
 
 
 def select(run, cfg, source, train, test):
-    """Measure activations, filter them, rank the rest by a linear probe on the validation part; the best of every map
-    size, at one time, are chosen."""
+    """Measure activations, filter them, rank the rest by a linear probe; the best of each map size are chosen."""
     y, _ = known_classes(train, test)
     blocks = [n for n in matching(source.net, ["blocks"]) if n in source.names]
     require(blocks, cfg, "activations", "name some block outputs, too: they are what the others are compared with")
@@ -1075,10 +1042,7 @@ def centres(at, size):
 
 
 def warped_pairs(images, masks, seed):
-    """Pairs of an image and its known warp; points lie on objects (mask above 0, not void) where there are masks.
-
-    limit: the image's side.
-    """
+    """Pairs of an image and its known warp; points lie on objects (mask above 0, not void) where there are masks."""
     size, x = images.shape[2], torch.from_numpy(np.array(images)).float()
     grid = warps(len(x), size, seed)
     target = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False).round().to(torch.uint8)
@@ -1093,11 +1057,8 @@ def warped_pairs(images, masks, seed):
 
 
 def class_pairs(data, rows, seed, origin, axes):
-    """Pairs of two images of one class: a point of an object, and the same part of the other's.
-
-    origin [N, 2], axes [N, 2, 2]: of each image's object, as of `shape_parts`. limit: the longer side of the target's
-    box.
-    """
+    """Pairs of two images of one class: a point of an object, and the same part of the other's. origin [N, 2], axes
+    [N, 2, 2]: of each image's object, as of `shape_parts`; distances are measured by the longer side of its box."""
     size, last, order = data.images.shape[2], {}, []
     there = rows[data.boxes[rows][:, 2] > data.boxes[rows][:, 0]]
     for i in np.random.default_rng(seed_of(seed, "class pairs")).permutation(there):
@@ -1148,8 +1109,8 @@ def pck(found, pairs, share):
 
 
 def correspond(run, cfg, source, train, test):
-    """PCK on test images, warped and paired by class, of the (activation, t) that is best on warped training images;
-    controls beside it. Nothing is trained (2410.03558 trains a convolution)."""
+    """PCK on test images, warped and paired by class, of the (activation, t) that is best on warped training images.
+    Nothing is trained (2410.03558 trains a convolution)."""
     pairs, rows = {}, {}
     for name, part in (("train", train), ("test", test)):
         n = min(cfg.pairs, max(1, len(part) // 2))        # half at most, so that the supervised control has others
@@ -1176,7 +1137,7 @@ def correspond(run, cfg, source, train, test):
         return got
 
     others = np.setdiff1d(np.arange(len(train)), rows["train"])
-    every = {"features": source} | controls(run, cfg, source, source, train.images, classes_of(train), others)
+    every = {"features": source} | controls(run, cfg, source, source, train, others)
     found = compare(run, lambda seed: every, measure, [cfg.seed], [f"{task}_0.1" for task in tasks])
     return dict(pairs={task: len(some.source) for task, some in tasks.items()}, rows=found)
 
@@ -1249,7 +1210,7 @@ def build_detector(cfg, source, images, classes, seed):
 
 
 def fit_detector(cfg, net, source, images, y, rows, seed):
-    """Train a detector on `rows` and their masks y with its own losses, fresh noise for every image."""
+    """Train a detector on `rows` and their masks y with its own losses, and fresh noise."""
     net.train()
     batch = min(cfg.head_batch, len(rows))
     steps = max(1, cfg.images // batch)
@@ -1290,11 +1251,9 @@ def mask_overlap(found, truth):
 
 
 def coco_ap(found, truth, overlap, thresholds=np.linspace(0.5, 0.95, 10)):
-    """COCO's average precision, by threshold of IoU: mean over the classes of truth of the precision, made monotone, at
-    101 recalls. [thresholds]. found, truth: a dict for each image, as of `detections` and `instances`.
-
-    In order of score each detection takes the object, of those still free, that it overlaps most.
-    """
+    """COCO's average precision [thresholds of IoU]: mean over the classes of truth of the precision, made monotone, at
+    101 recalls. found, truth: a dict for each image, as of `detections` and `instances`. In order of score each
+    detection takes the object, of those still free, that it overlaps most."""
     overlaps, out = [overlap(f, t) for f, t in zip(found, truth)], []
     classes = torch.cat([t["labels"] for t in truth]).unique()
     for k, threshold in itertools.product(classes, thresholds):
@@ -1317,13 +1276,13 @@ def coco_ap(found, truth, overlap, thresholds=np.linspace(0.5, 0.95, 10)):
 
 
 def detect(run, cfg, source, train, test):
-    """Boxes and masks on a frozen pyramid; AP of the test part once per seed; controls beside it."""
+    """Average precision of boxes and masks found on a frozen pyramid."""
     y, y_test = known_masks(train, test)
     require(len(source.times) == 1, cfg, "t", "detect reads one time")
     require(len(cfg.lr) == len(cfg.l2) == 1, cfg, "lr l2", "detect takes one of each, such as lr=1e-3 l2=0")
     fit, _ = fit_and_validation(cfg, len(train))
     truth, classes = [instances(mask) for mask in y_test], 1 + int(max(y.max(), y_test.max()))
-    every = {"detect": source} | controls(run, cfg, source, source, train.images, classes_of(train), fit)
+    every = {"detect": source} | controls(run, cfg, source, source, train, fit)
 
     def measure(what, s, seed):
         net = build_detector(cfg, s, train.images, classes, seed)
@@ -1407,8 +1366,7 @@ def objects_of_shapes(images):
 
 
 def found_objects(run, info, method, images, rows):
-    """Where objects are found in these rows of images, bool [n, H, W], by the method and at the place by which those of
-    the labels (their info) were."""
+    """Masks bool [n, H, W] of objects, found by the method and at the place that those of the labels (info) were."""
     of = info["features"]
     net, state = load_model(run, of["checkpoint"], of["weights"])
     if of["weights"] == "ema" and state["weights"] != of["hash"]:
@@ -1433,11 +1391,8 @@ def overlap_of(asked, found):
 
 
 def layout(run, cfg, source, train, test):
-    """How well samples keep to the boxes or masks of training images they were asked for: mean IoU of areas; of boxes
-    the filled boxes.
-
-    layout_iou: with objects found in the samples as in the images of the labels. exact_iou: with exact masks, `shapes`.
-    """
+    """Mean IoU of the boxes or masks that samples were asked for with the objects in them, found as those of the labels
+    were (layout_iou) or, on `shapes`, known exactly (exact_iou)."""
     folder, state = run.dir / "samples" / cfg.samples, source.state
     made = read_json(folder / "metrics.json", "make the samples with sample_ode.py")
     require(made["hash"] == state["weights"], cfg, "samples", f"were made by an earlier state of {cfg.checkpoint}")
@@ -1478,8 +1433,7 @@ def picture(run, suffix=""):
 
 
 def heat_map(path, values, rows, title, marks={}):
-    """A matrix [R, C] as PNG, with captions of rows and marks {(row, column): letters}; colours stretch over the range,
-    which is given."""
+    """A matrix [R, C] as PNG with captions of rows, marks {(row, column): letters}; colours stretch over its range."""
     low, high, tiles = values.min(), values.max(), []
     for place, v in np.ndenumerate(values):
         share = (v - low) / max(high - low, 1e-9)
@@ -1558,8 +1512,8 @@ PROTOCOLS = dict(sweep=sweep, boxes=boxes, linear=linear, head=head, select=sele
 def transferred(run, size):
     """The run whose images are those that the YAML transfer= names, at the model's size, below transfer/."""
     data = fill("data", Data, read_yaml(run.cfg.transfer).get("data", {}) | dict(size=size, latents=""))
-    described = {k: v for k, v in vars(data).items() if k not in ("root", "download")}
-    other = replace(run, dir=run.dir / "transfer" / f"{Path(run.cfg.transfer).stem}-{digest(described)}", data=data)
+    folder = run.dir / "transfer" / f"{Path(run.cfg.transfer).stem}-{digest(vars(data))}"
+    other = replace(run, dir=folder, data=data)
     prepare_data(other)
     return other
 

@@ -487,7 +487,7 @@ def test_bad_transfer(refuse, tiny, run, tmp_path):
              test_images=np.zeros((8, 3, 32, 32), np.uint8),
              test_classes=np.arange(8))
     (tmp_path / "more.yaml").write_text(f"data: {{source: arrays, root: {tmp_path / 'more.npz'}}}")
-    assert "no training image has class 3, 4, 5, 6, 7" in refuse("probe", *words, f"transfer={tmp_path / 'more.yaml'}")
+    assert "has the classes [3, 4, 5, 6, 7]" in refuse("probe", *words, f"transfer={tmp_path / 'more.yaml'}")
     assert "not on latents" in refuse("probe", *words, f"transfer={tmp_path / 'more.yaml'}", "data.latents=x",
                                       "--dry-run")
 

@@ -57,7 +57,8 @@ def test_sizes_at_the_shapes_of_the_papers():
     assert [next(i for i, b in enumerate(net.output_blocks) if b[-1] is names[n]) + 20 for n, _ in pairs] == [36, 33,
         30, 27, 24, 21]
     with torch.device("meta"):
-        feedback = DifFeed(net, "", [(c, 1, 1) for c in (256, 256, 512, 512, 1024, 1024)], b24, 1000)
+        shapes = [(c, 1, 1) for c in (256, 256, 512, 512, 1024, 1024)]
+        feedback = DifFeed(Source(net, {}, [""], [0.9]), shapes, b24, 1000)
     assert round(size(feedback.back) / 1e6, 2) == 2.76 and size(feedback) == size(attention) + size(feedback.back)
 
 
@@ -98,8 +99,8 @@ def test_feedback(kind):
     net, (x, t) = network(kind), inputs()
     name, (sources, targets) = "up-level0-repeat1-res-out", zip(*mirrors(net))
     kept = reader(net, sources, "none")(x, t / 1000)
-    head = DifFeed(net, name, [k.shape[1:] for k in kept], reader(net, [name], "none")(x, t / 1000)[0].shape[1:], 5,
-                   32, 1).eval()
+    named = reader(net, [name], "none")(x, t / 1000)[0].shape[1:]
+    head = DifFeed(Source(net, {}, [name], [0.9]), [k.shape[1:] for k in kept], named, 5, 32, 1).eval()
     for g in head.back:
         torch.nn.init.zeros_(g[1].weight)
     assert torch.equal(head([kept], x, t / 1000), head.head([reader(net, [name], "none")(x, t / 1000)]))
@@ -170,7 +171,7 @@ def test_heads_read_latents():
     cfg = replace(SMALL, images=100, lr=[1e-3], controls=["pixels"], flip=True)
     here, fit, val = SimpleNamespace(data=Data(latents="x")), rows[:30], rows[30:]
     whole = Source(net, dict(path="cv", size=8, channels=4), NAMES[:2], [0.5, 0.9], "difformer")
-    found = {"difformer": whole} | controls(here, cfg, whole, whole, latents, y, fit)
+    found = {"difformer": whole} | controls(here, cfg, whole, whole, SimpleNamespace(inputs=latents, classes=y), fit)
     assert set(found) == {"difformer", "raw latents"}
     assert all(0 <= fit_head(cfg, s, latents, y, fit, val, 0)[1]["validation"] <= 1 for s in found.values())
     once, mirrored = (whole.shown(latents, rows, torch.full((40,), flip)) for flip in (False, True))
