@@ -201,6 +201,7 @@ def boxes(run, cfg, source, train, test):
     activations and times. Stability alone would take the least noise, consensus alone the coarse middle of the network,
     where boxes are loose: the choice is the greatest sum.
     """
+    require(len(source.places) > 1, cfg, "activations t", "boxes compares at least two")
     rows, times, found = some_rows(len(train), cfg.seed, "probe rows", cfg.boxed), sorted(source.times), {}
     for t, noise in itertools.product(times[run.rank::run.world], range(2)):
         one = replace(source, times=[t], batch=min(source.batch, 64))
@@ -870,6 +871,7 @@ def head(run, cfg, source, train, test):
     """Train heads to tell classes, or with protocol=segment masks, of a frozen network's maps."""
     dense = cfg.protocol == "segment"
     y, y_test = known_masks(train, test) if dense else known_classes(train, test)
+    score = "miou" if dense else "accuracy"
     classes, parts = 1 + int(max(y.max(), y_test.max())), fit_and_validation(cfg, len(train))
     require(len(source.places) == 1 or cfg.head not in ("cnn", "diffeed"), cfg, "head activations t", "reads one place")
     upwards = all(n.startswith(("mid-repeat", "up-level")) for n in source.names)
@@ -889,13 +891,16 @@ def head(run, cfg, source, train, test):
 
     def measure(what, s, seed):
         best, chosen = fit_head(cfg, s, train.inputs, y, *rows_of(seed), seed, run, classes)
-        purpose = "segment test" if dense else "head test 0 0"
+        purpose, rows = "segment test" if dense else "head test 0 0", np.arange(len(test))
+        (reached, _), = evaluate([best], s, test.inputs, y_test, rows, seed, purpose)
         if dense and what == cfg.head and seed == cfg.seeds[0] and run.rank == 0:
-            draw_segments(picture(run), best, s, test.images, y_test, draw(seed, purpose, range(10), (3, *y.shape[1:])))
-        (score, _), = evaluate([best], s, test.inputs, y_test, np.arange(len(test)), seed, purpose)
-        return chosen | {"miou" if dense else "accuracy": score, "parameters": parameters_of(best)}
+            few = rows[:10]
+            with torch.no_grad():
+                found = best(*s.seen(test.images, few, seed, purpose)).argmax(1).cpu()
+            draw_segments(picture(run), test.images[few], y_test[few], found)
+        return chosen | {score: reached, "parameters": parameters_of(best)}
 
-    rows = compare(run, sources, measure, cfg.seeds, ["miou" if dense else "accuracy"])
+    rows = compare(run, sources, measure, cfg.seeds, [score])
     fit, val = rows_of(cfg.seeds[-1])
     return dict(head=cfg.head, seeds=cfg.seeds, train_images=len(fit), validation_images=len(val),
                 test_images=len(test), rows=rows)
@@ -1464,15 +1469,12 @@ def tinted(image, masks):
     return draw_segmentation_masks(image, masks, 0.5, "red" if masks.dim() == 2 else None).numpy()
 
 
-@torch.no_grad()
-def draw_segments(path, head, source, images, truth, noise):
-    """Test images, true and found classes in colours (not class 0 and void), as many as there is noise."""
-    n = min(len(noise), len(images))
-    found = head.eval()(*source.views(source.shown(images, np.arange(n)), noise[:n].to(source.device))).argmax(1).cpu()
-    kinds, sheet = range(1, max(2, 1 + int(max(truth[:n].max(), found.max())))), list(images[:n])
-    for masks in (truth[:n], found):
+def draw_segments(path, images, truth, found):
+    """Images, true and found classes in colours (not class 0 and void)."""
+    kinds, sheet = range(1, max(2, 1 + int(max(truth.max(), found.max())))), list(images)
+    for masks in (truth, found):
         sheet += [tinted(image, torch.stack([m == k for k in kinds])) for image, m in zip(images, masks)]
-    save_grid(path, np.stack(sheet), n, ["image", "truth", "found"])
+    save_grid(path, np.stack(sheet), len(images), ["image", "truth", "found"])
 
 
 def draw_matches(path, pairs, found, n=6, zoom=4):
@@ -1589,15 +1591,13 @@ def main():
 
     # say where it is, and what comes next
     run.say(f"result in {path}")
-    other = "" if cfg.checkpoint == "diffusion/base" else f" checkpoint={cfg.checkpoint}"
+    words = f"extract_features.py checkpoint={cfg.checkpoint}"
     if cfg.protocol in ("sweep", "boxes"):
-        dense = "" if cfg.protocol == "sweep" else " name=dense pool=none"
-        choice = "" if cfg.name == "sweep" else f" choice={cfg.name}"
-        run.next(f"extract_features.py{dense}{other}{choice}", "extracts the label-free choice")
+        dense = " name=dense pool=none" if cfg.protocol == "boxes" else ""
+        run.next(f"{words} choice={cfg.name}{dense}", "extracts the label-free choice")
     if cfg.protocol == "select":
-        chosen = result["chosen"]
-        run.next(f"extract_features.py name={cfg.name}{other} activations={','.join(chosen['activations'])} "
-                 f"t={chosen['t'][0]:g}", "extracts what was chosen")
+        names, (t,) = ",".join(result["chosen"]["activations"]), result["chosen"]["t"]
+        run.next(f"{words} name={cfg.name} activations={names} t={t:g}", "extracts what was chosen")
 
 
 if __name__ == "__main__":
