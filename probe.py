@@ -1528,9 +1528,10 @@ def open_source(run, cfg):
         info = load_features(run, cfg.features, "train")[1]
         cfg.checkpoint = info["checkpoint"]
         cfg.controls = [c for c in cfg.controls if c == "pixels"]                # there is no network for the others
-        known = dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None)
-        known["passes"] = len({a["t"] for a in info["arrays"]}) * info["draws"]
-        return Source(None, known, [cfg.features], [1.0], **how), dict(stored=info)
+        names, times = (list(dict.fromkeys(a[k] for a in info["arrays"])) for k in ("activation", "t"))
+        passes = len(times) * info["draws"]
+        known = dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None, passes=passes)
+        return Source(None, known, names, times, **how), dict(stored=info)
     if cfg.protocol == "layout":
         check_name("samples", cfg.samples)
         samples = run.dir / "samples" / cfg.samples / "metrics.json"
