@@ -1078,7 +1078,7 @@ def class_pairs(data, rows, seed, origin, axes):
     if data.masks is not None:
         valid &= torch.from_numpy((data.masks[a] > 0) & (data.masks[a] < 255))
     p = centres(pick_points(valid, seed), size)
-    origin, axes = torch.as_tensor(origin).float(), torch.as_tensor(axes).float()
+    origin, axes = (torch.from_numpy(np.array(v, np.float32)) for v in (origin, axes))
     local = torch.linalg.solve(axes[a], (p - origin[a][:, None]).mT).mT          # [N, P, 2] in the object's own axes
     goal = origin[b][:, None] + local @ axes[b].mT
     limit = torch.from_numpy(data.boxes[b][:, 2:] - data.boxes[b][:, :2]).amax(1)

@@ -171,7 +171,8 @@ def test_heads_read_latents():
     cfg = replace(SMALL, images=100, lr=[1e-3], controls=["pixels"], flip=True)
     here, fit, val = SimpleNamespace(data=Data(latents="x")), rows[:30], rows[30:]
     whole = Source(net, dict(path="cv", size=8, channels=4), NAMES[:2], [0.5, 0.9], "difformer")
-    found = {"difformer": whole} | controls(here, cfg, whole, whole, SimpleNamespace(inputs=latents, classes=y.numpy()), fit)
+    train = SimpleNamespace(inputs=latents, classes=y.numpy())
+    found = {"difformer": whole} | controls(here, cfg, whole, whole, train, fit)
     assert set(found) == {"difformer", "raw latents"}
     assert all(0 <= fit_head(cfg, s, latents, y, fit, val, 0)[1]["validation"] <= 1 for s in found.values())
     once, mirrored = (whole.shown(latents, rows, torch.full((40,), flip)) for flip in (False, True))
