@@ -4,8 +4,8 @@
 
 A small run is made once. Then, again and again, one of its files is cut, emptied, changed in a byte, or rewritten with
 a key missing, a value of another kind or an array of another shape, and a command that reads it runs in a process of
-its own. A traceback, a crash, a command that takes longer than a minute, or a line that does not say where to look, is a
-failure. A line for each failure; exit code 1 if there is any.
+its own. A traceback, a crash, a command that takes longer than a minute, or a line that does not say where to look, is
+a failure. A line for each failure; exit code 1 if there is any.
 """
 import argparse
 import copy
