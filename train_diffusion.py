@@ -58,7 +58,7 @@ class Training:
     ema: int = key(500_000, "half-life, in images, of the averaged weights", low=1)
     ema_ramp: float = key(0.05, "but never longer than this share of the images seen so far", above=0)
     flip: bool = key(True, "mirror images at random")
-    precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto = bf16 where the hardware has it")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto = bf16 where the hardware has it")
     compile: bool = key(False, "torch.compile the network")
     recompute: bool = key(False, "keep the inputs of blocks only and compute the rest again when going back: less "
                                  "memory, a third more work")
@@ -775,14 +775,15 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
     """
     path, folder = PATHS[cfg.path], Path(folder)
     labeller = labeller or Guide()
-    context, _, why = autocast(run, cfg.precision)
+    context, kind, why = autocast(run, cfg.precision)
 
     # what learns, and averages of it; the same command again resumes
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     learns = list(labeller.parameters())
     labeller_ema = copy.deepcopy(labeller).eval().requires_grad_(False) if learns else labeller
     optimizer = build_optimizer(cfg, net, learns)
-    parts = dict(net=net, ema=ema, labeller=labeller, labeller_ema=labeller_ema, optimizer=optimizer)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=kind == torch.float16)           # else it does nothing
+    parts = dict(net=net, ema=ema, labeller=labeller, labeller_ema=labeller_ema, optimizer=optimizer, scaler=scaler)
     seen = resume(run, cfg, folder, state, parts)
     if seen >= cfg.images:
         run.say(f"{folder}: done already ({seen:,} images seen)")
@@ -810,7 +811,7 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
 
             # the loss, and its gradients. The labeller's come first: DDP then averages the sum
             if labeller_loss is not None:
-                labeller_loss.backward()
+                scaler.scale(labeller_loss).backward()
             losses = []
             for i in range(0, share, micro):
                 part = slice(i, i + micro)
@@ -818,12 +819,12 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
                 with model.no_sync() if more else nullcontext(), context():
                     loss = loss_per_image(model, path, cfg.predict, batch.x[part], batch.z[part], batch.t[part],
                                           **{name: v[part] for name, v in told.items()})
-                    (loss.mean() * micro / share).backward()
+                    scaler.scale(loss.mean() * micro / share).backward()
                 losses.append(loss.detach())
 
             # one update, and the averages, whose half-life is `ema` images
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
-            log.add(torch.cat(losses), update(run, cfg, optimizer, lr, weights, learns))
+            log.add(torch.cat(losses), update(run, cfg, optimizer, scaler, lr, weights, learns))
             seen += cfg.batch
             beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
             get_ema_multi_avg_fn(beta)(averages, weights, None)
@@ -843,18 +844,20 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
     return load_checkpoint(run, str(folder))
 
 
-def update(run, cfg, optimizer, lr, weights, more):
+def update(run, cfg, optimizer, scaler, lr, weights, more):
     """One step of the optimizer; returns the gradient norm of the network's weights. more: the labeller's."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     for p in more:                                        # DDP knows the network only
         if p.grad is not None:
             run.total(p.grad).div_(run.world)
+    scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
     nn.utils.clip_grad_norm_(more, cfg.clip or math.inf)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm             # float16 skips a step that overflows
 
 
 def due(cfg, seen, every):

@@ -52,7 +52,7 @@ def said(capsys, monkeypatch, tiny):
     (["modl.channels=8"], "did you mean model"), (["data.size=30"], "size"), (["model.stem=5"], "stem"),
     (["data.test_fraction=0"], "test_fraction"), (["data.imbalance=nan"], "imbalance"),
     (["data.source=CIFAR11"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
-    (["model.mult=[1,x]"], "model.mult"), (["precision=fp16"], "auto, bf16, fp32"),
+    (["model.mult=[1,x]"], "model.mult"), (["precision=bf8"], "'auto', 'bf16', 'fp16'"),
     (["data.train=-1"], "data.train=-1")])
 def test_configuration(refuse, tiny, tmp_path, words, text):
     assert text in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)

@@ -1,5 +1,6 @@
 """Distances between sets of features against scipy, closed forms and plain loops."""
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -258,18 +259,20 @@ def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, c
     assert (small_run / "samples/x/guidance.png").stat().st_size > 500
 
 
-def test_a_sweep_counts_evaluations_and_several_evaluators_score_the_same_samples(monkeypatch, tiny, small_run):
-    m = sampled(monkeypatch, tiny, small_run, "sweep=euler,heun,dopri5", "sweep_steps=2,3", "select=16")
+def test_a_sweep_counts_evaluations_and_several_evaluators_score_alike(monkeypatch, tiny, small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    m = sampled(monkeypatch, tiny, run, "sweep=euler,heun,dopri5", "sweep_steps=2,3", "select=16")
     curves = m["nfe_sweep"]
     assert [nfe for nfe, _ in curves["euler"]] == [2, 3] and [nfe for nfe, _ in curves["heun"]] == [4, 6]
     counts = [nfe for nfe, _ in curves["dopri5"]]
     assert counts == sorted(counts) and counts[0] >= 7 and all(d > 0 for curve in curves.values() for _, d in curve)
-    picture = np.asarray(Image.open(small_run / "samples/x/nfe.png"))
+    picture = np.asarray(Image.open(run / "samples/x/nfe.png"))
     assert picture.shape == (480, 760, 3) and (picture != 255).any(2).sum() > 500
 
-    torch.jit.script(Averages()).save(small_run / "averages.ts")
-    m = sampled(monkeypatch, tiny, small_run, f"evaluator=pixels,{small_run}/averages.ts")
-    other = m["others"][f"{small_run}/averages.ts"]["scores"]
+    torch.jit.script(Averages()).save(run / "averages.ts")
+    m = sampled(monkeypatch, tiny, run, f"evaluator=pixels,{run}/averages.ts")
+    other = m["others"][f"{run}/averages.ts"]["scores"]
     assert m["scores"]["evaluator"].startswith("pixels") and "averages.ts" in other["evaluator"]
     assert 0 < other["frechet"] != m["scores"]["frechet"] and other["copies"] == m["scores"]["copies"]
 

@@ -107,6 +107,35 @@ def test_what_is_not_hidden_moves_as_with_adamw():
     assert not any(torch.allclose(p, q) for p, q in pairs if id(p) in hidden)
 
 
+def test_a_step_with_overflowing_gradients_is_skipped_for_all_weights():
+    """Half precision: one infinite gradient, and neither group may move, nor remember anything."""
+    net = build_model(Model(channels=16, mult=[1], blocks=1, attention=[], stem=2, head_channels=16), 8)
+    opt, scaler = build_optimizer(Training(optimizer="muon"), net), torch.amp.GradScaler("cpu")
+    before = [p.detach().clone() for p in net.parameters()]
+    scaler.scale(torch.ones(1))                           # the scale is made on first use
+
+    def step():
+        scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    next(net.parameters()).grad.fill_(float("inf"))
+    step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before)) and not opt.state
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    step()
+    assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), before))
+
+
+def test_training_in_half_precision_lowers_the_loss(tiny, tmp_path):
+    inside("train_diffusion", tiny, f"run={tmp_path}", "precision=fp16", "optimizer=muon", "data.train=64")
+    log = [json.loads(line) for line in (tmp_path / "diffusion/base/metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"] and log[0]["grad_norm"] > 0
+
+
 def state_of(folder):
     """(all tensors that training changes, log) of a finished training."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
