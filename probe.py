@@ -1507,7 +1507,7 @@ def draw_objects(path, images, truth, found, n=12):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-ALWAYS = "protocol weights activations t precision seed"
+ALWAYS = "protocol weights activations t transfer precision seed"
 FITTED = "controls supervised_images validation width images head_batch lr l2 seeds"
 PROTOCOLS = dict(                                         # (function, settings that its result depends on)
     sweep=(sweep, "fit validation K"),

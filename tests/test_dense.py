@@ -472,7 +472,7 @@ def test_protocols_on_other_images(monkeypatch, refuse, tiny, run, tmp_path):
     folder, = (run / "transfer").glob("other-*")
     assert (folder / "data/train/images.npy").exists()
     # is no result on the run's own images
-    assert "images=" in refuse("probe", *[w for w in words if not str(w).startswith("transfer=")])
+    assert "transfer=" in refuse("probe", *[w for w in words if not str(w).startswith("transfer=")])
     called(monkeypatch, probe, *words[:2], "name=moved-sweep", words[5], "activations=mid*res-out", "t=0.8", "fit=40",
            "validation=10", "K=3")
     assert "looked at other images" in refuse("extract_features", *words[:2], "choice=moved-sweep", "name=bad")
