@@ -585,7 +585,10 @@ class Evaluator:
             with atomic(file) as f:
                 np.save(f, features_of(self.run, net, data.images).cpu().numpy())
         with reading(file, "delete it"):
-            return np.load(file, mmap_mode="c", allow_pickle=False)               # c: PyTorch wants writable ones
+            known = np.load(file, mmap_mode="c", allow_pickle=False)             # c: PyTorch wants writable ones
+            if known.ndim != 2 or len(known) != len(data) or known.dtype != np.float32:
+                raise ValueError(f"{known.dtype} of shape {known.shape} for {len(data)} images")
+            return known
 
     def some(self, split, purpose, limit):
         """Features of up to so many real images, drawn at random, always the same."""

@@ -895,7 +895,8 @@ def recipe_of(run, cfg, data):
         info = load_features(run, cfg.features, "train")[1]
         decisive = ("hash", "pool", "draws", "seed", "arrays", "dtype", "resize")
         recipe["features_hash"] = digest({k: info[k] for k in decisive if k in info})
-        about["features"] = {k: info[k] for k in ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")}
+        told = ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")
+        about["features"] = {k: info[k] for k in told if k in info}
     if "reference" in names:
         reference, _ = load_labels(run, cfg.reference)
         recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))

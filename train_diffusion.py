@@ -1007,6 +1007,8 @@ def save_pictures(run, cfg, folder, ema, told, data, seen, context):
 # Checkpoints: tensors and plain types only, so that weights_only=True reads them and they rebuild the model alone
 
 FORMAT = 2                                                # raised when older checkpoints can no longer be read
+KINDS = dict(net=dict, ema=dict, model=dict, conditions=dict, config=dict, size=int, channels=int, num_labels=int,
+             seen=int, path=str, predict=str, weights=str)                       # what every checkpoint has
 RESUMABLE = {"images", "log_every", "save_every", "grid_every", "overwrite", "micro", "compile", "recompute"}
 
 
@@ -1042,18 +1044,22 @@ def load_checkpoint(run, name):
     if path is None:
         raise UserError(f"{places[0]}: no such checkpoint; train it first (published weights: train_diffusion.py "
                         "imported=adm:FILE)")
-    state = read_torch(path)
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path}: checkpoint format {state.get('format')}, this code reads {FORMAT}; train again "
-                        "(published weights: train_diffusion.py imported=adm:FILE)")
-    return state | {"file": str(path)}
+    with reading(path, "train again (published weights: train_diffusion.py imported=adm:FILE)"):
+        state = read_torch(path)
+        if state.get("format") != FORMAT:
+            raise ValueError(f"checkpoint format {state.get('format')}, this code reads {FORMAT}")
+        wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
+        if wrong or state["path"] not in PATHS:
+            raise ValueError(f"no {', '.join(wrong) or 'path ' + state['path']}")
+        return state | {"file": str(path)}
 
 
 def load_model(run, name, weights="ema"):
     """(network in eval mode on the run's device, checkpoint) from the checkpoint alone."""
     state = load_checkpoint(run, name)
-    net = build_model(fill("model", Model, state["model"]), state["size"], state["channels"], **state["conditions"])
     with reading(state["file"], "train again"):
+        model = fill("model", Model, state["model"])
+        net = build_model(model, state["size"], state["channels"], **state["conditions"])
         net.load_state_dict(state[weights])
     return net.eval().requires_grad_(False).to(run.device), state
 
@@ -1093,7 +1099,7 @@ def forget(folder, seen):
     """Remove log lines and pictures of more than `seen` images, which a run left that was killed or is replaced."""
     log = folder / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
-    with atomic(log) as f:
+    with reading(log, "delete it"), atomic(log) as f:
         for line in lines:
             if line.endswith("}") and json.loads(line)["images"] <= seen:        # a kill may have cut the last one
                 f.write(f"{line}\n".encode())

@@ -68,38 +68,65 @@ FORKS.set_forkserver_preload(STAGES)
 
 
 def in_child(name, words, out, err, env):
-    """What a process made by `stage` does: run a stage with its output in two files."""
+    """What each process of `Launched` does: run a stage with its output in two files."""
     os.chdir(ROOT)
     os.environ.update(env)
     for stream, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     torch.set_num_threads(1)
     sys.argv = [str(ROOT / f"{name}.py"), *words]
     module = importlib.import_module(name)
     module.cli(module.main)
 
 
-def stage(name, *words, ranks=1, ok=True, seconds=300):
-    """Run a stage as a user would, though not by a launcher: (returncode, stdout, stderr), the latter of all ranks."""
-    words = [str(w) for w in words]
-    with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-        s.close()
-        processes, files = [], []
+class Launched:
+    """The processes of a stage, started as torchrun starts them, but without its imports."""
+
+    def __init__(self, name, *words, ranks=1, out=os.devnull, err=os.devnull):
+        self.words = [name, *map(str, words)]
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.processes = []
         for rank in range(ranks):
             env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             env = {k: str(v) for k, v in env.items()} if ranks > 1 else {}
-            files.append((f"{folder}/out{rank}", f"{folder}/err{rank}"))
-            processes.append(FORKS.Process(target=in_child, args=(name, words, *files[-1], env)))
-            processes[-1].start()
-        for process in processes:
-            process.join(seconds)
-            assert process.exitcode is not None, f"{name} {words}: still running after {seconds} seconds"
-        out, err = ("".join(Path(f[i]).read_text() for f in files) for i in (0, 1))
-    code = max((p.exitcode for p in processes), key=abs)
-    assert not ok or code == 0, f"{name} {words}\n{out}\n{err}"
-    return subprocess.CompletedProcess([name, *words], code, out, err)
+            process = FORKS.Process(target=in_child, args=(name, self.words[1:], str(out), str(err), env), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def poll(self):
+        """None while any process lives, else the exit code: 0 if all ended well. One that fails ends the others."""
+        codes = [process.exitcode for process in self.processes]
+        if any(codes):
+            for process in self.processes:
+                process.join(5)
+            self.kill()
+            return next(code for code in codes if code)
+        return None if None in codes else 0
+
+    def wait(self, seconds=300):
+        end = time.time() + seconds
+        while self.poll() is None:
+            assert time.time() < end, f"{self.words}: still running after {seconds} seconds"
+            time.sleep(0.005)
+        return self.poll()
+
+    def kill(self):
+        """SIGKILL."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def stage(name, *words, ranks=1, ok=True):
+    """Run a stage to its end; what subprocess.run would return, with the output of all ranks as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        code = Launched(name, *words, ranks=ranks, out=out, err=err).wait()
+        said, complained = (path.read_text() if path.exists() else "" for path in (out, err))
+    assert not ok or code == 0, f"{name} {words}\n{said}\n{complained}"
+    return subprocess.CompletedProcess([name, *words], code, said, complained)
 
 
 def killed(name, *words, after, ranks=1):

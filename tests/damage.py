@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -64,18 +65,18 @@ ODD = [None, [], {}, "x", -1, 1e300, [[1]], True]
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage
 
-def places(value, path=()):
-    """Paths to all that is inside nested dicts and lists."""
+def places(value, depth, path=()):
+    """Paths to all that is inside nested dicts and lists, so many levels down."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, inner in items:
+    for name, inner in items if depth else ():
         yield (*path, name)
-        yield from places(inner, (*path, name))
+        yield from places(inner, depth - 1, (*path, name))
 
 
-def changed(value, dice):
+def changed(value, dice, depth=9):
     """A copy of nested dicts and lists in which one thing is missing or something else."""
     value = copy.deepcopy(value)
-    found = list(places(value))
+    found = list(places(value, depth))
     if not found or dice.random() < 0.15:
         return dice.choice(ODD)
     *way, last = dice.choice(found)
@@ -129,7 +130,7 @@ def damage(path, dice):
             np.savez(f, **arrays)
     else:
         state = torch.load(io.BytesIO(raw), weights_only=True)
-        torch.save(changed(state, dice), path)
+        torch.save(changed(state, dice, depth=1), path)        # deeper is for surgeons
     return how
 
 
@@ -145,14 +146,14 @@ def read(words, yaml):
             os.dup2(err.fileno(), 2)
             sys.argv = [f"{words[0]}.py", str(yaml), *map(str, words[1:])]
             module = importlib.import_module(words[0])
-            code = 1
+            code = 0
             try:
                 with redirect_stdout(io.StringIO()), redirect_stderr(err):
                     module.cli(module.main)
             except SystemExit as e:
                 code = e.code or 0
             except BaseException:
-                import traceback
+                code = 1
                 traceback.print_exc(file=err)
             err.flush()
             os._exit(code)

@@ -10,11 +10,8 @@ where arrays, weights or scores differ in one bit. Folders that differ are kept.
 """
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, TINY, command
+from conftest import TINY, Launched
 
 TIMES = {"seconds", "seconds_per_image", "images_per_second", "waiting", "memory_mb"}      # may differ
 MAPS = "activations=up-level1-repeat1-res-out"
@@ -42,11 +39,9 @@ SERIES = {                                                # name: a stage and it
 # Running and killing
 
 def start(words, folder, ranks=1):
-    """Start a stage in a run folder; the process, whose output goes to <folder>.log."""
-    line = command(words[0], folder.parent / "tiny.yaml", f"run={folder}", *words[1:], ranks=ranks)
-    with open(f"{folder}.log", "ab") as log:
-        return subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """Start a stage in a run folder; its processes, whose output goes to <folder>.log."""
+    log = f"{folder}.log"
+    return Launched(words[0], folder.parent / "tiny.yaml", f"run={folder}", *words[1:], ranks=ranks, out=log, err=log)
 
 
 def state_of(folder):
@@ -76,34 +71,10 @@ def finish(words, folder, ranks=1):
     before = state_of(folder)
     process = start(words, folder, ranks)
     took = work(process, folder, before)
-    if process.wait():
+    if code := process.wait():
         last = Path(f"{folder}.log").read_text().strip().splitlines()[-1:]
-        raise RuntimeError(f"{' '.join(words)}: exit code {process.returncode}, {last}, see {folder}.log")
+        raise RuntimeError(f"{' '.join(words)}: exit code {code}, {last}, see {folder}.log")
     return took
-
-
-def workers(folder):
-    """Ids of all living processes whose command names this run folder: torchrun gives its workers sessions."""
-    word, found = f"run={folder}".encode(), []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if word in (entry / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:                                   # gone already
-            pass
-    return found
-
-
-def kill(process, folder):
-    """End a command and all that it has started, at once."""
-    while ids := workers(folder):
-        for i in ids:
-            try:
-                os.kill(i, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        process.poll()                                    # a child that nobody waits for stays in the list
-    process.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,15 +165,15 @@ def series(root, name, kills, ranks, moments):
         process = start(words, broken, ranks)
         if hits < kills:
             if moments.random() < 0.1:                    # while it starts
-                time.sleep(moments.uniform(0, 5))
+                time.sleep(moments.uniform(0, 1))
             else:
                 work(process, broken, before, moments.uniform(0, took))
             if process.poll() is None:
-                kill(process, broken)
+                process.kill()
                 hits += 1
                 continue
-        if process.wait():
-            return [f"(exit code {process.returncode}, see {broken}.log)"], hits, compared
+        if code := process.wait():
+            return [f"(exit code {code}, see {broken}.log)"], hits, compared
         compared += 1
         if (wrong := differences(broken, expected)) or hits == kills:
             return wrong, hits, compared
