@@ -370,11 +370,12 @@ class Labeller(Guide):
             a.copy_(b)
 
     def watched_labels(self, ema, labeller_ema):
-        """The labels [n, P] of the images that the log follows, by each process for itself."""
+        """The labels [n, P] of the images that the log follows, of which each process labels its share."""
         if self.settled is not None:
             return self.settled[self.rows].cpu().long()
-        images = np.asarray(self.inputs[self.rows])
-        return label_images(ema, labeller_ema, images, np.arange(len(images)), self.context, "watched")[0]
+        images, share = np.asarray(self.inputs[self.rows]), self.ranks.share(len(self.rows))
+        ids = label_images(ema, labeller_ema, images, share, self.context, "watched", self.ranks)[0]
+        return torch.cat(self.ranks.gather(ids))
 
     def report(self, ema, labeller_ema):
         """For the log: what tells a healthy labeller from a collapsed one; NMI with the classes only as a monitor."""
