@@ -17,6 +17,7 @@ Of several w the best is taken: on other samples, against other real images, tha
 score the same samples; the first chooses w. The method ends with `generate`; what measures and draws comes after it.
 """
 import itertools
+import json
 import math
 import os
 from contextlib import contextmanager, nullcontext
@@ -32,7 +33,7 @@ from torch import nn
 
 from configs.data import as_input, decode, load_data, open_autoencoder, torchvision_datasets
 from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, finished, key, making,
-                         read_json, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
+                         reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          write_json, write_rows)
 from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z
 
@@ -731,7 +732,7 @@ def row_of(m):
     plain = m.get("scores_w1", scores if m["w"] == 1 else {})
     row = {"evaluator": scores["evaluator"].split()[0], "samples": scores["samples"], "K": m["num_labels"],
            "NMI": (m["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": m["w"],
-           "distance": scores[kind]}
+           "distance": float(scores[kind])}
     row |= {k: scores[k] for k in ("precision", "recall", "coverage", "memorisation")}
     row |= {k: scores.get(k, {}).get(kind) for k in ("head", "tail")}
     return row | {"solver": m["solver"], "network calls": m["network_calls"], "training images": m["total_seen"]}
@@ -739,8 +740,12 @@ def row_of(m):
 
 def table(run):
     """Print every samples/*/metrics.json side by side, by evaluator, the largest distance first; also as table.json."""
-    made = {path.parent.name: read_json(path, "delete it") for path in run.dir.glob("samples/*/metrics.json")}
-    rows = [{"name": name, **row_of(m)} for name, m in made.items() if "scores" in m]
+    rows = []
+    for path in run.dir.glob("samples/*/metrics.json"):
+        with reading(path, "delete it"):
+            m = json.loads(path.read_text())
+            if "scores" in m:
+                rows.append({"name": path.parent.name, **row_of(m)})
     if not rows:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
     rows.sort(key=lambda row: (row["evaluator"], -row["distance"]))

@@ -142,7 +142,7 @@ def read(words, yaml):
     with tempfile.TemporaryFile("w+") as err:
         child = os.fork()
         if child == 0:
-            signal.alarm(60)
+            signal.setitimer(signal.ITIMER_PROF, 60)      # of work, however busy the machine is
             os.dup2(err.fileno(), 2)
             sys.argv = [f"{words[0]}.py", str(yaml), *map(str, words[1:])]
             module = importlib.import_module(words[0])
