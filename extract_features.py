@@ -513,6 +513,7 @@ def pca_rgb(x):
 def pca_sheet(run, cfg, features, names, times):
     """Write features/<name>-pca.png: test images `shown`, and their maps as colours, a row for each activation."""
     test = load_data(run, "test")
+    require(max(cfg.shown) < len(test), cfg, "shown", f"there are {len(test)} test images")
     images = test.images[cfg.shown]                                              # [N, 3, H, W]
     _, maps = next(features(test, np.array(cfg.shown), pool="none", purpose="features test"))
     sheet = [images] * len(times)
@@ -639,8 +640,10 @@ def main():
 
     # close
     run.say(f"features in {folder}: " + ", ".join(f"{n} t={t:g} {list(s)}" for (n, t), s in shapes.items()))
-    run.next("self_label.py" + ("" if cfg.name == "base" else f" features={cfg.name}"),
-             "groups the images by these features")
+    if len(cfg.splits) == 2:                              # labels need both
+        method = " method=lost" if cfg.pool == "none" else ""
+        run.next("self_label.py" + method + ("" if cfg.name == "base" else f" features={cfg.name}"),
+                 "groups the images by these features")
 
 
 if __name__ == "__main__":

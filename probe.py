@@ -53,7 +53,7 @@ from configs.run import (ALONE, Data, Model, UserError, autocast, bar, check_nam
                          write_json)
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, build_model, diffuse, load_checkpoint, load_condition, load_model, say_network
-from extract_features import catalogue, matching, noise_level, reader, stream
+from extract_features import catalogue, label_free, matching, noise_level, reader, stream
 from self_label import assign, bounds, find_objects, iou, kmeans, largest_component, nmi
 
 
@@ -1190,7 +1190,12 @@ def build_detector(cfg, source, images, classes, seed):
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-    from torchvision.ops import MultiScaleRoIAlign
+    from torchvision.ops import MultiScaleRoIAlign, nms
+    try:
+        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except RuntimeError:
+        raise UserError("protocol=detect needs torchvision's own operators: install a torch and a torchvision that "
+                        "belong together, as requirements.txt says") from None
     size, width, x = images.shape[2], cfg.width, source.shown(images, np.arange(1))
     shapes = [m.shape[1:] for m in source.views(x, x)[0][0]]
     strides = sorted(size / h for _, h, _ in shapes)
@@ -1404,9 +1409,9 @@ def layout(run, cfg, source, train, test):
     info = read_json(run.dir / "labels" / f"{state['label_file']}.json", "make the labels again")
     how, recipe, as_boxes = info["recipe"], made["recipe"], state.get("condition") == "box"
     method = how["foreground"] if how["method"] == "masks" else how["method"]
-    others = recipe.get("boxes") or recipe.get("mask") or recipe.get("layouts") == "test"
     several = as_boxes and how.get("objects", 1) > 1
-    require(state.get("condition") in ("box", "mask") and not (others or several or method == "none"), cfg, "samples",
+    fits = state.get("condition") in ("box", "mask") and not (recipe.get("boxes") or several or method == "none")
+    require(fits, cfg, "samples",
             "were asked for something else than one box, or the objects' masks, of training images")
 
     images, labels = (np.load(folder / f"{k}.npy", mmap_mode="r", allow_pickle=False) for k in ("images", "labels"))
@@ -1421,7 +1426,7 @@ def layout(run, cfg, source, train, test):
     if as_boxes:
         found = {k: in_boxes(masks) for k, masks in found.items()}
     scores = {k: float(np.concatenate(run.gather(overlap_of(asked, v))).mean()) for k, v in found.items()}
-    run.say(f"{scores} over {len(images):,} samples")
+    run.say(", ".join(f"{k} {v:.3f}" for k, v in scores.items()) + f" over {len(images):,} samples")
     if run.rank == 0:
         few = range(min(10, len(rows)))
         sheet = [tinted(images[i], areas[i]) for areas in (asked, *found.values()) for i in few]
@@ -1554,8 +1559,7 @@ def open_source(run, cfg):
     if names == ["blocks"] and cfg.protocol == "select":
         names = ["*"]
     if names == ["blocks"] and cfg.protocol in ("linear", "head", "segment", "detect"):
-        path, advice = run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t="
-        choice = read_json(path, advice)["label_free"]
+        choice = label_free(run, cfg, state)
         names, times = [choice["activation"]], cfg.t if len(cfg.t) == 1 else [choice["t"]]
     names = matching(net, names)
     run.say(f"reads {len(names)} activation(s), {names[0]} ..., at t = {', '.join(map(str, times))}")

@@ -761,10 +761,11 @@ def table(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def check_request(cfg, sampler):
+def check_request(run, cfg, sampler):
     """Settings that cannot work together, before anything is computed."""
-    if not sampler.field.condition and not cfg.autoguide:
-        cfg.guidance = [1.0]                              # nothing can guide a model without labels
+    if not sampler.field.condition and not cfg.autoguide and cfg.guidance != [1.0]:
+        run.say("note: nothing can guide a model without labels: w = 1")
+        cfg.guidance = [1.0]
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.evaluate or len(cfg.guidance) == 1 and not cfg.sweep, cfg, "guidance sweep evaluate",
             "to choose w, or to sweep, needs evaluate=true")
@@ -832,7 +833,7 @@ def main():
     require(min(cfg.n, cfg.select) >= run.world, cfg, "n select", "at least one sample for every process")
     context, _, why = autocast(run, cfg.precision)
     sampler = open_sampler(run, cfg, context)
-    check_request(cfg, sampler)
+    check_request(run, cfg, sampler)
     state, recipe = sampler.state, recipe_of(run, cfg, sampler)
     if run.dry_run:
         say_network(run, sampler.field.net, state["channels"], state["size"])

@@ -588,6 +588,7 @@ def colours(run, cfg, data):
 
 def pixels(run, cfg, data):
     """Control without a network, with positions: images averaged to pool x pool pixels."""
+    require(cfg.pool <= run.data.size, cfg, "pool", f"images have {run.data.size} pixels a side")
     return cluster_images(run, cfg, data, lambda x: F.adaptive_avg_pool2d(x, cfg.pool).flatten(1))
 
 

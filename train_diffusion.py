@@ -4,7 +4,7 @@ Reads   images: procedural `shapes`, a torchvision set, a folder, or uint8 array
 Writes  runs/<run>/config.yaml, data/{train,test}/ and diffusion/<name>/ (checkpoint.pt, metrics.jsonl, samples/)
 Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t) x + sigma(t) z.
 
-    python train_diffusion.py configs/shapes.yaml                           # CPU, about three minutes
+    python train_diffusion.py configs/shapes.yaml                           # CPU, about four minutes
     python train_diffusion.py configs/cifar10.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_diffusion.py configs/cifar10.yaml     # eight GPUs, the same global batch
     python train_diffusion.py configs/imagenet256-adm.yaml                  # published weights as diffusion/<name>
@@ -83,9 +83,9 @@ class TrainDiffusion(Training):
 class NoisePath:
     """A new path is a subclass with alpha(t), sigma(t) and rates(t) = (dalpha/dt, dsigma/dt), and an entry in PATHS.
 
-    t is a number or a tensor that multiplies x and z, as [B, 1, 1, 1]; alpha and sigma take any shape. Samplers solve
-    dy/ds = slope in variables (y, s) with x_t = scale(t) y. Here v is the velocity dx_t/dt, y = x_t and s = t; a path
-    whose velocity is singular at an end says otherwise.
+    t is a tensor that multiplies x and z, as [B, 1, 1, 1]; alpha and sigma take any shape. Samplers solve dy/ds = slope
+    in variables (y, s) with x_t = scale(t) y. What stands here is right for every path with a velocity dx_t/dt that is
+    finite from noise to data: then y = x_t and s = t. A path whose velocity is singular at an end says otherwise.
     """
 
     def v_target(self, x, z, t):
@@ -545,11 +545,19 @@ def check_model(model, size):
     """A UserError for what would fail late, or be left out without a word."""
     if model.backbone == "uvit":
         fits = size % model.patch == 0 and model.depth % 2 == 0
-        return require(fits, model, "patch depth", f"size {size} must be a multiple of patch, depth even")
+        require(fits, model, "patch depth", f"size {size} must be a multiple of patch, depth even")
+        fits = model.channels % model.heads == 0 and model.channels % 2 == 0
+        return require(fits, model, "channels heads", "channels must be a multiple of heads, and even")
     step = model.stem * 2 ** (len(model.mult) - 1)
     require(size % step == 0, model, "stem mult", f"size {size} must be a multiple of {step}")
-    sizes = {size // model.stem >> level for level in range(len(model.mult))}
-    require(sizes.issuperset(model.attention), model, "attention", f"the levels have maps of size {sizes}")
+    sizes = [size // model.stem >> level for level in range(len(model.mult))]
+    require(set(sizes).issuperset(model.attention), model, "attention", f"the levels have maps of size {sizes}")
+    for m, side in zip(model.mult, sizes):
+        c, wide = int(m * model.channels), model.head_channels
+        fits = c % (wide or model.heads) == 0 or c < wide                        # below: one head
+        attends = side in model.attention or side == sizes[-1]
+        require(c and (fits or not attends), model, "channels mult head_channels heads",
+                f"a level of {c} channels cannot be divided into heads")
 
 
 def say_network(run, net, channels, size):

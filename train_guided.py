@@ -509,7 +509,8 @@ def initial_weights(run, cfg, net, labels):
         require(source[name] == getattr(cfg, name), cfg, name, f"init={cfg.init} has {name}={source[name]}")
     with reading(source["file"], "init= needs a model for images of this size"):
         load_pretrained(net, source["ema"])
-    return dict(checkpoint=cfg.init, weights=source["weights"], seen=source["seen"])
+    return dict(checkpoint=cfg.init, weights=source["weights"], 
+                seen=source["seen"] + (source.get("init") or {}).get("seen", 0))                 # with those of its own
 
 
 def load_pretrained(net, state):

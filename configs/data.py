@@ -43,6 +43,7 @@ def open_source(data):
     openers = {"shapes": open_shapes, "folder": open_folder, "arrays": open_arrays}
     known = [*openers, *TORCHVISION]
     require(data.source in known, data, "source", unknown(data.source, known))
+    require(data.root or data.source not in ("folder", "arrays"), data, "root", "name the images, data.root=PATH")
     parts, names = openers.get(data.source, open_torchvision)(data)
     if not data.classes:
         return parts, names

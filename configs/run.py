@@ -102,8 +102,9 @@ def convert(kind, value):
     args, text = typing.get_args(kind), "" if value is None else str(value).strip()
     if typing.get_origin(kind) is list:
         nested = typing.get_origin(args[0]) is list       # [[1,2],[3,4]]
-        items = value if isinstance(value, list) else (yaml.safe_load(text) or []) if nested else text.split(",")
-        return [convert(args[0], v) for v in items if v != ""]
+        if not isinstance(value, list):
+            value = (yaml.safe_load(text) or []) if nested else text.strip("[]").split(",")
+        return [convert(args[0], v) for v in value if v != ""]
     if args:
         return args[args.index(text)]
     if kind is str:
@@ -127,7 +128,8 @@ def fill(section, cls, values):
         try:
             out[name] = convert(kind, value)
         except (ValueError, KeyError, TypeError, yaml.YAMLError):
-            raise UserError(f"{said}: expected {inspect.formatannotation(kind)}") from None
+            choices = " (true or false)" if kind is bool else ""
+            raise UserError(f"{said}: expected {inspect.formatannotation(kind)}{choices}") from None
         numbers = out[name] if isinstance(out[name], list) else [out[name]]
         if meta["count"] not in (None, len(numbers)):
             raise UserError(f"{said}: expected {meta['count']} values")
@@ -345,7 +347,8 @@ def check_run_folder(run):
             with atomic(path) as f:
                 f.write(yaml.safe_dump(run.sections, sort_keys=False).encode())
     elif getattr(run.cfg, "evaluate", True):              # sampling alone needs no images
-        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py, or only sample with evaluate=false")
+        alone = ", or only sample with evaluate=false" if run.stage == "sample_ode" else ""
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py{alone}")
 
 
 def cli(main):
