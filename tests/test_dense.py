@@ -380,8 +380,7 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
         (lost / f"samples/{labels}").mkdir(parents=True)
         np.save(lost / f"samples/{labels}/images.npy", images)
         np.save(lost / f"samples/{labels}/labels.npy", np.arange(60))
-        about = dict(checkpoint=f"guided/{labels}", hash=state["weights"],
-                     recipe=dict(boxes=[], mask="", layouts="train"))
+        about = dict(checkpoint=f"guided/{labels}", hash=state["weights"], recipe=dict(boxes=[]))
         (lost / f"samples/{labels}/metrics.json").write_text(json.dumps(about))
         called(monkeypatch, probe, *words, f"samples={labels}", f"name={labels}")
         layout[labels] = result(lost, labels)
@@ -391,7 +390,8 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     np.save(lost / "samples/lost/labels.npy", np.roll(np.arange(60), 1))
     called(monkeypatch, probe, *words, "samples=lost", "name=rolled")
     assert result(lost, "rolled")["exact_iou"] < 0.7
-    for change, said in ((dict(recipe=dict(layouts="test")), "something else"), (dict(hash="other"), "earlier state")):
+    drawn = dict(recipe=dict(boxes=[[1, 1, 9, 9, 0]]))
+    for change, said in ((drawn, "something else"), (dict(hash="other"), "earlier state")):
         (lost / "samples/lost/metrics.json").write_text(json.dumps(about | change))
         assert said in refuse("probe", *words, "samples=lost", "name=bad")
 
