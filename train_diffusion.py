@@ -1106,9 +1106,8 @@ def differences(run, cfg, old, state):
 def forget(folder, seen):
     """Remove log lines and pictures of more than `seen` images, which a run left that was killed or is replaced."""
     log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
     with reading(log, "delete it"), atomic(log) as f:
-        for line in lines:
+        for line in log.read_text().splitlines() if log.exists() else []:
             if line.endswith("}") and json.loads(line)["images"] <= seen:        # a kill may have cut the last one
                 f.write(f"{line}\n".encode())
     for picture in (folder / "samples").glob("*.png"):

@@ -426,11 +426,11 @@ def load_data(run, split):
     hint = f"run train_diffusion.py first; if it is damaged, delete {run.dir / 'data'} before"
     info = read_json(folder / "info.json", hint)
     with reading(folder, hint):
-        n, shapes = info["count"], shapes_of(info["count"], info["size"])
+        n, shapes, _ = info["count"], shapes_of(info["count"], info["size"]), info["fingerprint"]
         for kind in info["arrays"] + ["latents"] * bool(run.data.latents):
             array = arrays[kind] = np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
-            if array.shape != shapes.get(kind, (n, *array.shape[1:])):
-                raise ValueError(f"{kind} of shape {array.shape} for {n} images")
+            if array.shape != shapes.get(kind, (n, *array.shape[1:])) or array.dtype != KINDS.get(kind, np.float16):
+                raise ValueError(f"{kind}: {array.dtype} of shape {array.shape} for {n} images")
     return Split(info=info, **arrays)
 
 
@@ -472,9 +472,10 @@ def load_features(run, name, split):
             raise ValueError(f"extracted from other {split} images")
         files = [folder / file_of(split, entry["activation"], entry["t"]) for entry in info["arrays"]]
         arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-        for file, array in zip(files, arrays):
-            if len(array) != len(data):
-                raise ValueError(f"{file.name}: {len(array)} rows for {len(data)} images")
+        shapes = info.get("shapes") or [array.shape[1:] for array in arrays]     # others' features may not say
+        for file, array, shape in zip(files, arrays, shapes):
+            if array.shape != (len(data), *shape):
+                raise ValueError(f"{file.name}: shape {array.shape} for {len(data)} images and rows of shape {shape}")
     return arrays, info
 
 

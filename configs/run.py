@@ -337,7 +337,7 @@ def check_run_folder(run):
     """The data section must stay what it was, since every file's row i is image i; it is kept in config.yaml."""
     path = run.dir / "config.yaml"
     if run.agreed((run.dir / "data" / "train" / "info.json").exists):
-        before = fill("data", Data, read_yaml(path).get("data", {}))
+        before = fill(f"{path}: data", Data, read_yaml(path).get("data", {}))
         for name, value in dataclasses.asdict(run.data).items():
             if getattr(before, name) != value and name not in ("root", "download", "skip_bad"):
                 raise UserError(f"{path}: this run was made with data.{name}={getattr(before, name)}, "

@@ -370,7 +370,7 @@ def test_arrays_that_do_not_fit_each_other(tmp_path):
     path = tmp_path / "data/train/images.npy"
     for bad in (np.zeros((5, 3, 32, 32), np.uint8), np.zeros((50, 3, 16, 16), np.uint8)):
         np.save(path, bad)
-        with pytest.raises(UserError, match="images of shape .* for 50 images"):
+        with pytest.raises(UserError, match="images: uint8 of shape .* for 50 images"):
             load_data(run, "train")
     path.write_bytes(b"")
     with pytest.raises(UserError, match="data/train: damaged"):
