@@ -431,7 +431,7 @@ def load_data(run, split):
             array = arrays[kind] = np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
             if array.shape != shapes.get(kind, (n, *array.shape[1:])) or array.dtype != KINDS.get(kind, np.float16):
                 raise ValueError(f"{kind}: {array.dtype} of shape {array.shape} for {n} images")
-    return Split(info=info, **arrays)
+        return Split(info=info, **arrays)
 
 
 def require_shape(run, state):
@@ -468,7 +468,7 @@ def load_features(run, name, split):
     hint = "run extract_features.py first; if it is damaged, delete the folder before"
     info = read_json(folder / "info.json", hint)
     with reading(folder, hint):
-        if info["data"].get(split) != data.info["fingerprint"]:
+        if info["data"].get(split) != data.info["fingerprint"] or "pool" not in info:
             raise ValueError(f"extracted from other {split} images")
         files = [folder / file_of(split, entry["activation"], entry["t"]) for entry in info["arrays"]]
         arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
@@ -492,6 +492,8 @@ def load_labels(run, name):
         labels = dict(f)
         if info.get("hash") not in (None, arrays_hash(labels)):
             raise ValueError("not the arrays that its .json describes")
+        if not all(isinstance(info.get(k, {}), dict) for k in ("recipe", "scores")):
+            raise ValueError("its .json has no recipe or scores")
         K = int(labels["num_labels"])
         for split, lowest in (("train", 0), ("test", -1)):                       # a test image may be of unknown class
             ids, data, made_of = labels[split], load_data(run, split), info["data"][split]
