@@ -751,7 +751,8 @@ def table(run):
     rows.sort(key=lambda row: (row["evaluator"], -row["distance"]))
     write_json(run.dir / "samples" / "table.json", {row["name"]: row for row in rows})
     text_of = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v or "-")
-    shown = [list(rows[0]), *(list(map(text_of, row.values())) for row in rows)]
+    columns = [k for k in rows[0] if any(row[k] is not None for row in rows)]
+    shown = [columns, *([text_of(row[k]) for k in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown)]
     shown.insert(1, ["-" * width for width in widths])
     for row in shown:
