@@ -164,7 +164,7 @@ def test_features_that_do_not_fit(said, copy):
     np.save(path, bad)
     assert "not finite" in said(copy, "self_label", "method=kmeans", "name=x")
     np.save(path, good[:-1])
-    assert "199 rows for 200 images" in said(copy, "self_label", "method=kmeans", "name=x")
+    assert "(199, 32) for 200 images" in said(copy, "self_label", "method=kmeans", "name=x")
     np.save(path, good)
     assert "K=1000" in said(copy, "self_label", "method=kmeans", "name=x", "K=1000")
     assert not list((copy / "labels").glob("x*"))
