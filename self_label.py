@@ -18,6 +18,7 @@ lost, ncut  objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.
             masks: 1 + number of the object, 0 = none
 masks       the objects that `foreground` finds; masks: 1 + cluster of the object, 0 = none. foreground=none: clusters
             of the patches of all images; masks: segment of every pixel; image ids are clusters of mean features
+file        ids that anything else found, for comparison: `ids`, one per training image
 controls    colours (k-means on mean and deviation of each channel), pixels (on images averaged to pool x pool),
             classes (ground truth), random (permuted labels of `reference`), subgroups (each class split at random)
 
@@ -72,6 +73,7 @@ class SelfLabel:
     smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood", low=0, high=1)
     by: Literal["kmeans", "sinkhorn"] = key("kmeans", "lost, ncut, masks: how regions and patches are clustered")
     pool: int = key(8, "pixels: images are averaged to so many pixels a side", low=1)
+    ids: str = key("", "file: .npy of one whole number per training image, in their order")
     reference: str = key("kmeans", "random: whose marginal to keep")
     groups: int = key(5, "subgroups: parts per class", low=1, high=10_000)
     seed: int = key(0, "of starts, permutations, splits")
@@ -669,6 +671,21 @@ def label_masks(run, cfg, data):
     return (label_segments if cfg.foreground == "none" else label_objects)(run, cfg, data)
 
 
+def ids_in_file(cfg, data):
+    """The array of whole numbers [N] in the file `ids`."""
+    with reading(cfg.ids, "ids= must be a .npy file of one whole number per training image"):
+        ids = np.load(cfg.ids, allow_pickle=False)
+        if ids.dtype.kind not in "iu" or ids.shape != (len(data["train"]),):
+            raise ValueError(f"{ids.dtype} {ids.shape} for {len(data['train'])} images")
+    return ids
+
+
+def from_file(run, cfg, data):
+    """file: what anything else made of the training images. Test images have no label (-1)."""
+    values, ids = np.unique(ids_in_file(cfg, data), return_inverse=True)
+    return Labels(dict(train=ids, test=np.full(len(data["test"]), -1)), len(values))
+
+
 def classes(run, cfg, data):
     """Control: the ground truth."""
     ids = {split: np.asarray(d.classes) for split, d in data.items()}
@@ -704,6 +721,7 @@ METHODS = {                                               # name: (function, the
     "lost": (label_objects, OBJECTS),
     "ncut": (label_objects, f"{OBJECTS} tau"),
     "masks": (label_masks, f"features by {ROWS} foreground"),
+    "file": (from_file, "ids"),
     "colours": (colours, KMEANS),
     "pixels": (pixels, f"{KMEANS} pool"),
     "classes": (classes, ""),
@@ -745,8 +763,8 @@ def size_entropy(sizes):
 
 
 def score_labels(labels, classes):
-    """Agreement of labels [N] with ground-truth classes [N] (-1 = not known): a monitor, never used to make labels."""
-    known = classes >= 0
+    """Agreement of labels [N] with ground-truth classes [N], -1 = not known: a monitor, never used to make labels."""
+    known = (classes >= 0) & (labels >= 0)
     if not known.any():
         return {}
     a, b = labels[known], classes[known]
@@ -898,6 +916,8 @@ def recipe_of(run, cfg, data):
         recipe["features_hash"] = digest({k: info[k] for k in decisive if k in info})
         told = ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")
         about["features"] = {k: info[k] for k in told if k in info}
+    if "ids" in names:
+        recipe["ids"] = digest(ids_in_file(cfg, data))    # wherever they lie
     if "reference" in names:
         reference, _ = load_labels(run, cfg.reference)
         recipe["reference_hash"] = digest(*(reference[k] for k in sorted(reference) if np.ndim(reference[k])))

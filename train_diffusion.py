@@ -820,6 +820,7 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
             # the loss, and its gradients. The labeller's come first: DDP then averages the sum
             if labeller_loss is not None:
                 scaler.scale(labeller_loss).backward()
+            pull = gradient_norm(weights) / scaler.get_scale()
             losses = []
             for i in range(0, share, micro):
                 part = slice(i, i + micro)
@@ -832,7 +833,8 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
 
             # one update, and the averages, whose half-life is `ema` images
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
-            log.add(torch.cat(losses), update(run, cfg, optimizer, scaler, lr, weights, learns))
+            norm = update(run, cfg, optimizer, scaler, lr, weights, learns)
+            log.add(torch.cat(losses), norm, pull)
             seen += cfg.batch
             beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
             get_ema_multi_avg_fn(beta)(averages, weights, None)
@@ -866,6 +868,12 @@ def update(run, cfg, optimizer, scaler, lr, weights, more):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm             # float16 skips a step that overflows
+
+
+def gradient_norm(weights):
+    """The norm of the gradients that there are by now, together."""
+    gradients = [p.grad for p in weights if p.grad is not None]
+    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=weights[0].device)
 
 
 def due(cfg, seen, every):
@@ -958,18 +966,19 @@ class Log:
         self.run, self.folder = run, folder
         self.updates, self.since, self.start = [], seen, time.time()
 
-    def add(self, losses, norm):
-        """An update: losses [n] of its images, and the norm of its gradient."""
-        self.updates.append(torch.stack([losses.mean(), norm]).double())
+    def add(self, losses, norm, pull):
+        """An update: losses [n] of its images, the norm of its gradient on the network, and of the labeller's part."""
+        self.updates.append(torch.stack([losses.mean(), norm, pull]).double())
 
     def write(self, seen, lr, more, progress):
         """A line with `more` from the labeller, on the screen as well; a UserError unless the loss is finite."""
-        loss, norm = map(float, self.run.total(torch.stack(self.updates).mean(0)) / self.run.world)
+        loss, norm, pull = (self.run.total(torch.stack(self.updates).mean(0)) / self.run.world).tolist()
         if not math.isfinite(loss + norm):
             raise UserError(f"{self.folder}: the loss is not finite after {seen:,} images; the last checkpoint is "
                             "kept. Lower lr, or use precision=fp32")
         seconds = time.time() - self.start
         speed = (seen - self.since) / seconds
+        more |= dict(pull=pull / max(norm, 1e-12)) if pull else {}               # share of the gradient's norm
         line = dict(images=seen, loss=loss, grad_norm=norm, lr=lr, seconds=seconds, images_per_second=speed) | more
         if self.run.rank == 0:
             with open(self.folder / "metrics.jsonl", "a") as f:

@@ -288,6 +288,21 @@ def test_two_clusters_are_found_and_guide(toy):
     assert of_label[0] != of_label[1] and np.mean([red[i] == of_label[i % 2] for i in range(40)]) > 0.9
 
 
+def test_the_log_tells_how_hard_the_labels_pull(toy):
+    """The share of the gradient's norm that is the labeller's: of one update it grows with the weight alone."""
+    folder, words = toy
+    keys = ["images=32", "condition=none", "sk_ramp=0", "switch=0"]
+
+    def first_line(name, *more):
+        inside("train_guided", *words, *keys, f"name={name}", *more)
+        return json.loads((folder / f"run/guided/{name}/metrics.jsonl").read_text().splitlines()[0])
+    assert "pull" not in first_line("still")              # the head alone learns from it
+    lines = {w: first_line(f"pull-{w}", "sk_grad=backbone", f"sk_weight={w}") for w in (1e-3, 0.1, 100.0)}
+    of_one = [line["pull"] * line["grad_norm"] / w for w, line in lines.items()]
+    assert np.allclose(of_one, of_one[0], rtol=1e-4) and of_one[0] > 0
+    assert lines[1e-3]["pull"] < lines[0.1]["pull"] < lines[100.0]["pull"] and 0.95 < lines[100.0]["pull"] < 1.05
+
+
 def test_labels_of_another_program_are_not_replaced(toy, refuse):
     folder, words = toy
     inside("self_label", *words, "method=classes", "name=mine")

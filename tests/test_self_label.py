@@ -317,6 +317,24 @@ def test_controls_of_classes(run, tiny, monkeypatch):
     assert np.array_equal(np.bincount(out["train"]), np.bincount(truth)) and (out["train"] == truth).mean() < 0.3
 
 
+def test_ids_of_others(run, tiny, monkeypatch, refuse, tmp_path, capsys):
+    truth = np.load(run / "data/train/classes.npy")
+    np.save(tmp_path / "ids.npy", (100 - 7 * truth).astype(np.int16))
+    words = ("method=file", f"ids={tmp_path}/ids.npy")
+    out, info = label(run, tiny, monkeypatch, *words)
+    assert np.array_equal(out["train"], 9 - truth) and (out["test"] == -1).all() and info["num_labels"] == 10
+    assert info["scores"]["nmi"] > 0.999 and "test_nmi" not in info["scores"] and str(tmp_path) not in str(info)
+    (tmp_path / "ids.npy").rename(tmp_path / "moved.npy")
+    label(run, tiny, monkeypatch, "method=file", f"ids={tmp_path}/moved.npy")
+    assert "done already" in capsys.readouterr().out
+    words = ("self_label", tiny, f"run={run}", "method=file", "name=other", f"ids={tmp_path}/ids.npy")
+    assert "ids.npy: not there" in refuse(*words)
+    for wrong in (truth[:-1], truth / 2, truth[:, None]):
+        np.save(tmp_path / "ids.npy", wrong)
+        assert "one whole number per training image" in refuse(*words)
+    assert "ids= must be" in refuse("self_label", tiny, f"run={run}", "method=file", "name=other")
+
+
 def test_one_entry_adds_a_method(run, tiny, monkeypatch, refuse):
     """A name without an entry never becomes the ground truth; a function and its entry are all that a method needs."""
     assert "did you mean colours" in refuse("self_label", tiny, f"run={run}", "method=colors")
