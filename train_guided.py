@@ -254,18 +254,18 @@ class Labeller(Guide):
         cfg, update = self.cfg, batch.seen // self.cfg.batch
         guided = cfg.condition != "none" and batch.seen >= cfg.switch
         stride = round(1 / cfg.sk_share)                  # one image of so many is in the loss
-        few = batch.every(stride)
+        in_loss = batch.every(stride)
         if 0 < cfg.sk_until <= batch.seen:
             labels = self.settled_labels(ema, labeller_ema, batch)               # [b P]
-            targets = F.one_hot(self.pick(labels, stride, update), cfg.K).float()                # [n, K]
+            targets = F.one_hot(self.loss_rows(labels, stride, update), cfg.K).float()          # [n, K]
         elif guided:
             h = self.teacher_pass(ema, labeller_ema, batch, stride)              # [b P, d]
             targets, labels = self.balance(labeller_ema, h, stride, update)
         else:                                             # no labels are needed yet
-            h = self.teacher_pass(ema, labeller_ema, few, 1)
+            h = self.teacher_pass(ema, labeller_ema, in_loss, 1)
             targets, _ = self.balance(labeller_ema, h, 1, update)
             labels = torch.zeros(len(batch.x) * self.patches, dtype=torch.long, device=h.device)
-        loss = self.student_loss(net, few, targets)
+        loss = self.student_loss(net, in_loss, targets)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
         drop = batch.coin < (cfg.drop if guided else 1.0)
         return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, drop)
@@ -278,7 +278,7 @@ class Labeller(Guide):
         update = batch.seen // self.cfg.batch
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
-        self.standardised.learn(self.pick(f, stride, update), update, self.ranks)
+        self.standardised.learn(self.loss_rows(f, stride, update), update, self.ranks)
         labeller_ema.standardised.load_state_dict(self.standardised.state_dict())
         with torch.no_grad():
             return labeller_ema.embed(f)
@@ -287,12 +287,12 @@ class Labeller(Guide):
     def balance(self, labeller_ema, h, stride, update):
         """(targets [n, K] of the rows in the loss, labels int64 [m P] of all), balanced together with the queue."""
         cfg, ranks = self.cfg, self.ranks
-        mine, scores = self.pick(h, stride, update), labeller_ema.scores(h)      # [n, d], [m P, K]
-        past = labeller_ema.scores(self.queue.filled(len(mine), update, ranks))
-        balanced = torch.cat([self.pick(scores, stride, update), past])
-        q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(mine)]
+        h_loss, scores = self.loss_rows(h, stride, update), labeller_ema.scores(h)              # [n, d], [m P, K]
+        past = labeller_ema.scores(self.queue.filled(len(h_loss), update, ranks))
+        balanced = torch.cat([self.loss_rows(scores, stride, update), past])
+        q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(h_loss)]
         g = potentials(in_blocks(torch.cat([scores, past])), cfg.sk_eps, cfg.sk_iterations, ranks)
-        self.queue.add(mine, update, ranks)
+        self.queue.add(h_loss, update, ranks)
         return q, (scores / cfg.sk_eps - g).argmax(1)
 
     def student_loss(self, net, batch, targets):
@@ -302,7 +302,7 @@ class Labeller(Guide):
         t = low + (high - low) * batch.spare_u[:, 0]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), self.context():
             f = self.feature(net, batch.x, batch.spare_z[:, 1], t)
-        h = self.embed(self.pick(f, 1, batch.seen // cfg.batch))
+        h = self.embed(self.loss_rows(f, 1, batch.seen // cfg.batch))
         fixed = batch.seen < cfg.sk_freeze or self.settled is not None           # prototypes of settled labels stay
         prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
         logp = F.log_softmax(h @ prototypes.T / cfg.sk_temperature, 1)
@@ -326,7 +326,7 @@ class Labeller(Guide):
         """Cosines with the prototypes, [n, K]."""
         return h @ F.normalize(self.prototypes, dim=1).T
 
-    def pick(self, rows, stride, update):
+    def loss_rows(self, rows, stride, update):
         """Those of rows [m P, ...] in the loss: of every stride-th image a few patches, other ones at each update."""
         even = torch.linspace(0, self.patches - 1, min(self.PATCHES, self.patches), device=rows.device).long()
         patches = (even + 7 * update) % self.patches
