@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from configs.run import Model, fill                       # noqa: E402
+from configs.run import Model, autocast, fill             # noqa: E402
 from sample_ode import frechet, pixel_components          # noqa: E402
 from train_diffusion import (PATHS, TrainDiffusion, build_model, build_optimizer,                # noqa: E402
                              loss_per_image)
@@ -49,6 +50,7 @@ def variants_of(which):
 def speeds(config, variants, repeats=15):
     """Images a second of each variant's whole training step: median over `repeats` rounds in which all take turns."""
     size = config["data"].get("size", 32)
+    context = autocast(SimpleNamespace(device=torch.device("cpu")), "auto")[0]   # as the training does
     times, steps = {name: [] for name in variants}, {}
     for name, keys in variants.items():
         cfg = fill("train_diffusion", TrainDiffusion, keys)
@@ -58,7 +60,9 @@ def speeds(config, variants, repeats=15):
         def step(cfg=cfg, net=net, opt=opt, params=params):
             x, z = torch.randn(2, cfg.batch, 3, size, size)
             t = torch.rand(cfg.batch)
-            loss_per_image(net, PATHS["cv"], "v", x, z, t).mean().backward()
+            with context():
+                loss = loss_per_image(net, PATHS["cv"], "v", x, z, t)
+            loss.mean().backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             opt.step()
             opt.zero_grad()
