@@ -34,10 +34,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, row_shape)
+from configs.data import (as_input, check_source, decode, input_shape, load_data, open_autoencoder, prepare_data,
+                          row_shape)
 from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, finished, key, locked,
-                         read_torch, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide,
-                         write_json)
+                         read_torch, reading, require, save_grid, save_torch, seed_of, seeded, start, to_uint8,
+                         weights_hash, wide, write_json)
 
 
 @dataclass
@@ -1034,12 +1035,7 @@ def save_checkpoint(run, folder, state):
     if run.rank == 0:
         path = Path(folder) / "checkpoint.pt"
         state = state | dict(weights=weights_hash(state["ema"]))
-        try:
-            with atomic(path) as f:
-                torch.save(state, f)
-        except RuntimeError as e:                         # torch reports a full disk as a RuntimeError
-            raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); is the disk full? "
-                            "the previous checkpoint is kept") from None
+        save_torch(path, state)
         names = "kind", "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
         write_json(path.with_suffix(".json"), {name: state[name] for name in names})
     run.wait()
@@ -1052,8 +1048,9 @@ def load_checkpoint(run, name):
     if path is None:
         raise UserError(f"{places[0]}: no such checkpoint; train it first (published weights: train_diffusion.py "
                         "imported=adm:FILE)")
-    with reading(path, "train again (published weights: train_diffusion.py imported=adm:FILE)"):
-        state = read_torch(path)
+    hint = "made by train_diffusion.py and train_guided.py: train again (published weights: imported=adm:FILE)"
+    with reading(path, hint):
+        state = read_torch(path, hint)
         if state.get("format") != FORMAT:
             raise ValueError(f"checkpoint format {state.get('format')}, this code reads {FORMAT}")
         wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
@@ -1131,8 +1128,10 @@ def import_published(run, cfg):
         path, clock = ("vp-sde", [999.0, -999.0]) if run.model.final_conv else ("vp-sd", [1000.0, -1000.0])
     model = dataclasses.replace(run.model, clock=clock)
     null = kind == "uvit" and channels == 4               # on latents their last class is the null label
-    with reading(file, f"name the weights of a published {kind} model that section `model` describes"):
-        w = {k: v.float() for k, v in read_torch(file).items()}
+    hint = (f"imported= takes the weights of a published {kind} model that section `model` describes; checkpoints of "
+            "train_diffusion.py are named by checkpoint= or init= of later stages")
+    with reading(file, hint):
+        w = {k: v.float() for k, v in read_torch(file, hint).items()}
         if kind == "adm":                                 # the second half is a variance, which an ODE does not need
             w |= {k: w[k][:channels] for k in ("out.2.weight", "out.2.bias")}
         if kind == "adm" and model.mult == [1, 2, 3, 4]:  # no tensor tells that
@@ -1179,6 +1178,7 @@ def main():
     channels, size = input_shape(run)
     net = build_model(run.model, size, channels, seed=cfg.seed)
     if run.dry_run:
+        run.agreed(lambda: check_source(run))
         return say_training(run, cfg, net, channels, size, folder)
 
     # data: any source becomes arrays, row i is image i from here on
