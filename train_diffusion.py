@@ -1045,8 +1045,9 @@ def load_checkpoint(run, name):
     """Checkpoint `name`, a folder of the run such as diffusion/base or a path to a .pt, as a dict on the CPU."""
     places = run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)
     path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        raise UserError(f"{places[0]}: no such checkpoint; train it first (published weights: train_diffusion.py "
+    if path is None:                                      # a link that leads nowhere, a folder: the place itself
+        path = next((p for p in places[:2] if p.is_symlink() or p.exists()), places[0])
+        raise UserError(f"{path}: no such checkpoint; train it first (published weights: train_diffusion.py "
                         "imported=adm:FILE)")
     hint = "made by train_diffusion.py and train_guided.py: train again (published weights: imported=adm:FILE)"
     with reading(path, hint):
@@ -1054,8 +1055,8 @@ def load_checkpoint(run, name):
         if state.get("format") != FORMAT:
             raise ValueError(f"checkpoint format {state.get('format')}, this code reads {FORMAT}")
         wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
-        if wrong or state["path"] not in PATHS:
-            raise ValueError(f"no {', '.join(wrong) or 'path ' + state['path']}")
+        if wrong or state["path"] not in PATHS or state["predict"] not in ("v", "eps", "x"):
+            raise ValueError(f"no {', '.join(wrong) or state['path'] + ' path that predicts ' + state['predict']}")
         return state | {"file": str(path)}
 
 
@@ -1071,8 +1072,8 @@ def load_model(run, name, weights="ema"):
 
 def resume(run, cfg, folder, state, parts):
     """Load the checkpoint in `folder`, if any, into `parts`: images seen. Of another recipe: refused or overwritten."""
-    seen = 0
-    if run.agreed((folder / "checkpoint.pt").exists):
+    seen, path = 0, folder / "checkpoint.pt"
+    if run.agreed(lambda: path.exists() or path.is_symlink()):                   # of a disk that is not there now
         old = load_checkpoint(run, str(folder))
         other = differences(run, cfg, old, state)
         if other and not cfg.overwrite:

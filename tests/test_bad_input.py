@@ -180,12 +180,23 @@ def test_broken_checkpoints(said, copy):
     path.write_bytes(good)
     state = torch.load(path, weights_only=True)
     wider = state["model"] | {"channels": 32, "head_channels": 32}
-    for other in ({"state_dict": {}}, state | {"format": 99}, state | {"model": wider}):
+    for other in ({"state_dict": {}}, state | {"format": 99}, state | {"model": wider}, state | {"predict": "zzz"}):
         torch.save(other, path)
         assert "checkpoint.pt" in said(copy, "sample_ode")
     path.write_bytes(good)
     assert "model section" in said(copy, "train_guided", "model.channels=32", "model.head_channels=32")
     assert "predict=v" in said(copy, "train_guided", "predict=eps")
+
+
+def test_a_checkpoint_that_cannot_be_reached_is_not_replaced(said, copy):
+    """A link to a disk that is not mounted; a folder."""
+    folder = copy / "diffusion/base"
+    (folder / "checkpoint.pt").rename(copy / "kept.pt")
+    for make in (lambda path: path.symlink_to("/nowhere/checkpoint.pt"), lambda path: (path.unlink(), path.mkdir())):
+        make(folder / "checkpoint.pt")
+        before = sorted(f.name for f in folder.rglob("*"))
+        assert f"{folder}/checkpoint.pt: no such checkpoint" in said(copy, "train_diffusion", "images=32")
+        assert sorted(f.name for f in folder.rglob("*")) == before
 
 
 def test_label_files_that_do_not_fit(said, copy):
