@@ -37,8 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.data import (as_input, check_source, decode, input_shape, load_data, open_autoencoder, prepare_data,
                           row_shape)
 from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, finished, key, locked,
-                         read_torch, reading, require, save_grid, save_torch, seed_of, seeded, start, to_uint8,
-                         weights_hash, wide, write_json)
+                         read_json, read_torch, reading, require, save_grid, save_torch, seed_of, seeded, start,
+                         to_uint8, weights_hash, wide, write_json)
 
 
 @dataclass
@@ -799,6 +799,7 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
         return load_checkpoint(run, str(folder))
     run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training "
             f"images; {why}")
+    say_epochs(run, cfg, len(data))
     if cfg.recompute:
         recompute(net)
     model = distributed(run, cfg, net.train())
@@ -1103,6 +1104,8 @@ def differences(run, cfg, old, state):
 
 def forget(folder, seen):
     """Remove log lines and pictures of more than `seen` images, which a run left that was killed or is replaced."""
+    for half in folder.glob(".*.tmp"):                    # of a save that was killed: as large as a checkpoint
+        half.unlink()
     log = folder / "metrics.jsonl"
     with reading(log, "delete it"), atomic(log) as f:
         for line in log.read_text().splitlines() if log.exists() else []:
@@ -1202,6 +1205,17 @@ def say_training(run, cfg, net, channels, size, folder):
     say_network(run, net, channels, size)
     megabytes = 16 * sum(p.numel() for p in net.parameters()) / 1e6              # weights, averages, two moments
     run.say(f"{math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; {megabytes:.0f} MB in {folder}")
+    about = run.dir / "data" / "train" / "info.json"
+    if about.exists():                                    # the number of images is known when they are prepared
+        say_epochs(run, cfg, read_json(about, "prepare the images again")["count"])
+
+
+def say_epochs(run, cfg, n):
+    """Warn of a length that was meant for many more than the n training images."""
+    epochs = cfg.images / n
+    if epochs > 1000:
+        run.say(f"note: {run.stage}.images={cfg.images:,} are {epochs:,.0f} epochs of {n:,} training images, which the "
+                f"model may learn by heart: try images={200 * n} (200 epochs), or use more images")
 
 
 if __name__ == "__main__":
