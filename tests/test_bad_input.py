@@ -144,6 +144,8 @@ def test_requests_that_cannot_be_met(said, run):
                         (["evaluator=nothing.ts"], "nothing.ts"), (["tol=1e-9"], "at least 1e-06"),
                         (["sweep=heun", "evaluate=false"], "evaluate=true"), (["precision=bf17"], "'auto', 'bf16'")):
         assert text in said(run, "sample_ode", "name=x", *words)
+    for words in (["evaluator="], ["guidance="], ["sweep=heun", "sweep_steps="]):
+        assert "name at least one" in said(run, "sample_ode", "name=x", *words)
     assert "K=1" in said(run, "probe", "K=1")
 
 
