@@ -1076,7 +1076,8 @@ def resume(run, cfg, folder, state, parts):
     seen, path = 0, folder / "checkpoint.pt"
     if run.agreed(lambda: path.exists() or path.is_symlink()):                   # of a disk that is not there now
         old = load_checkpoint(run, str(folder))
-        other = differences(run, cfg, old, state)
+        with reading(old["file"], "train again"):
+            other = differences(run, cfg, old, state)
         if other and not cfg.overwrite:
             raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true "
                             "to start again")

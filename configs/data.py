@@ -307,10 +307,13 @@ def origin_of(data):
 
 def check_origin(run):
     """A UserError where data.root holds other images than those that were prepared. One that is gone is fine."""
-    before = read_json(run.dir / "data" / "train" / "info.json", "delete data/").get("origin")
+    path = run.dir / "data" / "train" / "info.json"
+    before = read_json(path, "delete data/").get("origin")
     if before and Path(run.data.root).expanduser().exists():
-        require(origin_of(run.data)["digest"] == before["digest"], run.data, "root",
-                f"holds other images than {run.dir / 'data'}, made from {before['root']}; use another run=DIR")
+        now = origin_of(run.data)
+        with reading(path, "delete data/"):
+            require(now["digest"] == before["digest"], run.data, "root",
+                    f"holds other images than {run.dir / 'data'}, made from {before['root']}; use another run=DIR")
 
 
 def check_source(run):
@@ -466,8 +469,9 @@ def input_shape(run):
     if not run.data.latents:
         return 3, size
     if path.exists():
-        _, channels, side, _ = read_json(path, "delete it")["shape"]
-        return channels // 2, side
+        with reading(path, "delete it"):
+            _, channels, side, _ = read_json(path, "delete it")["shape"]
+            return channels // 2, side
     config = open_autoencoder(run).config
     factor = 2 ** (len(config.block_out_channels) - 1)
     require(size % factor == 0, run.data, "size latents",

@@ -447,6 +447,8 @@ def making(run, kind, name, proof):
                 os.rename(aside, target)
                 shutil.rmtree(old, ignore_errors=True)
             run.wait()
+        except BrokenPipeError:                           # of `| head`, see `cli`
+            raise
         except OSError as e:                              # a full disk, most of all
             raise UserError(f"{target}: could not be written ({e}); what was there before is kept") from None
         finally:
@@ -499,9 +501,10 @@ def finished(run, path, recipe, files=()):
     another one made it, unless overwrite=true."""
     if not path.exists():
         return False
-    there = read_json(path, "delete it")
-    there = there.get("recipe", there)
-    other = [f"{k}={str(there.get(k))[:40]}, now {str(v)[:40]}" for k, v in recipe.items() if there.get(k) != v]
+    with reading(path, "delete it"):
+        there = read_json(path, "delete it")
+        there = there.get("recipe", there)
+        other = [f"{k}={str(there.get(k))[:40]}, now {str(v)[:40]}" for k, v in recipe.items() if there.get(k) != v]
     if other and not run.cfg.overwrite:
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
     complete = not other and all(file.exists() for file in files)

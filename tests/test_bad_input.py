@@ -185,6 +185,8 @@ def test_broken_checkpoints(said, copy):
     for other in ({"state_dict": {}}, state | {"format": 99}, state | {"model": wider}, state | {"predict": "zzz"}):
         torch.save(other, path)
         assert "checkpoint.pt" in said(copy, "sample_ode")
+    torch.save(state | {"config": state["config"] | {"model": [1]}}, path)
+    assert "checkpoint.pt" in said(copy, "train_diffusion")
     path.write_bytes(good)
     assert "model section" in said(copy, "train_guided", "model.channels=32", "model.head_channels=32")
     assert "predict=v" in said(copy, "train_guided", "predict=eps")
@@ -220,6 +222,16 @@ def test_label_files_that_do_not_fit(said, copy):
     for text in ("[]", "", '{"data": 3}', "{" * 2000):
         note.write_text(text)
         assert "kmeans." in said(copy, "train_guided")
+
+
+@pytest.mark.parametrize("file, name, words", [
+    ("features/base/info.json", "recipe", READ), ("labels/kmeans.json", "recipe", ["self_label"]),
+    ("data/train/info.json", "origin", ["train_diffusion", "data.root=."])])
+def test_descriptions_that_hold_something_else(said, copy, file, name, words):
+    info = json.loads((copy / file).read_text())
+    for odd in ([1], "x", 3):
+        (copy / file).write_text(json.dumps(info | {name: odd}))
+        assert f"{file}: damaged" in said(copy, *words)
 
 
 def test_features_that_do_not_fit(said, copy):
