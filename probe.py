@@ -1561,6 +1561,8 @@ def open_source(run, cfg):
     if names == ["blocks"] and cfg.protocol in ("linear", "head", "segment", "detect"):
         choice = label_free(run, cfg, state)
         names, times = [choice["activation"]], cfg.t if len(cfg.t) == 1 else [choice["t"]]
+        if len(cfg.t) > 1:                                # as YAMLs give to the sweep
+            run.say("note: the label-free choice is read at its own t; to read it at several, name activations=, too")
     names = matching(net, names)
     run.say(f"reads {len(names)} activation(s), {names[0]} ..., at t = {', '.join(map(str, times))}")
     extra["hashes"] = [load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"]

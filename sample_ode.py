@@ -33,8 +33,8 @@ from torch import nn
 
 from configs.data import as_input, decode, load_data, open_autoencoder, torchvision_datasets
 from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, finished, key, making,
-                         reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
-                         write_json, write_rows)
+                         read_torch, reading, require, save_grid, save_torch, seed_of, seeded, start, to_uint8,
+                         weights_hash, write_json, write_rows)
 from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z
 
 Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
@@ -407,13 +407,12 @@ def open_judge(run):
         net = Judge(int(np.max(data.classes)) + 1).to(run.device)
     if not path.exists():
         accuracy = train_judge(run, net, data, known)
-        with atomic(path) as f:
-            torch.save(dict(net=net.state_dict(), data=fingerprint, test_accuracy=accuracy), f)
+        save_torch(path, dict(net=net.state_dict(), data=fingerprint, test_accuracy=accuracy))
     with reading(path, "delete it"):
-        there = torch.load(path, map_location="cpu", weights_only=True)
+        there = read_torch(path, "delete it")
         if there["data"] != fingerprint:
             raise ValueError("trained on other images")
-    net.load_state_dict(there["net"])
+        net.load_state_dict(there["net"])
     said = f"small CNN on this run's classes, test accuracy {there['test_accuracy']:.3f}"
     return net.eval(), f"judge {weights_hash(there['net'])[:6]} ({said})"
 
@@ -481,7 +480,8 @@ def open_network(run, name):
         net = InceptionV3W(str(folder), download=True).to(run.device).eval()
     except (OSError, RuntimeError) as e:
         raise UserError(f"evaluator=inception: could not be downloaded ({str(e).splitlines()[0]}); put "
-                        f"inception-2015-12-05.pt into {folder}, or set INCEPTION_DIR") from None
+                        f"inception-2015-12-05.pt into {folder}, set INCEPTION_DIR, use evaluator=pixels, or only "
+                        "sample: evaluate=false guidance=W") from None
     return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing by PyTorch"
 
 
@@ -574,6 +574,9 @@ class Evaluator:
         self.data = {split: load_data(run, split) for split in ("train", "test")}
         self.features, self.thumbnails, self.moments = {}, {}, {}
         for split in self.data:
+            if len(self.data[split]) < 2:
+                raise UserError(f"{run.dir / 'data' / split}: one image has no covariance to compare samples with; use "
+                                "evaluate=false guidance=W, or another run with a larger data.test_fraction")
             self.features[split] = self.stored(split, self.net, name, self.text)
             self.thumbnails[split] = self.stored(split, thumbnail, "thumbnails")
             self.moments[split] = moments(self.features[split], run.device)
@@ -617,7 +620,8 @@ class Evaluator:
             out["distance_floor"] = frechet(as_many, self.moments[reference])
             out["coverage_ceiling"] = manifold(as_many, real)["coverage"]
         out["reference"] = f"{reference}, {len(self.data[reference]):,} images"
-        return out | dict(evaluator=self.text, samples=len(fake))
+        few = min(len(fake), len(self.data[reference])) <= fake.shape[1]         # the covariance is then singular
+        return out | dict(evaluator=self.text, evaluator_features=fake.shape[1], samples=len(fake), singular=few)
 
 
 def choose_w(run, cfg, sampler, evaluator, folder):
@@ -764,12 +768,14 @@ def table(run):
 
 def check_request(run, cfg, sampler):
     """Settings that cannot work together, before anything is computed."""
+    require(cfg.guidance and cfg.evaluator, cfg, "guidance evaluator", "name at least one of each")
+    require(cfg.sweep_steps or not cfg.sweep, cfg, "sweep_steps", "name at least one")
     if not sampler.field.condition and not cfg.autoguide and cfg.guidance != [1.0]:
         run.say("note: nothing can guide a model without labels: w = 1")
         cfg.guidance = [1.0]
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.evaluate or len(cfg.guidance) == 1 and not cfg.sweep, cfg, "guidance sweep evaluate",
-            "to choose w, or to sweep, needs evaluate=true")
+            "to choose w, or to sweep, needs evaluate=true; without it name one w, guidance=W")
     can_guide = sampler.state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]
     require(can_guide, cfg, "guidance", "no null label to guide with; use guidance=1, or autoguide= another model")
     sample_labels(cfg, sampler, [0])                      # complains about labels
@@ -862,6 +868,10 @@ def main():
     run.say("  ".join(f"{k} {v:.3f}" for k, v in (metrics | scores).items() if isinstance(v, float)))
     if scores:
         run.say(f"{scores['evaluator']}; floor, ceiling: as many other real images; test images memorise 1, copy 1 %")
+        for s in (m["scores"] for m in (metrics, *metrics["others"].values()) if m["scores"]["singular"]):
+            run.say(f"note: {s['evaluator'].split()[0]}: of {s['samples']:,} samples (reference: {s['reference']}) in "
+                    f"{s['evaluator_features']:,} features. With no more of either than features a covariance is "
+                    "singular, and the distance means little: raise n, or compare with more images")
     run.say(f"samples in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 

@@ -34,10 +34,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.data import (as_input, decode, input_shape, load_data, open_autoencoder, prepare_data, row_shape)
+from configs.data import (as_input, check_source, decode, input_shape, load_data, open_autoencoder, prepare_data,
+                          row_shape)
 from configs.run import (Model, UserError, ahead, atomic, autocast, bar, cli, draw, fill, finished, key, locked,
-                         read_torch, reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash, wide,
-                         write_json)
+                         read_json, read_torch, reading, require, save_grid, save_torch, seed_of, seeded, start,
+                         to_uint8, weights_hash, wide, write_json)
 
 
 @dataclass
@@ -800,6 +801,7 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
         return load_checkpoint(run, str(folder))
     run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training "
             f"images; {why}")
+    say_epochs(run, cfg, len(data))
     if cfg.recompute:
         recompute(net)
     model = distributed(run, cfg, net.train())
@@ -1045,12 +1047,7 @@ def save_checkpoint(run, folder, state):
     if run.rank == 0:
         path = Path(folder) / "checkpoint.pt"
         state = state | dict(weights=weights_hash(state["ema"]))
-        try:
-            with atomic(path) as f:
-                torch.save(state, f)
-        except RuntimeError as e:                         # torch reports a full disk as a RuntimeError
-            raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); is the disk full? "
-                            "the previous checkpoint is kept") from None
+        save_torch(path, state)
         names = "kind", "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
         write_json(path.with_suffix(".json"), {name: state[name] for name in names})
     run.wait()
@@ -1060,16 +1057,18 @@ def load_checkpoint(run, name):
     """Checkpoint `name`, a folder of the run such as diffusion/base or a path to a .pt, as a dict on the CPU."""
     places = run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)
     path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        raise UserError(f"{places[0]}: no such checkpoint; train it first (published weights: train_diffusion.py "
+    if path is None:                                      # a link that leads nowhere, a folder: the place itself
+        path = next((p for p in places[:2] if p.is_symlink() or p.exists()), places[0])
+        raise UserError(f"{path}: no such checkpoint; train it first (published weights: train_diffusion.py "
                         "imported=adm:FILE)")
-    with reading(path, "train again (published weights: train_diffusion.py imported=adm:FILE)"):
-        state = read_torch(path)
+    hint = "made by train_diffusion.py and train_guided.py: train again (published weights: imported=adm:FILE)"
+    with reading(path, hint):
+        state = read_torch(path, hint)
         if state.get("format") != FORMAT:
             raise ValueError(f"checkpoint format {state.get('format')}, this code reads {FORMAT}")
         wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
-        if wrong or state["path"] not in PATHS:
-            raise ValueError(f"no {', '.join(wrong) or 'path ' + state['path']}")
+        if wrong or state["path"] not in PATHS or state["predict"] not in ("v", "eps", "x"):
+            raise ValueError(f"no {', '.join(wrong) or state['path'] + ' path that predicts ' + state['predict']}")
         return state | {"file": str(path)}
 
 
@@ -1085,10 +1084,11 @@ def load_model(run, name, weights="ema"):
 
 def resume(run, cfg, folder, state, parts):
     """Load the checkpoint in `folder`, if any, into `parts`: images seen. Of another recipe: refused or overwritten."""
-    seen = 0
-    if run.agreed((folder / "checkpoint.pt").exists):
+    seen, path = 0, folder / "checkpoint.pt"
+    if run.agreed(lambda: path.exists() or path.is_symlink()):                   # of a disk that is not there now
         old = load_checkpoint(run, str(folder))
-        other = differences(run, cfg, old, state)
+        with reading(old["file"], "train again"):
+            other = differences(run, cfg, old, state)
         if other and not cfg.overwrite:
             raise UserError(f"{folder}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true "
                             "to start again")
@@ -1116,6 +1116,8 @@ def differences(run, cfg, old, state):
 
 def forget(folder, seen):
     """Remove log lines and pictures of more than `seen` images, which a run left that was killed or is replaced."""
+    for half in folder.glob(".*.tmp"):                    # of a save that was killed: as large as a checkpoint
+        half.unlink()
     log = folder / "metrics.jsonl"
     with reading(log, "delete it"), atomic(log) as f:
         for line in log.read_text().splitlines() if log.exists() else []:
@@ -1142,8 +1144,10 @@ def import_published(run, cfg):
         path, clock = ("vp-sde", [999.0, -999.0]) if run.model.final_conv else ("vp-sd", [1000.0, -1000.0])
     model = dataclasses.replace(run.model, clock=clock)
     null = kind == "uvit" and channels == 4               # on latents their last class is the null label
-    with reading(file, f"name the weights of a published {kind} model that section `model` describes"):
-        w = {k: v.float() for k, v in read_torch(file).items()}
+    hint = (f"imported= takes the weights of a published {kind} model that section `model` describes; checkpoints of "
+            "train_diffusion.py are named by checkpoint= or init= of later stages")
+    with reading(file, hint):
+        w = {k: v.float() for k, v in read_torch(file, hint).items()}
         if kind == "adm":                                 # the second half is a variance, which an ODE does not need
             w |= {k: w[k][:channels] for k in ("out.2.weight", "out.2.bias")}
         if kind == "adm" and model.mult == [1, 2, 3, 4]:  # no tensor tells that
@@ -1190,6 +1194,7 @@ def main():
     channels, size = input_shape(run)
     net = build_model(run.model, size, channels, seed=cfg.seed)
     if run.dry_run:
+        run.agreed(lambda: check_source(run))
         return say_training(run, cfg, net, channels, size, folder)
 
     # data: any source becomes arrays, row i is image i from here on
@@ -1212,6 +1217,17 @@ def say_training(run, cfg, net, channels, size, folder):
     say_network(run, net, channels, size)
     megabytes = 16 * sum(p.numel() for p in net.parameters()) / 1e6              # weights, averages, two moments
     run.say(f"{math.ceil(cfg.images / cfg.batch):,} updates of {cfg.batch} images; {megabytes:.0f} MB in {folder}")
+    about = run.dir / "data" / "train" / "info.json"
+    if about.exists():                                    # the number of images is known when they are prepared
+        say_epochs(run, cfg, read_json(about, "prepare the images again")["count"])
+
+
+def say_epochs(run, cfg, n):
+    """Warn of a length that was meant for many more than the n training images."""
+    epochs = cfg.images / n
+    if epochs > 1000:
+        run.say(f"note: {run.stage}.images={cfg.images:,} are {epochs:,.0f} epochs of {n:,} training images, which the "
+                f"model may learn by heart: try images={200 * n} (200 epochs), or use more images")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from configs.shapes import SHAPES_CLASSES, draw_shapes
 SPLITS = ("train", "test")
 KINDS = {"images": np.uint8, "classes": np.int64, "boxes": np.float32, "masks": np.uint8}
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")                   # whatever a file is called
+MOST_CLASSES = 2 ** 20                                    # ids reach no further: arrays of this length are made
 TEST_FOLDERS = ("test", "val", "valid", "validation")     # beside a folder `train`; the first one that is there counts
 
 
@@ -154,7 +156,7 @@ def read_images(data, items, rows):
             image, label = items[i]
             if isinstance(image, str):
                 name = image
-                image = Image.open(name)
+                image = Image.open(name, formats=FORMATS)
             images.append(square(image, data.size))
             classes.append(label)
         except Exception as e:                            # decoders of damaged files raise nearly everything
@@ -204,10 +206,16 @@ def array_part(arrays, size):
         images = images[:, None]
     elif images.shape[1:3] == (size, size):
         images = images.transpose(0, 3, 1, 2)
+    if images.shape[1] == 1:                              # grey
+        images = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
     known = dict(classes=np.full(len(images), -1)) | arrays | dict(images=images)
-    for kind, values in known.items():                    # both calls complain of what does not fit
-        values = values.astype(KINDS[kind], casting="same_kind" if kind == "boxes" else "safe", copy=False)
-        known[kind] = np.broadcast_to(values, shapes_of(len(images), size)[kind])
+    for kind, values in known.items():
+        shape, dtype = shapes_of(len(images), size)[kind], np.dtype(KINDS[kind])
+        if values.shape != shape or not np.can_cast(values.dtype, dtype, "same_kind" if kind == "boxes" else "safe"):
+            raise ValueError(f"{kind}: {values.dtype} of shape {values.shape}, expected {dtype} of shape {shape}")
+        known[kind] = values.astype(dtype, copy=False)
+    if known["classes"].max(initial=0) >= MOST_CLASSES:
+        raise ValueError(f"classes reach {known['classes'].max()}: number them from 0; -1 = not known")
     return Part(known["classes"], lambda rows: {kind: values[rows] for kind, values in known.items()})
 
 
@@ -254,8 +262,11 @@ def write_data(run, folder):
         about = dict(source=data.source, split=split, count=len(classes), size=data.size, class_names=names,
                      class_counts=per_class)
         write_json(folder / split / "info.json", about | info | dict(origin=origin))
-        run.say(f"prepared {len(classes):,} {split} images of {len(per_class) or 'no'} classes, "
-                f"{len(info['skipped'])} unreadable ones left out")
+        named = ", ".join(f"{name}: {n:,}" for name, n in zip(names, per_class)) if len(names) <= 10 else ""
+        of_none = (classes < 0).sum() if per_class else 0
+        run.say(f"prepared {len(classes):,} {split} images of {len(per_class) or 'no'} classes"
+                + f" ({named})" * bool(named) + f", {of_none:,} of no class" * bool(of_none)
+                + f", {len(info['skipped'])} unreadable ones left out")
 
 
 def write_part(run, folder, part, rows):
@@ -296,10 +307,20 @@ def origin_of(data):
 
 def check_origin(run):
     """A UserError where data.root holds other images than those that were prepared. One that is gone is fine."""
-    before = read_json(run.dir / "data" / "train" / "info.json", "delete data/").get("origin")
+    path = run.dir / "data" / "train" / "info.json"
+    before = read_json(path, "delete data/").get("origin")
     if before and Path(run.data.root).expanduser().exists():
-        require(origin_of(run.data)["digest"] == before["digest"], run.data, "root",
-                f"holds other images than {run.dir / 'data'}, made from {before['root']}; use another run=DIR")
+        now = origin_of(run.data)
+        with reading(path, "delete data/"):
+            require(now["digest"] == before["digest"], run.data, "root",
+                    f"holds other images than {run.dir / 'data'}, made from {before['root']}; use another run=DIR")
+
+
+def check_source(run):
+    """A UserError where data/ has still to be made from a folder or a file that is not there, for --dry-run."""
+    made = (run.dir / "data" / "test" / "info.json").exists()
+    if not made and run.data.source in ("folder", "arrays"):
+        require(run.data.root and Path(run.data.root).expanduser().exists(), run.data, "root", "no images there")
 
 
 def prepare_data(run):
@@ -374,10 +395,10 @@ def encode_split(run, split, batch=16):
             progress.update(len(x) * run.world)
     run.wait()
     if run.rank == 0:
-        os.replace(aside, folder / "latents.npy")
         about = dict(autoencoder=run.data.latents, weights=weights_hash(vae.state_dict()),
                      scaling_factor=vae.config.scaling_factor, shape=shape, count=len(images))
         made_of = read_json(folder / "info.json", "prepare the images again")["fingerprint"]
+        os.replace(aside, folder / "latents.npy")
         write_json(folder / "latents.json", about | dict(data=made_of))
     run.wait()
 
@@ -448,8 +469,9 @@ def input_shape(run):
     if not run.data.latents:
         return 3, size
     if path.exists():
-        _, channels, side, _ = read_json(path, "delete it")["shape"]
-        return channels // 2, side
+        with reading(path, "delete it"):
+            _, channels, side, _ = read_json(path, "delete it")["shape"]
+            return channels // 2, side
     config = open_autoencoder(run).config
     factor = 2 ** (len(config.block_out_channels) - 1)
     require(size % factor == 0, run.data, "size latents",

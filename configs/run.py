@@ -112,7 +112,7 @@ def convert(kind, value):
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
     number = float(text.rstrip("kM")) * UNITS.get(text[-1:], 1)
-    if kind is int and not number.is_integer():
+    if not math.isfinite(number) or kind is int and not number.is_integer():
         raise ValueError
     return kind(number)
 
@@ -172,9 +172,10 @@ def print_help(doc, known, stage, flags):
 
 
 def read_yaml(path):
-    """The sections of a YAML file as plain dicts."""
+    """The sections of a YAML file as plain dicts of texts and lists, for `convert`: as words of the command line are.
+    YAML itself would turn 010, 1:30 and yes into other values."""
     with reading(path, "expected YAML of sections (data:, model:, ...), each with keys"):
-        sections = yaml.safe_load(Path(path).read_text()) or {}
+        sections = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}
         return {name: dict(keys or {}) for name, keys in sections.items()}
 
 
@@ -315,7 +316,10 @@ def start_processes(run):
         torch.cuda.set_device(run.device)
         gpu_flags(run.stage.startswith("train"), exact=getattr(run.cfg, "optimizer", "") == "muon")
     if run.world > 1:                                     # one may prepare a large set for hours while others wait
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
+        except ValueError as e:                           # some clusters set WORLD_SIZE for every program
+            raise UserError(f"WORLD_SIZE={run.world}: {e}; start with torchrun, or unset WORLD_SIZE") from None
 
 
 def reuse_memory():
@@ -356,6 +360,8 @@ def cli(main):
     first one speaks, if it can: the others wait, and torchrun ends them meanwhile."""
     try:
         main()
+    except BrokenPipeError:                               # of `| head`: nobody reads on
+        os._exit(141)
     except Exception as e:
         ours = isinstance(e, (UserError, OSError))
         if int(os.environ.get("RANK", 0)) > 0 or (dist.is_initialized() and not ours):
@@ -367,7 +373,8 @@ def cli(main):
             os._exit(2)                                   # others may sit in a collective that will never complete
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command again goes on from what was saved")
+        print("interrupted; the same command again goes on from what was saved", file=sys.stderr, flush=True)
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -440,6 +447,10 @@ def making(run, kind, name, proof):
                 os.rename(aside, target)
                 shutil.rmtree(old, ignore_errors=True)
             run.wait()
+        except BrokenPipeError:                           # of `| head`, see `cli`
+            raise
+        except OSError as e:                              # a full disk, most of all
+            raise UserError(f"{target}: could not be written ({e}); what was there before is kept") from None
         finally:
             if run.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -490,9 +501,10 @@ def finished(run, path, recipe, files=()):
     another one made it, unless overwrite=true."""
     if not path.exists():
         return False
-    there = read_json(path, "delete it")
-    there = there.get("recipe", there)
-    other = [f"{k}={str(there.get(k))[:40]}, now {str(v)[:40]}" for k, v in recipe.items() if there.get(k) != v]
+    with reading(path, "delete it"):
+        there = read_json(path, "delete it")
+        there = there.get("recipe", there)
+        other = [f"{k}={str(there.get(k))[:40]}, now {str(v)[:40]}" for k, v in recipe.items() if there.get(k) != v]
     if other and not run.cfg.overwrite:
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
     complete = not other and all(file.exists() for file in files)
@@ -501,9 +513,18 @@ def finished(run, path, recipe, files=()):
     return complete
 
 
-def read_torch(path):
-    """What a file written by torch.save holds, on the CPU: tensors and plain types alone."""
-    with reading(path, "not a readable checkpoint"):
+def save_torch(path, value):
+    """Tensors and plain types into the file at `path`, atomically."""
+    with atomic(path) as f:
+        try:
+            torch.save(value, f)
+        except RuntimeError as e:                         # what torch makes of a full disk, and of Ctrl-C
+            raise e.__context__ or e from None
+
+
+def read_torch(path, hint):
+    """What `save_torch` wrote, on the CPU: tensors and plain types alone; else a UserError that ends in `hint`."""
+    with reading(path, hint):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():         # torch compares no checksums
             raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

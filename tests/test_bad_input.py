@@ -13,6 +13,8 @@ import torch
 from conftest import complaint, inside, stage
 from PIL import Image
 
+from configs import run as cr
+
 STAGES = dict(train_diffusion="TrainDiffusion", probe="Probe", extract_features="ExtractFeatures",
               self_label="SelfLabel", train_guided="TrainGuided", sample_ode="SampleOde")
 READ = ["extract_features", "activations=mid*res-out", "t=0.5"]
@@ -53,7 +55,8 @@ def said(capsys, monkeypatch, tiny):
     (["data.test_fraction=0"], "test_fraction"), (["data.imbalance=nan"], "imbalance"),
     (["data.source=CIFAR11"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
     (["model.mult=[1,x]"], "model.mult"), (["precision=bf8"], "'auto', 'bf16', 'fp16'"),
-    (["data.train=-1"], "data.train=-1")])
+    (["data.train=-1"], "data.train=-1"), (["lr=inf"], "lr=inf"), (["model.clock=nan,1"], "model.clock=nan,1"),
+    (["data.source=folder", "data.root=/nope", "--dry-run"], "data.root=/nope: no images there")])
 def test_configuration(refuse, tiny, tmp_path, words, text):
     assert text in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)
 
@@ -75,10 +78,60 @@ def test_yaml(refuse, tmp_path):
     assert "no.yaml" in refuse("train_diffusion", tmp_path / "no.yaml")
     for text, what in (("data: [", "expected YAML"), ("- 1", "expected YAML"), ("data: 3", "expected YAML"),
                        ("dta: {size: 3}", "did you mean data"), ("data: {sze: 3}", "did you mean size"),
-                       ("data: {train: 2001-99-99}", "expected YAML"), ("data: {5: 3}", "data.5"),
+                       ("data: {train: 2001-99-99}", "train=2001-99-99"), ("data: {5: 3}", "data.5"),
                        ("data: {size: [1]}", "data.size")):
         (tmp_path / "x.yaml").write_text(text)
         assert what in refuse("train_diffusion", tmp_path / "x.yaml", f"run={tmp_path / 'r'}")
+
+
+def test_values_in_yaml_are_what_is_written_there(tmp_path):
+    """YAML itself reads yes as true, and 010 and 1:30 as 8 and 90."""
+    (tmp_path / "x.yaml").write_text("data: {classes: [yes, 002], train: 010, skip_bad: true, root:}\nmodel:\n")
+    data = cr.fill("data", cr.Data, cr.read_yaml(tmp_path / "x.yaml")["data"])
+    assert data == cr.Data(classes=["yes", "002"], train=10, skip_bad=True)
+    for value in ("yes", "1:30"):
+        with pytest.raises(cr.UserError, match=f"data.skip_bad={value}"):
+            cr.fill("data", cr.Data, {"skip_bad": value})
+
+
+def test_ends_that_are_no_errors(monkeypatch, capsys):
+    """Ctrl-C, also while torch writes, and a reader such as `head` that has seen enough."""
+    def ended(error):
+        def main():
+            raise error
+        with pytest.raises(SystemExit) as e:
+            cr.cli(main)
+        return e.value.code
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    assert ended(KeyboardInterrupt()) == 130 and "goes on from what was saved" in capsys.readouterr().err
+    assert ended(BrokenPipeError()) == 141 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("why, said", [(OSError(28, "No space left"), cr.UserError),
+                                       (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_what_stops_torch_from_writing_is_said(tmp_path, monkeypatch, why, said):
+    def save(value, f):
+        try:
+            raise why
+        except BaseException:
+            raise RuntimeError("unexpected pos 46")       # as torch does
+
+    (tmp_path / "x.pt").write_bytes(b"before")
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(said) as e:
+        cr.save_torch(tmp_path / "x.pt", {})
+    assert said is KeyboardInterrupt or "x.pt: could not be written (No space left)" in str(e.value)
+    assert [(f.name, f.read_bytes()) for f in tmp_path.iterdir()] == [("x.pt", b"before")]
+
+
+def test_a_full_disk_under_a_new_folder_is_named(tmp_path):
+    run = cr.Run("extract_features", tmp_path, None, cr.Data(), cr.Model(), {}, False, set())
+    with pytest.raises(cr.UserError, match="features/x: could not be written .*No space left"):
+        with cr.making(run, "features", "x", "info.json") as folder:
+            (folder / "half.npy").write_bytes(b"0")
+            raise OSError(28, "No space left on device")
+    assert not list((tmp_path / "features").iterdir())
 
 
 def test_unwritable_run_folder(refuse, tiny, tmp_path):
@@ -91,6 +144,8 @@ def test_requests_that_cannot_be_met(said, run):
                         (["evaluator=nothing.ts"], "nothing.ts"), (["tol=1e-9"], "at least 1e-06"),
                         (["sweep=heun", "evaluate=false"], "evaluate=true"), (["precision=bf17"], "'auto', 'bf16'")):
         assert text in said(run, "sample_ode", "name=x", *words)
+    for words in (["evaluator="], ["guidance="], ["sweep=heun", "sweep_steps="]):
+        assert "name at least one" in said(run, "sample_ode", "name=x", *words)
     assert "K=1" in said(run, "probe", "K=1")
 
 
@@ -127,12 +182,25 @@ def test_broken_checkpoints(said, copy):
     path.write_bytes(good)
     state = torch.load(path, weights_only=True)
     wider = state["model"] | {"channels": 32, "head_channels": 32}
-    for other in ({"state_dict": {}}, state | {"format": 99}, state | {"model": wider}):
+    for other in ({"state_dict": {}}, state | {"format": 99}, state | {"model": wider}, state | {"predict": "zzz"}):
         torch.save(other, path)
         assert "checkpoint.pt" in said(copy, "sample_ode")
+    torch.save(state | {"config": state["config"] | {"model": [1]}}, path)
+    assert "checkpoint.pt" in said(copy, "train_diffusion")
     path.write_bytes(good)
     assert "model section" in said(copy, "train_guided", "model.channels=32", "model.head_channels=32")
     assert "predict=v" in said(copy, "train_guided", "predict=eps")
+
+
+def test_a_checkpoint_that_cannot_be_reached_is_not_replaced(said, copy):
+    """A link to a disk that is not mounted; a folder."""
+    folder = copy / "diffusion/base"
+    (folder / "checkpoint.pt").rename(copy / "kept.pt")
+    for make in (lambda path: path.symlink_to("/nowhere/checkpoint.pt"), lambda path: (path.unlink(), path.mkdir())):
+        make(folder / "checkpoint.pt")
+        before = sorted(f.name for f in folder.rglob("*"))
+        assert f"{folder}/checkpoint.pt: no such checkpoint" in said(copy, "train_diffusion", "images=32")
+        assert sorted(f.name for f in folder.rglob("*")) == before
 
 
 def test_label_files_that_do_not_fit(said, copy):
@@ -154,6 +222,16 @@ def test_label_files_that_do_not_fit(said, copy):
     for text in ("[]", "", '{"data": 3}', "{" * 2000):
         note.write_text(text)
         assert "kmeans." in said(copy, "train_guided")
+
+
+@pytest.mark.parametrize("file, name, words", [
+    ("features/base/info.json", "recipe", READ), ("labels/kmeans.json", "recipe", ["self_label"]),
+    ("data/train/info.json", "origin", ["train_diffusion", "data.root=."])])
+def test_descriptions_that_hold_something_else(said, copy, file, name, words):
+    info = json.loads((copy / file).read_text())
+    for odd in ([1], "x", 3):
+        (copy / file).write_text(json.dumps(info | {name: odd}))
+        assert f"{file}: damaged" in said(copy, *words)
 
 
 def test_features_that_do_not_fit(said, copy):

@@ -231,7 +231,8 @@ def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
 
 
 def test_linear_protocol_with_controls(chain, tiny):
-    inside("probe", tiny, f"run={chain}", "protocol=linear", "supervised_images=128")
+    said = inside("probe", tiny, f"run={chain}", "protocol=linear", "supervised_images=128")
+    assert "read at its own t; to read it at several, name activations=" in said          # tiny.yaml has t of the sweep
     found = json.loads((chain / "probe/linear.json").read_text())
     rows, choice = found["rows"], json.loads((chain / "probe/sweep.json").read_text())["label_free"]
     read = rows["features"]["results"][0]                 # the YAML's t is the grid of the sweep

@@ -117,6 +117,17 @@ def test_photographs_are_turned_and_deep_pixels_refused():
             square(Image.fromarray(np.zeros((8, 8), kind)), 8)
 
 
+def test_contents_decide_and_only_image_formats_are_opened(tmp_path):
+    """PostScript under the name of an image would start a program."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png: cannot identify image file"):
+        cd.read_images(Data(size=8), [(str(tmp_path / "a.png"), 0)], [0])
+    for kind in (*cd.FORMATS, "MPO"):                     # MPO: as many cameras write .jpg
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "b.jpg", kind)
+        assert cd.read_images(Data(size=8), [(str(tmp_path / "b.jpg"), 0)], [0])["images"].shape == (1, 3, 8, 8)
+
+
 def test_of_an_animation_the_first_picture_counts():
     frames, file = [Image.new("RGB", (8, 8), (colour, 0, 0)) for colour in (100, 200)], io.BytesIO()
     frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
@@ -151,7 +162,7 @@ def test_links_and_what_is_no_class(tmp_path):
     assert counts.tolist() == [20, 20]
 
 
-def test_folders_that_are_mixed(tmp_path):
+def test_folders_that_are_mixed(tmp_path, capsys):
     root = tmp_path / "images"
     for i in range(30):
         put(root / "train" / "a" / f"{i}.png", i)
@@ -162,6 +173,7 @@ def test_folders_that_are_mixed(tmp_path):
     put(root / "train" / "stray.png")
     out = folder_of(tmp_path / "more", root)
     assert [len(out[s][0]) for s in out] == [31, 1] and out["train"][1].tolist() == [0] * 30 + [-1]
+    assert "prepared 31 train images of 1 classes (a: 30), 1 of no class, 0 unreadable" in capsys.readouterr().out
     assert "no such folder" in complaint_of(tmp_path / "r", source="folder", root="/nowhere")
     (tmp_path / "none").mkdir()
     assert "of 0 images none" in complaint_of(tmp_path / "r", source="folder", root=str(tmp_path / "none"))
@@ -269,13 +281,15 @@ IMAGES = np.zeros((40, 32, 32, 3), np.uint8)
 
 @pytest.mark.parametrize("arrays, said", [
     (dict(pictures=IMAGES), "'images'"), (dict(images=IMAGES / 255), "float64"),
-    (dict(images=np.zeros((40, 16, 16, 3), np.uint8)), "(40,16,16,3)"),
-    (dict(images=np.zeros((40, 32, 32, 4), np.uint8)), "(40,4,32,32)"),
-    (dict(images=IMAGES, classes=np.zeros(39, np.int64)), "(39,)"),
-    (dict(images=IMAGES, classes=np.zeros((40, 5), np.int64)), "more dimensions"),
-    (dict(images=IMAGES, classes=np.zeros(40)), "float64"), (dict(images=IMAGES, boxes=np.zeros((40, 5))), "(40,5)"),
-    (dict(images=IMAGES, masks=np.zeros((40, 8, 8), np.uint8)), "(40,8,8)"),
-    (dict(images=IMAGES, test_images=IMAGES[:, :8]), "(40,8,32,3)"),
+    (dict(images=np.zeros((40, 16, 16, 3), np.uint8)), "images: uint8 of shape (40, 16, 16, 3)"),
+    (dict(images=np.zeros((40, 32, 32, 4), np.uint8)), "(40, 4, 32, 32), expected uint8 of shape (40, 3, 32, 32)"),
+    (dict(images=IMAGES, classes=np.zeros(39, np.int64)), "classes: int64 of shape (39,)"),
+    (dict(images=IMAGES, classes=np.zeros(1, np.int64)), "classes: int64 of shape (1,)"),
+    (dict(images=IMAGES, classes=np.zeros((40, 5), np.int64)), "expected int64 of shape (40,)"),
+    (dict(images=IMAGES, classes=np.arange(40) << 30), "number them from 0"),
+    (dict(images=IMAGES, classes=np.zeros(40)), "float64"), (dict(images=IMAGES, boxes=np.zeros((40, 5))), "(40, 5)"),
+    (dict(images=IMAGES, masks=np.zeros((40, 8, 8), np.uint8)), "masks: uint8 of shape (40, 8, 8)"),
+    (dict(images=IMAGES, test_images=IMAGES[:, :8]), "(40, 8, 32, 3)"),
     (dict(images=np.array([None] * 40)), "Object arrays"), (dict(images=IMAGES[:0]), "none is a train image")])
 def test_arrays_that_cannot_be_used(tmp_path, arrays, said):
     np.savez(tmp_path / "x.npz", **arrays)

@@ -252,7 +252,10 @@ def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, c
     scores = m["scores"]
     assert scores["evaluator"].startswith("pixels") and "selection" not in m and m["w"] == 1
     assert 0 < scores["distance_floor"] < scores["frechet"] and 0 < scores["coverage_ceiling"] <= 1
-    assert 0 <= scores["copies"] <= 1 and "as many other real images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 0 <= scores["copies"] <= 1 and "as many other real images" in said
+    assert scores["singular"] and scores["evaluator_features"] == 64
+    assert "note: pixels: of 24 samples (reference: test, 40 images) in 64 features" in said
     assert {f.name for f in (small_run / "samples/x").iterdir()} == {"images.npy", "grid.png", "metrics.json"}
     m = sampled(monkeypatch, tiny, small_run, "autoguide=diffusion/base", "guidance=1,1", "select=10")
     assert len(m["selection"]["curve"]) == 2 and "fewer images than" in capsys.readouterr().out
@@ -275,6 +278,7 @@ def test_a_sweep_counts_evaluations_and_several_evaluators_score_alike(monkeypat
     other = m["others"][f"{run}/averages.ts"]["scores"]
     assert m["scores"]["evaluator"].startswith("pixels") and "averages.ts" in other["evaluator"]
     assert 0 < other["frechet"] != m["scores"]["frechet"] and other["copies"] == m["scores"]["copies"]
+    assert other["singular"] == (other["evaluator_features"] >= 24)
 
 
 def test_ticks_are_round_numbers():
@@ -284,9 +288,18 @@ def test_ticks_are_round_numbers():
 def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run):
     words = [tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no"]
     assert "evaluate=false guidance=W" in refuse("sample_ode", *words, "evaluator=judge")        # of 160 images
-    assert "evaluate=true" in refuse("sample_ode", *words, "autoguide=diffusion/base", "guidance=1,2", "evaluate=false")
+    assert "name one w" in refuse("sample_ode", *words, "autoguide=diffusion/base", "guidance=1,2", "evaluate=false")
     assert "takes judge" in refuse("sample_ode", *words, "evaluator=x.ts")
     assert not (small_run / "samples/no").exists()
+
+
+def test_one_image_is_too_few_to_compare_with(tmp_path, monkeypatch):
+    data = Split(*draw_shapes(0, np.arange(1)), dict(fingerprint="abc"))
+    monkeypatch.setattr(sample_ode, "load_data", lambda run, split: data)
+    run = Here()
+    run.dir, run.data = tmp_path, Data()
+    with pytest.raises(UserError, match="train: one image has no covariance"):
+        sample_ode.Evaluator(run, "pixels")
 
 
 def test_rows_of_the_grid_are_the_most_frequent_labels(tmp_path):

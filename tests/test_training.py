@@ -147,6 +147,35 @@ def test_no_step_of_a_sampler_waits_for_the_gpu(path, solver, interval):
         assert 4 * evaluations < field.images < 8 * evaluations
 
 
+def test_lengths_for_many_more_images_are_pointed_out(tmp_path, capsys):
+    """40 images: 1,000 epochs pass, more do not, also in a dry run, once data is there."""
+    run = make_run(tmp_path, images=64)
+    trained(run)
+    assert "note" not in capsys.readouterr().out
+    td.say_epochs(run, dataclasses.replace(run.cfg, images=40_000), 40)
+    assert not capsys.readouterr().out
+    td.say_epochs(run, dataclasses.replace(run.cfg, images=20_000_000), 40)
+    said = capsys.readouterr().out
+    assert "images=20,000,000 are 500,000 epochs of 40 training images" in said and "try images=8000" in said
+    cr.write_json(tmp_path / "data/train/info.json", dict(count=40))
+    td.say_training(run, dataclasses.replace(run.cfg, images=80_000), td.build_model(run.model, 32), 3, 32, tmp_path)
+    assert "2,000 epochs" in capsys.readouterr().out
+
+
+def test_what_a_kill_while_saving_leaves_is_removed(tmp_path, monkeypatch):
+    def killed_while_saving(run, folder, state):
+        (folder / ".checkpoint.pt.01234567.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "diffusion/base"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(td, "save_checkpoint", killed_while_saving)
+        trained(make_run(tmp_path))
+    trained(make_run(tmp_path))
+    assert len(log(tmp_path)) == 2
+    assert {f.name for f in folder.iterdir()} == {"checkpoint.pt", "checkpoint.json", "metrics.jsonl", "samples"}
+
+
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     trained(make_run(tmp_path))
     before = (tmp_path / "diffusion/base/checkpoint.pt").read_bytes()
