@@ -123,17 +123,17 @@ def label_free_scores(a, b, K, seed):
     return scores, ids
 
 
-def consensus(ids):
+def consensus(clusterings):
     """Mean NMI of each clustering with all the others, [n] from int64 [n][N].
 
-    Over the blocks of one network at one time, this is high where every depth finds the same groups. With ever less
-    noise all blocks see the same image and agree more and more, so of times that agree about equally the noisiest is
-    taken. (How well the criteria follow true classes is measured in results/; none does everywhere.)
+    Over the blocks of one network at one time, this is high where every depth finds the same groups. (How well the
+    criteria follow true classes is measured in results/; none does everywhere.)
     """
-    m = np.zeros((len(ids), len(ids)))
-    for i, j in itertools.combinations(range(len(ids)), 2):
-        m[i, j] = nmi(ids[i], ids[j])
-    return (m + m.T).sum(1) / max(len(ids) - 1, 1)
+    n = len(clusterings)
+    agreement = np.zeros((n, n))
+    for i, j in itertools.combinations(range(n), 2):
+        agreement[i, j] = agreement[j, i] = nmi(clusterings[i], clusterings[j])
+    return agreement.sum(1) / max(n - 1, 1)
 
 
 def score_time(source, cfg, train, fit, val, K):
@@ -156,13 +156,17 @@ def score_time(source, cfg, train, fit, val, K):
 
 
 def label_free_choice(table, criterion):
-    """The row of a sweep's table that is chosen: by stability the best; by consensus the block that agrees most at the
-    noisiest time at which blocks still agree about as well as anywhere (within 3 %)."""
+    """The row of a sweep's table with the highest score; by consensus only rows of one time count.
+
+    With ever less noise all blocks see the same image and agree more and more. So the time is the noisiest at which the
+    best consensus is within 3 % of the highest of all times.
+    """
     if criterion == "consensus":
-        best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in {r["t"] for r in table}}
+        times = {row["t"] for row in table}
+        best = {t: max(row["consensus"] for row in table if row["t"] == t) for t in times}
         noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
-        table = [r for r in table if r["t"] == noisiest]
-    return max(table, key=lambda r: r[criterion])
+        table = [row for row in table if row["t"] == noisiest]
+    return max(table, key=lambda row: row[criterion])
 
 
 def sweep(run, cfg, source, train, test):
@@ -383,27 +387,27 @@ SWEEP = 3e-4                                              # tolerance of sweeps:
 
 
 def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=300):
-    """Multinomial logistic regression where x is: x [N, D], y [N] -> weights [D + 1, classes].
+    """Multinomial logistic regression of y [N] on x [N, D], on x's device: weights [D + 1, classes], bias last.
 
-    l2 on the weights, not the bias; start: weights to begin with. Solved for u, where w = u C^-1 and CC' = X'X / 2N +
-    l2: the Hessian of each class is nowhere above CC' (Boehning 1992), so that of u is nowhere above 1. Accelerated
-    steps, restarted when they point uphill (arXiv 1204.3982), in the layout [classes, N], whose softmax is cheap.
+    l2 is on the weights, not the bias; start: weights to begin with. Steps are taken in u, where the weights are w = u
+    C^-1 and CC' = X'X / 2N + l2: there the Hessian is at most 1 (Boehning 1992), so that steps as long as the gradient
+    descend. They are accelerated, and restarted when they point uphill (arXiv 1204.3982).
     """
     x = torch.cat([x, x.new_ones(len(x), 1)], 1).T.contiguous()                  # [D + 1, N]
-    target = F.one_hot(y, classes).T.float()                                     # [classes, N]
+    target = F.one_hot(y, classes).T.float()              # [classes, N], a layout whose softmax is cheap
     penalty = torch.full((len(x),), l2, dtype=torch.float64, device=x.device)
     penalty[-1] = 0
-    gram = 0                                              # in float32 it may have eigenvalues below zero
-    for part in x.split(4096, 1):
-        gram = gram + part.double() @ part.double().T
+    gram = sum(part.double() @ part.double().T for part in x.split(4096, 1))     # float32 may make eigenvalues below 0
     C = torch.linalg.cholesky(gram / (2 * len(y)) + torch.diag(penalty + 1e-6))
-    back = torch.linalg.solve_triangular(C, torch.eye(len(C), dtype=C.dtype, device=C.device), upper=False).float()
+    eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    inverse = torch.linalg.solve_triangular(C, eye, upper=False).float()
     penalty = penalty.float()
     u = x.new_zeros(classes, len(x)) if start is None else (start.T.double() @ C).float()
-    ahead, momentum = u, 1.0
+    ahead, momentum = u, 1.0                              # slopes are taken ahead of u
     for _ in range(iterations):
-        w = ahead @ back
-        slope = ((torch.softmax(w @ x, 0) - target) @ x.T / len(y) + penalty * w) @ back.T
+        w = ahead @ inverse
+        error = torch.softmax(w @ x, 0) - target          # [classes, N]
+        slope = (error @ x.T / len(y) + penalty * w) @ inverse.T
         if slope.abs().max() < tolerance:
             break
         new = ahead - slope
@@ -412,27 +416,31 @@ def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=300):
         following = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
         ahead = new + (momentum - 1) / following * (new - u)
         u, momentum = new, following
-    return (ahead @ back).T
+    return (ahead @ inverse).T
 
 
 def accuracy(w, x, y):
-    """Share of rows that the linear classifier w [D + 1, classes] gets right."""
+    """Share of rows x [N, D] whose class y [N] the linear classifier w [D + 1, classes] finds."""
     return float(((x @ w[:-1] + w[-1]).argmax(1) == y).float().mean())
 
 
 def linear_accuracy(x, x_val, y, y_val, device):
     """Accuracy on x_val of a quick linear probe of x [N, D]."""
     x, x_val = (v.to(device) for v in standardise(x, x_val))
-    w = logistic(x, y.to(device), int(max(y.max(), y_val.max())) + 1, 1e-3, tolerance=SWEEP)
+    classes = int(max(y.max(), y_val.max())) + 1
+    w = logistic(x, y.to(device), classes, 1e-3, tolerance=SWEEP)
     return accuracy(w, x_val, y_val.to(device))
 
 
 def knn(fit, y, x, truth, k, device="cpu"):
     """Accuracy of the majority vote of the k nearest rows of `fit` (cosine; ties to the nearer class sum)."""
-    fit, y, classes, right = F.normalize(fit, dim=1).to(device), y.to(device), int(y.max()) + 1, 0
+    fit, y = F.normalize(fit, dim=1).to(device), y.to(device)
+    classes, right = int(y.max()) + 1, 0
     for rows, target in zip(x.split(1000), truth.split(1000)):
-        near = (F.normalize(rows, dim=1).to(device) @ fit.T).topk(min(k, len(fit)), 1)     # [b, k]
-        votes = fit.new_zeros(len(rows), classes).scatter_add_(1, y[near.indices], 1 + 1e-3 * near.values)
+        closeness = F.normalize(rows, dim=1).to(device) @ fit.T
+        near = closeness.topk(min(k, len(fit)), 1)        # [b, k]
+        votes = fit.new_zeros(len(rows), classes)
+        votes.scatter_add_(1, y[near.indices], 1 + 1e-3 * near.values)
         right += int((votes.argmax(1).cpu() == target.cpu()).sum())
     return right / len(x)
 
@@ -454,11 +462,11 @@ def compare(run, sources, measure, seeds, scores):
             rows.setdefault(what, about)["results"].append(place | got)
     for what, row in rows.items():
         said = []
-        for k in scores:
-            values = [r[k] for r in row["results"]]
-            row[k] = float(np.mean(values))
-            row[f"{k}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            said.append(f"{k} {row[k]:.4f}" + (f" +- {row[f'{k}_std']:.4f}" if len(values) > 1 else ""))
+        for score in scores:
+            values = [result[score] for result in row["results"]]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row |= {score: float(np.mean(values)), f"{score}_std": spread}
+            said.append(f"{score} {row[score]:.4f}" + (f" +- {spread:.4f}" if len(values) > 1 else ""))
         run.say(f"{what:24} {', '.join(said)} over {len(row['results'])} seed(s); {row['parameters']:,} trained "
                 f"parameters, {row['passes']} pass(es) per image")
     return rows
@@ -580,30 +588,33 @@ class PooledHead(nn.Sequential):
     """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2) of all maps, of shapes (C, H, W), side by
     side, normalised."""
 
-    def __init__(self, shapes, classes, grid, hidden=()):
-        sizes = [sum(c * min(grid, h) * min(grid, w) for c, h, w in shapes), *hidden, classes]
-        layers = [nn.BatchNorm1d(sizes[0], affine=False)]
-        for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-        super().__init__(*layers[:-1])
+    def __init__(self, shapes, classes, grid, hidden=0):
+        width = sum(c * min(grid, h) ** 2 for c, h, _ in shapes)
+        layers = [nn.BatchNorm1d(width, affine=False)]
+        if hidden:
+            layers += [nn.Linear(width, hidden), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(hidden or width, classes))
         self.grid = grid
 
     def forward(self, maps, *_):
         pooled = []
-        for m in itertools.chain(*maps):
-            side = min(self.grid, m.shape[2]), min(self.grid, m.shape[3])
-            pooled.append(F.adaptive_avg_pool2d(m, side).flatten(1))
+        for x in itertools.chain(*maps):
+            pooled.append(F.adaptive_avg_pool2d(x, min(self.grid, x.shape[2])).flatten(1))
         return super().forward(torch.cat(pooled, 1))
 
 
+def convolution(channels, width, side):
+    """A side x side convolution, norm, ReLU."""
+    conv = nn.Conv2d(channels, width, side, padding=side // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+
+
 class Cnn(nn.Sequential):
-    """Of one map twice 3x3 convolution, norm, ReLU; average; linear. (The paper's exact shape is not published.)"""
+    """Of one map two 3x3 convolutions; average; linear. (The paper's exact shape is not published.)"""
 
     def __init__(self, channels, classes, width):
-        layers = []
-        for c in (channels, width):
-            layers += [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+        super().__init__(convolution(channels, width, 3), convolution(width, width, 3),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
     def forward(self, maps, *_):
         return super().forward(maps[0][0])
@@ -620,31 +631,32 @@ class DifFormer(nn.Module):
     def __init__(self, shapes, times, classes, width=1024, depth=2, heads=8, side=16):
         super().__init__()
         self.tokens = nn.ModuleList()                     # of each block, shared by all times
-        for c, h, w in shapes:
-            h, w = min(h, side), min(w, side)
-            to_tokens = nn.AdaptiveAvgPool2d((h, w)), nn.LayerNorm([c, h, w]), nn.Conv2d(c, width, 1)
-            self.tokens.append(nn.Sequential(*to_tokens))
+        for c, h, _ in shapes:
+            h = min(h, side)
+            self.tokens.append(nn.Sequential(nn.AdaptiveAvgPool2d(h), nn.LayerNorm([c, h, h]), nn.Conv2d(c, width, 1)))
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.out = nn.Linear(times * width, classes)
 
     def forward(self, maps, *_):
-        seen = []
-        for blocks in maps:                               # times do not attend to each other
-            tokens = [f(m).flatten(2).transpose(1, 2) for f, m in zip(self.tokens, blocks)]      # [B, h * w, width]
-            x = torch.cat([self.cls.expand(len(blocks[0]), -1, -1), *tokens], 1)                 # [B, 1 + L, width]
-            for b in self.blocks:
-                x = b(x)
-            seen.append(x[:, 0])
-        return self.out(torch.cat(seen, 1))
+        summaries = []
+        for of_time in maps:                              # times do not attend to each other
+            tokens = [self.cls.expand(len(of_time[0]), -1, -1)]
+            for to_tokens, x in zip(self.tokens, of_time):
+                tokens.append(to_tokens(x).flatten(2).transpose(1, 2))           # [B, h * w, width]
+            x = torch.cat(tokens, 1)
+            for block in self.blocks:
+                x = block(x)
+            summaries.append(x[:, 0])
+        return self.out(torch.cat(summaries, 1))
 
 
 def mirrors(net):
-    """DifFeed's pairs (name of a decoder output, module of the mirrored encoder output it is added to) of a U-Net, one
-    per level: the first residual block there.
+    """DifFeed's pairs of a U-Net, one per level: (name of a decoder output, the encoder module to whose output it is
+    added).
 
-    In ADM's numbering 38 - b <- b (method of arXiv 2311.17921); channels and size of the two are equal in every U-Net
-    that build_model makes.
+    The encoder module is the first residual block of the level, the decoder output its mirror image: in ADM's numbering
+    38 - b <- b (method of arXiv 2311.17921). Their shapes are equal in every U-Net that build_model makes.
     """
     names = {id(module): name for name, (module, _) in catalogue(net).items()}
     down = net.input_blocks
@@ -704,7 +716,7 @@ class LinearMap(nn.Module):
             self.maps.append(nn.Sequential(nn.BatchNorm2d(c, affine=False), nn.Conv2d(c, classes, 1)))
 
     def forward(self, maps, *_):
-        return sum(enlarged(f(m), self.size) for f, m in zip(self.maps, itertools.chain(*maps)))
+        return sum(enlarged(layers(x), self.size) for layers, x in zip(self.maps, itertools.chain(*maps)))
 
 
 class UPer(nn.Module):
@@ -713,28 +725,27 @@ class UPer(nn.Module):
 
     def __init__(self, shapes, times, classes, size, width):
         super().__init__()
-
-        def conv(a, b, k):
-            return nn.Sequential(nn.Conv2d(a, b, k, padding=k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-
-        def pool(side):
-            return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Conv2d(width, width, 1), nn.ReLU())
-
         self.size = size
         self.order = sorted(range(len(shapes)), key=lambda i: shapes[i][1])      # coarse to fine
-        self.sides = nn.ModuleList(conv(times * shapes[i][0], width, 1) for i in self.order)
-        self.pools = nn.ModuleList(pool(side) for side in (1, 2, 3, 6))
-        self.smooth = nn.ModuleList(conv(width, width, 3) for _ in shapes)
-        self.pooled = conv(5 * width, width, 3)
-        self.out = nn.Sequential(conv(len(shapes) * width, width, 3), nn.Conv2d(width, classes, 1))
+        self.sides = nn.ModuleList(convolution(times * shapes[i][0], width, 1) for i in self.order)
+        self.pools = nn.ModuleList()
+        for side in (1, 2, 3, 6):
+            self.pools.append(nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Conv2d(width, width, 1), nn.ReLU()))
+        self.smooth = nn.ModuleList(convolution(width, width, 3) for _ in shapes)
+        self.pooled = convolution(5 * width, width, 3)
+        self.out = nn.Sequential(convolution(len(shapes) * width, width, 3), nn.Conv2d(width, classes, 1))
 
     def forward(self, maps, *_):
-        x = [f(torch.cat([blocks[i] for blocks in maps], 1)) for f, i in zip(self.sides, self.order)]
-        x[0] = self.pooled(torch.cat([x[0], *(enlarged(f(x[0]), x[0].shape[2]) for f in self.pools)], 1))
-        for i in range(1, len(x)):
-            x[i] = x[i] + enlarged(x[i - 1], x[i].shape[2])
-        levels = [enlarged(f(v), x[-1].shape[2]) for f, v in zip(self.smooth, x)]
-        return enlarged(self.out(torch.cat(levels, 1)), self.size)
+        levels = []
+        for side, i in zip(self.sides, self.order):
+            x = side(torch.cat([of_time[i] for of_time in maps], 1))             # [B, width, h, w]
+            if levels:
+                x = x + enlarged(levels[-1], x.shape[2])
+            else:
+                x = self.pooled(torch.cat([x, *(enlarged(pool(x), x.shape[2]) for pool in self.pools)], 1))
+            levels.append(x)
+        finest = [enlarged(smooth(level), x.shape[2]) for smooth, level in zip(self.smooth, levels)]
+        return enlarged(self.out(torch.cat(finest, 1)), self.size)
 
 
 class PixelMlps(nn.Module):
@@ -744,18 +755,18 @@ class PixelMlps(nn.Module):
     def __init__(self, shapes, classes, size, members=10):
         super().__init__()
         self.size, self.classes, self.members = size, classes, nn.ModuleList()
+        channels = sum(c for c, _, _ in shapes)
         for _ in range(members):
-            sizes, layers = [sum(c for c, _, _ in shapes), 128, 32], []
-            for a, b in itertools.pairwise(sizes):
-                layers += [nn.BatchNorm2d(a), nn.Conv2d(a, b, 1), nn.ReLU()]
-            self.members.append(nn.Sequential(*layers, nn.Conv2d(32, classes, 1)))
+            self.members.append(nn.Sequential(
+                nn.BatchNorm2d(channels), nn.Conv2d(channels, 128, 1), nn.ReLU(),
+                nn.BatchNorm2d(128), nn.Conv2d(128, 32, 1), nn.ReLU(), nn.Conv2d(32, classes, 1)))
 
     def forward(self, maps, *_):
-        x = torch.cat([enlarged(m, self.size) for m in itertools.chain(*maps)], 1)
+        x = torch.cat([enlarged(x, self.size) for x in itertools.chain(*maps)], 1)
         logits = [member(x) for member in self.members]
         if self.training:
             return torch.cat(logits)
-        return sum(F.one_hot(v.argmax(1), self.classes) for v in logits).movedim(3, 1).float()
+        return sum(F.one_hot(member.argmax(1), self.classes) for member in logits).movedim(3, 1).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,7 +774,7 @@ class PixelMlps(nn.Module):
 
 HEADS = {                                                 # (protocol, name): from what `build_head` knows to the head
     ("head", "linear"): lambda m: PooledHead(m.every, m.classes, m.grid),
-    ("head", "mlp"): lambda m: PooledHead(m.every, m.classes, m.grid, [512]),
+    ("head", "mlp"): lambda m: PooledHead(m.every, m.classes, m.grid, 512),
     ("head", "cnn"): lambda m: Cnn(m.shapes[0][0], m.classes, m.width),
     ("head", "attention"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
     ("head", "difformer"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
