@@ -929,35 +929,40 @@ def noise_sensitivity(a, b):
     return float(distance(a, b) / distance(a, b.roll(1, 0)).clamp(min=1e-9))
 
 
-def granularity(a, size):
+def granularity(maps, size):
     """Length at which the spatial autocorrelation of maps [N, C, H, W], averaged over channels, falls to 1/e, in pixels
     of the size x size image.
 
     The mean of each map is taken away, so that what is equal all over an image does not count as coarse; lengths of
     half a map and more come out too small.
     """
-    a = a - a.mean((2, 3), keepdim=True)
-    a = a / a.square().mean((0, 2, 3)).clamp(min=1e-9).sqrt()[:, None, None]     # without what is all the same
-    whole, before = max(float(a.square().mean()), 1e-9), 1.0
-    for d in range(1, a.shape[3]):
-        along = (a[..., d:] * a[..., :-d]).mean() + (a[..., d:, :] * a[..., :-d, :]).mean()
-        r = float(along) / 2 / whole
-        if r < 1 / math.e:
-            return (d - 1 + (before - 1 / math.e) / (before - r)) * size / a.shape[3]
-        before = r
+    x, side = maps - maps.mean((2, 3), keepdim=True), maps.shape[3]
+    x = x / x.square().mean((0, 2, 3)).clamp(min=1e-9).sqrt()[:, None, None]     # every channel counts alike
+    variance, limit = max(float(x.square().mean()), 1e-9), 1 / math.e
+    before = 1.0                                          # correlation at the distance before
+    for distance in range(1, side):
+        across = (x[..., distance:] * x[..., :-distance]).mean()
+        down = (x[..., distance:, :] * x[..., :-distance, :]).mean()
+        correlation = float(across + down) / 2 / variance
+        if correlation < limit:                           # in between, on a line
+            return (distance - 1 + (before - limit) / (before - correlation)) * size / side
+        before = correlation
     return float(size)                                    # it does not fall within the map
 
 
-def locality(a):
+def locality(maps):
     """How much the resemblance of two positions is a matter of their distance: minus the correlation of cosine
     similarity with distance, over all pairs of positions of maps [N, C, H, W] (at most 16 x 16 of them)."""
-    a = a[..., ::math.ceil(a.shape[2] / 16), ::math.ceil(a.shape[3] / 16)]
-    f = F.normalize(a - a.mean((0, 2, 3), keepdim=True), dim=1).flatten(2)       # [N, C, L]
-    place = torch.cartesian_prod(torch.arange(a.shape[2]), torch.arange(a.shape[3])).float()
+    step = math.ceil(maps.shape[3] / 16)
+    maps = maps[..., ::step, ::step]
+    x = F.normalize(maps - maps.mean((0, 2, 3), keepdim=True), dim=1).flatten(2)                 # [N, C, L]
+    side = torch.arange(maps.shape[3])
+    place = torch.cartesian_prod(side, side).float()      # [L, 2]
     i, j = torch.triu_indices(len(place), len(place), 1)
-    similar = (f.transpose(1, 2) @ f)[:, i, j]            # [N, pairs]
-    distance = (place[i] - place[j]).norm(dim=1).expand(len(a), -1)
-    return -float(torch.corrcoef(torch.stack([similar.flatten(), distance.flatten()]))[0, 1].nan_to_num())
+    similar = (x.transpose(1, 2) @ x)[:, i, j]            # [N, pairs]
+    distance = (place[i] - place[j]).norm(dim=1).expand_as(similar)
+    both = torch.stack([similar.flatten(), distance.flatten()])
+    return -float(torch.corrcoef(both)[0, 1].nan_to_num())
 
 
 def properties(source, images, rows):
@@ -982,14 +987,17 @@ def why_dropped(i, rows, outputs):
     than block outputs of its size (over-refined ends of a level); and what is more local than those, unless its own
     block's output is noisy.
     """
-    row, limit = rows[i], np.median([r["sensitivity"] for r in outputs])
-    peers = [r for r in outputs if r["size"] == row["size"]] or outputs
-    own = next((r for r in rows[i:] if r in outputs), row)
+    def median(some, score):
+        return np.median([row[score] for row in some])
+
+    row, limit = rows[i], median(outputs, "sensitivity")
+    peers = [other for other in outputs if other["size"] == row["size"]] or outputs
+    own = next((other for other in rows[i:] if other in outputs), row)           # the output of its block
     if row["sensitivity"] > limit:
         return "noisy"
-    if row["granularity"] < 0.5 * np.median([r["granularity"] for r in peers]):
+    if row["granularity"] < 0.5 * median(peers, "granularity"):
         return "fine"
-    local = row["locality"] > 1.25 * max(0.0, np.median([r["locality"] for r in peers]))
+    local = row["locality"] > 1.25 * max(0.0, median(peers, "locality"))
     return "local" if local and own["sensitivity"] <= limit and row is not own else ""
 
 
@@ -1085,7 +1093,7 @@ def class_pairs(data, rows, seed, origin, axes):
     if not order:
         raise UserError(f"pairs={len(rows)}: no two of these test images have a class in common; ask for more")
     a, b = np.array(order).T
-    valid = torch.from_numpy(filled(data.boxes[a][:, None], size))
+    valid = torch.from_numpy(filled(data.boxes[a], size))
     if data.masks is not None:
         valid &= torch.from_numpy((data.masks[a] > 0) & (data.masks[a] < 255))
     p = centres(pick_points(valid, seed), size)
@@ -1161,14 +1169,14 @@ def correspond(run, cfg, source, train, test):
 # ---------------------------------------------------------------------------------------------------------------------
 # Objects from frozen maps: torchvision's Mask R-CNN
 
-def instances(mask, least=4):
+def instances(mask):
     """Objects of a mask int [H, W], as torchvision's targets: dict(labels int64 [n], masks uint8 [n, H, W], boxes
-    float32 [n, 4]). They are the 4-connected pieces of every class above 0 with at least so many pixels."""
+    float32 [n, 4]). They are the 4-connected pieces of every class above 0 with at least four pixels."""
     labels, pieces = [], [torch.zeros(0, *mask.shape, dtype=torch.bool)]
     for k in mask[(mask > 0) & (mask < 255)].unique().tolist():
         number, n = ndimage.label((mask == k).numpy())
-        for piece in sorted((number == i for i in range(1, n + 1)), key=lambda p: -p.sum()):
-            if piece.sum() >= least:
+        for piece in sorted((number == i for i in range(1, n + 1)), key=lambda piece: -piece.sum()):
+            if piece.sum() >= 4:
                 labels.append(k)
                 pieces.append(torch.from_numpy(piece)[None])
     masks = torch.cat(pieces)
@@ -1266,32 +1274,41 @@ def box_overlap(found, truth):
 
 def mask_overlap(found, truth):
     """IoU of masks, [found, truth]."""
-    a, b = (v["masks"].flatten(1).float() for v in (found, truth))
+    a, b = (objects["masks"].flatten(1).float() for objects in (found, truth))
     both = a @ b.T
-    return (both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)).numpy()
+    either = a.sum(1)[:, None] + b.sum(1) - both
+    return (both / either.clamp(min=1)).numpy()
 
 
-def coco_ap(found, truth, overlap, thresholds=np.linspace(0.5, 0.95, 10)):
-    """COCO's average precision [thresholds of IoU]: mean over the classes of truth of the precision, made monotone, at
-    101 recalls. found, truth: a dict for each image, as of `detections` and `instances`. In order of score each
-    detection takes the object, of those still free, that it overlaps most."""
-    overlaps, out = [overlap(f, t) for f, t in zip(found, truth)], []
-    classes = torch.cat([t["labels"] for t in truth]).unique()
+def hits(found, truth, overlap, k, threshold):
+    """(one image's detections of class k: [(score, whether it is right)], number of its objects of that class).
+
+    In order of score each detection takes the object, of those still free, that it overlaps most.
+    """
+    free = overlap[:, (truth["labels"] == k).numpy()].copy()                     # [found, objects]
+    scores, out = found["scores"].numpy(), []
+    for i in np.argsort(-scores, kind="stable"):
+        if found["labels"][i] == k:
+            right = free.shape[1] > 0 and free[i].max() >= threshold
+            if right:
+                free[:, free[i].argmax()] = -1
+            out.append((float(scores[i]), right))
+    return out, free.shape[1]
+
+
+def coco_ap(found, truth, overlap):
+    """COCO's average precision at IoU 0.5, 0.55, ... 0.95, [10]: mean over the classes of truth of the precision, made
+    monotone, at 101 recalls. found, truth: a dict for each image, as of `detections` and `instances`."""
+    overlaps, thresholds, out = [overlap(f, t) for f, t in zip(found, truth)], np.linspace(0.5, 0.95, 10), []
+    classes = torch.cat([objects["labels"] for objects in truth]).unique()
     for k, threshold in itertools.product(classes, thresholds):
-        hits, total = [], 0                               # hits: (score, is it right)
-        for f, t, both in zip(found, truth, overlaps):
-            free = both[:, (t["labels"] == k).numpy()].copy()
-            total += free.shape[1]
-            for j in np.argsort(-f["scores"].numpy(), kind="stable"):
-                if f["labels"][j] == k:
-                    best = free[j].argmax() if free.shape[1] else None
-                    right = best is not None and free[j, best] >= threshold
-                    if right:
-                        free[:, best] = -1
-                    hits.append((float(f["scores"][j]), right))
-        right = np.cumsum([hit for _, hit in sorted(hits, key=lambda h: -h[0])])
-        precision = np.maximum.accumulate((right / np.arange(1, len(right) + 1))[::-1])[::-1]
-        at = np.searchsorted(right / total, np.linspace(0, 1, 101))
+        images = [hits(*image, k, threshold) for image in zip(found, truth, overlaps)]
+        ranked = sorted(itertools.chain(*(image for image, _ in images)), key=lambda hit: -hit[0])
+        right = np.cumsum([hit for _, hit in ranked])
+        recall = right / sum(number for _, number in images)
+        precision = right / np.arange(1, len(right) + 1)
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        at = np.searchsorted(recall, np.linspace(0, 1, 101))
         out.append(np.append(precision, 0)[at].mean())
     return np.reshape(out, (-1, len(thresholds))).mean(0)
 
@@ -1373,11 +1390,11 @@ def cka(run, cfg, source, train, test):
 # How samples keep to the layouts that they were asked for
 
 def filled(boxes, size):
-    """Pixels whose centre is in any of boxes [N, objects, 4] (x0 y0 x1 y1, negative = none): bool [N, size, size]."""
+    """Pixels whose centre is in boxes [N, 4] (x0 y0 x1 y1, negative = none): bool [N, size, size]."""
     centre = np.arange(size) + 0.5
-    x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes, np.float32), -1, 0)[..., None]                # [N, objects, 1] each
+    x0, y0, x1, y1 = np.asarray(boxes, np.float32).T[:, :, None]                 # [N, 1] each
     rows, columns = (centre >= y0) & (centre < y1), (centre >= x0) & (centre < x1)
-    return (rows[..., :, None] & columns[..., None, :]).any(1)
+    return rows[:, :, None] & columns[:, None]
 
 
 def objects_of_shapes(images):
@@ -1402,7 +1419,7 @@ def in_boxes(masks):
     """Masks bool [n, H, W] become the filled boxes around the largest piece of each."""
     masks = torch.from_numpy(masks)
     largest = largest_component(masks.flatten(1), masks.shape[1:]).view_as(masks)
-    return filled(bounds(largest)[:, None].numpy(), masks.shape[2])
+    return filled(bounds(largest), masks.shape[2])
 
 
 def overlap_of(asked, found):
@@ -1453,28 +1470,27 @@ def picture(run, suffix=""):
     return run.dir / "probe" / f"{run.cfg.name}{suffix}.png"
 
 
-def heat_map(path, values, rows, title, marks={}):
-    """A matrix [R, C] as PNG with captions of rows, marks {(row, column): letters}; colours stretch over its range."""
+def heat_map(path, values, rows, title, marks=None):
+    """A matrix [R, C] as PNG with captions of rows and marks, as many letters; colours stretch over its range."""
     low, high, tiles = values.min(), values.max(), []
-    for place, v in np.ndenumerate(values):
-        share = (v - low) / max(high - low, 1e-9)
-        tile = Image.new("RGB", (62, 18), tuple(int(255 * (1 - c * share)) for c in (0.97, 0.75, 0.5)))
-        ImageDraw.Draw(tile).text((6, 3), f"{v:.3f} {marks.get(place, '')}", "white" if share > 0.5 else "black")
+    for value, mark in zip(values.flat, marks or [""] * values.size):
+        share = (value - low) / max(high - low, 1e-9)
+        colour = tuple(int(255 * (1 - c * share)) for c in (0.97, 0.75, 0.5))
+        tile = Image.new("RGB", (62, 18), colour)
+        ImageDraw.Draw(tile).text((6, 3), f"{value:.3f} {mark}", "white" if share > 0.5 else "black")
         tiles.append(np.asarray(tile).transpose(2, 0, 1))
     head = f"{low:.3f} (light) to {high:.3f} (dark): {title}"
     save_grid(path, np.stack(tiles), values.shape[1], rows, zoom=1, head=head)
 
 
 def draw_surface(run, table, score, title, marks):
-    """probe/<name>.png: a score of every (activation, t) of a table; marks: (letter, row of the table)."""
-    names, times = list(dict.fromkeys(r["activation"] for r in table)), sorted({r["t"] for r in table})
-    values, letters = np.zeros((len(names), len(times))), {}
-    for r in table:
-        place = names.index(r["activation"]), times.index(r["t"])
-        values[place] = r[score]
-        letters[place] = "".join(letter for letter, marked in marks if marked is r)
+    """probe/<name>.png: a score of a table whose rows are all (activation, t) in order; marks: (letter, row of it)."""
+    names = list(dict.fromkeys(row["activation"] for row in table))
+    values = np.reshape([row[score] for row in table], (len(names), -1))
+    times = ", ".join(str(row["t"]) for row in table[:values.shape[1]])
+    letters = ["".join(letter for letter, marked in marks if marked is row) for row in table]
     if run.rank == 0:
-        heat_map(picture(run), values, names, f"{score}; {title}; columns: t = {', '.join(map(str, times))}", letters)
+        heat_map(picture(run), values, names, f"{score}; {title}; columns: t = {times}", letters)
 
 
 def tinted(image, masks):
@@ -1487,18 +1503,21 @@ def tinted(image, masks):
 
 def draw_segments(path, images, truth, found):
     """Images, true and found classes in colours (not class 0 and void)."""
-    kinds, sheet = range(1, max(2, 1 + int(max(truth.max(), found.max())))), list(images)
-    for masks in (truth, found):
-        sheet += [tinted(image, torch.stack([m == k for k in kinds])) for image, m in zip(images, masks)]
+    last = max(1, int(truth.max()), int(found.max()))
+    sheet = list(images)
+    for segments in (truth, found):
+        for image, segment in zip(images, segments):
+            sheet.append(tinted(image, torch.stack([segment == k for k in range(1, last + 1)])))
     save_grid(path, np.stack(sheet), len(images), ["image", "truth", "found"])
 
 
-def draw_matches(path, pairs, found, n=6, zoom=4):
+def draw_matches(path, pairs, found):
     """Pairs side by side, a line from each point to where it was found: green within 0.1 of the limit, else red."""
-    size, tiles = pairs.source.shape[2], []
-    lines = torch.cat([(pairs.points + 1) * size / 2, found + torch.tensor([size, 0.0])], 2) * zoom        # [N, P, 4]
+    size, zoom, tiles = pairs.source.shape[2], 4, []
+    starts, ends = (pairs.points + 1) * size / 2, found + torch.tensor([size, 0.0])
+    lines = torch.cat([starts, ends], 2) * zoom           # [N, P, 4]
     right = (found - pairs.goal).norm(dim=2) <= 0.1 * pairs.limit[:, None]
-    for i in range(min(n, len(lines))):
+    for i in range(min(6, len(lines))):
         both = np.concatenate([pairs.source[i], pairs.target[i]], 2).transpose(1, 2, 0)
         tile = Image.fromarray(both).resize((2 * size * zoom, size * zoom), Image.NEAREST)
         for line, good in zip(lines[i].tolist(), right[i]):
@@ -1507,14 +1526,14 @@ def draw_matches(path, pairs, found, n=6, zoom=4):
     save_grid(path, np.stack(tiles), 1, zoom=1, head="green: found within a tenth; red: not")
 
 
-def draw_objects(path, images, truth, found, n=12):
+def draw_objects(path, images, truth, found):
     """The first images with true boxes in white, found ones (score above 0.5) and their masks in red."""
     from torchvision.utils import draw_bounding_boxes
     tiles = []
-    for image, t, f in list(zip(images, truth, found))[:n]:
-        sure = f["scores"] > 0.5
-        tile = torch.from_numpy(tinted(image, f["masks"][sure].any(0)))
-        for frames, colour in ((t["boxes"], "white"), (f["boxes"][sure], "red")):
+    for image, objects, guesses in list(zip(images, truth, found))[:12]:
+        sure = guesses["scores"] > 0.5
+        tile = torch.from_numpy(tinted(image, guesses["masks"][sure].any(0)))
+        for frames, colour in ((objects["boxes"], "white"), (guesses["boxes"][sure], "red")):
             tile = draw_bounding_boxes(tile, frames, colors=colour) if len(frames) else tile
         tiles.append(tile.numpy())
     save_grid(path, np.stack(tiles), 6)

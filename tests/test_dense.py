@@ -335,7 +335,7 @@ def test_layout_of_the_truth_and_of_others(kind):
     images, _, boxes, masks = draw_shapes(4, np.arange(50), two=0)
     asked, exact = masks > 0, probe.objects_of_shapes(images)
     if kind == "box":
-        asked, exact = probe.filled(boxes[:, None], 32), probe.in_boxes(exact)
+        asked, exact = probe.filled(boxes, 32), probe.in_boxes(exact)
     assert probe.overlap_of(asked, exact).mean() > 0.93
     assert probe.overlap_of(np.roll(asked, 1, 0), exact).mean() < (0.65 if kind == "box" else 0.5)
     asked[:25] = False                                    # nothing asked for, where something is
@@ -370,7 +370,7 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     """Training images as samples of a model whose bank holds their true boxes: nothing else decides the scores."""
     images, boxes = (np.load(lost / f"data/train/{k}.npy")[:60] for k in ("images", "boxes"))
     state = torch.load(lost / "diffusion/base/checkpoint.pt", weights_only=True)
-    maps = np.concatenate([1 - probe.filled(boxes[:, None], 32), np.ones((1, 32, 32))]).astype(np.uint8)
+    maps = np.concatenate([1 - probe.filled(boxes, 32), np.ones((1, 32, 32))]).astype(np.uint8)
     words, layout = [tiny, f"run={lost}", "protocol=layout"], {}
     for labels in ("lost", "classes"):
         (lost / f"guided/{labels}").mkdir(parents=True)
