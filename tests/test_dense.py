@@ -18,7 +18,7 @@ import extract_features
 import probe
 import self_label
 from configs.data import Split, load_data
-from configs.run import Data
+from configs.run import ALONE, Data
 from configs.shapes import draw_shapes, shape_parts
 from probe import (LinearMap, PixelMlps, Probe, Source, UPer, box_overlap, coco_ap, confusion_matrix, fit_head, hsic,
                    instances, mask_overlap, matches, mean_iou, pck, pick_points, similarity, warped_pairs, warps)
@@ -77,7 +77,7 @@ def test_shapes_are_segmented(kind):
     r = Source(network("stem"), dict(path="cv"), ["unet-in", *NAMES], [0.95], kind)
     cfg = Probe(protocol="segment", width=16, images=1_000 if kind == "ensemble" else 3_000, head_batch=20, lr=[1e-2],
                 l2=[0.0])
-    head = fit_head(cfg, r, images, y, np.arange(40), np.arange(40, 50), 0)[0]
+    head = fit_head(ALONE, cfg, r, images, y, 2, np.arange(40), np.arange(40, 50), 0)[0]
     with torch.no_grad():
         found = head.eval()(*r.views(r.shown(images, np.arange(50, 60)), noise(10, 3, 16, 16))).argmax(1)
     assert mean_iou(confusion_matrix(found, y[50:].long(), 2)) > 0.75
