@@ -33,7 +33,7 @@ import itertools
 import math
 import time
 import typing
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ from torch import nn
 
 from configs.data import (as_input, load_data, load_features, prepare_data, require_shape, row_shape,
                           torchvision_datasets)
-from configs.run import (ALONE, Data, Model, UserError, autocast, bar, check_name, cli, digest, draw, fill, finished,
+from configs.run import (Data, Model, UserError, autocast, bar, check_name, cli, digest, draw, fill, finished,
                          key, locked, read_json, read_yaml, require, save_grid, seed_of, seeded, start,
                          write_json)
 from configs.shapes import shape_parts
@@ -101,79 +101,84 @@ class Probe:
     seed: int = key(0, "of noise, k-means, controls")
     overwrite: bool = key(False, "replace a result of another recipe under this name")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The label-free choice of a block and a time
 
-def label_free_scores(a, b, K, seed):
-    """(scores that see no label, cluster ids int64 [N]) of features a [N, D]; b: the same images under other noise.
+def label_free_scores(features, again, K, seed):
+    """(scores, cluster ids int64 [N]) of features [N, D], without labels.
 
-    silhouette  mean simplified silhouette (distance to own centroid against the next one), cosine
-    stability   with b: NMI of k-means of a and k-means of b, started from a's centroids: clusters that are about the
-                image survive other noise
+    silhouette  mean simplified silhouette: cosine distance to the own centroid against that to the next one
+    stability   if there is `again`, features of the same images under other noise: NMI of its clusters with these, high
+                where clusters are about the image. Its k-means starts from these centroids
     """
-    c, _, _ = kmeans(a, K, metric="cosine", seed=seed)
-    distance = (1 - F.normalize(a, dim=1) @ c.T).clamp(min=0)                    # [N, K]
+    centroids, _, _ = kmeans(features, K, metric="cosine", seed=seed)
+    distance = (1 - F.normalize(features, dim=1) @ centroids.T).clamp(min=0)     # [N, K]
     own, following = distance.topk(2, 1, largest=False).values.unbind(1)
     scores = dict(silhouette=float((1 - own / following.clamp(min=1e-9)).mean()))
-    ids = assign(a, c, "cosine")[0].numpy()
-    if b is not None:
-        c_b = kmeans(b, K, metric="cosine", start=c)[0]
-        scores["stability"] = nmi(ids, assign(b, c_b, "cosine")[0].numpy())
+    ids = assign(features, centroids, "cosine")[0].numpy()
+    if again is not None:
+        centroids, _, _ = kmeans(again, K, metric="cosine", start=centroids)
+        scores["stability"] = nmi(ids, assign(again, centroids, "cosine")[0].numpy())
     return scores, ids
 
 
-def consensus(ids):
+def consensus(clusterings):
     """Mean NMI of each clustering with all the others, [n] from int64 [n][N].
 
-    Over the blocks of one network at one time, this is high where every depth finds the same groups. With ever less
-    noise all blocks see the same image and agree more and more, so of times that agree about equally the noisiest is
-    taken. (How well the criteria follow true classes is measured in results/; none does everywhere.)
+    Over the blocks of one network at one time, this is high where every depth finds the same groups. (How well the
+    criteria follow true classes is measured in results/; none does everywhere.)
     """
-    m = np.zeros((len(ids), len(ids)))
-    for i, j in itertools.combinations(range(len(ids)), 2):
-        m[i, j] = nmi(ids[i], ids[j])
-    return (m + m.T).sum(1) / max(len(ids) - 1, 1)
+    n = len(clusterings)
+    agreement = np.zeros((n, n))
+    for i, j in itertools.combinations(range(n), 2):
+        agreement[i, j] = agreement[j, i] = nmi(clusterings[i], clusterings[j])
+    return agreement.sum(1) / max(n - 1, 1)
 
 
-def score_time(source, cfg, train, fit, val, K):
+def score_time(source, cfg, train, fit, val, K, criterion):
     """A row of scores for every activation at source.times[0]: without labels, and where all classes are known with."""
-    a, v = (source.vectors(train.inputs, rows, "probe 0") for rows in (fit, val))
-    few = len(source.names) <= 2                          # they have nothing to agree with: the most stable is chosen
-    b = source.vectors(train.inputs, fit, "probe 1") if few else None
-    y, table, clusters = classes_of(train), [], []
+    features, held_out = (source.vectors(train.inputs, rows, "probe 0") for rows in (fit, val))
+    again = source.vectors(train.inputs, fit, "probe 1") if criterion == "stability" else {}
+    y, table, clusterings = classes_of(train), [], []
     for place in source.places:
-        mean = a[place].mean(0)                           # activations share a large common direction
-        scores, ids = label_free_scores(a[place] - mean, b[place] - mean if few else None, K, cfg.seed)
-        row = dict(activation=place[0], **noise_level(source.state["path"], place[1]), **scores)
+        mean = features[place].mean(0)                    # activations share a large common direction
+        x, x_val = features[place] - mean, held_out[place] - mean
+        x_again = again[place] - mean if again else None
+        scores, ids = label_free_scores(x, x_again, K, cfg.seed)
+        row = source.row(*place) | scores
         if (y >= 0).all():
             row["nmi"] = nmi(ids, y[fit].numpy())
-            row["linear"] = linear_accuracy(a[place], v[place], y[fit], y[val], source.device)
-            row["knn"] = knn(a[place] - mean, y[fit], v[place] - mean, y[val], 20, source.device)
+            row["linear"] = linear_accuracy(features[place], held_out[place], y[fit], y[val], source.device)
+            row["knn"] = knn(x, y[fit], x_val, y[val], 20, source.device)
         table.append(row)
-        clusters.append(ids)
-    return [row | dict(consensus=float(c)) for row, c in zip(table, consensus(clusters))]
+        clusterings.append(ids)
+    return [row | dict(consensus=float(score)) for row, score in zip(table, consensus(clusterings))]
 
 
 def label_free_choice(table, criterion):
-    """The row of a sweep's table that is chosen: by stability the best; by consensus the block that agrees most at the
-    noisiest time at which blocks still agree about as well as anywhere (within 3 %)."""
+    """The row of a sweep's table with the highest score; by consensus only rows of one time count.
+
+    With ever less noise all blocks see the same image and agree more and more. So the time is the noisiest at which the
+    best consensus is within 3 % of the highest of all times.
+    """
     if criterion == "consensus":
-        best = {t: max(r["consensus"] for r in table if r["t"] == t) for t in {r["t"] for r in table}}
+        times = {row["t"] for row in table}
+        best = {t: max(row["consensus"] for row in table if row["t"] == t) for t in times}
         noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
-        table = [r for r in table if r["t"] == noisiest]
-    return max(table, key=lambda r: r[criterion])
+        table = [row for row in table if row["t"] == noisiest]
+    return max(table, key=lambda row: row[criterion])
 
 
 def sweep(run, cfg, source, train, test):
     """Score every (activation, t) and choose one without labels."""
+    criterion = "consensus" if len(source.names) > 2 else "stability"            # two have nothing to agree with
     fit, val = fit_and_validation(cfg, len(train), cfg.fit)
     K = min(cfg.K, max(2, len(fit) // 4))                 # clusters of four images at least
-    table = []
+    mine = []
     for t in source.times[run.rank::run.world]:
-        table += score_time(replace(source, times=[t]), cfg, train, fit, val, K)
-    table = sorted(itertools.chain(*run.gather(table)), key=lambda r: (source.names.index(r["activation"]), r["t"]))
-    criterion = "stability" if len(source.names) <= 2 else "consensus"
+        mine += score_time(replace(source, times=[t]), cfg, train, fit, val, K, criterion)
+    table = list(itertools.chain(*run.gather(mine)))
+    table.sort(key=lambda row: (source.names.index(row["activation"]), row["t"]))
     chosen = label_free_choice(table, criterion)
     about = dict(K=K, fit=len(fit), validation=len(val), criterion=criterion)
     return about | report_choice(run, table, chosen, [criterion], ["nmi", "linear", "knn"])
@@ -185,13 +190,20 @@ def box_agreement(a, b):
     return float(iou(a, b).mean() - iou(a, np.roll(b, 1, 0)).mean())
 
 
-def objects_in(source, inputs, rows, purpose, size, method="lost", objects=1):
-    """Yield ((name, t), what `find_objects` finds in images of this size by that activation alone), batch by batch."""
+def objects_in(source, inputs, rows, purpose, what, size, method="lost", objects=1):
+    """The objects of these rows by each activation alone, {(name, t): array [len(rows), ...]}.
+
+    what: "boxes" or "masks", of `find_objects`; size: (H, W) of the images.
+    """
+    found = {}
     for _, out in source.stream(inputs, rows, purpose, pool="none"):
-        for place, x in out.items():
-            if x.shape[3] > 1:
-                patches = x.flatten(2).transpose(1, 2)                           # [B, h * w, C]
-                yield place, find_objects(patches, tuple(x.shape[2:]), size, method, objects)
+        for place, maps in out.items():
+            grid = tuple(maps.shape[2:])
+            if grid[1] > 1:
+                patches = maps.flatten(2).transpose(1, 2)                        # [B, h * w, C]
+                batch = find_objects(patches, grid, size, method, objects)[what]
+                found.setdefault(place, []).append(batch.cpu().numpy())
+    return {place: np.concatenate(batches) for place, batches in found.items()}
 
 
 def boxes(run, cfg, source, train, test):
@@ -202,38 +214,38 @@ def boxes(run, cfg, source, train, test):
     where boxes are loose: the choice is the greatest sum.
     """
     require(len(source.places) > 1, cfg, "activations t", "boxes compares at least two")
-    rows, times, found = some_rows(len(train), cfg.seed, "probe rows", cfg.boxed), sorted(source.times), {}
-    for t, noise in itertools.product(times[run.rank::run.world], range(2)):
-        one = replace(source, times=[t], batch=min(source.batch, 64))
-        for place, objects in objects_in(one, train.inputs, rows, f"probe {noise}", train.images.shape[2:]):
-            found.setdefault((*place, noise), []).append(objects["boxes"][:, 0].cpu().numpy())
-    found = {place: np.concatenate(parts) for mine in run.gather(found) for place, parts in mine.items()}
-    places = [place for place in itertools.product(source.names, times) if (*place, 0) in found]
-    table = []
-    for name, t in places:
-        a, b = found[name, t, 0], found[name, t, 1]
-        stability = box_agreement(a, b)
-        mutual = float(np.mean([box_agreement(a, found[(*other, 0)]) for other in places if other != (name, t)]))
-        row = dict(activation=name, **noise_level(source.state["path"], t), agreement=stability + mutual,
-                   stability=stability, consensus=mutual)
+    rows, times = some_rows(len(train), cfg.seed, "probe rows", cfg.boxed), sorted(source.times)
+    draws = []                                            # of two noise draws: {(name, t): boxes [N, 4]}
+    for purpose in ("probe 0", "probe 1"):
+        mine = {}
+        for t in times[run.rank::run.world]:              # one after the other: whole maps are held
+            one = replace(source, times=[t], batch=min(source.batch, 64))
+            mine |= objects_in(one, train.inputs, rows, purpose, "boxes", train.images.shape[2:])
+        draws.append({place: found[:, 0] for part in run.gather(mine) for place, found in part.items()})
+    found, again = draws
+    places, table = [place for place in itertools.product(source.names, times) if place in found], []
+    for place in places:
+        stability = box_agreement(found[place], again[place])
+        mutual = float(np.mean([box_agreement(found[place], found[other]) for other in places if other != place]))
+        row = source.row(*place) | dict(agreement=stability + mutual, stability=stability, consensus=mutual)
         if train.boxes is not None:
-            row["iou"] = float(iou(a, train.boxes[rows]).mean())
+            row["iou"] = float(iou(found[place], train.boxes[rows]).mean())
         table.append(row)
-    chosen = max(table, key=lambda r: r["agreement"])
+    chosen = max(table, key=lambda row: row["agreement"])
     return dict(images=len(rows)) | report_choice(run, table, chosen, ["agreement", "stability", "consensus"], ["iou"])
 
 
 def report_choice(run, table, chosen, criteria, truth):
     """What is known of the row that was chosen without labels; where there are scores `truth`, the rows they choose."""
-    def about(row, *keys):
-        return {k: row[k] for k in ("activation", "t", "rho", "log_snr", *keys)}
+    def about(row, *scores):
+        return {k: row[k] for k in ("activation", "t", "rho", "log_snr", *scores)}
 
     shown, marks = criteria[0], [("F", chosen)]
     result = dict(label_free=about(chosen, *criteria))
-    run.say(f"label-free choice: {as_text(chosen, criteria[0])}")
+    run.say(f"label-free choice: {as_text(chosen, shown)}")
     if truth[0] in chosen:
-        best = {k: max(table, key=lambda r: r[k]) for k in truth}
-        result["oracle"] = {k: about(row, k) for k, row in best.items()}
+        best = {score: max(table, key=lambda row: row[score]) for score in truth}
+        result["oracle"] = {score: about(row, score) for score, row in best.items()}
         shown = truth[0]
         marks.append(("O", best[shown]))
         run.say(f"it has {as_text(chosen, *truth)}; with labels one would take {as_text(best[shown], shown)}")
@@ -241,9 +253,9 @@ def report_choice(run, table, chosen, criteria, truth):
     return result | dict(table=table)
 
 
-def as_text(row, *keys):
+def as_text(row, *scores):
     """Place and scores of a row."""
-    return f"{row['activation']} at t={row['t']:g} ({', '.join(f'{k} {row[k]:.3f}' for k in keys)})"
+    return f"{row['activation']} at t={row['t']:g} ({', '.join(f'{k} {row[k]:.3f}' for k in scores)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,24 +285,29 @@ class Source:
             return self.state.get("passes", 0)
         return len(self.times) * (2 if self.head == "diffeed" else 1)
 
-    def stream(self, images, rows, purpose, **options):
+    def row(self, name, t):
+        """The beginning of a table's row: activation and t, the latter in the terms of other papers, too."""
+        return dict(activation=name) | noise_level(self.state["path"], t)
+
+    def stream(self, images, rows, purpose, pool="mean"):
         """Yield (rows of a batch, {(name, t): activation on the device}); noise belongs to the image."""
-        options = dict(batch=self.batch) | options
         return stream(self.net, self.state, images, rows, self.names, self.times, device=self.device,
-                      context=self.context, seed=self.seed, purpose=purpose, **options)
+                      context=self.context, pool=pool, seed=self.seed, purpose=purpose, batch=self.batch)
 
     def vectors(self, images, rows, purpose):
         """Activations of all rows averaged over positions, {(name, t): float32 [len(rows), D]}, on the CPU; images as
         they are become 32 x 32 at most."""
-        parts = {}
+        parts = {place: [] for place in self.places}
         if self.net is None:
-            small = [self.shown(images, part) for part in split(rows, 1000)]
-            parts[self.places[0]] = [F.adaptive_avg_pool2d(x, min(32, x.shape[2])).flatten(1).cpu() for x in small]
+            for part in split(rows, 1000):
+                x = self.shown(images, part)
+                small = F.adaptive_avg_pool2d(x, min(32, x.shape[2]))
+                parts[self.places[0]].append(small.flatten(1).cpu())
         else:
             for _, out in self.stream(images, rows, purpose):
                 for place, value in out.items():
-                    parts.setdefault(place, []).append(value.cpu())
-        return {place: torch.cat(v) for place, v in parts.items()}
+                    parts[place].append(value.cpu())
+        return {place: torch.cat(values) for place, values in parts.items()}
 
     def shown(self, images, rows, flip=None):
         """Rows as float [n, C, H, W]: images in [-1, 1], or means of latents. flip: bool [n], those to be mirrored."""
@@ -314,15 +331,15 @@ class Source:
                 maps.append(read(x_t, t))
         return maps, x_t, t
 
-    def seen(self, images, rows, seed, purpose):
-        """What heads are called with of these rows; noise belongs to the image."""
+    def views_of(self, images, rows, seed, purpose):
+        """`views` of these rows; noise belongs to the image."""
         z = draw(seed, purpose, rows, row_shape(images)).to(self.device)
         return self.views(self.shown(images, rows), z)
 
     def maps(self, images, rows, purpose):
         """{(name, t): map [n, C, h, w]} of these rows."""
-        every = self.seen(images, rows, self.seed, f"{purpose} 0")[0]
-        return {(name, t): x for t, maps in zip(self.times, every) for name, x in zip(self.names, maps)}
+        views, _, _ = self.views_of(images, rows, self.seed, purpose)
+        return {(name, t): x for t, maps in zip(self.times, views) for name, x in zip(self.names, maps)}
 
 
 def split(rows, size):
@@ -353,21 +370,30 @@ def known_masks(train, test):
     return [torch.where(m == 255, -100, m) for m in masks]
 
 
+def generator(seed, purpose, index=0):
+    """Random numbers of PyTorch, different for every (seed, purpose, index)."""
+    return torch.Generator().manual_seed(seed_of(seed, purpose, index))
+
+
+def shuffled(rows, seed, purpose):
+    """Rows [n], or range(rows), in an order drawn by the seed."""
+    return np.random.default_rng(seed_of(seed, purpose)).permutation(rows)
+
+
+def some_rows(rows, seed, purpose, n):
+    """Up to n of the rows, or of range(rows), drawn by the seed; sorted."""
+    return np.sort(shuffled(rows, seed, purpose)[:n])
+
+
 def fit_and_validation(cfg, n, most=0):
     """(rows to learn from, rows to select on: at most a fifth) of n training images; of the former at most so many."""
     if n < 20:
         raise UserError(f"the run has only {n} training images, too few to fit on some and select on others")
-    order = np.random.default_rng(seed_of(cfg.seed, "probe rows")).permutation(n)
-    held = min(cfg.validation, n // 5)
+    order, held = shuffled(n, cfg.seed, "probe rows"), min(cfg.validation, n // 5)
     if not most:
         return order[held:], order[:held]
     most = min(most, n - held)
     return np.sort(order[:most]), np.sort(order[most:most + held])
-
-
-def some_rows(rows, seed, purpose, n):
-    """Up to n of the rows, or of range(rows), drawn by a seed; sorted."""
-    return np.sort(np.random.default_rng(seed_of(seed, purpose)).permutation(rows)[:n])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,27 +409,27 @@ SWEEP = 3e-4                                              # tolerance of sweeps:
 
 
 def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=300):
-    """Multinomial logistic regression where x is: x [N, D], y [N] -> weights [D + 1, classes].
+    """Multinomial logistic regression of y [N] on x [N, D], on x's device: weights [D + 1, classes], bias last.
 
-    l2 on the weights, not the bias; start: weights to begin with. Solved for u, where w = u C^-1 and CC' = X'X / 2N +
-    l2: the Hessian of each class is nowhere above CC' (Boehning 1992), so that of u is nowhere above 1. Accelerated
-    steps, restarted when they point uphill (arXiv 1204.3982), in the layout [classes, N], whose softmax is cheap.
+    l2 is on the weights, not the bias; start: weights to begin with. Steps are taken in u, where the weights are w = u
+    C^-1 and CC' = X'X / 2N + l2: there the Hessian is at most 1 (Boehning 1992), so that steps as long as the gradient
+    descend. They are accelerated, and restarted when they point uphill (arXiv 1204.3982).
     """
     x = torch.cat([x, x.new_ones(len(x), 1)], 1).T.contiguous()                  # [D + 1, N]
-    target = F.one_hot(y, classes).T.float()                                     # [classes, N]
+    target = F.one_hot(y, classes).T.float()              # [classes, N], a layout whose softmax is cheap
     penalty = torch.full((len(x),), l2, dtype=torch.float64, device=x.device)
     penalty[-1] = 0
-    gram = 0                                              # in float32 it may have eigenvalues below zero
-    for part in x.split(4096, 1):
-        gram = gram + part.double() @ part.double().T
+    gram = sum(part.double() @ part.double().T for part in x.split(4096, 1))     # float32 may make eigenvalues below 0
     C = torch.linalg.cholesky(gram / (2 * len(y)) + torch.diag(penalty + 1e-6))
-    back = torch.linalg.solve_triangular(C, torch.eye(len(C), dtype=C.dtype, device=C.device), upper=False).float()
+    eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    inverse = torch.linalg.solve_triangular(C, eye, upper=False).float()
     penalty = penalty.float()
     u = x.new_zeros(classes, len(x)) if start is None else (start.T.double() @ C).float()
-    ahead, momentum = u, 1.0
+    ahead, momentum = u, 1.0                              # slopes are taken ahead of u
     for _ in range(iterations):
-        w = ahead @ back
-        slope = ((torch.softmax(w @ x, 0) - target) @ x.T / len(y) + penalty * w) @ back.T
+        w = ahead @ inverse
+        error = torch.softmax(w @ x, 0) - target          # [classes, N]
+        slope = (error @ x.T / len(y) + penalty * w) @ inverse.T
         if slope.abs().max() < tolerance:
             break
         new = ahead - slope
@@ -412,27 +438,31 @@ def logistic(x, y, classes, l2, start=None, tolerance=1e-5, iterations=300):
         following = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
         ahead = new + (momentum - 1) / following * (new - u)
         u, momentum = new, following
-    return (ahead @ back).T
+    return (ahead @ inverse).T
 
 
 def accuracy(w, x, y):
-    """Share of rows that the linear classifier w [D + 1, classes] gets right."""
+    """Share of rows x [N, D] whose class y [N] the linear classifier w [D + 1, classes] finds."""
     return float(((x @ w[:-1] + w[-1]).argmax(1) == y).float().mean())
 
 
 def linear_accuracy(x, x_val, y, y_val, device):
     """Accuracy on x_val of a quick linear probe of x [N, D]."""
     x, x_val = (v.to(device) for v in standardise(x, x_val))
-    w = logistic(x, y.to(device), int(max(y.max(), y_val.max())) + 1, 1e-3, tolerance=SWEEP)
+    classes = int(max(y.max(), y_val.max())) + 1
+    w = logistic(x, y.to(device), classes, 1e-3, tolerance=SWEEP)
     return accuracy(w, x_val, y_val.to(device))
 
 
 def knn(fit, y, x, truth, k, device="cpu"):
     """Accuracy of the majority vote of the k nearest rows of `fit` (cosine; ties to the nearer class sum)."""
-    fit, y, classes, right = F.normalize(fit, dim=1).to(device), y.to(device), int(y.max()) + 1, 0
+    fit, y = F.normalize(fit, dim=1).to(device), y.to(device)
+    classes, right = int(y.max()) + 1, 0
     for rows, target in zip(x.split(1000), truth.split(1000)):
-        near = (F.normalize(rows, dim=1).to(device) @ fit.T).topk(min(k, len(fit)), 1)     # [b, k]
-        votes = fit.new_zeros(len(rows), classes).scatter_add_(1, y[near.indices], 1 + 1e-3 * near.values)
+        closeness = F.normalize(rows, dim=1).to(device) @ fit.T
+        near = closeness.topk(min(k, len(fit)), 1)        # [b, k]
+        votes = fit.new_zeros(len(rows), classes)
+        votes.scatter_add_(1, y[near.indices], 1 + 1e-3 * near.values)
         right += int((votes.argmax(1).cpu() == target.cpu()).sum())
     return right / len(x)
 
@@ -454,22 +484,23 @@ def compare(run, sources, measure, seeds, scores):
             rows.setdefault(what, about)["results"].append(place | got)
     for what, row in rows.items():
         said = []
-        for k in scores:
-            values = [r[k] for r in row["results"]]
-            row[k] = float(np.mean(values))
-            row[f"{k}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            said.append(f"{k} {row[k]:.4f}" + (f" +- {row[f'{k}_std']:.4f}" if len(values) > 1 else ""))
+        for score in scores:
+            values = [result[score] for result in row["results"]]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row |= {score: float(np.mean(values)), f"{score}_std": spread}
+            said.append(f"{score} {row[score]:.4f}" + (f" +- {spread:.4f}" if len(values) > 1 else ""))
         run.say(f"{what:24} {', '.join(said)} over {len(row['results'])} seed(s); {row['parameters']:,} trained "
                 f"parameters, {row['passes']} pass(es) per image")
     return rows
 
 
-def controls(run, cfg, asked, single, train, rows):
-    """What to compare with, {what: Source}: random weights in place of those of `asked`; in place of those of `single`
-    a network taught the classes of `rows` of the training images; and the raw pixels."""
+def controls(run, cfg, source, train, rows):
+    """What to compare with, {what: Source}: the network with random weights; one of its size that was taught the
+    classes of `rows` of the training images, read at t = 1; the raw pixels."""
+    single = replace(source, head="attention") if source.head == "diffeed" else source         # feeds nothing back
     out, y = {}, classes_of(train)
     if "random" in cfg.controls:
-        out["random weights"] = replace(asked, net=random_network(asked))
+        out["random weights"] = replace(source, net=random_network(source))
     if "supervised" in cfg.controls and (y >= 0).all():
         taught = train_supervised(cfg, single, train.inputs, y, rows)
         out["supervised, same size"] = replace(single, net=taught, times=[1.0])
@@ -483,14 +514,13 @@ class OneCycle:
     """AdamW with one cycle of the learning rate, up to lr."""
 
     def __init__(self, modules, lr, l2, steps):
-        self.params = [p for m in modules for p in m.parameters()]
+        self.params = [p for module in modules for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(self.params, lr, weight_decay=l2)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, steps + 1)
 
     def step(self, loss, clip=math.inf):
         loss.backward()
-        if clip < math.inf:
-            nn.utils.clip_grad_norm_(self.params, clip)
+        nn.utils.clip_grad_norm_(self.params, clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -498,37 +528,38 @@ class OneCycle:
 
 def same_network(source, seed):
     """A new network of the same architecture."""
-    s = source.state
-    net = build_model(fill("model", Model, s["model"]), s["size"], s["channels"], seed=seed)
+    state = source.state
+    model = fill("model", Model, state["model"])
+    net = build_model(model, state["size"], state["channels"], seed=seed)
     return net.to(source.device).eval()                   # no dropout
 
 
 def random_network(source):
     """The same network with random weights."""
     net = same_network(source, source.seed + 1).requires_grad_(False)
-    g = torch.Generator().manual_seed(seed_of(source.seed, "random weights"))
+    numbers = generator(source.seed, "random weights")
     for p in net.parameters():                            # zero-initialised branches would make it blind
         if not p.any() and p.dim() > 1:
-            p.copy_(nn.init.kaiming_uniform_(torch.empty(p.shape), a=math.sqrt(5), generator=g))
+            p.copy_(nn.init.kaiming_uniform_(torch.empty(p.shape), a=math.sqrt(5), generator=numbers))
     return net
 
 
-def train_supervised(cfg, source, images, y, rows, batch=128):
+def train_supervised(cfg, source, images, y, rows):
     """The same architecture up to the last of source.names, taught the classes y of `rows` of clean images."""
-    net = same_network(source, source.seed)
-    read, one = reader(net, source.names[-1:]), torch.ones(1, device=source.device)
+    net, batch = same_network(source, source.seed), 128
+    read, t = reader(net, source.names[-1:]), torch.ones(batch, device=source.device)
     with torch.no_grad():
-        width = read(source.shown(images, rows[:1]), one)[0].shape[1]
+        width = read(source.shown(images, rows[:1]), t[:1])[0].shape[1]
     with seeded(source.seed, "supervised head"):
         head = nn.Linear(width, int(y.max()) + 1).to(source.device)
     steps = max(1, cfg.supervised_images // batch)
-    opt = OneCycle([net, head], 2e-3, 0.05, steps)
+    optimizer = OneCycle([net, head], 2e-3, 0.05, steps)
     for step in range(steps):
-        generator = np.random.default_rng(seed_of(source.seed, "supervised rows", step))
-        part = np.sort(generator.choice(rows, batch))
+        chooser = np.random.default_rng(seed_of(source.seed, "supervised rows", step))
+        part = np.sort(chooser.choice(rows, batch))
         with source.context():
-            logits = head(read(source.shown(images, part), one.expand(batch))[0])
-        opt.step(F.cross_entropy(logits.float(), y[part].to(source.device)))
+            logits = head(read(source.shown(images, part), t)[0])
+        optimizer.step(F.cross_entropy(logits.float(), y[part].to(source.device)))
     return net.requires_grad_(False)
 
 
@@ -545,26 +576,28 @@ def linear(run, cfg, source, train, test):
     """Linear probe and kNN of all activations side by side, for every noise draw."""
     y, y_test = known_classes(train, test)
     fit, val = map(np.sort, fit_and_validation(cfg, len(train)))
-    classes, y_fit, y_val, y_test = int(y.max()) + 1, *(v.to(run.device) for v in (y[fit], y[val], y_test))
+    classes = int(y.max()) + 1
+    y_fit, y_val, y_test = (v.to(run.device) for v in (y[fit], y[val], y_test))
 
-    def vectors(what, s, name, part, number):             # float32 [N, D]
+    def vectors(what, source, name, part, number):        # float32 [N, D]
         if what == "features" and cfg.features:
-            return stored_vectors(run, cfg.features, name).to(s.device)
-        out = s.vectors(part.inputs, np.arange(len(part)), f"linear {name} {number}")
-        return torch.cat([out[place] for place in s.places], 1).to(s.device)
+            return stored_vectors(run, cfg.features, name).to(source.device)
+        out = source.vectors(part.inputs, np.arange(len(part)), f"linear {name} {number}")
+        return torch.cat([out[place] for place in source.places], 1).to(source.device)
 
-    def measure(what, s, number):
-        x = vectors(what, s, "train", train, number)
-        a, v, b = standardise(x[fit], x[val], vectors(what, s, "test", test, number))
+    def measure(what, source, number):
+        x = vectors(what, source, "train", train, number)
+        x_test = vectors(what, source, "test", test, number)
+        x, x_val, x_test = standardise(x[fit], x[val], x_test)
         weights, w = {}, None
         for l2 in (1e-2, 1e-3, 1e-4, 1e-5):               # each starts where the last one ended
-            weights[l2] = w = logistic(a, y_fit, classes, l2, start=w)
-        l2 = max(weights, key=lambda l2: accuracy(weights[l2], v, y_val))
-        k = max((1, 5, 20, 50), key=lambda k: knn(a, y_fit, v, y_val, k, s.device))
-        return dict(linear=accuracy(weights[l2], b, y_test), knn=knn(a, y_fit, b, y_test, k, s.device), l2=l2, k=k,
-                    parameters=w.numel())
+            weights[l2] = w = logistic(x, y_fit, classes, l2, start=w)
+        l2 = max(weights, key=lambda l2: accuracy(weights[l2], x_val, y_val))
+        k = max((1, 5, 20, 50), key=lambda k: knn(x, y_fit, x_val, y_val, k, source.device))
+        return dict(linear=accuracy(weights[l2], x_test, y_test),
+                    knn=knn(x, y_fit, x_test, y_test, k, source.device), l2=l2, k=k, parameters=w.numel())
 
-    every = {"features": source} | controls(run, cfg, source, source, train, fit)
+    every = {"features": source} | controls(run, cfg, source, train, fit)
 
     def sources(number):                                  # what reads no noise is measured once
         return {what: s for what, s in every.items() if number == 0 or s.net is not None and s.times != [1.0]}
@@ -580,30 +613,33 @@ class PooledHead(nn.Sequential):
     """Linear probe or MLP on averages over a grid (arXiv 2307.08702: 2 x 2) of all maps, of shapes (C, H, W), side by
     side, normalised."""
 
-    def __init__(self, shapes, classes, grid, hidden=()):
-        sizes = [sum(c * min(grid, h) * min(grid, w) for c, h, w in shapes), *hidden, classes]
-        layers = [nn.BatchNorm1d(sizes[0], affine=False)]
-        for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-        super().__init__(*layers[:-1])
+    def __init__(self, shapes, classes, grid, hidden=0):
+        width = sum(c * min(grid, h) ** 2 for c, h, _ in shapes)
+        layers = [nn.BatchNorm1d(width, affine=False)]
+        if hidden:
+            layers += [nn.Linear(width, hidden), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(hidden or width, classes))
         self.grid = grid
 
     def forward(self, maps, *_):
         pooled = []
-        for m in itertools.chain(*maps):
-            side = min(self.grid, m.shape[2]), min(self.grid, m.shape[3])
-            pooled.append(F.adaptive_avg_pool2d(m, side).flatten(1))
+        for x in itertools.chain(*maps):
+            pooled.append(F.adaptive_avg_pool2d(x, min(self.grid, x.shape[2])).flatten(1))
         return super().forward(torch.cat(pooled, 1))
 
 
+def convolution(channels, width, side):
+    """A side x side convolution, norm, ReLU."""
+    conv = nn.Conv2d(channels, width, side, padding=side // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+
+
 class Cnn(nn.Sequential):
-    """Of one map twice 3x3 convolution, norm, ReLU; average; linear. (The paper's exact shape is not published.)"""
+    """Of one map two 3x3 convolutions; average; linear. (The paper's exact shape is not published.)"""
 
     def __init__(self, channels, classes, width):
-        layers = []
-        for c in (channels, width):
-            layers += [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+        super().__init__(convolution(channels, width, 3), convolution(width, width, 3),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
     def forward(self, maps, *_):
         return super().forward(maps[0][0])
@@ -620,31 +656,32 @@ class DifFormer(nn.Module):
     def __init__(self, shapes, times, classes, width=1024, depth=2, heads=8, side=16):
         super().__init__()
         self.tokens = nn.ModuleList()                     # of each block, shared by all times
-        for c, h, w in shapes:
-            h, w = min(h, side), min(w, side)
-            to_tokens = nn.AdaptiveAvgPool2d((h, w)), nn.LayerNorm([c, h, w]), nn.Conv2d(c, width, 1)
-            self.tokens.append(nn.Sequential(*to_tokens))
+        for c, h, _ in shapes:
+            h = min(h, side)
+            self.tokens.append(nn.Sequential(nn.AdaptiveAvgPool2d(h), nn.LayerNorm([c, h, h]), nn.Conv2d(c, width, 1)))
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.out = nn.Linear(times * width, classes)
 
     def forward(self, maps, *_):
-        seen = []
-        for blocks in maps:                               # times do not attend to each other
-            tokens = [f(m).flatten(2).transpose(1, 2) for f, m in zip(self.tokens, blocks)]      # [B, h * w, width]
-            x = torch.cat([self.cls.expand(len(blocks[0]), -1, -1), *tokens], 1)                 # [B, 1 + L, width]
-            for b in self.blocks:
-                x = b(x)
-            seen.append(x[:, 0])
-        return self.out(torch.cat(seen, 1))
+        summaries = []
+        for of_time in maps:                              # times do not attend to each other
+            tokens = [self.cls.expand(len(of_time[0]), -1, -1)]
+            for to_tokens, x in zip(self.tokens, of_time):
+                tokens.append(to_tokens(x).flatten(2).transpose(1, 2))           # [B, h * w, width]
+            x = torch.cat(tokens, 1)
+            for block in self.blocks:
+                x = block(x)
+            summaries.append(x[:, 0])
+        return self.out(torch.cat(summaries, 1))
 
 
 def mirrors(net):
-    """DifFeed's pairs (name of a decoder output, module of the mirrored encoder output it is added to) of a U-Net, one
-    per level: the first residual block there.
+    """DifFeed's pairs of a U-Net, one per level: (name of a decoder output, the encoder module to whose output it is
+    added).
 
-    In ADM's numbering 38 - b <- b (method of arXiv 2311.17921); channels and size of the two are equal in every U-Net
-    that build_model makes.
+    The encoder module is the first residual block of the level, the decoder output its mirror image: in ADM's numbering
+    38 - b <- b (method of arXiv 2311.17921). Their shapes are equal in every U-Net that build_model makes.
     """
     names = {id(module): name for name, (module, _) in catalogue(net).items()}
     down = net.input_blocks
@@ -653,35 +690,29 @@ def mirrors(net):
 
 
 class DifFeed(nn.Module):
-    """DifFeed (arXiv 2311.17921): a second pass of the same x_t, to which decoder maps of the first are added in the
-    encoder; attention head on what `source` names.
+    """DifFeed (arXiv 2311.17921): decoder maps of a first pass go through feedback layers and are added in the encoder,
+    in a second pass of the same x_t, from which an attention head reads source.names[0].
 
     The network stays frozen, but gradients go through it to the feedback layers. shapes: (C, H, W) of the decoder maps;
-    shape: of what is named.
+    shape: of what the head reads.
     """
 
     def __init__(self, source, shapes, shape, classes, width=1024, depth=2):
         super().__init__()
-        targets = [module for _, module in mirrors(source.net)]
-        self.frozen = source.net, source.names[0], targets, source.context       # a tuple: not to be trained
-        self.back = nn.ModuleList()
-        for c, _, _ in shapes:
-            self.back.append(nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()))
+        self.frozen = (source,)                           # in a tuple: no part of what is trained
+        self.targets = [module for _, module in mirrors(source.net)]
+        self.back = nn.ModuleList(convolution(channels, channels, 1) for channels, _, _ in shapes)
         self.head = DifFormer([shape], 1, classes, width, depth)
 
     def forward(self, maps, x_t, t):                      # maps [1][levels]: decoder outputs of the first pass
-        net, name, targets, context = self.frozen
+        def adding(feedback):                             # a hook that adds feedback [B, C, H, W] to a module's output
+            return lambda module, args, out: out + feedback.to(out.dtype)
 
-        def adding(g):                                    # a hook that adds g [B, C, H, W] to a module's output
-            return lambda module, args, out: out + g.to(out.dtype)
-
-        hooks = [m.register_forward_hook(adding(f(x))) for m, f, x in zip(targets, self.back, maps[0])]
-        try:                                              # the skip connections carry the sums, too
-            with context():
-                second = reader(net, [name], "none")(x_t, t)
-        finally:
-            for h in hooks:
-                h.remove()
+        source, = self.frozen
+        with ExitStack() as hooks, source.context():      # the skip connections carry the sums, too
+            for target, layers, x in zip(self.targets, self.back, maps[0]):
+                hooks.callback(target.register_forward_hook(adding(layers(x))).remove)
+            second = reader(source.net, source.names[:1], "none")(x_t, t)
         return self.head([second])
 
 
@@ -704,7 +735,7 @@ class LinearMap(nn.Module):
             self.maps.append(nn.Sequential(nn.BatchNorm2d(c, affine=False), nn.Conv2d(c, classes, 1)))
 
     def forward(self, maps, *_):
-        return sum(enlarged(f(m), self.size) for f, m in zip(self.maps, itertools.chain(*maps)))
+        return sum(enlarged(layers(x), self.size) for layers, x in zip(self.maps, itertools.chain(*maps)))
 
 
 class UPer(nn.Module):
@@ -713,28 +744,27 @@ class UPer(nn.Module):
 
     def __init__(self, shapes, times, classes, size, width):
         super().__init__()
-
-        def conv(a, b, k):
-            return nn.Sequential(nn.Conv2d(a, b, k, padding=k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-
-        def pool(side):
-            return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Conv2d(width, width, 1), nn.ReLU())
-
         self.size = size
         self.order = sorted(range(len(shapes)), key=lambda i: shapes[i][1])      # coarse to fine
-        self.sides = nn.ModuleList(conv(times * shapes[i][0], width, 1) for i in self.order)
-        self.pools = nn.ModuleList(pool(side) for side in (1, 2, 3, 6))
-        self.smooth = nn.ModuleList(conv(width, width, 3) for _ in shapes)
-        self.pooled = conv(5 * width, width, 3)
-        self.out = nn.Sequential(conv(len(shapes) * width, width, 3), nn.Conv2d(width, classes, 1))
+        self.sides = nn.ModuleList(convolution(times * shapes[i][0], width, 1) for i in self.order)
+        self.pools = nn.ModuleList()
+        for side in (1, 2, 3, 6):
+            self.pools.append(nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Conv2d(width, width, 1), nn.ReLU()))
+        self.smooth = nn.ModuleList(convolution(width, width, 3) for _ in shapes)
+        self.pooled = convolution(5 * width, width, 3)
+        self.out = nn.Sequential(convolution(len(shapes) * width, width, 3), nn.Conv2d(width, classes, 1))
 
     def forward(self, maps, *_):
-        x = [f(torch.cat([blocks[i] for blocks in maps], 1)) for f, i in zip(self.sides, self.order)]
-        x[0] = self.pooled(torch.cat([x[0], *(enlarged(f(x[0]), x[0].shape[2]) for f in self.pools)], 1))
-        for i in range(1, len(x)):
-            x[i] = x[i] + enlarged(x[i - 1], x[i].shape[2])
-        levels = [enlarged(f(v), x[-1].shape[2]) for f, v in zip(self.smooth, x)]
-        return enlarged(self.out(torch.cat(levels, 1)), self.size)
+        levels = []
+        for side, i in zip(self.sides, self.order):
+            x = side(torch.cat([of_time[i] for of_time in maps], 1))             # [B, width, h, w]
+            if levels:
+                x = x + enlarged(levels[-1], x.shape[2])
+            else:
+                x = self.pooled(torch.cat([x, *(enlarged(pool(x), x.shape[2]) for pool in self.pools)], 1))
+            levels.append(x)
+        finest = [enlarged(smooth(level), x.shape[2]) for smooth, level in zip(self.smooth, levels)]
+        return enlarged(self.out(torch.cat(finest, 1)), self.size)
 
 
 class PixelMlps(nn.Module):
@@ -744,18 +774,18 @@ class PixelMlps(nn.Module):
     def __init__(self, shapes, classes, size, members=10):
         super().__init__()
         self.size, self.classes, self.members = size, classes, nn.ModuleList()
+        channels = sum(c for c, _, _ in shapes)
         for _ in range(members):
-            sizes, layers = [sum(c for c, _, _ in shapes), 128, 32], []
-            for a, b in itertools.pairwise(sizes):
-                layers += [nn.BatchNorm2d(a), nn.Conv2d(a, b, 1), nn.ReLU()]
-            self.members.append(nn.Sequential(*layers, nn.Conv2d(32, classes, 1)))
+            self.members.append(nn.Sequential(
+                nn.BatchNorm2d(channels), nn.Conv2d(channels, 128, 1), nn.ReLU(),
+                nn.BatchNorm2d(128), nn.Conv2d(128, 32, 1), nn.ReLU(), nn.Conv2d(32, classes, 1)))
 
     def forward(self, maps, *_):
-        x = torch.cat([enlarged(m, self.size) for m in itertools.chain(*maps)], 1)
+        x = torch.cat([enlarged(x, self.size) for x in itertools.chain(*maps)], 1)
         logits = [member(x) for member in self.members]
         if self.training:
             return torch.cat(logits)
-        return sum(F.one_hot(v.argmax(1), self.classes) for v in logits).movedim(3, 1).float()
+        return sum(F.one_hot(member.argmax(1), self.classes) for member in logits).movedim(3, 1).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,24 +793,32 @@ class PixelMlps(nn.Module):
 
 HEADS = {                                                 # (protocol, name): from what `build_head` knows to the head
     ("head", "linear"): lambda m: PooledHead(m.every, m.classes, m.grid),
-    ("head", "mlp"): lambda m: PooledHead(m.every, m.classes, m.grid, [512]),
+    ("head", "mlp"): lambda m: PooledHead(m.every, m.classes, m.grid, 512),
     ("head", "cnn"): lambda m: Cnn(m.shapes[0][0], m.classes, m.width),
     ("head", "attention"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
     ("head", "difformer"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
-    ("head", "diffeed"): lambda m: DifFeed(m.source, m.shapes, m.named[0], m.classes, m.width, m.depth),
+    ("head", "diffeed"): lambda m: DifFeed(m.source, m.shapes, m.named, m.classes, m.width, m.depth),
     ("segment", "linear"): lambda m: LinearMap(m.every, m.classes, m.size),
     ("segment", "uper"): lambda m: UPer(m.shapes, m.times, m.classes, m.size, m.width),
     ("segment", "ensemble"): lambda m: PixelMlps(m.every, m.classes, m.size),
 }
 
 
+def shapes_of(source, x):
+    """Shapes (C, H, W) of the maps that `source` reads at one time of such inputs x [B, C, H, W]."""
+    maps, _, _ = source.views(x, x)
+    return [m.shape[1:] for m in maps[0]]
+
+
 def build_head(cfg, source, images, classes, seed):
     """A fresh head of the kind source.head for what `source` reads of such images or latents."""
     x, times = source.shown(images, np.arange(1)), len(source.times)
-    shapes, named = ([m.shape[1:] for m in s.views(x, x)[0][0]] for s in (source, replace(source, head="")))
-    known = SimpleNamespace(source=source, size=x.shape[2], shapes=shapes, named=named, times=times,
-                            every=times * shapes, classes=classes, width=cfg.width, depth=cfg.depth,
-                            grid=cfg.grid if source.net else x.shape[2])         # of pixels linear and MLP see all
+    shapes = shapes_of(source, x)
+    known = SimpleNamespace(
+        source=source, size=x.shape[2], times=times, shapes=shapes, every=times * shapes,      # of one time, of all
+        named=shapes_of(replace(source, head=""), x)[0],  # in place of what feedback reads
+        classes=classes, width=cfg.width, depth=cfg.depth,
+        grid=cfg.grid if source.net else x.shape[2])      # of pixels linear and MLP see all
     with seeded(seed, "head"):
         return HEADS[cfg.protocol, source.head](known).to(source.device)
 
@@ -809,22 +847,36 @@ def evaluate(heads, source, images, y, rows, seed, purpose):
     """
     tables, losses = [0] * len(heads), [0.0] * len(heads)
     for part in split(rows, source.batch):
-        seen = source.seen(images, part, seed, purpose)
+        views = source.views_of(images, part, seed, purpose)
         target = y[part].to(source.device).long()
-        for j, h in enumerate(heads):
-            out = h.eval()(*seen)
-            tables[j] += confusion_matrix(out.argmax(1), target, out.shape[1]).cpu()
-            losses[j] += float(F.cross_entropy(out, target, reduction="sum"))
+        for i, head in enumerate(heads):
+            logits = head.eval()(*views)
+            tables[i] += confusion_matrix(logits.argmax(1), target, logits.shape[1]).cpu()
+            losses[i] += float(F.cross_entropy(logits, target, reduction="sum"))
     score = mean_iou if y.dim() > 1 else lambda table: float(table.trace() / len(rows))
     return [(score(table), -loss / len(rows)) for table, loss in zip(tables, losses)]
 
 
 def rows_of_update(rows, batch, seed, step):
     """Rows of one update, sorted, none twice."""
-    return np.sort(np.random.default_rng(seed_of(seed, "head rows", step)).choice(rows, batch, replace=False))
+    chooser = np.random.default_rng(seed_of(seed, "head rows", step))
+    return np.sort(chooser.choice(rows, batch, replace=False))
 
 
-def fit_head(cfg, source, images, y, fit, val, seed, run=ALONE, classes=0):
+def training_batch(cfg, source, images, y, rows, seed, step):
+    """(what heads are called with, targets) of one update on `rows`: mirrored at random with flip, with fresh noise."""
+    numbers, target = generator(seed, "head noise", step), y[rows].long()
+    flip = None
+    if cfg.flip:
+        flip = torch.rand(len(rows), generator=numbers) < 0.5
+        if y.dim() > 1:                                   # masks are mirrored with their images
+            target = torch.where(flip[:, None, None], target.flip(-1), target)
+    x = source.shown(images, rows, flip)
+    z = torch.randn(x.shape, generator=numbers).to(x.device)
+    return source.views(x, z), target.to(x.device)
+
+
+def fit_head(run, cfg, source, images, y, classes, fit, val, seed):
     """(head, what was selected): heads for every (lr, l2), trained side by side on the same frozen passes with fresh
     noise on rows `fit`; the best on rows `val`. y: classes int64 [N], or masks [N, H, W].
 
@@ -832,25 +884,21 @@ def fit_head(cfg, source, images, y, fit, val, seed, run=ALONE, classes=0):
     epochs.)
     """
     trials, batch = list(itertools.product(cfg.lr, cfg.l2)), min(cfg.head_batch, len(fit))
-    steps, classes = max(1, cfg.images // batch), classes or int(y.max()) + 1
+    steps = max(1, cfg.images // batch)
     heads = [build_head(cfg, source, images, classes, seed) for _ in trials]
-    opts = [OneCycle([h], lr, l2, steps) for h, (lr, l2) in zip(heads, trials)]
+    optimizers = [OneCycle([head], lr, l2, steps) for head, (lr, l2) in zip(heads, trials)]
     with bar(run, steps, f"{source.head}, seed {seed}", "step") as progress:
         for step in range(steps):
             rows = rows_of_update(fit, batch, seed, step)
-            g = torch.Generator().manual_seed(seed_of(seed, "head noise", step))
-            flip = torch.rand(batch, generator=g) < 0.5 if cfg.flip else torch.zeros(batch, dtype=torch.bool)
-            x, target = source.shown(images, rows, flip), y[rows].long()
-            if y.dim() > 1:                               # masks are mirrored with their images
-                target = torch.where(flip[:, None, None], target.flip(-1), target)
-            seen, target = source.views(x, torch.randn(x.shape, generator=g).to(x.device)), target.to(x.device)
-            for h, opt in zip(heads, opts):
-                parts = h.train()(*seen).split(batch)     # several of an ensemble
-                opt.step(sum(F.cross_entropy(part, target) for part in parts))
+            views, target = training_batch(cfg, source, images, y, rows, seed, step)
+            for head, optimizer in zip(heads, optimizers):
+                members = head.train()(*views).split(batch)                      # several of an ensemble
+                optimizer.step(sum(F.cross_entropy(logits, target) for logits in members))
             progress.update(1)
     scores = evaluate(heads, source, images, y, val, seed, "head validation 0")
-    best = max(range(len(trials)), key=lambda i: scores[i])
-    return heads[best], dict(lr=trials[best][0], l2=trials[best][1], validation=scores[best][0])
+    best = scores.index(max(scores))
+    lr, l2 = trials[best]
+    return heads[best], dict(lr=lr, l2=l2, validation=scores[best][0])
 
 
 def parameters_of(module):
@@ -860,50 +908,69 @@ def parameters_of(module):
 
 def labelled(y, rows, share, seed):
     """A share of the rows of each class, at least one; of one seed, smaller sets lie inside larger ones."""
-    rows, keep = np.random.default_rng(seed_of(seed, "labelled rows")).permutation(rows), []
+    rows, keep = shuffled(rows, seed, "labelled rows"), []
     for k in np.unique(y[rows]):
-        of = rows[y[rows] == k]
-        keep.append(of[:max(1, round(share * len(of)))])
+        of_class = rows[y[rows] == k]
+        keep.append(of_class[:max(1, round(share * len(of_class)))])
     return np.sort(np.concatenate(keep))
 
 
-def head(run, cfg, source, train, test):
-    """Train heads to tell classes, or with protocol=segment masks, of a frozen network's maps."""
-    dense = cfg.protocol == "segment"
-    y, y_test = known_masks(train, test) if dense else known_classes(train, test)
-    score = "miou" if dense else "accuracy"
-    classes, parts = 1 + int(max(y.max(), y_test.max())), fit_and_validation(cfg, len(train))
-    require(len(source.places) == 1 or cfg.head not in ("cnn", "diffeed"), cfg, "head activations t", "reads one place")
-    upwards = all(n.startswith(("mid-repeat", "up-level")) for n in source.names)
-    require(cfg.head != "diffeed" or upwards, cfg, "head activations", "reads the middle or the way up of a U-Net")
-    if dense:                                             # maps become as large as images
-        source = replace(source, batch=max(1, 2 ** 14 // train.images.shape[2] ** 2))
+def compare_heads(run, cfg, source, train, test, y, y_test, rows_of, score, purpose):
+    """(result, the first head): heads cfg.head trained on `source` and its controls, and tested.
 
-    def rows_of(seed):
-        if dense:
-            return [some_rows(part, seed, "masks", cfg.masks or None) for part in parts]
-        return [labelled(y.numpy(), part, cfg.labels_share, seed) for part in parts]
+    y, y_test: classes int64 [N], or masks [N, H, W]; rows_of: seed -> (rows to learn from, rows to select on); score:
+    what `evaluate` then measures; purpose: of the noise of test images.
+    """
+    classes, first = 1 + int(max(y.max(), y_test.max())), []
 
     def sources(seed):
         own = replace(source, head=cfg.head, seed=seed)
-        single = replace(own, head="attention") if cfg.head == "diffeed" else own
-        return {cfg.head: own} | controls(run, cfg, own, single, train, rows_of(seed)[0])
+        return {cfg.head: own} | controls(run, cfg, own, train, rows_of(seed)[0])
 
-    def measure(what, s, seed):
-        best, chosen = fit_head(cfg, s, train.inputs, y, *rows_of(seed), seed, run, classes)
-        purpose, rows = "segment test" if dense else "head test 0 0", np.arange(len(test))
-        (reached, _), = evaluate([best], s, test.inputs, y_test, rows, seed, purpose)
-        if dense and what == cfg.head and seed == cfg.seeds[0] and run.rank == 0:
-            few = rows[:10]
-            with torch.no_grad():
-                found = best(*s.seen(test.images, few, seed, purpose)).argmax(1).cpu()
-            draw_segments(picture(run), test.images[few], y_test[few], found)
-        return chosen | {score: reached, "parameters": parameters_of(best)}
+    def measure(what, source, seed):
+        head, chosen = fit_head(run, cfg, source, train.inputs, y, classes, *rows_of(seed), seed)
+        (reached, _), = evaluate([head], source, test.inputs, y_test, np.arange(len(test)), seed, purpose)
+        if not first:                                     # on `source`: controls come after it
+            first.append(head)
+        return chosen | {score: reached, "parameters": parameters_of(head)}
 
     rows = compare(run, sources, measure, cfg.seeds, [score])
     fit, val = rows_of(cfg.seeds[-1])
-    return dict(head=cfg.head, seeds=cfg.seeds, train_images=len(fit), validation_images=len(val),
-                test_images=len(test), rows=rows)
+    result = dict(head=cfg.head, seeds=cfg.seeds, train_images=len(fit), validation_images=len(val),
+                  test_images=len(test), rows=rows)
+    return result, first[0]
+
+
+def head(run, cfg, source, train, test):
+    """Train heads to tell classes, of a frozen network's maps."""
+    y, y_test = known_classes(train, test)
+    require(len(source.places) == 1 or cfg.head not in ("cnn", "diffeed"), cfg, "head activations t", "reads one place")
+    upwards = all(name.startswith(("mid-repeat", "up-level")) for name in source.names)
+    require(cfg.head != "diffeed" or upwards, cfg, "head activations", "reads the middle or the way up of a U-Net")
+    parts = fit_and_validation(cfg, len(train))
+
+    def rows_of(seed):
+        return [labelled(y.numpy(), part, cfg.labels_share, seed) for part in parts]
+
+    return compare_heads(run, cfg, source, train, test, y, y_test, rows_of, "accuracy", "head test 0 0")[0]
+
+
+def segment(run, cfg, source, train, test):
+    """Train heads to tell the class of every pixel, of a frozen network's maps."""
+    y, y_test = known_masks(train, test)
+    parts, purpose, seed = fit_and_validation(cfg, len(train)), "segment test", cfg.seeds[0]
+    source = replace(source, batch=max(1, 2 ** 14 // train.images.shape[2] ** 2))              # maps become large
+
+    def rows_of(seed):
+        return [some_rows(part, seed, "masks", cfg.masks or None) for part in parts]
+
+    result, first = compare_heads(run, cfg, source, train, test, y, y_test, rows_of, "miou", purpose)
+    if run.rank == 0:
+        few = np.arange(min(10, len(test)))
+        with torch.no_grad():
+            found = first(*source.views_of(test.images, few, seed, purpose)).argmax(1).cpu()
+        draw_segments(picture(run), test.images[few], y_test[few], found)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -918,48 +985,54 @@ def noise_sensitivity(a, b):
     return float(distance(a, b) / distance(a, b.roll(1, 0)).clamp(min=1e-9))
 
 
-def granularity(a, size):
+def granularity(maps, size):
     """Length at which the spatial autocorrelation of maps [N, C, H, W], averaged over channels, falls to 1/e, in pixels
     of the size x size image.
 
     The mean of each map is taken away, so that what is equal all over an image does not count as coarse; lengths of
     half a map and more come out too small.
     """
-    a = a - a.mean((2, 3), keepdim=True)
-    a = a / a.square().mean((0, 2, 3)).clamp(min=1e-9).sqrt()[:, None, None]     # without what is all the same
-    whole, before = max(float(a.square().mean()), 1e-9), 1.0
-    for d in range(1, a.shape[3]):
-        along = (a[..., d:] * a[..., :-d]).mean() + (a[..., d:, :] * a[..., :-d, :]).mean()
-        r = float(along) / 2 / whole
-        if r < 1 / math.e:
-            return (d - 1 + (before - 1 / math.e) / (before - r)) * size / a.shape[3]
-        before = r
+    x, side = maps - maps.mean((2, 3), keepdim=True), maps.shape[3]
+    x = x / x.square().mean((0, 2, 3)).clamp(min=1e-9).sqrt()[:, None, None]     # every channel counts alike
+    variance, limit = max(float(x.square().mean()), 1e-9), 1 / math.e
+    before = 1.0                                          # correlation at the distance before
+    for distance in range(1, side):
+        across = (x[..., distance:] * x[..., :-distance]).mean()
+        down = (x[..., distance:, :] * x[..., :-distance, :]).mean()
+        correlation = float(across + down) / 2 / variance
+        if correlation < limit:                           # in between, on a line
+            return (distance - 1 + (before - limit) / (before - correlation)) * size / side
+        before = correlation
     return float(size)                                    # it does not fall within the map
 
 
-def locality(a):
+def locality(maps):
     """How much the resemblance of two positions is a matter of their distance: minus the correlation of cosine
     similarity with distance, over all pairs of positions of maps [N, C, H, W] (at most 16 x 16 of them)."""
-    a = a[..., ::math.ceil(a.shape[2] / 16), ::math.ceil(a.shape[3] / 16)]
-    f = F.normalize(a - a.mean((0, 2, 3), keepdim=True), dim=1).flatten(2)       # [N, C, L]
-    place = torch.cartesian_prod(torch.arange(a.shape[2]), torch.arange(a.shape[3])).float()
+    step = math.ceil(maps.shape[3] / 16)
+    maps = maps[..., ::step, ::step]
+    x = F.normalize(maps - maps.mean((0, 2, 3), keepdim=True), dim=1).flatten(2)                 # [N, C, L]
+    side = torch.arange(maps.shape[3])
+    place = torch.cartesian_prod(side, side).float()      # [L, 2]
     i, j = torch.triu_indices(len(place), len(place), 1)
-    similar = (f.transpose(1, 2) @ f)[:, i, j]            # [N, pairs]
-    distance = (place[i] - place[j]).norm(dim=1).expand(len(a), -1)
-    return -float(torch.corrcoef(torch.stack([similar.flatten(), distance.flatten()]))[0, 1].nan_to_num())
+    similar = (x.transpose(1, 2) @ x)[:, i, j]            # [N, pairs]
+    distance = (place[i] - place[j]).norm(dim=1).expand_as(similar)
+    both = torch.stack([similar.flatten(), distance.flatten()])
+    return -float(torch.corrcoef(both)[0, 1].nan_to_num())
 
 
 def properties(source, images, rows):
     """{name: dict of the three and the map's size} at source.times[0]: means over `rows`, a few at a time."""
-    parts, seen = np.array_split(rows, math.ceil(len(rows) / 16)), {}
+    kinds, measured = ("size", "sensitivity", "granularity", "locality"), {name: [] for name in source.names}
+    parts = np.array_split(rows, math.ceil(len(rows) / 16))
     for part in parts:
-        a, b = (source.maps(images, part, f"select {d}") for d in (0, 1))
-        for place, x in a.items():
-            x, z = x.cpu(), b[place].cpu()
-            row = x.shape[3], noise_sensitivity(x, z), granularity(x, source.state["size"]), locality(x)
-            seen.setdefault(place[0], []).append(row)
-    means = {name: np.average(v, 0, [len(part) for part in parts]).tolist() for name, v in seen.items()}
-    return {name: dict(zip(("size", "sensitivity", "granularity", "locality"), v)) for name, v in means.items()}
+        a, b = (source.maps(images, part, f"select {number} 0") for number in (0, 1))
+        for name, t in a:
+            x, again = a[name, t].cpu(), b[name, t].cpu()
+            size = source.state["size"]
+            measured[name].append([x.shape[3], noise_sensitivity(x, again), granularity(x, size), locality(x)])
+    weights = [len(part) for part in parts]
+    return {name: dict(zip(kinds, np.average(values, 0, weights).tolist())) for name, values in measured.items()}
 
 
 def why_dropped(i, rows, outputs):
@@ -971,42 +1044,48 @@ def why_dropped(i, rows, outputs):
     than block outputs of its size (over-refined ends of a level); and what is more local than those, unless its own
     block's output is noisy.
     """
-    row, limit = rows[i], np.median([r["sensitivity"] for r in outputs])
-    peers = [r for r in outputs if r["size"] == row["size"]] or outputs
-    own = next((r for r in rows[i:] if r in outputs), row)
+    def median(some, score):
+        return np.median([row[score] for row in some])
+
+    row, limit = rows[i], median(outputs, "sensitivity")
+    peers = [other for other in outputs if other["size"] == row["size"]] or outputs
+    own = next((other for other in rows[i:] if other in outputs), row)           # the output of its block
     if row["sensitivity"] > limit:
         return "noisy"
-    if row["granularity"] < 0.5 * np.median([r["granularity"] for r in peers]):
+    if row["granularity"] < 0.5 * median(peers, "granularity"):
         return "fine"
-    local = row["locality"] > 1.25 * max(0.0, np.median([r["locality"] for r in peers]))
+    local = row["locality"] > 1.25 * max(0.0, median(peers, "locality"))
     return "local" if local and own["sensitivity"] <= limit and row is not own else ""
 
 
 def select(run, cfg, source, train, test):
     """Measure activations, filter them, rank the rest by a linear probe; the best of each map size are chosen."""
     y, _ = known_classes(train, test)
-    blocks = [n for n in matching(source.net, ["blocks"]) if n in source.names]
+    blocks = [name for name in matching(source.net, ["blocks"]) if name in source.names]
     require(blocks, cfg, "activations", "name some block outputs, too: they are what the others are compared with")
     fit, val = fit_and_validation(cfg, len(train), cfg.fit)
     table = []
     for t in source.times:
-        one, level = replace(source, times=[t]), noise_level(source.state["path"], t)
+        one = replace(source, times=[t])
         measured = properties(one, train.inputs, fit[:64])
-        rows = [dict(activation=name, **level, **measured[name]) for name in source.names]
-        outputs = [r for r in rows if r["activation"] in blocks]
+        rows = [source.row(name, t) | measured[name] for name in source.names]
+        outputs = [row for row in rows if row["activation"] in blocks]
         dropped = [why_dropped(i, rows, outputs) for i in range(len(rows))]
-        a, v = (one.vectors(train.inputs, part, "ranking") for part in (fit, val))
+        x, x_val = (one.vectors(train.inputs, part, "ranking") for part in (fit, val))
         for row, why in zip(rows, dropped):
-            x, x_val = a[row["activation"], t], v[row["activation"], t]
+            place = row["activation"], t
             row |= dict(dropped=why, linear=None)
             if not why:
-                row["linear"] = linear_accuracy(x, x_val, y[fit], y[val], source.device)
+                row["linear"] = linear_accuracy(x[place], x_val[place], y[fit], y[val], source.device)
         table += rows
-    passed = sorted((r for r in table if not r["dropped"]), key=lambda r: -r["linear"])
-    best = {r["size"]: r for r in reversed(passed) if r["t"] == passed[0]["t"]}  # of each size the best comes last
-    names = [r["activation"] for r in best.values()]
-    run.say("; ".join(f"{size:g} x {size:g}: {as_text(r, 'linear')}" for size, r in best.items()))
-    return dict(chosen=dict(activations=[n for n in source.names if n in names], t=[passed[0]["t"]]), table=table)
+    passed = sorted((row for row in table if not row["dropped"]), key=lambda row: -row["linear"])
+    t, best = passed[0]["t"], {}                          # best: a row for each size of map
+    for row in passed:
+        if row["t"] == t:
+            best.setdefault(row["size"], row)
+    run.say("; ".join(f"{size:g} x {size:g}: {as_text(row, 'linear')}" for size, row in best.items()))
+    names = [row["activation"] for row in best.values()]
+    return dict(chosen=dict(activations=[name for name in source.names if name in names], t=[t]), table=table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1021,24 +1100,25 @@ class Pairs(typing.NamedTuple):
     limit: torch.Tensor                                   # [N] what distances are measured by, in pixels
 
 
-def warps(n, size, seed, turn=0.5, zoom=0.25, shift=0.2, bend=0.06):
+def warps(n, size, seed):
     """Random smooth maps from positions of a warped image to those of its source, [n, size, size, 2] (x, y in [-1, 1]):
     a similarity plus a slow bend."""
-    g = torch.Generator().manual_seed(seed_of(seed, "warps"))
-    a, s, x, y = (torch.rand(4, n, generator=g) * 2 - 1) * torch.tensor([turn, zoom, shift, shift])[:, None]
-    cos, sin = a.cos() * s.exp(), a.sin() * s.exp()
-    theta = torch.stack([cos, -sin, x, sin, cos, y], 1).view(n, 2, 3)
-    bends = bend * torch.randn(n, 2, 4, 4, generator=g)
+    numbers = generator(seed, "warps")
+    largest = torch.tensor([0.5, 0.25, 0.2, 0.2])[:, None]
+    angle, log_zoom, x, y = (torch.rand(4, n, generator=numbers) * 2 - 1) * largest            # [n] each
+    cos, sin = angle.cos() * log_zoom.exp(), angle.sin() * log_zoom.exp()
+    similarities = torch.stack([cos, -sin, x, sin, cos, y], 1).view(n, 2, 3)
+    grid = F.affine_grid(similarities, (n, 1, size, size), align_corners=False)
+    bends = 0.06 * torch.randn(n, 2, 4, 4, generator=numbers)
     bends = F.interpolate(bends, (size, size), mode="bicubic", align_corners=True)
-    return F.affine_grid(theta, (n, 1, size, size), align_corners=False) + bends.permute(0, 2, 3, 1)
+    return grid + bends.permute(0, 2, 3, 1)
 
 
-def pick_points(valid, seed, points=8):
-    """Positions int64 [N, points] among the true pixels of valid [N, H, W]; where there are none, among all."""
+def pick_points(valid, seed):
+    """Positions int64 [N, 8] among the true pixels of valid [N, H, W]; where there are none, among all."""
     weights = valid.flatten(1).float()
     weights = weights + ~weights.any(1, keepdim=True)
-    g = torch.Generator().manual_seed(seed_of(seed, "points"))
-    return torch.multinomial(weights, points, replacement=True, generator=g)
+    return torch.multinomial(weights, 8, replacement=True, generator=generator(seed, "points"))
 
 
 def centres(at, size):
@@ -1049,40 +1129,45 @@ def centres(at, size):
 def warped_pairs(images, masks, seed):
     """Pairs of an image and its known warp; points lie on objects (mask above 0, not void) where there are masks."""
     size, x = images.shape[2], torch.from_numpy(np.array(images)).float()
-    grid = warps(len(x), size, seed)
+    grid = warps(len(x), size, seed)                      # [N, H, W, 2]
     target = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False).round().to(torch.uint8)
     valid = (grid.abs() < 1).all(3)
     if masks is not None:
         masks = torch.from_numpy(np.array(masks))[:, None].float()
-        seen = F.grid_sample(masks, grid, mode="nearest", align_corners=False)[:, 0]
-        valid &= (seen > 0) & (seen < 255)
+        warped = F.grid_sample(masks, grid, mode="nearest", align_corners=False)[:, 0]
+        valid &= (warped > 0) & (warped < 255)
     at = pick_points(valid, seed)
     points = grid.flatten(1, 2).gather(1, at[..., None].expand(-1, -1, 2))
     return Pairs(images, target.numpy(), points, centres(at, size), torch.full((len(x),), float(size)))
 
 
-def class_pairs(data, rows, seed, origin, axes):
-    """Pairs of two images of one class: a point of an object, and the same part of the other's. origin [N, 2], axes
-    [N, 2, 2]: of each image's object, as of `shape_parts`; distances are measured by the longer side of its box."""
-    size, last, order = data.images.shape[2], {}, []
-    there = rows[data.boxes[rows][:, 2] > data.boxes[rows][:, 0]]
-    for i in np.random.default_rng(seed_of(seed, "class pairs")).permutation(there):
-        k = int(data.classes[i])
-        if k in last:
-            order.append((i, last[k]))                    # the previous image of the same class is the partner
-        last[k] = i
-    if not order:
+def partners(rows, classes, seed):
+    """Pairs of rows of one class, two int64 [n]: in an order drawn by the seed, each with the one before it."""
+    before, pairs = {}, []                                # before: class -> row
+    for i in shuffled(rows, seed, "class pairs"):
+        k = int(classes[i])
+        if k in before:
+            pairs.append((i, before[k]))
+        before[k] = i
+    if not pairs:
         raise UserError(f"pairs={len(rows)}: no two of these test images have a class in common; ask for more")
-    a, b = np.array(order).T
-    valid = torch.from_numpy(filled(data.boxes[a][:, None], size))
+    return np.array(pairs).T
+
+
+def class_pairs(data, rows, seed, origin, axes):
+    """Pairs of images of one class: points of one's object, and the same parts of the other's. origin [N, 2], axes
+    [N, 2, 2]: of each image's object, as of `shape_parts`; distances are measured by the longer side of its box."""
+    size, corners = data.images.shape[2], data.boxes[rows]
+    a, b = partners(rows[corners[:, 2] > corners[:, 0]], data.classes, seed)     # of images that have a box
+    valid = torch.from_numpy(filled(data.boxes[a], size))
     if data.masks is not None:
         valid &= torch.from_numpy((data.masks[a] > 0) & (data.masks[a] < 255))
-    p = centres(pick_points(valid, seed), size)
+    points = centres(pick_points(valid, seed), size)
     origin, axes = (torch.from_numpy(np.array(v, np.float32)) for v in (origin, axes))
-    local = torch.linalg.solve(axes[a], (p - origin[a][:, None]).mT).mT          # [N, P, 2] in the object's own axes
+    local = torch.linalg.solve(axes[a], (points - origin[a][:, None]).mT).mT     # [N, P, 2] in the object's own axes
     goal = origin[b][:, None] + local @ axes[b].mT
     limit = torch.from_numpy(data.boxes[b][:, 2:] - data.boxes[b][:, :2]).amax(1)
-    return Pairs(data.images[a], data.images[b], 2 * p / size - 1, goal, limit)
+    return Pairs(data.images[a], data.images[b], 2 * points / size - 1, goal, limit)
 
 
 def similarity(source, target, points, size):
@@ -1090,8 +1175,9 @@ def similarity(source, target, points, size):
     [N, C, h, w], [N, P, size * size]. Maps are centred per pair, since activations share a large common direction."""
     mean = (source.mean((2, 3), keepdim=True) + target.mean((2, 3), keepdim=True)) / 2
     a = F.grid_sample(source - mean, points[:, :, None], padding_mode="border", align_corners=False)
+    a = F.normalize(a[..., 0], dim=1)                     # [N, C, P]
     b = F.normalize(enlarged(target - mean, size), dim=1).flatten(2)             # [N, C, size * size]
-    return F.normalize(a[..., 0], dim=1).transpose(1, 2) @ b
+    return a.transpose(1, 2) @ b
 
 
 def matches(source, pairs, step=32):
@@ -1101,7 +1187,7 @@ def matches(source, pairs, step=32):
         points = pairs.points[part].to(source.device)
         for t in source.times:                            # one after the other: whole maps are held
             one = replace(source, times=[t])
-            a, b = one.maps(pairs.source, part, "source"), one.maps(pairs.target, part, "target")
+            a, b = one.maps(pairs.source, part, "source 0"), one.maps(pairs.target, part, "target 0")
             for place in a:
                 best = similarity(a[place], b[place], points, size).argmax(2).cpu()
                 found.setdefault(place, []).append(best)
@@ -1110,54 +1196,57 @@ def matches(source, pairs, step=32):
 
 def pck(found, pairs, share):
     """Percentage of correct keypoints, as a share of 1: found [N, P, 2] within `share` of the limit of the goal."""
-    return float(((found - pairs.goal).norm(dim=2) <= share * pairs.limit[:, None]).float().mean())
+    error = (found - pairs.goal).norm(dim=2)
+    return float((error <= share * pairs.limit[:, None]).float().mean())
 
 
 def correspond(run, cfg, source, train, test):
     """PCK on test images, warped and paired by class, of the (activation, t) that is best on warped training images.
     Nothing is trained (2410.03558 trains a convolution)."""
-    pairs, rows = {}, {}
-    for name, part in (("train", train), ("test", test)):
+    def warped(part, name):                               # (rows that are used, pairs)
         n = min(cfg.pairs, max(1, len(part) // 2))        # half at most, so that the supervised control has others
-        r = rows[name] = some_rows(len(part), cfg.seed, "pairs", n)
-        masks = None if part.masks is None else part.masks[r]
-        pairs[name] = warped_pairs(part.images[r], masks, seed_of(cfg.seed, f"warps {name}"))
-    known, tasks = pairs["train"], dict(warps=pairs["test"])
+        rows = some_rows(len(part), cfg.seed, "pairs", n)
+        masks = None if part.masks is None else part.masks[rows]
+        return rows, warped_pairs(part.images[rows], masks, seed_of(cfg.seed, f"warps {name}"))
+
+    (used, known), (rows, pairs) = warped(train, "train"), warped(test, "test")
+    tasks = dict(warps=pairs)
     if run.data.source == "shapes" and not cfg.transfer:
         where = shape_parts(seed_of(run.data.seed, "test"), np.arange(len(test)), run.data.size, run.data.two_objects)
-        tasks["parts"] = class_pairs(test, rows["test"], cfg.seed, *where)
+        tasks["parts"] = class_pairs(test, rows, cfg.seed, *where)
     elif test.boxes is not None:                          # the same place in the box
         sides = test.boxes[:, 2:] - test.boxes[:, :2]
-        tasks["boxes"] = class_pairs(test, rows["test"], cfg.seed, test.boxes[:, :2], sides[:, None] * np.eye(2))
+        tasks["boxes"] = class_pairs(test, rows, cfg.seed, test.boxes[:, :2], sides[:, None] * np.eye(2))
 
-    def measure(what, s, seed):
-        score = {place: pck(found, known, 0.1) for place, found in matches(s, known).items()}
+    def measure(what, source, seed):
+        score = {place: pck(found, known, 0.1) for place, found in matches(source, known).items()}
+        table = [dict(activation=name, t=t, pck=value) for (name, t), value in score.items()]
         name, t = max(score, key=score.get)
-        got = dict(parameters=0, best=[name, t], table=[dict(activation=n, t=u, pck=v) for (n, u), v in score.items()])
-        for task, some in tasks.items():
-            found = matches(replace(s, names=[name], times=[t]), some)[name, t]
-            got |= {f"{task}_{share:g}": pck(found, some, share) for share in (0.05, 0.1, 0.2)}
+        got = dict(parameters=0, best=[name, t], table=table)
+        for task, pairs in tasks.items():
+            found = matches(replace(source, names=[name], times=[t]), pairs)[name, t]
+            got |= {f"{task}_{share:g}": pck(found, pairs, share) for share in (0.05, 0.1, 0.2)}
             if what == "features" and run.rank == 0:
-                draw_matches(picture(run, f"-{task}"), some, found)
+                draw_matches(picture(run, f"-{task}"), pairs, found)
         return got
 
-    others = np.setdiff1d(np.arange(len(train)), rows["train"])
-    every = {"features": source} | controls(run, cfg, source, source, train, others)
+    others = np.setdiff1d(np.arange(len(train)), used)
+    every = {"features": source} | controls(run, cfg, source, train, others)
     found = compare(run, lambda seed: every, measure, [cfg.seed], [f"{task}_0.1" for task in tasks])
-    return dict(pairs={task: len(some.source) for task, some in tasks.items()}, rows=found)
+    return dict(pairs={task: len(pairs.source) for task, pairs in tasks.items()}, rows=found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objects from frozen maps: torchvision's Mask R-CNN
 
-def instances(mask, least=4):
+def instances(mask):
     """Objects of a mask int [H, W], as torchvision's targets: dict(labels int64 [n], masks uint8 [n, H, W], boxes
-    float32 [n, 4]). They are the 4-connected pieces of every class above 0 with at least so many pixels."""
+    float32 [n, 4]). They are the 4-connected pieces of every class above 0 with at least four pixels."""
     labels, pieces = [], [torch.zeros(0, *mask.shape, dtype=torch.bool)]
     for k in mask[(mask > 0) & (mask < 255)].unique().tolist():
         number, n = ndimage.label((mask == k).numpy())
-        for piece in sorted((number == i for i in range(1, n + 1)), key=lambda p: -p.sum()):
-            if piece.sum() >= least:
+        for piece in sorted((number == i for i in range(1, n + 1)), key=lambda piece: -piece.sum()):
+            if piece.sum() >= 4:
                 labels.append(k)
                 pieces.append(torch.from_numpy(piece)[None])
     masks = torch.cat(pieces)
@@ -1180,7 +1269,7 @@ class FrozenPyramid(nn.Module):
 
     def forward(self, x):                                 # [B, 3, H, W] in [-1, 1] -> {level: [B, width, h, w]}
         maps = self.source[0].views(x, self.noise)[0][0]
-        return self.pyramid({str(j): f(maps[i]) for j, (f, i) in enumerate(zip(self.norms, self.order))})
+        return self.pyramid({str(level): norm(maps[i]) for level, (norm, i) in enumerate(zip(self.norms, self.order))})
 
 
 def build_detector(cfg, source, images, classes, seed):
@@ -1196,10 +1285,10 @@ def build_detector(cfg, source, images, classes, seed):
     except RuntimeError:
         raise UserError("protocol=detect needs torchvision's own operators: install a torch and a torchvision that "
                         "belong together, as requirements.txt says") from None
-    size, width, x = images.shape[2], cfg.width, source.shown(images, np.arange(1))
-    shapes = [m.shape[1:] for m in source.views(x, x)[0][0]]
-    strides = sorted(size / h for _, h, _ in shapes)
-    halved = all(b == 2 * a for a, b in itertools.pairwise(strides))
+    size, width = images.shape[2], cfg.width
+    shapes = shapes_of(source, source.shown(images, np.arange(1)))
+    strides = sorted(size / height for _, height, _ in shapes)
+    halved = all(coarse == 2 * fine for fine, coarse in itertools.pairwise(strides))
     require(halved, cfg, "activations", "name one activation per size of map, each size twice the one before")
 
     def pool(side):
@@ -1221,20 +1310,18 @@ def build_detector(cfg, source, images, classes, seed):
 
 def fit_detector(cfg, net, source, images, y, rows, seed):
     """Train a detector on `rows` and their masks y with its own losses, and fresh noise."""
-    net.train()
     batch = min(cfg.head_batch, len(rows))
     steps = max(1, cfg.images // batch)
-    opt = OneCycle([net], cfg.lr[0], cfg.l2[0], steps)
+    optimizer = OneCycle([net.train()], cfg.lr[0], cfg.l2[0], steps)
     for step in range(steps):
         part = rows_of_update(rows, batch, seed, step)
-        x = (source.shown(images, part) + 1) / 2          # torchvision normalises itself
-        g = torch.Generator().manual_seed(seed_of(seed, "head noise", step))
-        net.backbone.noise = torch.randn(x.shape, generator=g).to(source.device)
+        x = source.shown(images, part)
+        net.backbone.noise = torch.randn(x.shape, generator=generator(seed, "head noise", step)).to(source.device)
         targets = [{k: v.to(source.device) for k, v in instances(y[i]).items()} for i in part]
         with torch.random.fork_rng():                     # torchvision samples proposals by the global generator
             torch.manual_seed(seed_of(seed, "proposals", step))
-            losses = net(list(x), targets)
-        opt.step(sum(losses.values()), clip=1.0)
+            losses = net(list((x + 1) / 2), targets)      # torchvision normalises itself
+        optimizer.step(sum(losses.values()), clip=1.0)
 
 
 @torch.no_grad()
@@ -1244,7 +1331,8 @@ def detections(net, source, images, seed):
     for part in split(np.arange(len(images)), min(source.batch, 64)):
         net.backbone.noise = draw(seed, "detect test", part, images.shape[1:]).to(source.device)
         for found in net.eval()(list((source.shown(images, part) + 1) / 2)):
-            out.append({k: (v[:, 0] > 0.5 if k == "masks" else v).cpu() for k, v in found.items()})
+            found["masks"] = found["masks"][:, 0] > 0.5
+            out.append({k: v.cpu() for k, v in found.items()})
     return out
 
 
@@ -1255,32 +1343,41 @@ def box_overlap(found, truth):
 
 def mask_overlap(found, truth):
     """IoU of masks, [found, truth]."""
-    a, b = (v["masks"].flatten(1).float() for v in (found, truth))
+    a, b = (objects["masks"].flatten(1).float() for objects in (found, truth))
     both = a @ b.T
-    return (both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)).numpy()
+    either = a.sum(1)[:, None] + b.sum(1) - both
+    return (both / either.clamp(min=1)).numpy()
 
 
-def coco_ap(found, truth, overlap, thresholds=np.linspace(0.5, 0.95, 10)):
-    """COCO's average precision [thresholds of IoU]: mean over the classes of truth of the precision, made monotone, at
-    101 recalls. found, truth: a dict for each image, as of `detections` and `instances`. In order of score each
-    detection takes the object, of those still free, that it overlaps most."""
-    overlaps, out = [overlap(f, t) for f, t in zip(found, truth)], []
-    classes = torch.cat([t["labels"] for t in truth]).unique()
+def hits(found, truth, overlap, k, threshold):
+    """(one image's detections of class k: [(score, whether it is right)], number of its objects of that class).
+
+    In order of score each detection takes the object, of those still free, that it overlaps most.
+    """
+    free = overlap[:, (truth["labels"] == k).numpy()].copy()                     # [found, objects]
+    scores, out = found["scores"].numpy(), []
+    for i in np.argsort(-scores, kind="stable"):
+        if found["labels"][i] == k:
+            right = free.shape[1] > 0 and free[i].max() >= threshold
+            if right:
+                free[:, free[i].argmax()] = -1
+            out.append((float(scores[i]), right))
+    return out, free.shape[1]
+
+
+def coco_ap(found, truth, overlap):
+    """COCO's average precision at IoU 0.5, 0.55, ... 0.95, [10]: mean over the classes of truth of the precision, made
+    monotone, at 101 recalls. found, truth: a dict for each image, as of `detections` and `instances`."""
+    overlaps, thresholds, out = [overlap(f, t) for f, t in zip(found, truth)], np.linspace(0.5, 0.95, 10), []
+    classes = torch.cat([objects["labels"] for objects in truth]).unique()
     for k, threshold in itertools.product(classes, thresholds):
-        hits, total = [], 0                               # hits: (score, is it right)
-        for f, t, both in zip(found, truth, overlaps):
-            free = both[:, (t["labels"] == k).numpy()].copy()
-            total += free.shape[1]
-            for j in np.argsort(-f["scores"].numpy(), kind="stable"):
-                if f["labels"][j] == k:
-                    best = free[j].argmax() if free.shape[1] else None
-                    right = best is not None and free[j, best] >= threshold
-                    if right:
-                        free[:, best] = -1
-                    hits.append((float(f["scores"][j]), right))
-        right = np.cumsum([hit for _, hit in sorted(hits, key=lambda h: -h[0])])
-        precision = np.maximum.accumulate((right / np.arange(1, len(right) + 1))[::-1])[::-1]
-        at = np.searchsorted(right / total, np.linspace(0, 1, 101))
+        images = [hits(*image, k, threshold) for image in zip(found, truth, overlaps)]
+        ranked = sorted(itertools.chain(*(image for image, _ in images)), key=lambda hit: -hit[0])
+        right = np.cumsum([hit for _, hit in ranked])
+        recall = right / sum(number for _, number in images)
+        precision = right / np.arange(1, len(right) + 1)
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        at = np.searchsorted(recall, np.linspace(0, 1, 101))
         out.append(np.append(precision, 0)[at].mean())
     return np.reshape(out, (-1, len(thresholds))).mean(0)
 
@@ -1292,12 +1389,13 @@ def detect(run, cfg, source, train, test):
     require(len(cfg.lr) == len(cfg.l2) == 1, cfg, "lr l2", "detect takes one of each, such as lr=1e-3 l2=0")
     fit, _ = fit_and_validation(cfg, len(train))
     truth, classes = [instances(mask) for mask in y_test], 1 + int(max(y.max(), y_test.max()))
-    every = {"detect": source} | controls(run, cfg, source, source, train, fit)
+    every = {"detect": source} | controls(run, cfg, source, train, fit)
 
-    def measure(what, s, seed):
-        net = build_detector(cfg, s, train.images, classes, seed)
-        fit_detector(cfg, net, s, train.images, y, some_rows(fit, seed, "masks", cfg.masks or None), seed)
-        found = detections(net, s, test.images, seed)
+    def measure(what, source, seed):
+        net = build_detector(cfg, source, train.images, classes, seed)
+        rows = some_rows(fit, seed, "masks", cfg.masks or None)
+        fit_detector(cfg, net, source, train.images, y, rows, seed)
+        found = detections(net, source, test.images, seed)
         if what == "detect" and seed == cfg.seeds[0] and run.rank == 0:
             draw_objects(picture(run), test.images, truth, found)
         got = dict(parameters=parameters_of(net))
@@ -1342,31 +1440,31 @@ def cka(run, cfg, source, train, test):
         else:
             net, state = load_model(run, name, cfg.weights)
         models[name] = replace(source, net=net, state=state, names=matching(net, cfg.activations))
-    places = [(model, *place) for model, s in models.items() for place in itertools.product(s.times, s.names)]
     rows, total = np.arange(min(2000, len(test))), 0
     for part in np.array_split(rows, math.ceil(len(rows) / 128)):
-        seen = {}
-        for model, s in models.items():
-            for (name, t), x in s.maps(test.inputs, part, "cka 0").items():
-                seen[model, t, name] = F.adaptive_avg_pool2d(x, cfg.grid).flatten(1)
-        total = total + hsic([seen[place] for place in places]) * len(part) / len(rows)
+        features = {}                                     # (model, t, name): [B, D]
+        for model, one in models.items():
+            for (name, t), x in one.maps(test.inputs, part, "cka 0 0").items():
+                features[model, t, name] = F.adaptive_avg_pool2d(x, cfg.grid).flatten(1)
+        total = total + hsic(list(features.values())) * len(part) / len(rows)
     scale = total.diag().clamp(min=1e-30).sqrt()
     matrix = (total / torch.outer(scale, scale)).cpu().tolist()
     if run.rank == 0:
-        captions = [f"{i} {model} {name} t={t:g}" for i, (model, t, name) in enumerate(places)]
+        captions = [f"{i} {model} {name} t={t:g}" for i, (model, t, name) in enumerate(features)]
         heat_map(picture(run), np.array(matrix), captions, "linear CKA; columns as rows")
-    return dict(images=len(rows), table=[dict(model=m, activation=n, t=t) for m, t, n in places], cka=matrix)
+    table = [dict(model=model, activation=name, t=t) for model, t, name in features]
+    return dict(images=len(rows), table=table, cka=matrix)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How samples keep to the layouts that they were asked for
 
 def filled(boxes, size):
-    """Pixels whose centre is in any of boxes [N, objects, 4] (x0 y0 x1 y1, negative = none): bool [N, size, size]."""
+    """Pixels whose centre is in boxes [N, 4] (x0 y0 x1 y1, negative = none): bool [N, size, size]."""
     centre = np.arange(size) + 0.5
-    x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes, np.float32), -1, 0)[..., None]                # [N, objects, 1] each
+    x0, y0, x1, y1 = np.asarray(boxes, np.float32).T[:, :, None]                 # [N, 1] each
     rows, columns = (centre >= y0) & (centre < y1), (centre >= x0) & (centre < x1)
-    return (rows[..., :, None] & columns[..., None, :]).any(1)
+    return rows[:, :, None] & columns[:, None]
 
 
 def objects_of_shapes(images):
@@ -1383,15 +1481,15 @@ def found_objects(run, info, method, images, rows):
         raise UserError(f"{of['checkpoint']} has changed since the labels were made; make features and labels again")
     first, context = of["arrays"][0], autocast(run, run.cfg.precision)[0]
     source = Source(net, state, [first["activation"]], [first["t"]], device=run.device, context=context, batch=64)
-    found = objects_in(source, images, rows, "samples", images.shape[2:], method, info["recipe"]["objects"])
-    return np.concatenate([objects["masks"].cpu().numpy() > 0 for _, objects in found])
+    found = objects_in(source, images, rows, "samples", "masks", images.shape[2:], method, info["recipe"]["objects"])
+    return found[source.places[0]] > 0
 
 
 def in_boxes(masks):
     """Masks bool [n, H, W] become the filled boxes around the largest piece of each."""
     masks = torch.from_numpy(masks)
     largest = largest_component(masks.flatten(1), masks.shape[1:]).view_as(masks)
-    return filled(bounds(largest)[:, None].numpy(), masks.shape[2])
+    return filled(bounds(largest), masks.shape[2])
 
 
 def overlap_of(asked, found):
@@ -1407,25 +1505,27 @@ def layout(run, cfg, source, train, test):
     made = read_json(folder / "metrics.json", "make the samples with sample_ode.py")
     require(made["hash"] == state["weights"], cfg, "samples", f"were made by an earlier state of {cfg.checkpoint}")
     info = read_json(run.dir / "labels" / f"{state['label_file']}.json", "make the labels again")
-    how, recipe, as_boxes = info["recipe"], made["recipe"], state.get("condition") == "box"
-    method = how["foreground"] if how["method"] == "masks" else how["method"]
-    several = as_boxes and how.get("objects", 1) > 1
-    fits = state.get("condition") in ("box", "mask") and not (recipe.get("boxes") or several or method == "none")
-    require(fits, cfg, "samples",
+    labelled, condition = info["recipe"], state.get("condition")
+    method = labelled["foreground"] if labelled["method"] == "masks" else labelled["method"]
+    one_box = condition == "box" and labelled.get("objects", 1) == 1
+    drawn = made["recipe"].get("boxes") or method == "none"
+    require((one_box or condition == "mask") and not drawn, cfg, "samples",
             "were asked for something else than one box, or the objects' masks, of training images")
 
-    images, labels = (np.load(folder / f"{k}.npy", mmap_mode="r", allow_pickle=False) for k in ("images", "labels"))
-    rows, condition, found = run.share(len(images)), load_condition(state, "cpu"), {}
-    maps = condition.table.numpy()[labels[rows]]          # boxes: 0 = inside; masks: 0 = none, kinds = whatever
-    asked = maps == 0 if as_boxes else (maps > 0) & (maps < condition.kinds)
+    images, ids = (np.load(folder / f"{k}.npy", mmap_mode="r", allow_pickle=False) for k in ("images", "labels"))
+    rows, bank, found = run.share(len(images)), load_condition(state, "cpu"), {}
+    maps = bank.table.numpy()[ids[rows]]                  # boxes: 0 = inside; masks: 0 = none, kinds = whatever
+    asked = maps == 0 if one_box else (maps > 0) & (maps < bank.kinds)
     if run.data.source == "shapes":
         found["exact_iou"] = objects_of_shapes(images[rows])
     if method in ("lost", "ncut"):
         found["layout_iou"] = found_objects(run, info, method, images, rows)
     require(found, cfg, "samples", f"labels of method={method} do not tell how to find objects")
-    if as_boxes:
-        found = {k: in_boxes(masks) for k, masks in found.items()}
-    scores = {k: float(np.concatenate(run.gather(overlap_of(asked, v))).mean()) for k, v in found.items()}
+    if one_box:
+        found = {score: in_boxes(areas) for score, areas in found.items()}
+    scores = {}
+    for score, areas in found.items():
+        scores[score] = float(np.concatenate(run.gather(overlap_of(asked, areas))).mean())
     run.say(", ".join(f"{k} {v:.3f}" for k, v in scores.items()) + f" over {len(images):,} samples")
     if run.rank == 0:
         few = range(min(10, len(rows)))
@@ -1442,28 +1542,27 @@ def picture(run, suffix=""):
     return run.dir / "probe" / f"{run.cfg.name}{suffix}.png"
 
 
-def heat_map(path, values, rows, title, marks={}):
-    """A matrix [R, C] as PNG with captions of rows, marks {(row, column): letters}; colours stretch over its range."""
+def heat_map(path, values, rows, title, marks=None):
+    """A matrix [R, C] as PNG with captions of rows and marks, as many letters; colours stretch over its range."""
     low, high, tiles = values.min(), values.max(), []
-    for place, v in np.ndenumerate(values):
-        share = (v - low) / max(high - low, 1e-9)
-        tile = Image.new("RGB", (62, 18), tuple(int(255 * (1 - c * share)) for c in (0.97, 0.75, 0.5)))
-        ImageDraw.Draw(tile).text((6, 3), f"{v:.3f} {marks.get(place, '')}", "white" if share > 0.5 else "black")
+    for value, mark in zip(values.flat, marks or [""] * values.size):
+        share = (value - low) / max(high - low, 1e-9)
+        colour = tuple(int(255 * (1 - c * share)) for c in (0.97, 0.75, 0.5))
+        tile = Image.new("RGB", (62, 18), colour)
+        ImageDraw.Draw(tile).text((6, 3), f"{value:.3f} {mark}", "white" if share > 0.5 else "black")
         tiles.append(np.asarray(tile).transpose(2, 0, 1))
     head = f"{low:.3f} (light) to {high:.3f} (dark): {title}"
     save_grid(path, np.stack(tiles), values.shape[1], rows, zoom=1, head=head)
 
 
 def draw_surface(run, table, score, title, marks):
-    """probe/<name>.png: a score of every (activation, t) of a table; marks: (letter, row of the table)."""
-    names, times = list(dict.fromkeys(r["activation"] for r in table)), sorted({r["t"] for r in table})
-    values, letters = np.zeros((len(names), len(times))), {}
-    for r in table:
-        place = names.index(r["activation"]), times.index(r["t"])
-        values[place] = r[score]
-        letters[place] = "".join(letter for letter, marked in marks if marked is r)
+    """probe/<name>.png: a score of a table whose rows are all (activation, t) in order; marks: (letter, row of it)."""
+    names = list(dict.fromkeys(row["activation"] for row in table))
+    values = np.reshape([row[score] for row in table], (len(names), -1))
+    times = ", ".join(str(row["t"]) for row in table[:values.shape[1]])
+    letters = ["".join(letter for letter, marked in marks if marked is row) for row in table]
     if run.rank == 0:
-        heat_map(picture(run), values, names, f"{score}; {title}; columns: t = {', '.join(map(str, times))}", letters)
+        heat_map(picture(run), values, names, f"{score}; {title}; columns: t = {times}", letters)
 
 
 def tinted(image, masks):
@@ -1476,18 +1575,21 @@ def tinted(image, masks):
 
 def draw_segments(path, images, truth, found):
     """Images, true and found classes in colours (not class 0 and void)."""
-    kinds, sheet = range(1, max(2, 1 + int(max(truth.max(), found.max())))), list(images)
-    for masks in (truth, found):
-        sheet += [tinted(image, torch.stack([m == k for k in kinds])) for image, m in zip(images, masks)]
+    last = max(1, int(truth.max()), int(found.max()))
+    sheet = list(images)
+    for segments in (truth, found):
+        for image, segment in zip(images, segments):
+            sheet.append(tinted(image, torch.stack([segment == k for k in range(1, last + 1)])))
     save_grid(path, np.stack(sheet), len(images), ["image", "truth", "found"])
 
 
-def draw_matches(path, pairs, found, n=6, zoom=4):
+def draw_matches(path, pairs, found):
     """Pairs side by side, a line from each point to where it was found: green within 0.1 of the limit, else red."""
-    size, tiles = pairs.source.shape[2], []
-    lines = torch.cat([(pairs.points + 1) * size / 2, found + torch.tensor([size, 0.0])], 2) * zoom        # [N, P, 4]
+    size, zoom, tiles = pairs.source.shape[2], 4, []
+    starts, ends = (pairs.points + 1) * size / 2, found + torch.tensor([size, 0.0])
+    lines = torch.cat([starts, ends], 2) * zoom           # [N, P, 4]
     right = (found - pairs.goal).norm(dim=2) <= 0.1 * pairs.limit[:, None]
-    for i in range(min(n, len(lines))):
+    for i in range(min(6, len(lines))):
         both = np.concatenate([pairs.source[i], pairs.target[i]], 2).transpose(1, 2, 0)
         tile = Image.fromarray(both).resize((2 * size * zoom, size * zoom), Image.NEAREST)
         for line, good in zip(lines[i].tolist(), right[i]):
@@ -1496,14 +1598,14 @@ def draw_matches(path, pairs, found, n=6, zoom=4):
     save_grid(path, np.stack(tiles), 1, zoom=1, head="green: found within a tenth; red: not")
 
 
-def draw_objects(path, images, truth, found, n=12):
+def draw_objects(path, images, truth, found):
     """The first images with true boxes in white, found ones (score above 0.5) and their masks in red."""
     from torchvision.utils import draw_bounding_boxes
     tiles = []
-    for image, t, f in list(zip(images, truth, found))[:n]:
-        sure = f["scores"] > 0.5
-        tile = torch.from_numpy(tinted(image, f["masks"][sure].any(0)))
-        for frames, colour in ((t["boxes"], "white"), (f["boxes"][sure], "red")):
+    for image, objects, guesses in list(zip(images, truth, found))[:12]:
+        sure = guesses["scores"] > 0.5
+        tile = torch.from_numpy(tinted(image, guesses["masks"][sure].any(0)))
+        for frames, colour in ((objects["boxes"], "white"), (guesses["boxes"][sure], "red")):
             tile = draw_bounding_boxes(tile, frames, colors=colour) if len(frames) else tile
         tiles.append(tile.numpy())
     save_grid(path, np.stack(tiles), 6)
@@ -1519,7 +1621,7 @@ PROTOCOLS = dict(                                         # (function, settings 
     boxes=(boxes, "boxed"),
     linear=(linear, "controls supervised_images validation draws"),
     head=(head, f"{FITTED} head labels_share depth grid flip"),
-    segment=(head, f"{FITTED} head masks flip"),
+    segment=(segment, f"{FITTED} head masks flip"),
     select=(select, "fit validation"),
     correspond=(correspond, "controls supervised_images pairs"),
     detect=(detect, f"{FITTED} masks"),
@@ -1537,18 +1639,20 @@ def transferred(run, size):
     return other
 
 
+def stored_source(run, cfg):
+    """`open_source` of features=: no network, only what is known of the one that made them."""
+    info = load_features(run, cfg.features, "train")[1]
+    cfg.checkpoint = info["checkpoint"]
+    cfg.controls = [name for name in cfg.controls if name == "pixels"]           # the others need a network
+    names, times = (list(dict.fromkeys(array[k] for array in info["arrays"])) for k in ("activation", "t"))
+    passes = len(times) * info["draws"]
+    state = dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None, passes=passes)
+    return Source(None, state, names, times), dict(stored=info)
+
+
 def open_source(run, cfg):
     """(what is probed, as a Source; what that adds to the recipe)."""
-    how = dict(device=run.device, context=autocast(run, cfg.precision)[0], seed=cfg.seed, batch=cfg.batch)
     extra = {}
-    if cfg.features:
-        info = load_features(run, cfg.features, "train")[1]
-        cfg.checkpoint = info["checkpoint"]
-        cfg.controls = [c for c in cfg.controls if c == "pixels"]                # there is no network for the others
-        names, times = (list(dict.fromkeys(a[k] for a in info["arrays"])) for k in ("activation", "t"))
-        passes = len(times) * info["draws"]
-        known = dict(file=f"features/{cfg.features}", weights=info["hash"], seen=None, passes=passes)
-        return Source(None, known, names, times, **how), dict(stored=info)
     if cfg.protocol == "layout":
         check_name("samples", cfg.samples)
         samples = run.dir / "samples" / cfg.samples / "metrics.json"
@@ -1566,7 +1670,7 @@ def open_source(run, cfg):
     names = matching(net, names)
     run.say(f"reads {len(names)} activation(s), {names[0]} ..., at t = {', '.join(map(str, times))}")
     extra["hashes"] = [load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"]
-    return Source(net, state, names, times, **how), extra | dict(reads=[names, times])
+    return Source(net, state, names, times), extra | dict(reads=[names, times])
 
 
 def main():
@@ -1582,7 +1686,9 @@ def main():
     require(not pixels or not run.data.latents, cfg, "protocol transfer", "is defined on pixels, not on latents")
 
     # what is probed, of which images
-    source, extra = open_source(run, cfg)
+    source, extra = stored_source(run, cfg) if cfg.features else open_source(run, cfg)
+    context, _, _ = autocast(run, cfg.precision)
+    source = replace(source, device=run.device, context=context, seed=cfg.seed, batch=cfg.batch)
     state, path = source.state, run.dir / "probe" / f"{cfg.name}.json"
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")

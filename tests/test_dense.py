@@ -18,7 +18,7 @@ import extract_features
 import probe
 import self_label
 from configs.data import Split, load_data
-from configs.run import Data
+from configs.run import ALONE, Data
 from configs.shapes import draw_shapes, shape_parts
 from probe import (LinearMap, PixelMlps, Probe, Source, UPer, box_overlap, coco_ap, confusion_matrix, fit_head, hsic,
                    instances, mask_overlap, matches, mean_iou, pck, pick_points, similarity, warped_pairs, warps)
@@ -77,7 +77,7 @@ def test_shapes_are_segmented(kind):
     r = Source(network("stem"), dict(path="cv"), ["unet-in", *NAMES], [0.95], kind)
     cfg = Probe(protocol="segment", width=16, images=1_000 if kind == "ensemble" else 3_000, head_batch=20, lr=[1e-2],
                 l2=[0.0])
-    head = fit_head(cfg, r, images, y, np.arange(40), np.arange(40, 50), 0)[0]
+    head = fit_head(ALONE, cfg, r, images, y, 2, np.arange(40), np.arange(40, 50), 0)[0]
     with torch.no_grad():
         found = head.eval()(*r.views(r.shown(images, np.arange(50, 60)), noise(10, 3, 16, 16))).argmax(1)
     assert mean_iou(confusion_matrix(found, y[50:].long(), 2)) > 0.75
@@ -335,7 +335,7 @@ def test_layout_of_the_truth_and_of_others(kind):
     images, _, boxes, masks = draw_shapes(4, np.arange(50), two=0)
     asked, exact = masks > 0, probe.objects_of_shapes(images)
     if kind == "box":
-        asked, exact = probe.filled(boxes[:, None], 32), probe.in_boxes(exact)
+        asked, exact = probe.filled(boxes, 32), probe.in_boxes(exact)
     assert probe.overlap_of(asked, exact).mean() > 0.93
     assert probe.overlap_of(np.roll(asked, 1, 0), exact).mean() < (0.65 if kind == "box" else 0.5)
     asked[:25] = False                                    # nothing asked for, where something is
@@ -370,7 +370,7 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     """Training images as samples of a model whose bank holds their true boxes: nothing else decides the scores."""
     images, boxes = (np.load(lost / f"data/train/{k}.npy")[:60] for k in ("images", "boxes"))
     state = torch.load(lost / "diffusion/base/checkpoint.pt", weights_only=True)
-    maps = np.concatenate([1 - probe.filled(boxes[:, None], 32), np.ones((1, 32, 32))]).astype(np.uint8)
+    maps = np.concatenate([1 - probe.filled(boxes, 32), np.ones((1, 32, 32))]).astype(np.uint8)
     words, layout = [tiny, f"run={lost}", "protocol=layout"], {}
     for labels in ("lost", "classes"):
         (lost / f"guided/{labels}").mkdir(parents=True)

@@ -20,7 +20,7 @@ from test_features import inputs, network
 
 import extract_features
 import probe
-from configs.run import Data, Model, UserError
+from configs.run import ALONE, Data, Model, UserError
 from extract_features import catalogue, reader
 from probe import (DifFeed, DifFormer, Probe, Source, accuracy, build_head, controls, evaluate, fit_head, granularity,
                    labelled, locality, logistic, mirrors, noise_sensitivity, properties, why_dropped)
@@ -142,7 +142,7 @@ def test_toy_set_is_learnt(kind):
     net, (images, y) = network("stem"), toy(400)
     several = kind == "difformer"
     r = source(net, kind, names=NAMES[:2] if several else NAMES[:1], times=[0.8, 1.0] if several else [0.95])
-    head, chosen = fit_head(SMALL, r, images, y, np.arange(300), np.arange(300, 350), seed=0)
+    head, chosen = fit_head(ALONE, SMALL, r, images, y, 4, np.arange(300), np.arange(300, 350), 0)
     accuracy, = evaluate([head], r, images, y, np.arange(350, 400), 0, "test")
     assert chosen["lr"] == 1e-2 and chosen["validation"] > 0.85 and accuracy[0] > 0.85
 
@@ -151,7 +151,7 @@ def test_scores_depend_on_seed_and_image_alone():
     net, (images, y) = network("stem"), toy(40)
     r, rows = source(net, "attention", names=NAMES[:1]), np.arange(40)
     cfg = replace(SMALL, images=40, head_batch=20, lr=[1e-3])
-    heads = [fit_head(cfg, r, images, y, rows, rows, seed)[0] for seed in (0, 0, 1)]
+    heads = [fit_head(ALONE, cfg, r, images, y, 4, rows, rows, seed)[0] for seed in (0, 0, 1)]
     a, b, c = (torch.cat([p.flatten() for p in h.parameters()]) for h in heads)
     assert torch.equal(a, b) and not torch.allclose(a, c)
     loss = [evaluate(heads[:1], replace(r, batch=batch), images, y, rows, 0, purpose)[0][1]
@@ -172,9 +172,9 @@ def test_heads_read_latents():
     here, fit, val = SimpleNamespace(data=Data(latents="x")), rows[:30], rows[30:]
     whole = Source(net, dict(path="cv", size=8, channels=4), NAMES[:2], [0.5, 0.9], "difformer")
     train = SimpleNamespace(inputs=latents, classes=y.numpy())
-    found = {"difformer": whole} | controls(here, cfg, whole, whole, train, fit)
+    found = {"difformer": whole} | controls(here, cfg, whole, train, fit)
     assert set(found) == {"difformer", "raw latents"}
-    assert all(0 <= fit_head(cfg, s, latents, y, fit, val, 0)[1]["validation"] <= 1 for s in found.values())
+    assert all(0 <= fit_head(ALONE, cfg, s, latents, y, 3, fit, val, 0)[1]["validation"] <= 1 for s in found.values())
     once, mirrored = (whole.shown(latents, rows, torch.full((40,), flip)) for flip in (False, True))
     assert torch.equal(mirrored, torch.from_numpy(latents[:, 1, :4]).float()) and not torch.equal(once, mirrored)
 
