@@ -631,7 +631,7 @@ def choose_w(run, cfg, sampler, evaluator, folder):
             distance = evaluator.distance(images, split)
             run.say(f"  w = {w:<5g} {evaluator.kind} {distance:.3f} on {cfg.select:,} samples of seed {other.seed}")
             curve.append((w, distance))
-            shown.append(images[:10])
+            shown.append(np.array(images[:10]))           # a copy: the next w overwrites the file
     if evaluator:
         file.unlink()
         rows = [f"w = {w:g}: {distance:.3g}" for w, distance in curve]
