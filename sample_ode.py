@@ -35,7 +35,7 @@ from configs.data import as_input, decode, load_data, open_autoencoder, torchvis
 from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, finished, key, making,
                          reading, require, save_grid, seed_of, seeded, start, to_uint8, weights_hash,
                          write_json, write_rows)
-from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z
+from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z, with_null
 
 Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
@@ -156,12 +156,12 @@ class Field:
     condition: Condition | None = None                    # None where the network knows no labels
     weak_condition: Condition | None = None
     images: int = 0                                       # that networks have seen
-    states: int = 0                                       # at which the slope was asked for
     evaluations: int = 0                                  # of the present integration
     watch: Callable | None = None                         # called after each of them: watch(number, t)
 
-    def call(self, net, condition, x, t, ids):
-        """One network's prediction; counted."""
+    def call(self, x, t, ids, weak=False):
+        """The prediction of one network; counted."""
+        net, condition = (self.weak, self.weak_condition) if weak else (self.net, self.condition)
         self.images += len(x)
         time = 1000 * torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         told = {} if condition is None or ids is None else condition(ids)
@@ -172,19 +172,17 @@ class Field:
         """The prediction, guided. x: [B, C, H, W]; t: a number; ids: int64 [B], or None without labels."""
         low, high = self.interval
         inside = low - 1e-6 <= t <= high + 1e-6           # the ends count as inside, however they are rounded
-        own = self.net, self.condition
-        if not inside or self.w == 1 or (self.weak is None and ids is None):
-            return self.call(*own, x, t, ids)
+        if self.w == 1 or not inside or (self.weak is None and ids is None):
+            return self.call(x, t, ids)
         if self.weak is not None:
-            strong = self.call(*own, x, t, ids)
-            weak = self.call(self.weak, self.weak_condition, x, t, ids)
-        else:
-            null = torch.full_like(ids, self.condition.null)
-            if self.w == 0:
-                return self.call(*own, x, t, null)
-            both = self.call(*own, torch.cat([x, x]), t, torch.cat([ids, null]))
-            strong, weak = both.chunk(2)
-        return torch.lerp(weak, strong, self.w)
+            strong = self.call(x, t, ids)
+            weak = self.call(x, t, ids, weak=True)
+            return torch.lerp(weak, strong, self.w)
+        null = torch.full_like(ids, self.condition.null)
+        if self.w == 0:
+            return self.call(x, t, null)
+        conditional, unconditional = self.call(torch.cat([x, x]), t, torch.cat([ids, null])).chunk(2)
+        return torch.lerp(unconditional, conditional, self.w)
 
     def estimate(self, x, t, ids):
         """(x_hat, z_hat), guided."""
@@ -193,7 +191,6 @@ class Field:
         if self.watch:
             self.watch(self.evaluations, t)
         self.evaluations += 1
-        self.states += len(x)
         return to_x_and_z(self.path, self.predict, out, x, x.new_full((len(x),), t))
 
     def slope(self, y, s, ids):
@@ -210,17 +207,17 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
 
     On both paths an Euler step from t to t' is one of DDIM (eta = 0): it ends in alpha(t') x_hat + sigma(t') z_hat.
     """
-    path, field.evaluations = field.path, 0
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    grid = grid.flip(0) if reverse else grid
-    y = x / float(path.scale(grid[0]))
-    times = path.to_s(grid).tolist()
+    field.evaluations = 0
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    t = t.flip(0) if reverse else t
+    s = field.path.to_s(t).tolist()
+    y = x / float(field.path.scale(t[0]))
     slope = lambda y, s: field.slope(y, s, ids)
     if solver == "dopri5":
-        y = solve_dopri5(slope, y, times[0], times[-1], tol)
+        y = solve_dopri5(slope, y, s[0], s[-1], tol)
     else:
-        y = solve_fixed(slope, y, times, solver)
-    return y * float(path.scale(grid[-1])), field.evaluations
+        y = solve_fixed(slope, y, s, solver)
+    return y * float(field.path.scale(t[-1])), field.evaluations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +253,7 @@ def open_sampler(run, cfg, context=nullcontext):
         field.weak_condition = load_condition(weak, run.device) if own else field.condition
     if cfg.compile:
         field.net = torch.compile(field.net)
-        field.weak = torch.compile(field.weak) if cfg.autoguide else None
+        field.weak = field.weak and torch.compile(field.weak)
     return sampler
 
 
@@ -269,8 +266,8 @@ def drawn_layout(cfg, state, condition, device):
     require(fits and label in range(null), cfg, "boxes",
             f"expected [x0, y0, x1, y1, label] with x0 < x1, y0 < y1, and one label below {null} for all")
     layout = torch.from_numpy(draw_boxes(np.array([cfg.boxes])[..., :4], condition.size))        # [1, H, W]
-    table, labels = torch.cat([layout, torch.full_like(layout, condition.kinds)]), torch.tensor([int(label), null])
-    return Condition("map", table, condition.kinds, condition.size, labels).to(device)
+    table = with_null(layout, condition.kinds)
+    return Condition("map", table, condition.kinds, condition.size, torch.tensor([int(label), null])).to(device)
 
 
 def sample_labels(cfg, sampler, indices):
@@ -313,27 +310,31 @@ def put(run, file, n, part, values):
 def generate(run, cfg, sampler, w, file):
     """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share, and the activations that
     `features` names beside it; returns what it took."""
-    field, rows, state = replace(sampler.field, w=w), run.share(cfg.n), sampler.state
+    field, state = replace(sampler.field, w=w), sampler.state
+    rows = run.share(cfg.n)
     parts = batches(rows, cfg)
+
     def drawn(part):
         z = draw(cfg.seed, "sample noise", part, (state["channels"], state["size"], state["size"]))
         ids = sample_labels(cfg, sampler, part)
         return part, z.to(run.device), None if ids is None else ids.to(run.device)
 
     recording = recorded(cfg, field) if cfg.features else nullcontext({})
+    states = integrated = 0
     with bar(run, cfg.n, "sampling") as progress, recording as seen:
         for part, z, ids in ahead(drawn, parts):
-            x, _ = integrate(field, z, ids, cfg.solver, cfg.steps, cfg.tol)
+            x, evaluations = integrate(field, z, ids, cfg.solver, cfg.steps, cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state['file']}: samples are not finite (precision=fp32 may help)")
-            own = (part >= rows[0]) & (part <= rows[-1])  # of a block
+            states += evaluations * len(part)
+            integrated += len(part)
+            own = np.isin(part, rows)                     # of a block
             pictures = to_uint8(decode(run.vae, x[torch.from_numpy(own)]))
             put(run, file, cfg.n, part[own], pictures.cpu().numpy())
             for name, (_, maps) in seen.items():
                 put(run, file.with_name(name), cfg.n, part, maps[:len(part)])
             progress.update(own.sum() * run.world)
-    counts = torch.tensor([field.states, field.images, sum(map(len, parts))], dtype=torch.float64)
-    states, images, integrated = run.total(counts).tolist()
+    states, images, integrated = run.total(torch.tensor([states, field.images, integrated]).double()).tolist()
     about = [about | dict(file=name, shape=list(maps.shape[1:])) for name, (about, maps) in seen.items()]
     return dict(nfe=states / integrated, network_calls=images / integrated, features=about)
 
@@ -357,18 +358,20 @@ def recorded(cfg, field):
 def encode(run, cfg, sampler, folder):
     """Test images to noise and back, without labels: noise.npy, a picture, and the error of the round trip."""
     data, field = load_data(run, "test"), sampler.field
-    n, noise, pairs = min(cfg.n, len(data)), [], []
+    n = min(cfg.n, len(data))
+    noise, images, back = [], [], []
     for part in batches(np.arange(n), cfg):
         x = as_input(torch.from_numpy(data.inputs[part[part < n]])).to(run.device)
         z, _ = integrate(field, x, None, cfg.solver, cfg.steps, cfg.tol, reverse=True)
-        back, _ = integrate(field, z, None, cfg.solver, cfg.steps, cfg.tol)
+        again, _ = integrate(field, z, None, cfg.solver, cfg.steps, cfg.tol)
         noise.append(z.cpu())
-        pairs.append(torch.stack([decode(run.vae, x), decode(run.vae, back)]).cpu())             # [2, B, 3, H, W]
-    noise, pairs = torch.cat(noise), torch.cat(pairs, 1)
+        images.append(decode(run.vae, x).cpu())
+        back.append(decode(run.vae, again).cpu())
+    noise, images, back = torch.cat(noise), torch.cat(images), torch.cat(back)
     np.save(folder / "noise.npy", noise.numpy())
-    pictures = to_uint8(pairs[:, :10].flatten(0, 1)).numpy()
-    save_grid(folder / "grid.png", pictures, len(pictures) // 2, ["image", "back"])
-    error = float((pairs[1] - pairs[0]).double().square().mean())
+    pictures = to_uint8(torch.cat([images[:10], back[:10]])).numpy()
+    save_grid(folder / "grid.png", pictures, len(images[:10]), ["image", "back"])
+    error = float((back - images).double().square().mean())
     return dict(noise_mean=float(noise.double().mean()), noise_std=float(noise.double().std()), images=n,
                 round_trip_psnr=10 * math.log10(4 / max(error, 1e-30)))
 
@@ -447,11 +450,10 @@ def pixel_components(images, side=16, count=64):
     """The principal components of training images uint8 [N, 3, H, W], averaged to side x side, as an evaluator."""
     small = lambda x: F.adaptive_avg_pool2d(x.float() / 127.5 - 1, min(side, x.shape[-1])).flatten(1)    # [B, 3 side^2]
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int))
-    parts = np.array_split(rows, math.ceil(len(rows) / 500))
-    x = torch.cat([small(torch.from_numpy(np.ascontiguousarray(images[r]))) for r in parts]).double()
+    x = torch.cat([small(torch.tensor(images[i:i + 1])) for i in rows]).double()
     mean = x.mean(0)
     axes = torch.linalg.eigh((x - mean).T @ (x - mean))[1].flip(1)[:, :count]    # [3 side^2, count], greatest first
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()      # the same signs on every process
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()      # the same signs everywhere
     mean, axes = mean.float(), axes.float()
     return lambda x: (small(x) - mean.to(x.device)) @ axes.to(x.device)
 
@@ -537,10 +539,8 @@ def manifold(fake, real, k=5, limit=10_000):
 def nearest(x, train, device="cpu"):
     """Distance of each row of x to its nearest row of train, [N]; train may be a memory-mapped array."""
     x = x.to(device).double()                             # the fast formula for distances cancels
-    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=device)
-    for part in chunks_of(train, device):
-        best = torch.minimum(best, torch.cat([torch.cdist(rows, part).amin(1) for rows in x.split(500)]))
-    return best.float().cpu()
+    best = [torch.cat([torch.cdist(rows, part).amin(1) for rows in x.split(500)]) for part in chunks_of(train, device)]
+    return torch.stack(best).amin(0).float().cpu()
 
 
 def copying(fake, test, train, device="cpu"):
@@ -620,51 +620,53 @@ class Evaluator:
         return out | dict(evaluator=self.text, samples=len(fake))
 
 
-def choose_w(run, cfg, sampler, evaluator, folder):
-    """(best w of `guidance`, what was measured): on samples of another seed, against real images of the other split."""
-    other, split = replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[]), OTHER[cfg.reference]
-    file, curve, shown = folder / "candidates.npy", [], []
+def trial(run, cfg, sampler, w, evaluator, file):
+    """(NFE, distance) of samples that no report is about: of another seed, against the real images of the other split.
+    Their pictures are left in `file`."""
+    cfg = replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[])
+    nfe = generate(run, cfg, sampler, w, file)["nfe"]
+
+    def measure():                                        # the first process alone has an evaluator
+        distance = evaluator.distance(np.load(file, mmap_mode="c"), OTHER[cfg.reference])
+        run.say(f"  w = {w:<5g} {cfg.solver:9} NFE {nfe:6.1f}  {evaluator.kind} {distance:.3f} on {cfg.n:,} samples of "
+                f"seed {cfg.seed}")
+        return distance
+
+    return nfe, run.agreed(measure)
+
+
+def choose_w(run, cfg, sampler, evaluator, file):
+    """(best w of `guidance`, what was measured); draws guidance.png."""
+    curve, shown = [], []
     for w in cfg.guidance:
-        generate(run, other, sampler, w, file)
-        if evaluator:
-            images = np.load(file, mmap_mode="c")
-            distance = evaluator.distance(images, split)
-            run.say(f"  w = {w:<5g} {evaluator.kind} {distance:.3f} on {cfg.select:,} samples of seed {other.seed}")
-            curve.append((w, distance))
-            shown.append(np.array(images[:10]))           # a copy: the next w overwrites the file
-    if evaluator:
-        file.unlink()
-        rows = [f"w = {w:g}: {distance:.3g}" for w, distance in curve]
-        save_grid(folder / "guidance.png", np.concatenate(shown), len(images[:10]), rows, head=f"{evaluator.kind} by w")
+        _, distance = trial(run, cfg, sampler, w, evaluator, file)
+        curve.append((w, distance))
+        if run.rank == 0:
+            shown.append(np.load(file, mmap_mode="r")[:10].copy())               # the next w overwrites the file
+    if run.rank == 0:
+        captions = [f"w = {w:g}: {distance:.3g}" for w, distance in curve]
+        save_grid(file.with_name("guidance.png"), np.concatenate(shown), len(shown[0]), captions,
+                  head=f"{evaluator.kind} by w")
+        split = OTHER[cfg.reference]
         if min(cfg.select, len(evaluator.data[split])) <= evaluator.features[split].shape[1]:
             run.say("warning: a distance of fewer images than the evaluator has features prefers samples that are too "
                     "much alike; raise select, or give one w")
-    best = run.agreed(lambda: min(curve, key=lambda point: point[1])[0])
-    return best, dict(seed=other.seed, samples=cfg.select, curve=curve)
+    best, _ = min(curve, key=lambda point: point[1])
+    return best, dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
 
 
-def settings_of(cfg):
-    """The settings of every point of a sweep: dopri5 at four tolerances, the other solvers at each number of steps."""
+def sweep_nfe(run, cfg, sampler, w, evaluator, file):
+    """Distance against network evaluations of each solver, {solver: [(NFE, distance), ...]}; draws nfe.png."""
+    curves = {}
     for solver in cfg.sweep:
+        points = [dict(steps=steps) for steps in cfg.sweep_steps]
         if solver == "dopri5":
-            yield from (replace(cfg, solver=solver, tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3))
-        else:
-            yield from (replace(cfg, solver=solver, steps=steps) for steps in cfg.sweep_steps)
-
-
-def sweep_nfe(run, cfg, sampler, w, evaluator, folder):
-    """Distance against network evaluations of each solver, {solver: [(NFE, distance)]}: on the samples and real images
-    that choose w; draws nfe.png."""
-    file, curves = folder / "candidates.npy", {}
-    for point in settings_of(replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[])):
-        nfe = generate(run, point, sampler, w, file)["nfe"]
-        if evaluator:
-            distance = evaluator.distance(np.load(file, mmap_mode="c"), OTHER[cfg.reference])
-            run.say(f"  {point.solver:9} NFE {nfe:6.1f}  {evaluator.kind} {distance:.3f}")
-            curves.setdefault(point.solver, []).append((nfe, distance))
-    if evaluator:
-        file.unlink()
-        plot(folder / "nfe.png", curves, f"{evaluator.kind} ({cfg.select:,} samples) against network evaluations")
+            points = [dict(tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
+        curves[solver] = [trial(run, replace(cfg, solver=solver, **point), sampler, w, evaluator, file)
+                          for point in points]
+    if run.rank == 0:
+        plot(file.with_name("nfe.png"), curves,
+             f"{evaluator.kind} ({cfg.select:,} samples) against network evaluations")
     return curves
 
 
@@ -794,14 +796,16 @@ def recipe_of(run, cfg, sampler):
 
 def sample(run, cfg, sampler, folder):
     """Choose w, write and score the samples; what was measured, for metrics.json."""
-    metrics, w, file = {}, cfg.guidance[0], folder / "images.npy"
-    mine = cfg.evaluate and run.rank == 0
-    evaluators = {name: Evaluator(run, name) for name in cfg.evaluator} if mine else {}
-    first = next(iter(evaluators.values()), None)
+    file, other = folder / "images.npy", folder / "other.npy"                    # other: samples that are not kept
+    evaluators = {}
+    if cfg.evaluate and run.rank == 0:
+        evaluators = {name: Evaluator(run, name) for name in cfg.evaluator}
+    first = evaluators[cfg.evaluator[0]] if evaluators else None
+    metrics, w = {}, cfg.guidance[0]
     if len(cfg.guidance) > 1:
-        w, metrics["selection"] = choose_w(run, cfg, sampler, first, folder)
+        w, metrics["selection"] = choose_w(run, cfg, sampler, first, other)
     if cfg.sweep:
-        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, folder)
+        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, other)
 
     metrics |= dict(w=w) | generate(run, cfg, sampler, w, file)
     if run.rank == 0:
@@ -812,12 +816,11 @@ def sample(run, cfg, sampler, folder):
     scored = {name: {"scores": e.scores(np.load(file, mmap_mode="c"), cfg.reference)} for name, e in evaluators.items()}
 
     if w != 1 and len(cfg.guidance) > 1:                  # the gain of guidance apart from that of labels
-        plain = folder / "plain.npy"
-        generate(run, replace(cfg, features=[]), sampler, 1.0, plain)
+        generate(run, replace(cfg, features=[]), sampler, 1.0, other)
         for name, evaluator in evaluators.items():
-            scored[name]["scores_w1"] = evaluator.scores(np.load(plain, mmap_mode="c"), cfg.reference)
-        if run.rank == 0:
-            plain.unlink()
+            scored[name]["scores_w1"] = evaluator.scores(np.load(other, mmap_mode="c"), cfg.reference)
+    if run.rank == 0:
+        other.unlink(missing_ok=True)
     if scored:
         metrics |= scored.pop(cfg.evaluator[0]) | dict(others=scored)
     return metrics
