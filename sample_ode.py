@@ -274,18 +274,19 @@ def sample_labels(cfg, sampler, indices):
     """Id of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
     if sampler.field.condition is None:
         return None
-    null, p = sampler.field.condition.null, sampler.marginal
+    null, share = sampler.field.condition.null, sampler.marginal
     if cfg.labels not in (["marginal"], ["uniform"]):
         if not cfg.labels or not all(v.isdecimal() and int(v) <= null for v in cfg.labels):
             raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or ids up to {null} (null)")
         return torch.tensor([int(cfg.labels[i % len(cfg.labels)]) for i in indices])
-    if p is None:
+    if share is None:
         raise UserError("labels: how common they are is known after the training only; name ids, such as labels=0,1")
     if cfg.labels == ["uniform"]:                         # over labels that the network has seen
-        p = (p > 0) / (p > 0).sum()
-    u, _ = draw(cfg.seed, "sample label", indices, (0,), 1)
-    place = u[:, 0].double() * p.double().sum()
-    return torch.searchsorted(p.double().cumsum(0), place, right=True).clamp(max=null - 1)   # right: never without mass
+        share = (share > 0) / (share > 0).sum()
+    upto = share.double().cumsum(0)
+    uniform, _ = draw(cfg.seed, "sample label", indices, (0,), 1)
+    place = uniform[:, 0].double() * share.double().sum()
+    return torch.searchsorted(upto, place, right=True).clamp(max=null - 1)       # right: never one without a share
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def batches(rows, cfg):
 
 
 def put(run, file, n, part, values):
-    """Write rows `part` of a .npy with n rows. Its share's first batch tells each process how large rows are."""
+    """Write rows `part` of a .npy of n rows, which is made when the first batch shows how large a row is."""
     if part[0] == run.share(n)[0]:
         if run.rank == 0:
             create_rows(file, values.dtype, (n, *values.shape[1:]))
@@ -421,14 +422,14 @@ def open_judge(run):
     return net.eval(), f"judge {weights_hash(there['net'])[:6]} ({said})"
 
 
-def train_judge(run, net, data, known, epochs=2):
+def train_judge(run, net, data, known):
     """Two epochs over the training images at rows `known`; the share of test images whose class it then tells."""
     counts = torch.from_numpy(np.bincount(data.classes[known])).float()
     weight = None                                         # without weights, rare classes would not be seen
     if run.data.imbalance > 1:
         weight = (len(known) / counts.clamp(min=1) / (counts > 0).sum()).to(run.device)
     guess = lambda images: net.head(net(torch.tensor(images).to(run.device)))    # [B, classes]
-    per_epoch, steps = len(known) // JUDGE_BATCH, epochs * len(known) // JUDGE_BATCH
+    per_epoch, steps = len(known) // JUDGE_BATCH, 2 * len(known) // JUDGE_BATCH
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
     for step in range(steps):
@@ -530,9 +531,10 @@ def manifold(fake, real, k=5, limit=10_000):
     fake, real = fake[:limit].double(), real[:limit].double()                    # torch.cdist cancels in float32
     k = min(k, len(fake) - 1, len(real) - 1)
     radius = lambda x: torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(1000)])    # 1: itself
-    d = torch.cdist(fake, real)
-    inside, around = d < radius(real), d < radius(fake)[:, None]
-    share = dict(precision=inside.any(1), recall=around.any(0), density=inside.sum(1) / k, coverage=inside.any(0))
+    distance = torch.cdist(fake, real)
+    in_real = distance < radius(real)                     # [fake, real]: the sample lies in the ball of the real image
+    in_fake = distance < radius(fake)[:, None]
+    share = dict(precision=in_real.any(1), recall=in_fake.any(0), density=in_real.sum(1) / k, coverage=in_real.any(0))
     return {name: float(v.float().mean()) for name, v in share.items()}
 
 
@@ -555,9 +557,13 @@ def copying(fake, test, train, device="cpu"):
 def tail_scores(head, counts, fake, real):
     """Scores of the third of the classes with the most training images (counts [classes]), and of that with the fewest.
     The judge's last layer, head, says of what class features are: fake [n, D] and real [N, D], erring on both alike."""
-    order, n, out = np.argsort(-np.array(counts), kind="stable").tolist(), max(1, len(counts) // 3), {}
-    for name, classes in (("head", order[:n]), ("tail", order[-n:])):
-        a, b = (x[torch.isin(head(x).argmax(1), torch.tensor(classes, device=x.device))] for x in (fake, real))
+    order = np.argsort(-np.array(counts), kind="stable").tolist()
+    third = max(1, len(counts) // 3)
+    fake_class, real_class = head(fake).argmax(1), head(real).argmax(1)
+    out = {}
+    for name, classes in dict(head=order[:third], tail=order[-third:]).items():
+        wanted = torch.tensor(classes, device=fake.device)
+        a, b = fake[torch.isin(fake_class, wanted)], real[torch.isin(real_class, wanted)]
         out[name] = dict(classes=classes, samples=len(a), reference=len(b))
         if min(len(a), len(b)) > fake.shape[1]:           # else there is no covariance
             out[name]["frechet"] = frechet(a, b)
@@ -679,32 +685,31 @@ def ticks(low, high):
     return [v for p in powers for v in (10.0 ** p, 2 * 10.0 ** p, 5 * 10.0 ** p) if low <= v <= high]
 
 
-def plot(path, curves, title, width=760, height=480, edge=60):
+def plot(path, curves, title):
     """Curves {name: [(x, y), ...]} of positive numbers as a PNG, on logarithmic axes."""
-    xs, ys = (np.array([point[axis] for curve in curves.values() for point in curve]) for axis in (0, 1))
-    (x0, x1), (y0, y1) = ((v.min() * 0.9, v.max() * 1.1) for v in (xs, ys))
+    width, height, edge = 760, 480, 60
+    points = np.array([point for curve in curves.values() for point in curve])   # [n, 2]
+    (left, low), (right, high) = points.min(0) * 0.9, points.max(0) * 1.1
 
     def place(x, y):
-        right = math.log(x / x0) / math.log(x1 / x0)
-        up = math.log(y / y0) / math.log(y1 / y0)
-        return edge + right * (width - 2 * edge), height - edge - up * (height - 2 * edge)
+        return (np.interp(math.log(x), np.log([left, right]), [edge, width - edge]),
+                np.interp(math.log(y), np.log([low, high]), [height - edge, edge]))
 
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((edge, 12), title, "black")
-    for x in ticks(x0, x1):
-        pen.line([place(x, y0), place(x, y1)], "#e6e6e6")
-        pen.text((place(x, y0)[0] - 6, height - edge + 8), f"{x:g}", "black")
-    for y in ticks(y0, y1):
-        pen.line([place(x0, y), place(x1, y)], "#e6e6e6")
-        pen.text((12, place(x0, y)[1] - 6), f"{y:g}", "black")
+    for x in ticks(left, right):
+        pen.line([place(x, low), place(x, high)], "#e6e6e6")
+        pen.text((place(x, low)[0] - 6, height - edge + 8), f"{x:g}", "black")
+    for y in ticks(low, high):
+        pen.line([place(left, y), place(right, y)], "#e6e6e6")
+        pen.text((12, place(left, y)[1] - 6), f"{y:g}", "black")
     for i, (name, curve) in enumerate(curves.items()):
         colour = f"hsl({97 * i % 360}, 80%, 40%)"
         pen.line([place(*point) for point in sorted(curve)], colour, 2)
         pen.text((width - edge - 70, edge + 14 * i), name, colour)
     with atomic(path) as f:
         sheet.save(f, "PNG")
-
 
 
 def sample_sheet(cfg, condition, labels, w, folder):
@@ -728,16 +733,18 @@ def sample_sheet(cfg, condition, labels, w, folder):
     save_grid(folder / "grid.png", cells, columns, names and list(map(str, names)), head=f"{cfg.name}: w = {w:g}")
 
 
-def row_of(m):
+def row_of(metrics):
     """What the table shows of a metrics.json."""
-    scores, kind = m["scores"], "fid" if "fid" in m["scores"] else "frechet"
-    plain = m.get("scores_w1", scores if m["w"] == 1 else {})
-    row = {"evaluator": scores["evaluator"].split()[0], "samples": scores["samples"], "K": m["num_labels"],
-           "NMI": (m["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": m["w"],
+    scores = metrics["scores"]
+    kind = "fid" if "fid" in scores else "frechet"
+    plain = scores if metrics["w"] == 1 else metrics.get("scores_w1", {})
+    row = {"evaluator": scores["evaluator"].split()[0], "samples": scores["samples"], "K": metrics["num_labels"],
+           "NMI": (metrics["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": metrics["w"],
            "distance": float(scores[kind])}
-    row |= {k: scores[k] for k in ("precision", "recall", "coverage", "memorisation")}
-    row |= {k: scores.get(k, {}).get(kind) for k in ("head", "tail")}
-    return row | {"solver": m["solver"], "network calls": m["network_calls"], "training images": m["total_seen"]}
+    row |= {name: scores[name] for name in ("precision", "recall", "coverage", "memorisation")}
+    row |= {name: scores.get(name, {}).get(kind) for name in ("head", "tail")}
+    return row | {"solver": metrics["solver"], "network calls": metrics["network_calls"],
+                  "training images": metrics["total_seen"]}
 
 
 def table(run):
@@ -745,9 +752,9 @@ def table(run):
     rows = []
     for path in run.dir.glob("samples/*/metrics.json"):
         with reading(path, "delete it"):
-            m = json.loads(path.read_text())
-            if "scores" in m:
-                rows.append({"name": path.parent.name, **row_of(m)})
+            metrics = json.loads(path.read_text())
+            if "scores" in metrics:
+                rows.append({"name": path.parent.name, **row_of(metrics)})
     if not rows:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
     rows.sort(key=lambda row: (row["evaluator"], -row["distance"]))
@@ -785,12 +792,13 @@ def check_request(run, cfg, sampler):
 
 def recipe_of(run, cfg, sampler):
     """What decides about the results: settings that are in use, and hashes of the weights."""
-    unused = {"overwrite", "batch", "steps" if cfg.solver == "dopri5" else "tol"}
-    unused |= set() if cfg.sweep or len(cfg.guidance) > 1 else {"select"}
-    unused |= set() if cfg.sweep else {"sweep", "sweep_steps"}
-    unused |= set() if cfg.features else {"features", "features_at", "features_pool"}
-    unused |= set() if cfg.evaluate else {"evaluator", "reference"}
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in unused}
+    in_use = dict.fromkeys(["overwrite", "batch"], False)
+    in_use |= dict(steps=cfg.solver != "dopri5", tol=cfg.solver == "dopri5")
+    in_use |= dict(select=cfg.sweep or len(cfg.guidance) > 1)
+    in_use |= dict.fromkeys(["sweep", "sweep_steps"], cfg.sweep)
+    in_use |= dict.fromkeys(["features", "features_at", "features_pool"], cfg.features)
+    in_use |= dict.fromkeys(["evaluator", "reference"], cfg.evaluate)
+    recipe = {name: value for name, value in run.sections[run.stage].items() if in_use.get(name, True)}
     return recipe | dict(hash=sampler.state["weights"], guidance=cfg.guidance, weak=sampler.weak_hash)
 
 
