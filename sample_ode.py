@@ -348,9 +348,10 @@ def recorded(cfg, field):
     seen = {}
     with tapped(field.net, cfg.features, then=lambda x: pooled(x, cfg.features_pool)) as maps:
         def keep(number, t):
-            for name in cfg.features if number in cfg.features_at else []:
-                about = dict(activation=name, evaluation=number, t=t)
-                seen[f"features-{name}-at{number}.npy"] = about, maps[name].cpu().numpy()
+            if number in cfg.features_at:
+                for name in cfg.features:
+                    about = dict(activation=name, evaluation=number, t=t)
+                    seen[f"features-{name}-at{number}.npy"] = about, maps[name].cpu().numpy()
         field.watch = keep
         yield seen
 
@@ -424,9 +425,9 @@ def open_judge(run):
 
 def train_judge(run, net, data, known):
     """Two epochs over the training images at rows `known`; the share of test images whose class it then tells."""
-    counts = torch.from_numpy(np.bincount(data.classes[known])).float()
-    weight = None                                         # without weights, rare classes would not be seen
-    if run.data.imbalance > 1:
+    weight = None
+    if run.data.imbalance > 1:                            # without weights, rare classes would not be seen
+        counts = torch.from_numpy(np.bincount(data.classes[known])).float()
         weight = (len(known) / counts.clamp(min=1) / (counts > 0).sum()).to(run.device)
     guess = lambda images: net.head(net(torch.tensor(images).to(run.device)))    # [B, classes]
     per_epoch, steps = len(known) // JUDGE_BATCH, 2 * len(known) // JUDGE_BATCH
@@ -494,7 +495,7 @@ def features_of(run, net, images):
     found = []
     with bar(run, len(images), "evaluator") as progress:
         for i in range(0, len(images), 100):
-            x = torch.from_numpy(np.array(images[i:i + 100]))
+            x = torch.tensor(images[i:i + 100])
             found.append(net(x.to(run.device)).float().cpu())
             progress.update(len(x))
     return torch.cat(found).to(run.device)
@@ -602,27 +603,26 @@ class Evaluator:
         order = np.random.default_rng(seed_of(0, purpose)).permutation(len(self.features[split]))
         return torch.from_numpy(self.features[split][order[:limit]]).to(self.run.device)
 
-    def distance(self, images, split):
-        """Frechet distance of samples uint8 [n, 3, H, W] to the real images of a split."""
-        return frechet(features_of(self.run, self.net, images), self.moments[split])
+    def distance(self, file, split):
+        """Frechet distance of the samples in `file`, uint8 [n, 3, H, W], to the real images of a split."""
+        return frechet(features_of(self.run, self.net, np.load(file, mmap_mode="r")), self.moments[split])
 
-    def scores(self, images, reference):
-        """All scores of samples uint8 [n, 3, H, W] against a split, with what they were measured with."""
+    def scores(self, file, split):
+        """All scores of the samples in `file` against a split, with what they were measured with."""
+        images, other = np.load(file, mmap_mode="r"), OTHER[split]
         fake = features_of(self.run, self.net, images)
-        real = self.some(reference, f"reference {reference}", 10_000)
-        out = {self.kind: frechet(fake, self.moments[reference])} | manifold(fake, real)
-        small = thumbnail(torch.from_numpy(np.array(images[:2000])))
+        real = self.some(split, f"reference {split}", 10_000)
+        out = {self.kind: frechet(fake, self.moments[split])} | manifold(fake, real)
         usual = torch.from_numpy(self.thumbnails["test"][:2000])
-        out |= copying(small, usual, self.thumbnails["train"], self.run.device)
+        out |= copying(thumbnail(torch.tensor(images[:2000])), usual, self.thumbnails["train"], self.run.device)
         if isinstance(self.net, Judge) and self.run.data.imbalance > 1:
             counts = self.data["train"].info["class_counts"]
-            out |= tail_scores(self.net.head, counts, fake, self.some(reference, "all", None))
-        other = OTHER[reference]
+            out |= tail_scores(self.net.head, counts, fake, self.some(split, "all", None))
         if len(self.data[other]) >= len(fake):            # what as many real images would score
             as_many = self.some(other, "limits", len(fake))
-            out["distance_floor"] = frechet(as_many, self.moments[reference])
+            out["distance_floor"] = frechet(as_many, self.moments[split])
             out["coverage_ceiling"] = manifold(as_many, real)["coverage"]
-        out["reference"] = f"{reference}, {len(self.data[reference]):,} images"
+        out["reference"] = f"{split}, {len(self.data[split]):,} images"
         return out | dict(evaluator=self.text, samples=len(fake))
 
 
@@ -633,7 +633,7 @@ def trial(run, cfg, sampler, w, evaluator, file):
     nfe = generate(run, cfg, sampler, w, file)["nfe"]
 
     def measure():                                        # the first process alone has an evaluator
-        distance = evaluator.distance(np.load(file, mmap_mode="c"), OTHER[cfg.reference])
+        distance = evaluator.distance(file, OTHER[cfg.reference])
         run.say(f"  w = {w:<5g} {cfg.solver:9} NFE {nfe:6.1f}  {evaluator.kind} {distance:.3f} on {cfg.n:,} samples of "
                 f"seed {cfg.seed}")
         return distance
@@ -821,12 +821,12 @@ def sample(run, cfg, sampler, folder):
         if labels is not None:
             np.save(folder / "labels.npy", labels.numpy())
         sample_sheet(cfg, sampler.field.condition, labels, w, folder)
-    scored = {name: {"scores": e.scores(np.load(file, mmap_mode="c"), cfg.reference)} for name, e in evaluators.items()}
+    scored = {name: {"scores": evaluator.scores(file, cfg.reference)} for name, evaluator in evaluators.items()}
 
     if w != 1 and len(cfg.guidance) > 1:                  # the gain of guidance apart from that of labels
         generate(run, replace(cfg, features=[]), sampler, 1.0, other)
         for name, evaluator in evaluators.items():
-            scored[name]["scores_w1"] = evaluator.scores(np.load(other, mmap_mode="c"), cfg.reference)
+            scored[name]["scores_w1"] = evaluator.scores(other, cfg.reference)
     if run.rank == 0:
         other.unlink(missing_ok=True)
     if scored:
