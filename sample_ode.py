@@ -403,8 +403,9 @@ class Judge(nn.Module):
 
 def open_judge(run):
     """(the judge of this run, its description); trained where it is not there yet."""
-    path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
-    known, fingerprint = np.flatnonzero(np.asarray(data.classes) >= 0), data.info["fingerprint"]
+    path = run.dir / "samples" / ".judge.pt"
+    data = load_data(run, "train")
+    known, fingerprint = np.flatnonzero(data.classes >= 0), data.info["fingerprint"]
     if len(known) < JUDGE_BATCH * JUDGE_UPDATES:
         raise UserError(f"evaluator=judge: {len(known)} training images with a class are too few to train it; use "
                         "evaluator=pixels or inception, or only sample: evaluate=false guidance=W")
@@ -465,18 +466,8 @@ def inception_resize(x):
     return F.interpolate(x.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
 
 
-def open_network(run, name):
-    """(evaluator, description) by name; Inception's weights are downloaded where they are not there."""
-    if name == "judge":
-        return open_judge(run)
-    if name == "pixels":
-        data = load_data(run, "train")
-        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
-        return pixel_components(data.images), text
-    if name != "inception":
-        with reading(name, "evaluator= takes judge, pixels, inception, or a TorchScript file"):
-            net = torch.jit.load(name, map_location=run.device).eval()
-        return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}"
+def open_inception(run):
+    """(evaluator, description): the network of FID; its weights are downloaded where they are not there."""
     torchvision_datasets()                                # clean-fid imports torchvision: beside a CPU-only torch, too
     from cleanfid.inception_torchscript import InceptionV3W
     folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
@@ -487,6 +478,21 @@ def open_network(run, name):
         raise UserError(f"evaluator=inception: could not be downloaded ({str(e).splitlines()[0]}); put "
                         f"inception-2015-12-05.pt into {folder}, or set INCEPTION_DIR") from None
     return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing by PyTorch"
+
+
+def open_network(run, name):
+    """(evaluator, description) by name."""
+    if name == "judge":
+        return open_judge(run)
+    if name == "inception":
+        return open_inception(run)
+    if name == "pixels":
+        data = load_data(run, "train")
+        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
+        return pixel_components(data.images), text
+    with reading(name, "evaluator= takes judge, pixels, inception, or a TorchScript file"):
+        net = torch.jit.load(name, map_location=run.device).eval()
+        return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}"
 
 
 @torch.no_grad()
@@ -714,7 +720,8 @@ def plot(path, curves, title):
 
 def sample_sheet(cfg, condition, labels, w, folder):
     """Write grid.png: samples of the 20 most frequent labels, a row each; or layouts, each beside its sample."""
-    images, columns, names = np.load(folder / "images.npy", mmap_mode="r"), 10, None
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    columns, names = 10, None
     if condition is None:
         cells = images[:100]
     elif condition.kind == "map":
@@ -730,7 +737,8 @@ def sample_sheet(cfg, condition, labels, w, folder):
         for i, name in enumerate(names):
             found = images[np.flatnonzero(labels == name)[:columns]]
             cells[i * columns:][:len(found)] = found
-    save_grid(folder / "grid.png", cells, columns, names and list(map(str, names)), head=f"{cfg.name}: w = {w:g}")
+    captions = names and [str(name) for name in names]
+    save_grid(folder / "grid.png", cells, columns, captions, head=f"{cfg.name}: w = {w:g}")
 
 
 def row_of(metrics):
@@ -804,16 +812,15 @@ def recipe_of(run, cfg, sampler):
 
 def sample(run, cfg, sampler, folder):
     """Choose w, write and score the samples; what was measured, for metrics.json."""
-    file, other = folder / "images.npy", folder / "other.npy"                    # other: samples that are not kept
-    evaluators = {}
-    if cfg.evaluate and run.rank == 0:
-        evaluators = {name: Evaluator(run, name) for name in cfg.evaluator}
-    first = evaluators[cfg.evaluator[0]] if evaluators else None
+    file, spare = folder / "images.npy", folder / "spare.npy"                    # spare: samples that are not kept
+    measures = cfg.evaluate and run.rank == 0
+    evaluators = {name: Evaluator(run, name) for name in cfg.evaluator} if measures else {}
+    first = next(iter(evaluators.values()), None)         # it chooses w
     metrics, w = {}, cfg.guidance[0]
     if len(cfg.guidance) > 1:
-        w, metrics["selection"] = choose_w(run, cfg, sampler, first, other)
+        w, metrics["selection"] = choose_w(run, cfg, sampler, first, spare)
     if cfg.sweep:
-        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, other)
+        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, spare)
 
     metrics |= dict(w=w) | generate(run, cfg, sampler, w, file)
     if run.rank == 0:
@@ -824,11 +831,11 @@ def sample(run, cfg, sampler, folder):
     scored = {name: {"scores": evaluator.scores(file, cfg.reference)} for name, evaluator in evaluators.items()}
 
     if w != 1 and len(cfg.guidance) > 1:                  # the gain of guidance apart from that of labels
-        generate(run, replace(cfg, features=[]), sampler, 1.0, other)
+        generate(run, replace(cfg, features=[]), sampler, 1.0, spare)
         for name, evaluator in evaluators.items():
-            scored[name]["scores_w1"] = evaluator.scores(other, cfg.reference)
+            scored[name]["scores_w1"] = evaluator.scores(spare, cfg.reference)
     if run.rank == 0:
-        other.unlink(missing_ok=True)
+        spare.unlink(missing_ok=True)
     if scored:
         metrics |= scored.pop(cfg.evaluator[0]) | dict(others=scored)
     return metrics
