@@ -35,7 +35,7 @@ from configs.data import as_input, decode, load_data, open_autoencoder, torchvis
 from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, finished, key, making,
                          read_torch, reading, require, save_grid, save_torch, seed_of, seeded, start, to_uint8,
                          weights_hash, write_json, write_rows)
-from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z
+from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z, with_null
 
 Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
@@ -156,12 +156,12 @@ class Field:
     condition: Condition | None = None                    # None where the network knows no labels
     weak_condition: Condition | None = None
     images: int = 0                                       # that networks have seen
-    states: int = 0                                       # at which the slope was asked for
     evaluations: int = 0                                  # of the present integration
     watch: Callable | None = None                         # called after each of them: watch(number, t)
 
-    def call(self, net, condition, x, t, ids):
-        """One network's prediction; counted."""
+    def call(self, x, t, ids, weak=False):
+        """The prediction of one network; counted."""
+        net, condition = (self.weak, self.weak_condition) if weak else (self.net, self.condition)
         self.images += len(x)
         time = 1000 * torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         told = {} if condition is None or ids is None else condition(ids)
@@ -172,19 +172,17 @@ class Field:
         """The prediction, guided. x: [B, C, H, W]; t: a number; ids: int64 [B], or None without labels."""
         low, high = self.interval
         inside = low - 1e-6 <= t <= high + 1e-6           # the ends count as inside, however they are rounded
-        own = self.net, self.condition
-        if not inside or self.w == 1 or (self.weak is None and ids is None):
-            return self.call(*own, x, t, ids)
+        if self.w == 1 or not inside or (self.weak is None and ids is None):
+            return self.call(x, t, ids)
         if self.weak is not None:
-            strong = self.call(*own, x, t, ids)
-            weak = self.call(self.weak, self.weak_condition, x, t, ids)
-        else:
-            null = torch.full_like(ids, self.condition.null)
-            if self.w == 0:
-                return self.call(*own, x, t, null)
-            both = self.call(*own, torch.cat([x, x]), t, torch.cat([ids, null]))
-            strong, weak = both.chunk(2)
-        return torch.lerp(weak, strong, self.w)
+            strong = self.call(x, t, ids)
+            weak = self.call(x, t, ids, weak=True)
+            return torch.lerp(weak, strong, self.w)
+        null = torch.full_like(ids, self.condition.null)
+        if self.w == 0:
+            return self.call(x, t, null)
+        conditional, unconditional = self.call(torch.cat([x, x]), t, torch.cat([ids, null])).chunk(2)
+        return torch.lerp(unconditional, conditional, self.w)
 
     def estimate(self, x, t, ids):
         """(x_hat, z_hat), guided."""
@@ -193,7 +191,6 @@ class Field:
         if self.watch:
             self.watch(self.evaluations, t)
         self.evaluations += 1
-        self.states += len(x)
         return to_x_and_z(self.path, self.predict, out, x, x.new_full((len(x),), t))
 
     def slope(self, y, s, ids):
@@ -210,17 +207,17 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
 
     On both paths an Euler step from t to t' is one of DDIM (eta = 0): it ends in alpha(t') x_hat + sigma(t') z_hat.
     """
-    path, field.evaluations = field.path, 0
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    grid = grid.flip(0) if reverse else grid
-    y = x / float(path.scale(grid[0]))
-    times = path.to_s(grid).tolist()
+    field.evaluations = 0
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    t = t.flip(0) if reverse else t
+    s = field.path.to_s(t).tolist()
+    y = x / float(field.path.scale(t[0]))
     slope = lambda y, s: field.slope(y, s, ids)
     if solver == "dopri5":
-        y = solve_dopri5(slope, y, times[0], times[-1], tol)
+        y = solve_dopri5(slope, y, s[0], s[-1], tol)
     else:
-        y = solve_fixed(slope, y, times, solver)
-    return y * float(path.scale(grid[-1])), field.evaluations
+        y = solve_fixed(slope, y, s, solver)
+    return y * float(field.path.scale(t[-1])), field.evaluations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +253,7 @@ def open_sampler(run, cfg, context=nullcontext):
         field.weak_condition = load_condition(weak, run.device) if own else field.condition
     if cfg.compile:
         field.net = torch.compile(field.net)
-        field.weak = torch.compile(field.weak) if cfg.autoguide else None
+        field.weak = field.weak and torch.compile(field.weak)
     return sampler
 
 
@@ -269,26 +266,27 @@ def drawn_layout(cfg, state, condition, device):
     require(fits and label in range(null), cfg, "boxes",
             f"expected [x0, y0, x1, y1, label] with x0 < x1, y0 < y1, and one label below {null} for all")
     layout = torch.from_numpy(draw_boxes(np.array([cfg.boxes])[..., :4], condition.size))        # [1, H, W]
-    table, labels = torch.cat([layout, torch.full_like(layout, condition.kinds)]), torch.tensor([int(label), null])
-    return Condition("map", table, condition.kinds, condition.size, labels).to(device)
+    table = with_null(layout, condition.kinds)
+    return Condition("map", table, condition.kinds, condition.size, torch.tensor([int(label), null])).to(device)
 
 
 def sample_labels(cfg, sampler, indices):
     """Id of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
     if sampler.field.condition is None:
         return None
-    null, p = sampler.field.condition.null, sampler.marginal
+    null, share = sampler.field.condition.null, sampler.marginal
     if cfg.labels not in (["marginal"], ["uniform"]):
         if not cfg.labels or not all(v.isdecimal() and int(v) <= null for v in cfg.labels):
             raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or ids up to {null} (null)")
         return torch.tensor([int(cfg.labels[i % len(cfg.labels)]) for i in indices])
-    if p is None:
+    if share is None:
         raise UserError("labels: how common they are is known after the training only; name ids, such as labels=0,1")
     if cfg.labels == ["uniform"]:                         # over labels that the network has seen
-        p = (p > 0) / (p > 0).sum()
-    u, _ = draw(cfg.seed, "sample label", indices, (0,), 1)
-    place = u[:, 0].double() * p.double().sum()
-    return torch.searchsorted(p.double().cumsum(0), place, right=True).clamp(max=null - 1)   # right: never without mass
+        share = (share > 0) / (share > 0).sum()
+    upto = share.double().cumsum(0)
+    uniform, _ = draw(cfg.seed, "sample label", indices, (0,), 1)
+    place = uniform[:, 0].double() * share.double().sum()
+    return torch.searchsorted(upto, place, right=True).clamp(max=null - 1)       # right: never one without a share
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +300,7 @@ def batches(rows, cfg):
 
 
 def put(run, file, n, part, values):
-    """Write rows `part` of a .npy with n rows. Its share's first batch tells each process how large rows are."""
+    """Write rows `part` of a .npy of n rows, which is made when the first batch shows how large a row is."""
     if part[0] == run.share(n)[0]:
         if run.rank == 0:
             create_rows(file, values.dtype, (n, *values.shape[1:]))
@@ -313,27 +311,31 @@ def put(run, file, n, part, values):
 def generate(run, cfg, sampler, w, file):
     """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share, and the activations that
     `features` names beside it; returns what it took."""
-    field, rows, state = replace(sampler.field, w=w), run.share(cfg.n), sampler.state
+    field, state = replace(sampler.field, w=w), sampler.state
+    rows = run.share(cfg.n)
     parts = batches(rows, cfg)
+
     def drawn(part):
         z = draw(cfg.seed, "sample noise", part, (state["channels"], state["size"], state["size"]))
         ids = sample_labels(cfg, sampler, part)
         return part, z.to(run.device), None if ids is None else ids.to(run.device)
 
     recording = recorded(cfg, field) if cfg.features else nullcontext({})
+    states = integrated = 0
     with bar(run, cfg.n, "sampling") as progress, recording as seen:
         for part, z, ids in ahead(drawn, parts):
-            x, _ = integrate(field, z, ids, cfg.solver, cfg.steps, cfg.tol)
+            x, evaluations = integrate(field, z, ids, cfg.solver, cfg.steps, cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state['file']}: samples are not finite (precision=fp32 may help)")
-            own = (part >= rows[0]) & (part <= rows[-1])  # of a block
+            states += evaluations * len(part)
+            integrated += len(part)
+            own = np.isin(part, rows)                     # of a block
             pictures = to_uint8(decode(run.vae, x[torch.from_numpy(own)]))
             put(run, file, cfg.n, part[own], pictures.cpu().numpy())
             for name, (_, maps) in seen.items():
                 put(run, file.with_name(name), cfg.n, part, maps[:len(part)])
             progress.update(own.sum() * run.world)
-    counts = torch.tensor([field.states, field.images, sum(map(len, parts))], dtype=torch.float64)
-    states, images, integrated = run.total(counts).tolist()
+    states, images, integrated = run.total(torch.tensor([states, field.images, integrated]).double()).tolist()
     about = [about | dict(file=name, shape=list(maps.shape[1:])) for name, (about, maps) in seen.items()]
     return dict(nfe=states / integrated, network_calls=images / integrated, features=about)
 
@@ -346,9 +348,10 @@ def recorded(cfg, field):
     seen = {}
     with tapped(field.net, cfg.features, then=lambda x: pooled(x, cfg.features_pool)) as maps:
         def keep(number, t):
-            for name in cfg.features if number in cfg.features_at else []:
-                about = dict(activation=name, evaluation=number, t=t)
-                seen[f"features-{name}-at{number}.npy"] = about, maps[name].cpu().numpy()
+            if number in cfg.features_at:
+                for name in cfg.features:
+                    about = dict(activation=name, evaluation=number, t=t)
+                    seen[f"features-{name}-at{number}.npy"] = about, maps[name].cpu().numpy()
         field.watch = keep
         yield seen
 
@@ -357,18 +360,20 @@ def recorded(cfg, field):
 def encode(run, cfg, sampler, folder):
     """Test images to noise and back, without labels: noise.npy, a picture, and the error of the round trip."""
     data, field = load_data(run, "test"), sampler.field
-    n, noise, pairs = min(cfg.n, len(data)), [], []
+    n = min(cfg.n, len(data))
+    noise, images, back = [], [], []
     for part in batches(np.arange(n), cfg):
         x = as_input(torch.from_numpy(data.inputs[part[part < n]])).to(run.device)
         z, _ = integrate(field, x, None, cfg.solver, cfg.steps, cfg.tol, reverse=True)
-        back, _ = integrate(field, z, None, cfg.solver, cfg.steps, cfg.tol)
+        again, _ = integrate(field, z, None, cfg.solver, cfg.steps, cfg.tol)
         noise.append(z.cpu())
-        pairs.append(torch.stack([decode(run.vae, x), decode(run.vae, back)]).cpu())             # [2, B, 3, H, W]
-    noise, pairs = torch.cat(noise), torch.cat(pairs, 1)
+        images.append(decode(run.vae, x).cpu())
+        back.append(decode(run.vae, again).cpu())
+    noise, images, back = torch.cat(noise), torch.cat(images), torch.cat(back)
     np.save(folder / "noise.npy", noise.numpy())
-    pictures = to_uint8(pairs[:, :10].flatten(0, 1)).numpy()
-    save_grid(folder / "grid.png", pictures, len(pictures) // 2, ["image", "back"])
-    error = float((pairs[1] - pairs[0]).double().square().mean())
+    pictures = to_uint8(torch.cat([images[:10], back[:10]])).numpy()
+    save_grid(folder / "grid.png", pictures, len(images[:10]), ["image", "back"])
+    error = float((back - images).double().square().mean())
     return dict(noise_mean=float(noise.double().mean()), noise_std=float(noise.double().std()), images=n,
                 round_trip_psnr=10 * math.log10(4 / max(error, 1e-30)))
 
@@ -398,8 +403,9 @@ class Judge(nn.Module):
 
 def open_judge(run):
     """(the judge of this run, its description); trained where it is not there yet."""
-    path, data = run.dir / "samples" / ".judge.pt", load_data(run, "train")
-    known, fingerprint = np.flatnonzero(np.asarray(data.classes) >= 0), data.info["fingerprint"]
+    path = run.dir / "samples" / ".judge.pt"
+    data = load_data(run, "train")
+    known, fingerprint = np.flatnonzero(data.classes >= 0), data.info["fingerprint"]
     if len(known) < JUDGE_BATCH * JUDGE_UPDATES:
         raise UserError(f"evaluator=judge: {len(known)} training images with a class are too few to train it; use "
                         "evaluator=pixels or inception, or only sample: evaluate=false guidance=W")
@@ -417,14 +423,14 @@ def open_judge(run):
     return net.eval(), f"judge {weights_hash(there['net'])[:6]} ({said})"
 
 
-def train_judge(run, net, data, known, epochs=2):
+def train_judge(run, net, data, known):
     """Two epochs over the training images at rows `known`; the share of test images whose class it then tells."""
-    counts = torch.from_numpy(np.bincount(data.classes[known])).float()
-    weight = None                                         # without weights, rare classes would not be seen
-    if run.data.imbalance > 1:
+    weight = None
+    if run.data.imbalance > 1:                            # without weights, rare classes would not be seen
+        counts = torch.from_numpy(np.bincount(data.classes[known])).float()
         weight = (len(known) / counts.clamp(min=1) / (counts > 0).sum()).to(run.device)
     guess = lambda images: net.head(net(torch.tensor(images).to(run.device)))    # [B, classes]
-    per_epoch, steps = len(known) // JUDGE_BATCH, epochs * len(known) // JUDGE_BATCH
+    per_epoch, steps = len(known) // JUDGE_BATCH, 2 * len(known) // JUDGE_BATCH
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
     for step in range(steps):
@@ -446,11 +452,10 @@ def pixel_components(images, side=16, count=64):
     """The principal components of training images uint8 [N, 3, H, W], averaged to side x side, as an evaluator."""
     small = lambda x: F.adaptive_avg_pool2d(x.float() / 127.5 - 1, min(side, x.shape[-1])).flatten(1)    # [B, 3 side^2]
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int))
-    parts = np.array_split(rows, math.ceil(len(rows) / 500))
-    x = torch.cat([small(torch.from_numpy(np.ascontiguousarray(images[r]))) for r in parts]).double()
+    x = torch.cat([small(torch.tensor(images[i:i + 1])) for i in rows]).double()
     mean = x.mean(0)
     axes = torch.linalg.eigh((x - mean).T @ (x - mean))[1].flip(1)[:, :count]    # [3 side^2, count], greatest first
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()      # the same signs on every process
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()      # the same signs everywhere
     mean, axes = mean.float(), axes.float()
     return lambda x: (small(x) - mean.to(x.device)) @ axes.to(x.device)
 
@@ -460,18 +465,8 @@ def inception_resize(x):
     return F.interpolate(x.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
 
 
-def open_network(run, name):
-    """(evaluator, description) by name; Inception's weights are downloaded where they are not there."""
-    if name == "judge":
-        return open_judge(run)
-    if name == "pixels":
-        data = load_data(run, "train")
-        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
-        return pixel_components(data.images), text
-    if name != "inception":
-        with reading(name, "evaluator= takes judge, pixels, inception, or a TorchScript file"):
-            net = torch.jit.load(name, map_location=run.device).eval()
-        return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}"
+def open_inception(run):
+    """(evaluator, description): the network of FID; its weights are downloaded where they are not there."""
     torchvision_datasets()                                # clean-fid imports torchvision: beside a CPU-only torch, too
     from cleanfid.inception_torchscript import InceptionV3W
     folder = Path(os.environ.get("INCEPTION_DIR", Path.home() / ".cache" / "clean-fid"))
@@ -485,13 +480,28 @@ def open_network(run, name):
     return lambda x: net(inception_resize(x)), "clean-fid Inception, clean resizing by PyTorch"
 
 
+def open_network(run, name):
+    """(evaluator, description) by name."""
+    if name == "judge":
+        return open_judge(run)
+    if name == "inception":
+        return open_inception(run)
+    if name == "pixels":
+        data = load_data(run, "train")
+        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
+        return pixel_components(data.images), text
+    with reading(name, "evaluator= takes judge, pixels, inception, or a TorchScript file"):
+        net = torch.jit.load(name, map_location=run.device).eval()
+        return net, f"TorchScript {Path(name).name} {digest(np.fromfile(name, np.uint8))[:6]}"
+
+
 @torch.no_grad()
 def features_of(run, net, images):
     """Features float32 [N, D] of uint8 images [N, 3, H, W], an array or a memory map, on the device."""
     found = []
     with bar(run, len(images), "evaluator") as progress:
         for i in range(0, len(images), 100):
-            x = torch.from_numpy(np.array(images[i:i + 100]))
+            x = torch.tensor(images[i:i + 100])
             found.append(net(x.to(run.device)).float().cpu())
             progress.update(len(x))
     return torch.cat(found).to(run.device)
@@ -528,19 +538,18 @@ def manifold(fake, real, k=5, limit=10_000):
     fake, real = fake[:limit].double(), real[:limit].double()                    # torch.cdist cancels in float32
     k = min(k, len(fake) - 1, len(real) - 1)
     radius = lambda x: torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(1000)])    # 1: itself
-    d = torch.cdist(fake, real)
-    inside, around = d < radius(real), d < radius(fake)[:, None]
-    share = dict(precision=inside.any(1), recall=around.any(0), density=inside.sum(1) / k, coverage=inside.any(0))
+    distance = torch.cdist(fake, real)
+    in_real = distance < radius(real)                     # [fake, real]: the sample lies in the ball of the real image
+    in_fake = distance < radius(fake)[:, None]
+    share = dict(precision=in_real.any(1), recall=in_fake.any(0), density=in_real.sum(1) / k, coverage=in_real.any(0))
     return {name: float(v.float().mean()) for name, v in share.items()}
 
 
 def nearest(x, train, device="cpu"):
     """Distance of each row of x to its nearest row of train, [N]; train may be a memory-mapped array."""
     x = x.to(device).double()                             # the fast formula for distances cancels
-    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=device)
-    for part in chunks_of(train, device):
-        best = torch.minimum(best, torch.cat([torch.cdist(rows, part).amin(1) for rows in x.split(500)]))
-    return best.float().cpu()
+    best = [torch.cat([torch.cdist(rows, part).amin(1) for rows in x.split(500)]) for part in chunks_of(train, device)]
+    return torch.stack(best).amin(0).float().cpu()
 
 
 def copying(fake, test, train, device="cpu"):
@@ -555,9 +564,13 @@ def copying(fake, test, train, device="cpu"):
 def tail_scores(head, counts, fake, real):
     """Scores of the third of the classes with the most training images (counts [classes]), and of that with the fewest.
     The judge's last layer, head, says of what class features are: fake [n, D] and real [N, D], erring on both alike."""
-    order, n, out = np.argsort(-np.array(counts), kind="stable").tolist(), max(1, len(counts) // 3), {}
-    for name, classes in (("head", order[:n]), ("tail", order[-n:])):
-        a, b = (x[torch.isin(head(x).argmax(1), torch.tensor(classes, device=x.device))] for x in (fake, real))
+    order = np.argsort(-np.array(counts), kind="stable").tolist()
+    third = max(1, len(counts) // 3)
+    fake_class, real_class = head(fake).argmax(1), head(real).argmax(1)
+    out = {}
+    for name, classes in dict(head=order[:third], tail=order[-third:]).items():
+        wanted = torch.tensor(classes, device=fake.device)
+        a, b = fake[torch.isin(fake_class, wanted)], real[torch.isin(real_class, wanted)]
         out[name] = dict(classes=classes, samples=len(a), reference=len(b))
         if min(len(a), len(b)) > fake.shape[1]:           # else there is no covariance
             out[name]["frechet"] = frechet(a, b)
@@ -599,76 +612,77 @@ class Evaluator:
         order = np.random.default_rng(seed_of(0, purpose)).permutation(len(self.features[split]))
         return torch.from_numpy(self.features[split][order[:limit]]).to(self.run.device)
 
-    def distance(self, images, split):
-        """Frechet distance of samples uint8 [n, 3, H, W] to the real images of a split."""
-        return frechet(features_of(self.run, self.net, images), self.moments[split])
+    def distance(self, file, split):
+        """Frechet distance of the samples in `file`, uint8 [n, 3, H, W], to the real images of a split."""
+        return frechet(features_of(self.run, self.net, np.load(file, mmap_mode="r")), self.moments[split])
 
-    def scores(self, images, reference):
-        """All scores of samples uint8 [n, 3, H, W] against a split, with what they were measured with."""
+    def scores(self, file, split):
+        """All scores of the samples in `file` against a split, with what they were measured with."""
+        images, other = np.load(file, mmap_mode="r"), OTHER[split]
         fake = features_of(self.run, self.net, images)
-        real = self.some(reference, f"reference {reference}", 10_000)
-        out = {self.kind: frechet(fake, self.moments[reference])} | manifold(fake, real)
-        small = thumbnail(torch.from_numpy(np.array(images[:2000])))
+        real = self.some(split, f"reference {split}", 10_000)
+        out = {self.kind: frechet(fake, self.moments[split])} | manifold(fake, real)
         usual = torch.from_numpy(self.thumbnails["test"][:2000])
-        out |= copying(small, usual, self.thumbnails["train"], self.run.device)
+        out |= copying(thumbnail(torch.tensor(images[:2000])), usual, self.thumbnails["train"], self.run.device)
         if isinstance(self.net, Judge) and self.run.data.imbalance > 1:
             counts = self.data["train"].info["class_counts"]
-            out |= tail_scores(self.net.head, counts, fake, self.some(reference, "all", None))
-        other = OTHER[reference]
+            out |= tail_scores(self.net.head, counts, fake, self.some(split, "all", None))
         if len(self.data[other]) >= len(fake):            # what as many real images would score
             as_many = self.some(other, "limits", len(fake))
-            out["distance_floor"] = frechet(as_many, self.moments[reference])
+            out["distance_floor"] = frechet(as_many, self.moments[split])
             out["coverage_ceiling"] = manifold(as_many, real)["coverage"]
-        out["reference"] = f"{reference}, {len(self.data[reference]):,} images"
-        few = min(len(fake), len(self.data[reference])) <= fake.shape[1]         # the covariance is then singular
+        out["reference"] = f"{split}, {len(self.data[split]):,} images"
+        few = min(len(fake), len(self.data[split])) <= fake.shape[1]             # the covariance is then singular
         return out | dict(evaluator=self.text, evaluator_features=fake.shape[1], samples=len(fake), singular=few)
 
 
-def choose_w(run, cfg, sampler, evaluator, folder):
-    """(best w of `guidance`, what was measured): on samples of another seed, against real images of the other split."""
-    other, split = replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[]), OTHER[cfg.reference]
-    file, curve, shown = folder / "candidates.npy", [], []
+def trial(run, cfg, sampler, w, evaluator, file):
+    """(NFE, distance) of samples that no report is about: of another seed, against the real images of the other split.
+    Their pictures are left in `file`."""
+    cfg = replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[])
+    nfe = generate(run, cfg, sampler, w, file)["nfe"]
+
+    def measure():                                        # the first process alone has an evaluator
+        distance = evaluator.distance(file, OTHER[cfg.reference])
+        run.say(f"  w = {w:<5g} {cfg.solver:9} NFE {nfe:6.1f}  {evaluator.kind} {distance:.3f} on {cfg.n:,} samples of "
+                f"seed {cfg.seed}")
+        return distance
+
+    return nfe, run.agreed(measure)
+
+
+def choose_w(run, cfg, sampler, evaluator, file):
+    """(best w of `guidance`, what was measured); draws guidance.png."""
+    curve, shown = [], []
     for w in cfg.guidance:
-        generate(run, other, sampler, w, file)
-        if evaluator:
-            images = np.load(file, mmap_mode="c")
-            distance = evaluator.distance(images, split)
-            run.say(f"  w = {w:<5g} {evaluator.kind} {distance:.3f} on {cfg.select:,} samples of seed {other.seed}")
-            curve.append((w, distance))
-            shown.append(images[:10])
-    if evaluator:
-        file.unlink()
-        rows = [f"w = {w:g}: {distance:.3g}" for w, distance in curve]
-        save_grid(folder / "guidance.png", np.concatenate(shown), len(images[:10]), rows, head=f"{evaluator.kind} by w")
+        _, distance = trial(run, cfg, sampler, w, evaluator, file)
+        curve.append((w, distance))
+        if run.rank == 0:
+            shown.append(np.load(file, mmap_mode="r")[:10].copy())               # the next w overwrites the file
+    if run.rank == 0:
+        captions = [f"w = {w:g}: {distance:.3g}" for w, distance in curve]
+        save_grid(file.with_name("guidance.png"), np.concatenate(shown), len(shown[0]), captions,
+                  head=f"{evaluator.kind} by w")
+        split = OTHER[cfg.reference]
         if min(cfg.select, len(evaluator.data[split])) <= evaluator.features[split].shape[1]:
             run.say("warning: a distance of fewer images than the evaluator has features prefers samples that are too "
                     "much alike; raise select, or give one w")
-    best = run.agreed(lambda: min(curve, key=lambda point: point[1])[0])
-    return best, dict(seed=other.seed, samples=cfg.select, curve=curve)
+    best, _ = min(curve, key=lambda point: point[1])
+    return best, dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
 
 
-def settings_of(cfg):
-    """The settings of every point of a sweep: dopri5 at four tolerances, the other solvers at each number of steps."""
+def sweep_nfe(run, cfg, sampler, w, evaluator, file):
+    """Distance against network evaluations of each solver, {solver: [(NFE, distance), ...]}; draws nfe.png."""
+    curves = {}
     for solver in cfg.sweep:
+        points = [dict(steps=steps) for steps in cfg.sweep_steps]
         if solver == "dopri5":
-            yield from (replace(cfg, solver=solver, tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3))
-        else:
-            yield from (replace(cfg, solver=solver, steps=steps) for steps in cfg.sweep_steps)
-
-
-def sweep_nfe(run, cfg, sampler, w, evaluator, folder):
-    """Distance against network evaluations of each solver, {solver: [(NFE, distance)]}: on the samples and real images
-    that choose w; draws nfe.png."""
-    file, curves = folder / "candidates.npy", {}
-    for point in settings_of(replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[])):
-        nfe = generate(run, point, sampler, w, file)["nfe"]
-        if evaluator:
-            distance = evaluator.distance(np.load(file, mmap_mode="c"), OTHER[cfg.reference])
-            run.say(f"  {point.solver:9} NFE {nfe:6.1f}  {evaluator.kind} {distance:.3f}")
-            curves.setdefault(point.solver, []).append((nfe, distance))
-    if evaluator:
-        file.unlink()
-        plot(folder / "nfe.png", curves, f"{evaluator.kind} ({cfg.select:,} samples) against network evaluations")
+            points = [dict(tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
+        curves[solver] = [trial(run, replace(cfg, solver=solver, **point), sampler, w, evaluator, file)
+                          for point in points]
+    if run.rank == 0:
+        plot(file.with_name("nfe.png"), curves,
+             f"{evaluator.kind} ({cfg.select:,} samples) against network evaluations")
     return curves
 
 
@@ -681,25 +695,25 @@ def ticks(low, high):
     return [v for p in powers for v in (10.0 ** p, 2 * 10.0 ** p, 5 * 10.0 ** p) if low <= v <= high]
 
 
-def plot(path, curves, title, width=760, height=480, edge=60):
+def plot(path, curves, title):
     """Curves {name: [(x, y), ...]} of positive numbers as a PNG, on logarithmic axes."""
-    xs, ys = (np.array([point[axis] for curve in curves.values() for point in curve]) for axis in (0, 1))
-    (x0, x1), (y0, y1) = ((v.min() * 0.9, v.max() * 1.1) for v in (xs, ys))
+    width, height, edge = 760, 480, 60
+    points = np.array([point for curve in curves.values() for point in curve])   # [n, 2]
+    (left, low), (right, high) = points.min(0) * 0.9, points.max(0) * 1.1
 
     def place(x, y):
-        right = math.log(x / x0) / math.log(x1 / x0)
-        up = math.log(y / y0) / math.log(y1 / y0)
-        return edge + right * (width - 2 * edge), height - edge - up * (height - 2 * edge)
+        return (np.interp(math.log(x), np.log([left, right]), [edge, width - edge]),
+                np.interp(math.log(y), np.log([low, high]), [height - edge, edge]))
 
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((edge, 12), title, "black")
-    for x in ticks(x0, x1):
-        pen.line([place(x, y0), place(x, y1)], "#e6e6e6")
-        pen.text((place(x, y0)[0] - 6, height - edge + 8), f"{x:g}", "black")
-    for y in ticks(y0, y1):
-        pen.line([place(x0, y), place(x1, y)], "#e6e6e6")
-        pen.text((12, place(x0, y)[1] - 6), f"{y:g}", "black")
+    for x in ticks(left, right):
+        pen.line([place(x, low), place(x, high)], "#e6e6e6")
+        pen.text((place(x, low)[0] - 6, height - edge + 8), f"{x:g}", "black")
+    for y in ticks(low, high):
+        pen.line([place(left, y), place(right, y)], "#e6e6e6")
+        pen.text((12, place(left, y)[1] - 6), f"{y:g}", "black")
     for i, (name, curve) in enumerate(curves.items()):
         colour = f"hsl({97 * i % 360}, 80%, 40%)"
         pen.line([place(*point) for point in sorted(curve)], colour, 2)
@@ -708,10 +722,10 @@ def plot(path, curves, title, width=760, height=480, edge=60):
         sheet.save(f, "PNG")
 
 
-
 def sample_sheet(cfg, condition, labels, w, folder):
     """Write grid.png: samples of the 20 most frequent labels, a row each; or layouts, each beside its sample."""
-    images, columns, names = np.load(folder / "images.npy", mmap_mode="r"), 10, None
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    columns, names = 10, None
     if condition is None:
         cells = images[:100]
     elif condition.kind == "map":
@@ -727,19 +741,22 @@ def sample_sheet(cfg, condition, labels, w, folder):
         for i, name in enumerate(names):
             found = images[np.flatnonzero(labels == name)[:columns]]
             cells[i * columns:][:len(found)] = found
-    save_grid(folder / "grid.png", cells, columns, names and list(map(str, names)), head=f"{cfg.name}: w = {w:g}")
+    captions = names and [str(name) for name in names]
+    save_grid(folder / "grid.png", cells, columns, captions, head=f"{cfg.name}: w = {w:g}")
 
 
-def row_of(m):
+def row_of(metrics):
     """What the table shows of a metrics.json."""
-    scores, kind = m["scores"], "fid" if "fid" in m["scores"] else "frechet"
-    plain = m.get("scores_w1", scores if m["w"] == 1 else {})
-    row = {"evaluator": scores["evaluator"].split()[0], "samples": scores["samples"], "K": m["num_labels"],
-           "NMI": (m["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": m["w"],
+    scores = metrics["scores"]
+    kind = "fid" if "fid" in scores else "frechet"
+    plain = scores if metrics["w"] == 1 else metrics.get("scores_w1", {})
+    row = {"evaluator": scores["evaluator"].split()[0], "samples": scores["samples"], "K": metrics["num_labels"],
+           "NMI": (metrics["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": metrics["w"],
            "distance": float(scores[kind])}
-    row |= {k: scores[k] for k in ("precision", "recall", "coverage", "memorisation")}
-    row |= {k: scores.get(k, {}).get(kind) for k in ("head", "tail")}
-    return row | {"solver": m["solver"], "network calls": m["network_calls"], "training images": m["total_seen"]}
+    row |= {name: scores[name] for name in ("precision", "recall", "coverage", "memorisation")}
+    row |= {name: scores.get(name, {}).get(kind) for name in ("head", "tail")}
+    return row | {"solver": metrics["solver"], "network calls": metrics["network_calls"],
+                  "training images": metrics["total_seen"]}
 
 
 def table(run):
@@ -747,9 +764,9 @@ def table(run):
     rows = []
     for path in run.dir.glob("samples/*/metrics.json"):
         with reading(path, "delete it"):
-            m = json.loads(path.read_text())
-            if "scores" in m:
-                rows.append({"name": path.parent.name, **row_of(m)})
+            metrics = json.loads(path.read_text())
+            if "scores" in metrics:
+                rows.append({"name": path.parent.name, **row_of(metrics)})
     if not rows:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
     rows.sort(key=lambda row: (row["evaluator"], -row["distance"]))
@@ -789,25 +806,27 @@ def check_request(run, cfg, sampler):
 
 def recipe_of(run, cfg, sampler):
     """What decides about the results: settings that are in use, and hashes of the weights."""
-    unused = {"overwrite", "batch", "steps" if cfg.solver == "dopri5" else "tol"}
-    unused |= set() if cfg.sweep or len(cfg.guidance) > 1 else {"select"}
-    unused |= set() if cfg.sweep else {"sweep", "sweep_steps"}
-    unused |= set() if cfg.features else {"features", "features_at", "features_pool"}
-    unused |= set() if cfg.evaluate else {"evaluator", "reference"}
-    recipe = {k: v for k, v in run.sections[run.stage].items() if k not in unused}
+    in_use = dict.fromkeys(["overwrite", "batch"], False)
+    in_use |= dict(steps=cfg.solver != "dopri5", tol=cfg.solver == "dopri5")
+    in_use |= dict(select=cfg.sweep or len(cfg.guidance) > 1)
+    in_use |= dict.fromkeys(["sweep", "sweep_steps"], cfg.sweep)
+    in_use |= dict.fromkeys(["features", "features_at", "features_pool"], cfg.features)
+    in_use |= dict.fromkeys(["evaluator", "reference"], cfg.evaluate)
+    recipe = {name: value for name, value in run.sections[run.stage].items() if in_use.get(name, True)}
     return recipe | dict(hash=sampler.state["weights"], guidance=cfg.guidance, weak=sampler.weak_hash)
 
 
 def sample(run, cfg, sampler, folder):
     """Choose w, write and score the samples; what was measured, for metrics.json."""
-    metrics, w, file = {}, cfg.guidance[0], folder / "images.npy"
-    mine = cfg.evaluate and run.rank == 0
-    evaluators = {name: Evaluator(run, name) for name in cfg.evaluator} if mine else {}
-    first = next(iter(evaluators.values()), None)
+    file, spare = folder / "images.npy", folder / "spare.npy"                    # spare: samples that are not kept
+    measures = cfg.evaluate and run.rank == 0
+    evaluators = {name: Evaluator(run, name) for name in cfg.evaluator} if measures else {}
+    first = next(iter(evaluators.values()), None)         # it chooses w
+    metrics, w = {}, cfg.guidance[0]
     if len(cfg.guidance) > 1:
-        w, metrics["selection"] = choose_w(run, cfg, sampler, first, folder)
+        w, metrics["selection"] = choose_w(run, cfg, sampler, first, spare)
     if cfg.sweep:
-        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, folder)
+        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, spare)
 
     metrics |= dict(w=w) | generate(run, cfg, sampler, w, file)
     if run.rank == 0:
@@ -815,15 +834,14 @@ def sample(run, cfg, sampler, folder):
         if labels is not None:
             np.save(folder / "labels.npy", labels.numpy())
         sample_sheet(cfg, sampler.field.condition, labels, w, folder)
-    scored = {name: {"scores": e.scores(np.load(file, mmap_mode="c"), cfg.reference)} for name, e in evaluators.items()}
+    scored = {name: {"scores": evaluator.scores(file, cfg.reference)} for name, evaluator in evaluators.items()}
 
     if w != 1 and len(cfg.guidance) > 1:                  # the gain of guidance apart from that of labels
-        plain = folder / "plain.npy"
-        generate(run, replace(cfg, features=[]), sampler, 1.0, plain)
+        generate(run, replace(cfg, features=[]), sampler, 1.0, spare)
         for name, evaluator in evaluators.items():
-            scored[name]["scores_w1"] = evaluator.scores(np.load(plain, mmap_mode="c"), cfg.reference)
-        if run.rank == 0:
-            plain.unlink()
+            scored[name]["scores_w1"] = evaluator.scores(spare, cfg.reference)
+    if run.rank == 0:
+        spare.unlink(missing_ok=True)
     if scored:
         metrics |= scored.pop(cfg.evaluator[0]) | dict(others=scored)
     return metrics

@@ -51,8 +51,8 @@ def open_source(data):
         return parts, names
     for name in data.classes:
         require(name in names, data, "classes", f"{name} is {unknown(name, names)}")
-    place = np.full(len(names) + 1, -1)                   # of each class among those wanted; last, of -1
-    place[[names.index(name) for name in data.classes]] = np.arange(len(data.classes))
+    place = [data.classes.index(name) if name in data.classes else -1 for name in names]
+    place = np.array([*place, -1])                        # the last one is that of -1
     return {split: renumbered(part, place) for split, part in parts.items()}, data.classes
 
 
@@ -92,18 +92,22 @@ def open_folder(data):
     """Image files below data.root: flat, or one subfolder per class, or train/ and test/ folders of either."""
     root = Path(data.root).expanduser()
     require(root.is_dir(), data, "root", "no such folder of images")
-    inside = {path.split("/")[0] for path, _ in find_images(root) if "/" in path}
-    test = [name for name in TEST_FOLDERS if name in inside][:1]
-    folders = {"train": root}
-    if "train" in inside and (test or len(inside) == 1):
-        folders = {"train": root / "train"} | {"test": root / name for name in test}
+    paths = [path for path, _ in find_images(root)]
+    top = lambda path: path.split("/")[0] if "/" in path else None
+    folders = {top(path) for path in paths} - {None}
+    test = [name for name in TEST_FOLDERS if name in folders][:1]
+    inside = {"train": ""}
+    if "train" in folders and (test or len(folders) == 1):
+        inside = {"train": "train/"} | {"test": f"{name}/" for name in test}
 
-    paths = {split: [path for path, _ in find_images(folder)] for split, folder in folders.items()}
-    names = sorted({path.split("/")[0] for split in paths for path in paths[split] if "/" in path})
-    ids, parts = {name: i for i, name in enumerate(names)}, {}
-    for split, folder in folders.items():
-        classes = [ids[path.split("/")[0]] if "/" in path else -1 for path in paths[split]]
-        items = [(f"{folder}/{path}", k) for path, k in zip(paths[split], classes)]
+    files = {split: [path.removeprefix(folder) for path in paths if path.startswith(folder)]
+             for split, folder in inside.items()}
+    names = sorted({top(path) for split in files for path in files[split]} - {None})
+    ids = {None: -1} | {name: i for i, name in enumerate(names)}
+    parts = {}
+    for split, folder in inside.items():
+        classes = [ids[top(path)] for path in files[split]]
+        items = [(f"{root}/{folder}{path}", k) for path, k in zip(files[split], classes)]
         parts[split] = Part(np.array(classes, np.int64), partial(read_images, data, items))
     return parts, names
 
@@ -141,8 +145,7 @@ def open_torchvision(data):
         with reading(root, "set data.root to where the files are, or data.download=true"):
             items = kind(str(root), **{keyword: value}, **more)
         labels = getattr(items, "targets", getattr(items, "labels", [-1] * len(items)))
-        classes = np.asarray(labels, np.int64)
-        parts[split] = Part(classes, partial(read_images, data, items))
+        parts[split] = Part(np.asarray(labels, np.int64), partial(read_images, data, items))
         names = names or list(map(str, getattr(items, "wnids", getattr(items, "classes", []))))
     return parts, names
 
@@ -225,11 +228,10 @@ def array_part(arrays, size):
 def long_tail(classes, ratio, seed):
     """Rows (sorted) of a long-tailed subset (arXiv 1901.05555): of C classes, class k keeps n_max ratio^(-k / (C - 1))
     images at random, or all; n_max = those of the largest class. classes: int64 [N], none unknown."""
-    counts, g = np.bincount(classes), np.random.default_rng(seed_of(seed, "long tail"))
-    k = np.arange(len(counts))
-    wanted = np.floor(counts.max() * float(ratio) ** (-k / max(len(counts) - 1, 1)))
-    wanted = np.maximum(1, wanted).astype(int)
-    kept = [g.permutation(np.flatnonzero(classes == k))[:n] for k, n in enumerate(wanted)]
+    counts, rng = np.bincount(classes), np.random.default_rng(seed_of(seed, "long tail"))
+    wanted = counts.max() * float(ratio) ** (-np.arange(len(counts)) / max(len(counts) - 1, 1))
+    wanted = np.maximum(1, np.floor(wanted)).astype(int)
+    kept = [rng.permutation(np.flatnonzero(classes == k))[:n] for k, n in enumerate(wanted)]
     return np.sort(np.concatenate(kept))
 
 
@@ -252,7 +254,8 @@ def choose_rows(data, parts, split):
 
 def write_data(run, folder):
     """Write both parts of the source as arrays and info.json in `folder`."""
-    data, (parts, names) = run.data, open_source(run.data)
+    data = run.data
+    parts, names = open_source(data)
     chosen = [choose_rows(data, parts, split) for split in SPLITS]               # complaints come first
     origin = origin_of(data)
     for split, (part, rows) in zip(SPLITS, chosen):
@@ -293,7 +296,7 @@ def write_part(run, folder, part, rows):
 
 
 def origin_of(data):
-    """By its digest one can tell whether data.root still holds the same images; {} where that is no question."""
+    """What data.root of a folder or an array file holds, with a digest that other images change; else {}."""
     root = Path(data.root).expanduser()
     if data.source == "folder":                           # a listing of names and sizes
         listing = list(find_images(root))
@@ -364,8 +367,8 @@ def scale_and_shift(vae):
 def to_latents(vae, x):
     """Images [B, 3, H, W] in [-1, 1] -> mean and deviation of latents as the network sees them, [B, 2C, h, w]."""
     scale, shift = scale_and_shift(vae)
-    d = vae.encode(x).latent_dist
-    return torch.cat([(d.mean - shift) * scale, d.std * scale], 1)
+    latents = vae.encode(x).latent_dist
+    return torch.cat([(latents.mean - shift) * scale, latents.std * scale], 1)
 
 
 @torch.no_grad()
@@ -447,10 +450,11 @@ def load_data(run, split):
     hint = f"run train_diffusion.py first; if it is damaged, delete {run.dir / 'data'} before"
     info = read_json(folder / "info.json", hint)
     with reading(folder, hint):
-        n, shapes, _ = info["count"], shapes_of(info["count"], info["size"]), info["fingerprint"]
-        for kind in info["arrays"] + ["latents"] * bool(run.data.latents):
+        n, size, kinds, _ = (info[name] for name in ("count", "size", "arrays", "fingerprint"))  # all have to be there
+        for kind in [*kinds, "latents"] if run.data.latents else kinds:
             array = arrays[kind] = np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
-            if array.shape != shapes.get(kind, (n, *array.shape[1:])) or array.dtype != KINDS.get(kind, np.float16):
+            shape = shapes_of(n, size).get(kind, (n, *array.shape[1:]))
+            if array.shape != shape or array.dtype != KINDS.get(kind, np.float16):
                 raise ValueError(f"{kind}: {array.dtype} of shape {array.shape} for {n} images")
         return Split(info=info, **arrays)
 
