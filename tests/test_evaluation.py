@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,6 +261,23 @@ def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, c
     m = sampled(monkeypatch, tiny, small_run, "autoguide=diffusion/base", "guidance=1,1", "select=10")
     assert len(m["selection"]["curve"]) == 2 and "fewer images than" in capsys.readouterr().out
     assert (small_run / "samples/x/guidance.png").stat().st_size > 500
+
+
+def test_guidance_is_shown_by_w(monkeypatch, tmp_path):
+    """All w write their samples to one file: each row of the picture shows its own."""
+    def generate(run, cfg, sampler, w, file):
+        np.save(file, np.full((cfg.n, 3, 8, 8), 50 * w, np.uint8))
+        return dict(nfe=1)
+    monkeypatch.setattr(sample_ode, "generate", generate)
+    run = Here()
+    run.say = lambda *words: None
+    cfg = sample_ode.SampleOde(guidance=[1, 2, 4], select=20)
+    evaluator = SimpleNamespace(kind="frechet", distance=lambda file, split: abs(np.load(file)[0, 0, 0, 0] - 100.0),
+                                data=dict(train=range(99)), features=dict(train=np.zeros((99, 2))))
+    w, told = sample_ode.choose_w(run, cfg, None, evaluator, tmp_path / "spare.npy")
+    assert w == 2 and told["curve"] == [(1, 50.0), (2, 0.0), (4, 100.0)]
+    sheet = np.array(Image.open(tmp_path / "guidance.png"))
+    assert [(sheet == value).all(2).any() for value in (50, 100, 200)] == [True] * 3
 
 
 def test_a_sweep_counts_evaluations_and_several_evaluators_score_alike(monkeypatch, tiny, small_run, tmp_path):
