@@ -976,7 +976,7 @@ class Log:
 
     def write(self, seen, lr, more, progress):
         """A line with `more` from the labeller, on the screen as well; a UserError unless the loss is finite."""
-        loss, norm, pull = (self.run.total(torch.stack(self.updates).mean(0)) / self.run.world).tolist()
+        loss, norm, pull = map(float, self.run.total(torch.stack(self.updates).mean(0)) / self.run.world)
         if not math.isfinite(loss + norm):
             raise UserError(f"{self.folder}: the loss is not finite after {seen:,} images; the last checkpoint is "
                             "kept. Lower lr, or use precision=fp32")

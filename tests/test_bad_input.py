@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +307,11 @@ def test_corrupt_images_do_not_lock_the_run(refuse, tiny, tmp_path):
 
 def test_a_dry_run_needs_prepared_data(said, tmp_path):
     assert "no such checkpoint; train it first" in said(tmp_path / "none", *READ, "--dry-run")
+
+
+def test_a_handful_of_damaged_files():
+    """See tests/damage.py, which takes a count."""
+    done = subprocess.run([sys.executable, Path(__file__).with_name("damage.py"), "12", "--seed", "5"],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "12 damaged files" in done.stdout and "0 wrong" in done.stdout

@@ -193,6 +193,14 @@ def test_two_machines_train_like_two_processes_of_one(tiny, tmp_path):
     assert a["seen"] == b["seen"] == 128 and all(torch.equal(a["net"][k], b["net"][k]) for k in a["net"])
 
 
+def test_two_commands_at_once_in_one_run():
+    """See tests/side_by_side.py, which takes a count and knows more pairs."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "side_by_side.py", "2", "--pairs",
+                           "samples by pixels"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "as if alone" in done.stdout, done.stdout + done.stderr[-2000:]
+
+
 def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
     """Another backbone, path and prediction through the same commands, with gradient accumulation."""
     run, model = tmp_path / "vit", [
