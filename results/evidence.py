@@ -1,11 +1,13 @@
 """Which labels guide well? The same fine-tuning of the same base model under labels of every source, for several seeds.
 
-    python results/evidence.py SET RUN [seeds=0,1,2,3,4] [evaluators=judge,pixels] [data.root=DATA]
+    python results/evidence.py SET RUN [seeds=0,1,2,3,4] [evaluators=judge,pixels] [rows=kmeans,pixels] [K=50]
+                               [ids=FILE.npy] [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu. Each row is made by the commands that anybody would type, on one thread; what is
 finished is not repeated, so the same command goes on where it was stopped. w is chosen by the first evaluator on other
-samples against training images; every evaluator scores the same samples against test images. Writes
-results/evidence-SET.json: one entry per row and seed.
+samples against training images; every evaluator scores the same samples against test images. rows: some of them, or
+`file` for the labels in ids=; K: another number of clusters, as rows of their own. Writes results/evidence-SET.json:
+one entry per row and seed.
 """
 import json
 import os
@@ -19,7 +21,17 @@ SETS = {                                                  # images of base and f
     "fashion": dict(base="60k", tune="24k", K=50, classes=10),
     "cifar10-cpu": dict(base="600k", tune="60k", K=100, classes=10),
 }
-ROWS = ["none", "random", "kmeans", "sinkhorn", "online", "colours", "pixels", "untrained", "classes", "subgroups"]
+ROWS = {                                                  # keys of self_label.py; s: seed
+    "none": None, "online": None,
+    "random": "method=random reference=kmeans-{s}",
+    "kmeans": "method=kmeans features=own-{s}",
+    "sinkhorn": "method=sinkhorn features=own-{s}",
+    "grid": "method=kmeans features=grid-{s}",            # own features, laid out on 4 x 4 positions
+    "colours": "method=colours", "pixels": "method=pixels",
+    "untrained": "method=kmeans features=untrained-{s}",  # of a network with random weights
+    "classes": "method=classes", "subgroups": "method=subgroups groups={groups}",
+}
+OPTIONS = "seeds", "evaluators", "rows", "K", "ids"
 SHOWN = "precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies_pixels"
 
 
@@ -40,37 +52,32 @@ def base_and_features(which, run, s, words):
     stage("extract_features", which, *words, f"name=own-{s}", f"checkpoint=diffusion/base-{s}", f"choice=sweep-{s}",
           f"seed={s}")
     place = json.loads((run / f"probe/sweep-{s}.json").read_text())["label_free"]
+    at = [f"activations={place['activation']}", f"t={place['t']}", f"seed={s}"]
+    stage("extract_features", which, *words, f"name=grid-{s}", f"checkpoint=diffusion/base-{s}", "pool=4", *at)
     stage("train_diffusion", which, *words, f"name=untrained-{s}", f"seed={s}", "images=32", "batch=32", "lr=1e-12",
           "optimizer=adamw")
-    stage("extract_features", which, *words, f"name=untrained-{s}", f"checkpoint=diffusion/untrained-{s}",
-          f"activations={place['activation']}", f"t={place['t']}", f"seed={s}")
+    stage("extract_features", which, *words, f"name=untrained-{s}", f"checkpoint=diffusion/untrained-{s}", *at)
     return place
 
 
-def label(which, row, s, words):
+def label(which, row, name, s, K, ids, words):
     """Make the labels of a row."""
-    about = SETS[which]
-    keys = dict(kmeans=[f"features=own-{s}"], sinkhorn=[f"features=own-{s}"], colours=[], pixels=[],
-                untrained=["method=kmeans", f"features=untrained-{s}"], random=[f"reference=kmeans-{s}"], classes=[],
-                subgroups=[f"groups={about['K'] // about['classes']}"])[row]
-    if not any(k.startswith("method=") for k in keys):
-        keys.append(f"method={row}")
-    stage("self_label", which, *words, f"name={row}-{s}", f"K={about['K']}", f"seed={s}", *keys)
+    keys = f"method=file ids={ids}" if row == "file" else ROWS[row].format(s=s, groups=K // SETS[which]["classes"])
+    stage("self_label", which, *words, f"name={name}", f"K={K}", f"seed={s}", *keys.split())
 
 
-def guide(which, row, s, words, evaluators):
+def guide(which, row, name, s, K, words, evaluators):
     """Fine-tune the base model under the labels of a row, sample, and score."""
-    about = SETS[which]
-    keys = dict(none=["labels=none"], online=["labels=online", f"K={about['K']}"]).get(row, [f"labels={row}-{s}"])
-    stage("train_guided", which, *words, f"name={row}-{s}", f"seed={s}", f"init=diffusion/base-{s}",
-          f"images={about['tune']}", *keys)
-    stage("sample_ode", which, *words, f"name={row}-{s}", f"checkpoint=guided/{row}-{s}", f"seed={s}", "n=1000",
+    keys = dict(none=["labels=none"], online=["labels=online", f"K={K}"]).get(row, [f"labels={name}"])
+    stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init=diffusion/base-{s}",
+          f"images={SETS[which]['tune']}", *keys)
+    stage("sample_ode", which, *words, f"name={name}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
           "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3")
 
 
-def measured(run, row, s, place):
+def measured(run, name, place):
     """What is kept of a row: distances by every evaluator at w = 1 and at the chosen w, and what goes with them."""
-    m = json.loads((run / f"samples/{row}-{s}/metrics.json").read_text())
+    m = json.loads((run / f"samples/{name}/metrics.json").read_text())
     every = {m["scores"]["evaluator"]: m} | m.get("others", {})
     out = dict(w=m["w"], images=m["total_seen"], nmi=(m.get("label_scores") or {}).get("nmi"), place=place)
     for name, scored in every.items():
@@ -83,19 +90,21 @@ def measured(run, row, s, place):
 def main():
     which, folder, *words = sys.argv[1:]
     run, out = Path(folder).resolve(), ROOT / "results" / f"evidence-{which}.json"
-    own = dict(w.split("=", 1) for w in words if w.startswith(("seeds=", "evaluators=")))
-    seeds = [int(s) for s in own.get("seeds", "0,1,2,3,4").split(",")]
-    words = [f"run={run}", *(w for w in words if not w.startswith(("seeds=", "evaluators=")))]
+    own = dict(w.split("=", 1) for w in words if w.startswith(tuple(f"{k}=" for k in OPTIONS)))
+    seeds, K = [int(s) for s in own.get("seeds", "0,1,2,3,4").split(",")], int(own.get("K", SETS[which]["K"]))
+    words = [f"run={run}", *(w for w in words if not w.startswith(tuple(f"{k}=" for k in OPTIONS)))]
     rows = json.loads(out.read_text())["rows"] if out.exists() else {}
     for s in seeds:
         place = base_and_features(which, run, s, words)
-        for row in ROWS:
+        for row in own.get("rows", ",".join(ROWS)).split(","):
+            usual = K == SETS[which]["K"]
+            name, title = (f"{row}-{s}", row) if usual else (f"{row}-{K}-{s}", f"{row}, K = {K}")
             if row not in ("none", "online"):
-                label(which, row, s, words)
-            guide(which, row, s, words, own.get("evaluators", "judge,pixels"))
-            rows.setdefault(row, {})[str(s)] = measured(run, row, s, place)
+                label(which, row, name, s, K, own.get("ids"), words)
+            guide(which, row, name, s, K, words, own.get("evaluators", "judge,pixels"))
+            rows.setdefault(title, {})[str(s)] = measured(run, name, place)
             out.write_text(json.dumps(dict(set=which, **SETS[which], rows=rows), indent=1) + "\n")
-            print(which, row, s, json.dumps(rows[row][str(s)]), flush=True)
+            print(which, title, s, json.dumps(rows[title][str(s)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""Does the Sinkhorn loss help? The same training from scratch with its gradient in the network, at several weights.
+
+    python results/sinkhorn.py SET RUN [seeds=0,1,2,3,4] [weights=0,0.02,0.1,1] [data.root=DATA]
+
+SET: shapes, fashion or cifar10-cpu. No image has a condition: weight 0 is the same training without the loss. `pull`
+is the share of the gradient's norm that is the loss's. Features are probed on validation images (NMI of k-means, nearest
+neighbours, linear), at the label-free place and best; 1,000 samples are scored by the judge and by pixels. What is
+finished is not repeated. Writes results/sinkhorn-SET.json: one entry per weight and seed.
+"""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from evidence import ROOT, stage                          # noqa: E402
+
+IMAGES = {"shapes": "40k", "fashion": "60k", "cifar10-cpu": "200k"}
+ONLINE = ["labels=online", "condition=none", "sk_grad=backbone", "sk_until=0", "switch=0", "init="]
+
+
+def measured(run, name):
+    """What is kept of a training: how hard the loss pulled, scores of features and samples."""
+    log = [json.loads(line) for line in (run / "guided" / name / "metrics.jsonl").read_text().splitlines()]
+    probe = json.loads((run / "probe" / f"{name}.json").read_text())
+    place, table = probe["label_free"], probe["table"]
+    here = next(r for r in table if (r["activation"], r["t"]) == (place["activation"], place["t"]))
+    scores = ("nmi", "knn", "linear")
+    out = {k: here[k] for k in scores} | {f"best_{k}": max(r[k] for r in table) for k in scores}
+    samples = json.loads((run / "samples" / name / "metrics.json").read_text())
+    out |= dict(judge=samples["scores"]["frechet"], pixels=samples["others"]["pixels"]["scores"]["frechet"])
+    return out | dict(pull=[r.get("pull") for r in log], sk_loss=log[-1]["sk_loss"], loss=log[-1]["loss"])
+
+
+def main():
+    which, folder, *words = sys.argv[1:]
+    run, out = Path(folder).resolve(), ROOT / "results" / f"sinkhorn-{which}.json"
+    own = dict(w.split("=", 1) for w in words if w.startswith(("seeds=", "weights=")))
+    words = [f"run={run}", *(w for w in words if not w.startswith(("seeds=", "weights=")))]
+    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
+    stage("train_diffusion", which, *words, "--prepare")
+    for s in own.get("seeds", "0,1,2,3,4").split(","):
+        for weight in own.get("weights", "0,0.02,0.1,1").split(","):
+            name = f"sk-{weight}-{s}"
+            keys = [f"name={name}", f"seed={s}"]
+            stage("train_guided", which, *words, *keys, *ONLINE, f"images={IMAGES[which]}", f"sk_weight={weight}")
+            stage("probe", which, *words, *keys, f"checkpoint=guided/{name}")
+            stage("sample_ode", which, *words, *keys, f"checkpoint=guided/{name}", "n=1000", "solver=midpoint",
+                  "steps=8", "evaluator=judge,pixels")
+            rows.setdefault(weight, {})[s] = measured(run, name)
+            out.write_text(json.dumps(dict(set=which, images=IMAGES[which], rows=rows), indent=1) + "\n")
+            print(which, weight, s, json.dumps(rows[weight][s]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
