@@ -107,7 +107,8 @@ def positions(net, block, output, inputs):
 
 
 def unet_skip(net, block, output, inputs):
-    """Of what a block of the way up is given, [from below, skip], the second part."""
+    """Of what a block of the way up is given, [from below, skip], the second part. How many channels come from below is
+    what the block before puts out: attention and upsampling keep the number."""
     blocks = [net.middle_block[-1], *(layers[0] for layers in net.output_blocks)]
     below = blocks[blocks.index(block) - 1]
     return inputs[0][:, below.out_layers[-1].out_channels:]
@@ -186,7 +187,8 @@ def parts(net):
     """Yield (prefix of names, block) of a network of ours, in forward order."""
     if isinstance(net, UNet):
         yield from unet_way("down", net.input_blocks[1:])
-        yield from zip(("mid-repeat0", "mid-repeat1", "mid-repeat1"), net.middle_block)    # attention is the second
+        # residual, attention, residual: an attention bears the number of the residual block behind it
+        yield from zip(("mid-repeat0", "mid-repeat1", "mid-repeat1"), net.middle_block)
         yield from unet_way("up", net.output_blocks)
     else:
         for stage, blocks in (("down", net.in_blocks), ("mid", [net.mid_block]), ("up", net.out_blocks)):
@@ -304,10 +306,10 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
         for d, z in enumerate(noise):
             z = z.to(device)
             for t in times:
-                time = torch.full((len(x),), t, device=device)
-                x_t = diffuse(path, x, z, time)
+                at = torch.full((len(x),), t, device=device)
+                x_t = diffuse(path, x, z, at)
                 with context():
-                    values = read(x_t, time)
+                    values = read(x_t, at)                # which shows the network 1000 t
                 for name, value in zip(names, values):
                     value = value / draws
                     out[name, t] = out[name, t] + value if d else value
@@ -531,13 +533,13 @@ def pca_sheet(run, cfg, features, names, times):
 
 def label_free(run, cfg, state):
     """What probe.py chose without labels for this model: a dict with activation and t."""
-    path, hint = run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t="
-    probed = read_json(path, hint)
-    with reading(path, hint):
+    file, hint = run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t="
+    probed = read_json(file, hint)
+    with reading(file, hint):
         recipe = probed["recipe"]
         of_this = probed["hash"] == state["weights"] and recipe.get("weights", "ema") == cfg.weights
         if probed["protocol"] not in ("sweep", "boxes") or not of_this or recipe.get("transfer"):
-            raise UserError(f"{path}: is no sweep of {state['file']} with weights={cfg.weights}, or looked at other "
+            raise UserError(f"{file}: is no sweep of {state['file']} with weights={cfg.weights}, or looked at other "
                             f"images (transfer=); {hint}")
         return probed["label_free"]
 

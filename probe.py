@@ -164,6 +164,7 @@ def label_free_choice(table, criterion):
     if criterion == "consensus":
         times = {row["t"] for row in table}
         best = {t: max(row["consensus"] for row in table if row["t"] == t) for t in times}
+        # t = 0 is noise: the noisiest time is the least
         noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
         table = [row for row in table if row["t"] == noisiest]
     return max(table, key=lambda row: row[criterion])
@@ -815,7 +816,8 @@ def build_head(cfg, source, images, classes, seed):
     x, times = source.shown(images, np.arange(1)), len(source.times)
     shapes = shapes_of(source, x)
     known = SimpleNamespace(
-        source=source, size=x.shape[2], times=times, shapes=shapes, every=times * shapes,      # of one time, of all
+        source=source, size=x.shape[2], times=times, shapes=shapes,              # of the maps at one time
+        every=times * shapes,                             # of those at all times, one after the other
         named=shapes_of(replace(source, head=""), x)[0],  # in place of what feedback reads
         classes=classes, width=cfg.width, depth=cfg.depth,
         grid=cfg.grid if source.net else x.shape[2])      # of pixels linear and MLP see all

@@ -66,7 +66,7 @@ class SampleOde:
     features: list[str] = key([], "also save these activations of the network, names and globs, while it samples")
     features_at: list[int] = key([0], "at these evaluations of a fixed-step solver, from 0", low=0)
     features_pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
-    batch: int = key(250, "images per network call and process", low=1)
+    batch: int = key(250, "images at once and process; a guided network call sees each twice", low=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network; the ODE state is float32 always")
     compile: bool = key(False, "torch.compile the network: pays where n is many batches")
     seed: int = key(0, "sample i is a function of (seed, i)")
@@ -177,24 +177,25 @@ class Field:
         if self.weak is not None:
             strong = self.call(x, t, ids)
             weak = self.call(x, t, ids, weak=True)
-            return torch.lerp(weak, strong, self.w)
+            return torch.lerp(weak, strong, self.w)       # weak + w (strong - weak)
         null = torch.full_like(ids, self.condition.null)
         if self.w == 0:
             return self.call(x, t, null)
         conditional, unconditional = self.call(torch.cat([x, x]), t, torch.cat([ids, null])).chunk(2)
-        return torch.lerp(unconditional, conditional, self.w)
+        return torch.lerp(unconditional, conditional, self.w)                    # v_null + w (v_cond - v_null)
 
     def estimate(self, x, t, ids):
         """(x_hat, z_hat), guided."""
-        parts = itertools.repeat(None) if ids is None else ids.split(self.batch)
-        out = torch.cat([self.output(part, t, told) for part, told in zip(x.split(self.batch), parts)])
+        ids_of = itertools.repeat(None) if ids is None else ids.split(self.batch)
+        out = torch.cat([self.output(part, t, some) for part, some in zip(x.split(self.batch), ids_of)])
         if self.watch:
             self.watch(self.evaluations, t)
         self.evaluations += 1
         return to_x_and_z(self.path, self.predict, out, x, x.new_full((len(x),), t))
 
     def slope(self, y, s, ids):
-        """dy/ds for states y [B, C, H, W] at the number s."""
+        """dy/ds for states y [B, C, H, W] at the number s, by way of (x_hat, z_hat), so that every path and prediction
+        is solved alike. On the straight path, of a network that predicts v, this is v again."""
         t = float(self.path.to_t(torch.tensor(s, dtype=torch.float64)))
         at = y.new_full((1, 1, 1, 1), t)
         x_hat, z_hat = self.estimate(y * self.path.scale(at), t, ids)
@@ -210,13 +211,13 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
     field.evaluations = 0
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     t = t.flip(0) if reverse else t
-    s = field.path.to_s(t).tolist()
+    times = field.path.to_s(t).tolist()                   # of the ODE: t itself, or rho on VP
     y = x / float(field.path.scale(t[0]))
     slope = lambda y, s: field.slope(y, s, ids)
     if solver == "dopri5":
-        y = solve_dopri5(slope, y, s[0], s[-1], tol)
+        y = solve_dopri5(slope, y, times[0], times[-1], tol)
     else:
-        y = solve_fixed(slope, y, s, solver)
+        y = solve_fixed(slope, y, times, solver)
     return y * float(field.path.scale(t[-1])), field.evaluations
 
 
@@ -797,6 +798,7 @@ def check_request(run, cfg, sampler):
     require(can_guide, cfg, "guidance", "no null label to guide with; use guidance=1, or autoguide= another model")
     sample_labels(cfg, sampler, [0])                      # complains about labels
     if cfg.features:
+        require(not cfg.compile, cfg, "features compile", "hooks need the plain network: use compile=false")
         from extract_features import matching
         cfg.features = matching(sampler.field.net, cfg.features)
         require(cfg.solver != "dopri5", cfg, "features solver", "use a fixed-step solver")

@@ -163,7 +163,8 @@ def lloyd(features, c, metric, iterations, ranks):
         if not math.isfinite(inertia):
             raise UserError("features are not finite; extract them again")
         empty = int((counts == 0).sum())
-        if step == iterations or not empty and inertia >= before * (1 - 1e-6):
+        settled = inertia >= before * (1 - 1e-6) and not empty                   # an empty cluster is repaired first
+        if step == iterations or settled:
             break
         c = torch.where(counts > 0, sums / counts.clamp(min=1), c)
         c = split_largest(c, counts)
@@ -202,13 +203,12 @@ def split_largest(c, counts):
 # clusters 1911.05371)
 
 def potentials(blocks, eps, iterations, ranks=ALONE):
-    """Dual potentials g [K] of the prototypes after so many Sinkhorn iterations: Q = softmax(S / eps - g).
+    """Dual potentials g [K] with which the columns of Q = softmax(S / eps - g) have about equal mass.
 
-    The iteration on L = S / eps, in logarithms:
-        L <- L - logsumexp over samples, of each column       equal mass for every prototype
-        L <- L - logsumexp over prototypes, of each row       mass 1 for every sample; Q = exp(L)
-    The sum of what columns lose is g: after the first step, their logsumexp is ln sum_i Q_ik. What rows lose, a softmax
-    finds again. So scores S need not be kept: blocks() yields them anew for each pass, in blocks [n, K].
+    One iteration: g_k <- g_k + ln mass_k with mass_k = sum_i Q_ik, which evens out the columns; the softmax keeps every
+    row at 1. The first comes before any softmax: g_k = ln sum_i exp(S_ik / eps). So columns go to mass 1 in place of
+    N / K, which adds one number to all g_k, and a softmax ignores that. blocks() yields the scores S anew for each
+    pass, in blocks [n, K]: they are never held as a whole.
     """
     local = torch.stack([(S / eps).logsumexp(0) for S in blocks()]).logsumexp(0)
     every = local.new_zeros(ranks.world, len(local))

@@ -96,10 +96,10 @@ class NoisePath:
 
     def from_v(self, v, x_t, t):
         """(x_hat, z_hat) from a predicted v: the solution of x_t = alpha x + sigma z, v = alpha' x + sigma' z."""
-        a, s = self.alpha(t), self.sigma(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
         alpha_rate, sigma_rate = self.rates(t)
-        determinant = a * sigma_rate - s * alpha_rate
-        return (sigma_rate * x_t - s * v) / determinant, (a * v - alpha_rate * x_t) / determinant
+        determinant = alpha * sigma_rate - sigma * alpha_rate
+        return (sigma_rate * x_t - sigma * v) / determinant, (alpha * v - alpha_rate * x_t) / determinant
 
     def to_s(self, t):
         """The ODE's time s of t."""
@@ -168,8 +168,8 @@ class VariancePreserving(NoisePath):
         return self.alpha(t) * z - self.sigma(t) * x
 
     def from_v(self, v, x_t, t):
-        a, s = self.alpha(t), self.sigma(t)
-        return a * x_t - s * v, s * x_t + a * v
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return alpha * x_t - sigma * v, sigma * x_t + alpha * v
 
     def to_s(self, t):
         """rho = sigma / alpha, falling from 157 (linear betas) at t = 0 to 0 at t = 1."""
@@ -207,7 +207,8 @@ PATHS = {
 
 def diffuse(path, x, z, t):
     """x_t = alpha(t) x + sigma(t) z. x, z: [B, C, H, W]; t: [B]."""
-    return wide(path.alpha(t)) * x + wide(path.sigma(t)) * z
+    t = wide(t)
+    return path.alpha(t) * x + path.sigma(t) * z
 
 
 def to_x_and_z(path, predict, out, x_t, t):
@@ -216,10 +217,10 @@ def to_x_and_z(path, predict, out, x_t, t):
     if predict == "v":
         return path.from_v(out, x_t, t)
     # at an end of the path one part is not determined: do not divide the network's error by nearly nothing
-    a, s = path.alpha(t), path.sigma(t)
+    alpha, sigma = path.alpha(t), path.sigma(t)
     if predict == "eps":
-        return (x_t - s * out) / a.clamp(min=0.005), out  # 0.005: alpha at t = 0 of DDPM's betas is 0.006
-    return out, (x_t - a * out) / s.clamp(min=0.02)       # 0.02: sigma one or two steps before the data
+        return (x_t - sigma * out) / alpha.clamp(min=0.005), out                 # alpha of DDPM's betas: from 0.006 on
+    return out, (x_t - alpha * out) / sigma.clamp(min=0.02)                      # 0.02: a step or two before the data
 
 
 def loss_per_image(net, path, predict, x, z, t, **condition):
@@ -347,8 +348,9 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x).reshape(B, C, H * W))                        # [B, 3C, HW]
         qkv = qkv.reshape(B, self.heads, 3, C // self.heads, H * W)
+        # the copy makes the last axis dense: else the fused operation keeps the scores of all pairs to go back
         q, k, v = qkv.transpose(3, 4).contiguous().unbind(2)                     # [B, heads, HW, C / heads] each
-        a = attention(q, k, v)                            # not contiguous, it would keep the scores of all pairs
+        a = attention(q, k, v)
         return x + self.proj_out(a.transpose(2, 3).reshape(B, C, H * W)).reshape(B, C, H, W)
 
 
@@ -643,7 +645,8 @@ def load_condition(state, device):
 
 
 class Guide(nn.Module):
-    """What a training tells its network of images: here nothing. Others are `GivenLabels`, and those that find labels.
+    """What a training tells its network of images, their condition: here nothing; `GivenLabels`: known labels; the
+    `Labeller` of train_guided.py: labels that it finds. (Guidance is another thing, of sampling.)
 
     `fit` saves such a module beside the network, trains its parameters and logs its report. `labeller_ema` is its
     average, `ema` that of the network.
@@ -782,7 +785,7 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
     net       on the device, freshly initialised; a checkpoint in `folder` takes precedence (resume)
     data      Split to train on
     state     what the checkpoint says besides weights, see `new_state`
-    labeller  what the network is told of the images: `Guide`, or a module like it
+    labeller  what says what the network is told of the images, a `Guide`; None = nothing
     """
     path, folder = PATHS[cfg.path], Path(folder)
     labeller = labeller or Guide()
@@ -821,10 +824,10 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             labeller_loss, told = labeller.step(net, ema, labeller_ema, batch)
 
-            # the loss, and its gradients. The labeller's come first: DDP then averages the sum
+            # the loss, and its gradients. The labeller reads `net` past DDP: first, so that DDP then averages the sum
             if labeller_loss is not None:
                 scaler.scale(labeller_loss).backward()
-            pull = gradient_norm(weights) / scaler.get_scale()
+            pull = gradient_norm(weights) / scaler.get_scale()                   # 0 unless it reaches the network
             losses = []
             for i in range(0, share, micro):
                 part = slice(i, i + micro)
@@ -840,7 +843,7 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
             norm = update(run, cfg, optimizer, scaler, lr, weights, learns)
             log.add(torch.cat(losses), norm, pull)
             seen += cfg.batch
-            beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
+            beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))           # short at first
             get_ema_multi_avg_fn(beta)(averages, weights, None)
             labeller.after(labeller_ema, beta)
             progress.update(cfg.batch)
@@ -971,7 +974,8 @@ class Log:
         self.updates, self.since, self.start = [], seen, time.time()
 
     def add(self, losses, norm, pull):
-        """An update: losses [n] of its images, the norm of its gradient on the network, and of the labeller's part."""
+        """An update: losses [n] of its images, the norm of its gradient on the network, and that of the labeller's part
+        (of several processes each has its own)."""
         self.updates.append(torch.stack([losses.mean(), norm, pull]).double())
 
     def write(self, seen, lr, more, progress):
@@ -1045,31 +1049,31 @@ def new_state(run, kind, data, size, channels, **more):
 def save_checkpoint(run, folder, state):
     """checkpoint.pt and .json in `folder`, by the first process; the old ones stay until the new are there."""
     if run.rank == 0:
-        path = Path(folder) / "checkpoint.pt"
+        file = Path(folder) / "checkpoint.pt"
         state = state | dict(weights=weights_hash(state["ema"]))
-        save_torch(path, state)
+        save_torch(file, state)
         names = "kind", "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
-        write_json(path.with_suffix(".json"), {name: state[name] for name in names})
+        write_json(file.with_suffix(".json"), {name: state[name] for name in names})
     run.wait()
 
 
 def load_checkpoint(run, name):
     """Checkpoint `name`, a folder of the run such as diffusion/base or a path to a .pt, as a dict on the CPU."""
     places = run.dir / name / "checkpoint.pt", Path(name) / "checkpoint.pt", Path(name)
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:                                      # a link that leads nowhere, a folder: the place itself
-        path = next((p for p in places[:2] if p.is_symlink() or p.exists()), places[0])
-        raise UserError(f"{path}: no such checkpoint; train it first (published weights: train_diffusion.py "
+    file = next((p for p in places if p.is_file()), None)
+    if file is None:                                      # a link that leads nowhere, a folder: the place itself
+        file = next((p for p in places[:2] if p.is_symlink() or p.exists()), places[0])
+        raise UserError(f"{file}: no such checkpoint; train it first (published weights: train_diffusion.py "
                         "imported=adm:FILE)")
     hint = "made by train_diffusion.py and train_guided.py: train again (published weights: imported=adm:FILE)"
-    with reading(path, hint):
-        state = read_torch(path, hint)
+    with reading(file, hint):
+        state = read_torch(file, hint)
         if state.get("format") != FORMAT:
             raise ValueError(f"checkpoint format {state.get('format')}, this code reads {FORMAT}")
         wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
         if wrong or state["path"] not in PATHS or state["predict"] not in ("v", "eps", "x"):
             raise ValueError(f"no {', '.join(wrong) or state['path'] + ' path that predicts ' + state['predict']}")
-        return state | {"file": str(path)}
+        return state | {"file": str(file)}
 
 
 def load_model(run, name, weights="ema"):
@@ -1078,14 +1082,14 @@ def load_model(run, name, weights="ema"):
     with reading(state["file"], "train again"):
         model = fill("model", Model, state["model"])
         net = build_model(model, state["size"], state["channels"], **state["conditions"])
-        net.load_state_dict(state[weights])
+        net.load_state_dict(state[weights])               # under "ema" or "net"; under "weights" is a hash of ema
     return net.eval().requires_grad_(False).to(run.device), state
 
 
 def resume(run, cfg, folder, state, parts):
     """Load the checkpoint in `folder`, if any, into `parts`: images seen. Of another recipe: refused or overwritten."""
-    seen, path = 0, folder / "checkpoint.pt"
-    if run.agreed(lambda: path.exists() or path.is_symlink()):                   # of a disk that is not there now
+    seen, file = 0, folder / "checkpoint.pt"
+    if run.agreed(lambda: file.exists() or file.is_symlink()):                   # of a disk that is not there now
         old = load_checkpoint(run, str(folder))
         with reading(old["file"], "train again"):
             other = differences(run, cfg, old, state)

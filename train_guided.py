@@ -158,7 +158,7 @@ class Standardised(nn.Module):
 
     def __init__(self, width, length):
         super().__init__()
-        self.length = length                              # about so many rows count
+        self.length = length                              # running averages remember about so many rows
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
 
@@ -170,7 +170,7 @@ class Standardised(nn.Module):
         """Take in the rows f [n, D] of all processes."""
         n = len(f) * ranks.world
         mean, square = ranks.total(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
-        share = max(n / max(self.length, 4 * n), 1 / (updates + 1))
+        share = max(n / max(self.length, 4 * n), 1 / (updates + 1))              # a plain mean first, then exponential
         self.mean.lerp_(mean.float(), share)
         self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
 
@@ -207,8 +207,13 @@ class Labeller(Guide):
 
     Standardised features pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
     has one label, or with condition=patch one for each of P patches; otherwise P = 1.
+
+    Sizes: b images of this process, of which the teacher reads m: all, or while no label is needed those in the loss; n
+    rows in the loss; D channels of the feature; d = sk_dim. stride: one image of so many is in the loss (1 where the
+    others were left out before); update: running number of the update.
     """
-    spare = 9, 2                                          # one number is used; fewer would change the noise after them
+    spare = 9, 2             # uniform numbers: 0 is the student's time (fewer would change what is drawn after them);
+                             # noises: 0 the teacher's, 1 the student's
     WATCHED = 2048                                        # images whose labels the log follows
     HIDDEN = 256                                          # width inside the head
     PATCHES = 16                                          # of an image in one loss: more cost time and moved no result
@@ -279,7 +284,7 @@ class Labeller(Guide):
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
         self.standardised.learn(self.loss_rows(f, stride, update), update, self.ranks)
-        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())
+        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # read at once, below
         with torch.no_grad():
             return labeller_ema.embed(f)
 
@@ -289,8 +294,10 @@ class Labeller(Guide):
         cfg, ranks = self.cfg, self.ranks
         h_loss, scores = self.loss_rows(h, stride, update), labeller_ema.scores(h)              # [n, d], [m P, K]
         past = labeller_ema.scores(self.queue.filled(len(h_loss), update, ranks))
+        # targets: soft, of the rows in the loss, balanced among them and the queue
         balanced = torch.cat([self.loss_rows(scores, stride, update), past])
         q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(h_loss)]
+        # labels: hard, of all rows, since every image needs a condition, balanced among all of them and the queue
         g = potentials(in_blocks(torch.cat([scores, past])), cfg.sk_eps, cfg.sk_iterations, ranks)
         self.queue.add(h_loss, update, ranks)
         return q, (scores / cfg.sk_eps - g).argmax(1)
@@ -477,8 +484,8 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
         labels[split] = np.concatenate(run.gather(ids.numpy()))                  # [N, P]
         if split == "train":
             typical = np.concatenate(run.gather(scores.numpy())).mean(1)
-    if settled is not None:
-        labels["train"] = settled.cpu().numpy().astype(np.int64)
+    if settled is not None:                               # scores are those of the labels that images would get now
+        labels["train"], typical = settled.cpu().numpy().astype(np.int64), None
     if cfg.condition == "patch":                          # some maps stand for the distribution of all
         labels = {split: square(torch.from_numpy(ids)).numpy().astype(np.int16) for split, ids in labels.items()}
         state |= bank_facts(labeller.by_row(torch.from_numpy(labels["train"])).bank(cfg.seed))
@@ -503,13 +510,14 @@ def initial_weights(run, cfg, net, labels):
     source = load_checkpoint(run, cfg.init)
     require(fill("model", Model, source["model"]) == run.model, cfg, "init",
             f"its model section differs from the configured one ({source['file']})")
-    require(not source["num_labels"] or source.get("labels") == labels, cfg, "init labels",
+    same = labels is not None and source.get("labels") == labels                 # an online labeller finds others
+    require(not source["num_labels"] or same, cfg, "init labels",
             f"was trained with other labels ({source.get('label_file')}); start from an unconditional model")
     for name in ("path", "predict"):
         require(source[name] == getattr(cfg, name), cfg, name, f"init={cfg.init} has {name}={source[name]}")
     with reading(source["file"], "init= needs a model for images of this size"):
         load_pretrained(net, source["ema"])
-    return dict(checkpoint=cfg.init, weights=source["weights"], 
+    return dict(checkpoint=cfg.init, weights=source["weights"],
                 seen=source["seen"] + (source.get("init") or {}).get("seen", 0))                 # with those of its own
 
 

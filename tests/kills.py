@@ -10,11 +10,13 @@ where arrays, weights or scores differ in one bit. Folders that differ are kept.
 """
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +49,10 @@ def start(words, folder, ranks=1):
 def state_of(folder):
     """What tells that something in a folder has changed."""
     found = []
-    for path in folder.rglob("*"):
-        try:
-            found.append((path, path.stat().st_mtime_ns))
-        except FileNotFoundError:                         # renamed meanwhile
-            pass
+    for parent, _, names in os.walk(folder):              # passes over folders that are renamed meanwhile
+        for path in (os.path.join(parent, name) for name in names):
+            with suppress(FileNotFoundError):
+                found.append((path, os.stat(path).st_mtime_ns))
     return sorted(found)
 
 

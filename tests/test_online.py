@@ -308,6 +308,8 @@ def test_labels_of_another_program_are_not_replaced(toy, refuse):
     inside("self_label", *words, "method=classes", "name=mine")
     said = refuse("train_guided", *words, "name=mine")
     assert "labels/mine.json" in said and "overwrite=true" in said
+    said = refuse("train_guided", *words, "name=new", "init=guided/online")      # whose labels are numbered otherwise
+    assert "start from an unconditional model" in said
 
 
 @pytest.mark.parametrize("condition", ["prototype", "patch", "none"])

@@ -70,6 +70,7 @@ def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
 
 @pytest.mark.parametrize("words, said", [
     (["features=nid*"], "no such activation"), (["features=mid*", "features_at=9"], "2 evaluations"),
+    (["features=mid*", "compile=true"], "hooks need the plain network"),
     (["features=mid*", "solver=dopri5"], "fixed-step")])
 def test_bad_input(refuse, tiny, run, words, said):  # noqa: F811
     assert said in refuse("sample_ode", tiny, f"run={run}", "n=4", "steps=2", "solver=euler", "name=bad", *words)
