@@ -690,7 +690,7 @@ def classes(run, cfg, data):
     """Control: the ground truth."""
     ids = {split: np.asarray(d.classes) for split, d in data.items()}
     if min(c.min() for c in ids.values()) < 0:
-        raise UserError(f"method={cfg.method} needs the class of every image, and data/ lacks some")
+        raise UserError(f"{run.dir / 'data'}: some images have no class, and method={cfg.method} needs all")
     return Labels(ids, int(max(c.max() for c in ids.values())) + 1)
 
 
