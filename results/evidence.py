@@ -23,8 +23,8 @@ SETS = {                                                  # images of base and f
 }
 ROWS = {                                                  # keys of self_label.py; s: seed
     "none": None, "online": None,
-    "random": "method=random reference=kmeans-{s}",
     "kmeans": "method=kmeans features=own-{s}",
+    "random": "method=random reference=kmeans-{s}",       # needs the row before
     "sinkhorn": "method=sinkhorn features=own-{s}",
     "grid": "method=kmeans features=grid-{s}",            # own features, laid out on 4 x 4 positions
     "colours": "method=colours", "pixels": "method=pixels",
