@@ -737,13 +737,14 @@ def sample_sheet(cfg, condition, labels, w, folder):
         cells = np.stack([maps, images[:50]], 1).reshape(-1, *maps.shape[1:])
     else:
         ids, counts = np.unique(labels, return_counts=True)
-        names = ids[np.argsort(-counts, kind="stable")][:20].tolist()
+        names = sorted(ids[np.argsort(-counts, kind="stable")][:20].tolist())
         cells = np.full((len(names) * columns, *images.shape[1:]), 255, np.uint8)                # white: no more there
         for i, name in enumerate(names):
             found = images[np.flatnonzero(labels == name)[:columns]]
             cells[i * columns:][:len(found)] = found
     captions = names and [str(name) for name in names]
-    save_grid(folder / "grid.png", cells, columns, captions, head=f"{cfg.name}: w = {w:g}")
+    head = f"{cfg.name}: w = {w:g}" + ", a row for each label" * bool(names)
+    save_grid(folder / "grid.png", cells, columns, captions, head=head)
 
 
 def row_of(metrics):
