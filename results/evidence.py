@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 SETS = {                                                  # images of base and fine-tuning, labels, classes
     "shapes": dict(base="40k", tune="8k", K=20, classes=10),
@@ -56,8 +58,20 @@ def base_and_features(which, run, s, words):
     stage("extract_features", which, *words, f"name=grid-{s}", f"checkpoint=diffusion/base-{s}", "pool=4", *at)
     stage("train_diffusion", which, *words, f"name=untrained-{s}", f"seed={s}", "images=32", "batch=32", "lr=1e-12",
           "optimizer=adamw")
+    redraw_zeros(run / "diffusion" / f"untrained-{s}" / "checkpoint.pt", s)
     stage("extract_features", which, *words, f"name=untrained-{s}", f"checkpoint=diffusion/untrained-{s}", *at)
     return place
+
+
+def redraw_zeros(file, seed):
+    """Give the weights that begin at zero random ones, in place: a network with random weights, as in probe.py."""
+    state = torch.load(file, weights_only=True)
+    numbers = torch.Generator().manual_seed(seed)
+    for name, p in state["ema"].items():
+        if p.dim() > 1 and p.abs().max() < 1e-6:          # an update of 1e-12 has moved them
+            p = torch.nn.init.kaiming_uniform_(torch.empty(p.shape), a=5 ** 0.5, generator=numbers)
+            state["ema"][name] = state["net"][name] = p
+    torch.save(state, file)
 
 
 def label(which, row, name, s, K, ids, words):
