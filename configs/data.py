@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from configs.run import (UserError, ahead, bar, create_rows, digest, locked, making, read_json, reading, require,
-                         seed_of, unknown, weights_hash, wide, write_json, write_rows)
+from configs.run import (UserError, ahead, bar, check_data_section, create_rows, digest, keep_sections, locked, making,
+                         read_json, reading, require, seed_of, unknown, weights_hash, wide, write_json, write_rows)
 from configs.shapes import SHAPES_CLASSES, draw_shapes
 
 SPLITS = ("train", "test")
@@ -309,7 +309,9 @@ def origin_of(data):
 
 
 def check_origin(run):
-    """A UserError where data.root holds other images than those that were prepared. One that is gone is fine."""
+    """A UserError where the settings or data.root mean other images than those that were prepared. A root that is gone
+    is fine."""
+    check_data_section(run)
     path = run.dir / "data" / "train" / "info.json"
     before = read_json(path, "delete data/").get("origin")
     if before and Path(run.data.root).expanduser().exists():
@@ -330,12 +332,16 @@ def prepare_data(run):
     """Turn `data.source` into data/ in the run folder, both parts at once; where that is done, check the source."""
     folder = run.dir / "data"
     done = folder / "test" / "info.json"
-    if run.agreed(done.exists):
+    there = run.agreed(done.exists)
+    if there:
         run.agreed(lambda: check_origin(run))
     with locked(run, "data"):
-        if not run.agreed(done.exists):                   # another command may just have made it
+        if not run.agreed(done.exists):
+            keep_sections(run)
             with making(run, ".", "data", "test/info.json") as aside:
                 run.agreed(lambda: write_data(run, aside))
+        elif not there:                                   # another command has just made it, perhaps of other images
+            run.agreed(lambda: check_origin(run))
         for split in SPLITS:
             if run.data.latents and not run.agreed((folder / split / "latents.json").exists):
                 encode_split(run, split)

@@ -338,21 +338,30 @@ def gpu_flags(training, exact=False):
 
 
 def check_run_folder(run):
-    """The data section must stay what it was, since every file's row i is image i; it is kept in config.yaml."""
-    path = run.dir / "config.yaml"
+    """All stages but the first need a run with images, and `check_data_section`."""
     if run.agreed((run.dir / "data" / "train" / "info.json").exists):
-        before = fill(f"{path}: data", Data, read_yaml(path).get("data", {}))
-        for name, value in dataclasses.asdict(run.data).items():
-            if getattr(before, name) != value and name not in ("root", "download", "skip_bad"):
-                raise UserError(f"{path}: this run was made with data.{name}={getattr(before, name)}, "
-                                f"now data.{name}={value}; use another run=DIR")
-    elif run.stage == "train_diffusion":
-        if run.rank == 0:
-            with atomic(path) as f:
-                f.write(yaml.safe_dump(run.sections, sort_keys=False).encode())
-    elif getattr(run.cfg, "evaluate", True):              # sampling alone needs no images
+        check_data_section(run)
+    elif run.stage != "train_diffusion" and getattr(run.cfg, "evaluate", True):  # sampling alone needs no images
         alone = ", or only sample with evaluate=false" if run.stage == "sample_ode" else ""
         raise UserError(f"{run.dir}: no such run; start with train_diffusion.py{alone}")
+
+
+def check_data_section(run):
+    """The data section must stay what it was, since every file's row i is image i; it is kept in config.yaml."""
+    path = run.dir / "config.yaml"
+    before = fill(f"{path}: data", Data, read_yaml(path).get("data", {}))
+    for name, value in dataclasses.asdict(run.data).items():
+        if getattr(before, name) != value and name not in ("root", "download", "skip_bad"):
+            raise UserError(f"{path}: this run was made with data.{name}={getattr(before, name)}, "
+                            f"now data.{name}={value}; use another run=DIR")
+
+
+def keep_sections(run):
+    """Write config.yaml, by the one command that makes the images, before it does."""
+    if run.rank == 0:
+        with atomic(run.dir / "config.yaml") as f:
+            sections = run.sections | dict(data=dataclasses.asdict(run.data))
+            f.write(yaml.safe_dump(sections, sort_keys=False).encode())
 
 
 def cli(main):

@@ -8,9 +8,7 @@ Writes results/optimizers-SET.json.
 """
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,8 +19,9 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 from configs.run import Model, autocast, fill             # noqa: E402
+from rates import call                                    # noqa: E402
 from sample_ode import frechet, pixel_components          # noqa: E402
 from train_diffusion import (PATHS, TrainDiffusion, build_model, build_optimizer,                # noqa: E402
                              loss_per_image)
@@ -73,14 +72,6 @@ def speeds(config, variants, repeats=15):
             step()
             times[name] += [time.perf_counter() - tick] if i > 1 else []
     return {name: variants[name]["batch"] / statistics.median(v) for name, v in times.items()}
-
-
-def call(*words):
-    """One command, on one thread; its last lines if it fails."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, words))}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
 
 
 def seen_by(evaluator, images):

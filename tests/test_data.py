@@ -17,6 +17,7 @@ import train_diffusion as td
 from configs import data as cd
 from configs import run as cr
 from configs.data import load_data, prepare_data, square
+from configs import data as data_module
 from configs.run import Data, Model, Run, UserError
 from extract_features import ExtractFeatures
 from probe import Probe
@@ -206,6 +207,26 @@ def test_very_small_sets_are_refused(tmp_path):
     words = dict(source="folder", root=str(tmp_path / "images"))
     assert "data.test_fraction" in complaint_of(tmp_path / "r", **words)
     assert len(prepare(tmp_path / "r", test_fraction=0.5, **words)["test"][0]) > 0
+
+
+@pytest.mark.parametrize("when", ["before the lock", "at the lock"])
+def test_two_first_commands_with_other_images(tmp_path, monkeypatch, when):
+    """Both have seen an empty run folder: the one that comes second is refused, and config.yaml is the first one's."""
+    first, second = run_of(tmp_path, train=40, test=10), run_of(tmp_path, train=30, test=10)
+    if when == "before the lock":
+        prepare_data(first)
+    else:
+        real = data_module.locked
+
+        def locked(run, *names):
+            monkeypatch.setattr(data_module, "locked", real)
+            prepare_data(first)
+            return real(run, *names)
+        monkeypatch.setattr(data_module, "locked", locked)
+    with pytest.raises(UserError, match="made with data.train=40, now data.train=30"):
+        prepare_data(second)
+    assert "train: 40" in (tmp_path / "config.yaml").read_text()
+    assert len(load_data(first, "train")) == 40
 
 
 def spoiled(folder, n=200):
