@@ -93,6 +93,7 @@ def test_encoding_that_was_killed_begins_again(run, vae, tmp_path, monkeypatch):
     """Killed between the last row and the end: nothing that a later command could take for latents."""
     expected = np.load(run[1] / "data/train/latents.npy")
     shutil.copytree(run[1] / "data", tmp_path / "data")
+    shutil.copy(run[1] / "config.yaml", tmp_path)
     for file in (tmp_path / "data").rglob("latents.*"):
         file.unlink()
 
