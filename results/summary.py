@@ -1,0 +1,95 @@
+"""What results/evidence-SET.json says: a table of means, spreads and differences within a seed, and a picture.
+
+    python results/summary.py SET [SET ...]
+
+Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
+over seeds), and the mean difference from `none` of the same seed with its standard error. The last line is the rank
+correlation of NMI and distance over rows that have labels. Writes results/evidence-SET.svg: distance against NMI.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+RESULTS = Path(__file__).resolve().parent
+COLOURS = {"own": "#c33", "control": "#36c", "classes": "#393", "none": "#888"}
+KINDS = {"kmeans": "own", "sinkhorn": "own", "online": "own", "grid": "own", "none": "none", "classes": "classes",
+         "subgroups": "classes"}                          # others: control
+WIDTH, HEIGHT, EDGE = 520, 360, 50                        # of a panel, and its margin
+
+
+def spread(values):
+    """Mean and standard deviation as text."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def paired(row, base, evaluator):
+    """The difference of two rows' distances at the chosen w, seed by seed: mean and standard error."""
+    gaps = [row[s][evaluator]["chosen"] - base[s][evaluator]["chosen"] for s in row if s in base]
+    if len(gaps) < 2:
+        return "-"
+    return f"{statistics.mean(gaps):+.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}"
+
+
+def points_of(rows, evaluator):
+    """[(row, NMI, distance at the chosen w)], means over seeds; without labels NMI is 0."""
+    out = []
+    for name, row in rows.items():
+        nmi = statistics.mean(r["nmi"] or 0 for r in row.values())
+        out.append((name, nmi, statistics.mean(r[evaluator]["chosen"] for r in row.values())))
+    return out
+
+
+def panel(points, title, left):
+    """SVG of one scatter plot whose upper left corner is at `left`, 0."""
+    top = 1.05 * max(y for _, _, y in points)
+    at = lambda nmi, y: (left + EDGE + nmi * (WIDTH - 2 * EDGE), HEIGHT - EDGE - y / top * (HEIGHT - 2 * EDGE))
+    x0, y0, (x1, y1) = *at(0, 0), at(1, top)
+    out = [f'<path d="M{x0} {y1}V{y0}H{x1}" fill="none" stroke="#000"/>',
+           f'<text x="{x0}" y="20" font-weight="bold">{title}</text>',
+           f'<text x="{(x0 + x1) / 2 - 60}" y="{HEIGHT - 12}">NMI with the classes</text>']
+    for k in range(6):
+        x, y = at(k / 5, k / 5 * top)
+        out += [f'<text x="{x - 8}" y="{y0 + 15}">{k / 5:g}</text>', f'<text x="{x0 - 36}" y="{y + 4}">{k / 5 * top:.3g}</text>']
+    for name, nmi, y in points:
+        x, y = at(nmi, y)
+        colour = COLOURS[KINDS.get(name.split(",")[0], "control")]
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+                   f'<text x="{x + 6:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    return "\n".join(out)
+
+
+def main():
+    for which in sys.argv[1:]:
+        rows = json.loads((RESULTS / f"evidence-{which}.json").read_text())["rows"]
+        first = next(iter(rows["none"].values()))
+        evaluators = [k for k, v in first.items() if isinstance(v, dict) and "chosen" in v]
+        print(f"{which}\n\n| labels | seeds | NMI |", " | ".join(
+            f"{e}, w = 1 | {e}, chosen w | from none" for e in evaluators), "|")
+        print("|", " | ".join(["---"] * (3 + 3 * len(evaluators))), "|")
+        for name, row in rows.items():
+            nmi = [r["nmi"] for r in row.values() if r["nmi"] is not None]
+            cells = [name, str(len(row)), spread(nmi) if nmi else "-"]
+            for e in evaluators:
+                cells += [spread([r[e][w] for r in row.values()]) for w in ("w1", "chosen")]
+                cells.append(paired(row, rows["none"], e) if name != "none" else "-")
+            print("|", " | ".join(cells), "|")
+        panels = []
+        for i, e in enumerate(evaluators):
+            points = points_of(rows, e)
+            told = [p for p in points if p[0] != "none"]
+            rho, p = spearmanr([p[1] for p in told], [p[2] for p in told])
+            print(f"\n{e}: rank correlation of NMI and distance {rho:.2f} (p = {p:.3f}) over {len(told)} rows")
+            panels.append(panel(points, f"{which}: distance by {e}, chosen w", i * WIDTH))
+        size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}"'
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
+        background = '<rect width="100%" height="100%" fill="#fff"/>'
+        (RESULTS / f"evidence-{which}.svg").write_text("\n".join([svg, background, *panels, "</svg>"]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
