@@ -101,8 +101,8 @@ def input_map(net, block, output, inputs):
     return as_map(inputs[0])
 
 
-def positions(net, block, output, inputs):
-    """What the U-Net's attention returns, [B, C, L]."""
+def channels_first(net, block, output, inputs):
+    """What a Conv1d over positions returns, [B, C, L]."""
     return as_map(output.transpose(1, 2))
 
 
@@ -152,7 +152,7 @@ BLOCKS = {                                                # kind of block -> end
         "vit-block0-self-k": ("qkv", read_k),
         "vit-block0-self-v": ("qkv", read_v),
         "vit-block0-self-map": ("qkv", read_map),
-        "vit-block0-self-out": ("proj_out", positions),
+        "vit-block0-self-out": ("proj_out", channels_first),
         "vit-out": ("", output_map),
     },
     "Block": {
@@ -179,7 +179,7 @@ def unet_way(stage, blocks):
             place = f"{stage}sampler" if resampler else f"repeat{repeat}"
             yield f"{stage}-level{level}-{place}", layer
         repeat += 1
-        if resampler:                                     # it ends a level
+        if resampler:                                     # came last: a level ends
             level, repeat = level + 1, 0
 
 
@@ -292,7 +292,7 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
     One forward pass per (batch, time, draw) serves all names; the condition is null. The noise is a function of
     (seed, purpose, draw, row), so neither batch size nor number of processes changes the result.
     """
-    path, read = PATHS.get(state["path"], state["path"]), reader(net, names, pool)        # a foreign one is no name
+    path, read = PATHS.get(state["path"], state["path"]), reader(net, names, pool)        # Foreign: the path itself
     foreign = isinstance(net, Foreign)
     shape = net.shape if foreign else row_shape(images)
 
@@ -319,7 +319,7 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
 def noise_level(path, t):
     """The noise time in the terms of other papers: t, rho = sigma / alpha and log-SNR."""
     path, t = PATHS.get(path, path), torch.tensor(t, dtype=torch.float64)
-    rho = abs(float(path.sigma(t) / path.alpha(t).clamp(min=1e-12)))
+    rho = abs(float(path.sigma(t) / path.alpha(t).clamp(min=1e-12)))             # abs: of a -0
     return dict(t=float(t), rho=rho, log_snr=-2 * math.log(max(rho, 1e-12)))
 
 

@@ -49,7 +49,7 @@ from torch import nn
 from configs.data import (as_input, load_data, load_features, prepare_data, require_shape, row_shape,
                           torchvision_datasets)
 from configs.run import (Data, Model, UserError, autocast, bar, check_name, cli, digest, draw, fill, finished,
-                         key, locked, read_json, read_yaml, require, save_grid, seed_of, seeded, start,
+                         key, locked, read_json, read_yaml, require, save_grid, seed_of, seeded, start, unknown,
                          write_json)
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, build_model, diffuse, load_checkpoint, load_condition, load_model, say_network
@@ -1516,8 +1516,8 @@ def layout(run, cfg, source, train, test):
 
     images, ids = (np.load(folder / f"{k}.npy", mmap_mode="r", allow_pickle=False) for k in ("images", "labels"))
     rows, bank, found = run.share(len(images)), load_condition(state, "cpu"), {}
-    maps = bank.table.numpy()[ids[rows]]                  # boxes: 0 = inside; masks: 0 = none, kinds = whatever
-    asked = maps == 0 if one_box else (maps > 0) & (maps < bank.kinds)
+    maps = bank.table.numpy()[ids[rows]]                  # boxes: 0 = inside; masks: 0 = none, null = whatever
+    asked = maps == 0 if one_box else (maps > 0) & (maps < bank.channels)
     if run.data.source == "shapes":
         found["exact_iou"] = objects_of_shapes(images[rows])
     if method in ("lost", "ncut"):
@@ -1681,7 +1681,7 @@ def main():
     cfg = run.cfg
     cfg.name = cfg.name or cfg.protocol
     kinds = [name for protocol, name in HEADS if protocol == cfg.protocol]
-    require(not kinds or cfg.head in kinds, cfg, "head", f"{cfg.protocol} takes {', '.join(kinds)}")
+    require(not kinds or cfg.head in kinds, cfg, "head", unknown(cfg.head, kinds))
     stored = cfg.protocol == "linear" and not cfg.transfer
     require(stored or not cfg.features, cfg, "features", "are for protocol=linear, on the run's own images")
     pixels = cfg.transfer or cfg.protocol in ("segment", "correspond", "detect", "layout")

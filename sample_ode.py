@@ -5,7 +5,7 @@ Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, me
         nfe.png (sweep); with direction=encode noise.npy in place of images
 Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0 and back.
 Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write
-        v_c + s (v_c - v_0) have s = w - 1.
+        v_cond + s (v_cond - v_null) have s = w - 1.
 
     python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans guidance=1,1.5,2,3
     torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k
@@ -37,7 +37,7 @@ from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_ro
                          weights_hash, write_json, write_rows)
 from train_diffusion import PATHS, Condition, NoisePath, load_condition, load_model, say_network, to_x_and_z, with_null
 
-Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
+Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]           # the keys of TABLEAUS, and dopri5
 
 
 @dataclass
@@ -76,7 +76,7 @@ class SampleOde:
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers of dy/ds = f(y, s) for a batch y [B, ...] and a number s
 
-TABLEAUS = {                                              # Butcher tableaus: nodes c, matrix a, weights b
+TABLEAUS = {                                              # Butcher tableaus: nodes c, matrix a, weights b. See `Solver`
     "euler": ([0], [[]], [1]),
     "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
     "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
@@ -98,10 +98,10 @@ def mix(slopes, weights):
     return sum(w * k for w, k in zip(weights, slopes) if w)
 
 
-def solve_fixed(f, y, grid, solver):
-    """Explicit Runge-Kutta steps from y [B, ...] at grid[0] over the numbers in grid -> y at grid[-1]."""
+def solve_fixed(f, y, times, solver):
+    """Explicit Runge-Kutta steps from y [B, ...] at times[0] over all times (of the ODE) -> y at times[-1]."""
     nodes, matrix, weights = TABLEAUS[solver]
-    for s, end in itertools.pairwise(grid):
+    for s, end in itertools.pairwise(times):
         h = end - s
         slopes = []
         for node, row in zip(nodes, matrix):
@@ -155,14 +155,14 @@ class Field:
     batch: int = 10 ** 9                                  # rows that a network sees at once
     condition: Condition | None = None                    # None where the network knows no labels
     weak_condition: Condition | None = None
-    images: int = 0                                       # that networks have seen
+    calls: int = 0                                        # of networks, counted by image
     evaluations: int = 0                                  # of the present integration
     watch: Callable | None = None                         # called after each of them: watch(number, t)
 
     def call(self, x, t, ids, weak=False):
         """The prediction of one network; counted."""
         net, condition = (self.weak, self.weak_condition) if weak else (self.net, self.condition)
-        self.images += len(x)
+        self.calls += len(x)
         time = 1000 * torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         told = {} if condition is None or ids is None else condition(ids)
         with self.context():
@@ -211,7 +211,7 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
     field.evaluations = 0
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     t = t.flip(0) if reverse else t
-    times = field.path.to_s(t).tolist()                   # of the ODE: t itself, or rho on VP
+    times = field.path.to_s(t).tolist()                   # s, of the ODE: t itself, or rho on VP
     y = x / float(field.path.scale(t[0]))
     slope = lambda y, s: field.slope(y, s, ids)
     if solver == "dopri5":
@@ -222,7 +222,7 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What samples are drawn from: networks and their conditions
+# Networks, their conditions and labels
 
 @dataclass
 class Sampler:
@@ -247,7 +247,7 @@ def open_sampler(run, cfg, context=nullcontext):
         sampler.weak_hash = weak["weights"]
         shared = ["path", "predict", "size"]
         if weak["num_labels"]:
-            shared += ["num_labels", "labels", "layout", "label_digest", "condition"]
+            shared += ["num_labels", "labels_hash", "layout_hash", "found_hash", "condition"]
         other = [name for name in shared if weak.get(name) != state.get(name)]
         require(not other, cfg, "autoguide checkpoint", f"were trained with another {' '.join(other)}")
         own = weak["num_labels"] == 0 or state["condition"] == "prototype"       # other ids mean the same to both
@@ -267,8 +267,8 @@ def drawn_layout(cfg, state, condition, device):
     require(fits and label in range(null), cfg, "boxes",
             f"expected [x0, y0, x1, y1, label] with x0 < x1, y0 < y1, and one label below {null} for all")
     layout = torch.from_numpy(draw_boxes(np.array([cfg.boxes])[..., :4], condition.size))        # [1, H, W]
-    table = with_null(layout, condition.kinds)
-    return Condition("map", table, condition.kinds, condition.size, torch.tensor([int(label), null])).to(device)
+    table = with_null(layout, condition.channels)
+    return Condition("map", table, condition.channels, condition.size, torch.tensor([int(label), null])).to(device)
 
 
 def sample_labels(cfg, sampler, indices):
@@ -293,7 +293,7 @@ def sample_labels(cfg, sampler, indices):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling: pictures and activations go to disk while they are made
 
-def batches(rows, cfg):
+def index_batches(rows, cfg):
     """Sample indices in batches; with dopri5 in whole blocks of 64, wherever the share of a process begins and ends."""
     if cfg.solver != "dopri5":
         return [rows[i:i + cfg.batch] for i in range(0, len(rows), cfg.batch)]
@@ -311,10 +311,10 @@ def put(run, file, n, part, values):
 
 def generate(run, cfg, sampler, w, file):
     """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share, and the activations that
-    `features` names beside it; returns what it took."""
+    `features` names beside it. Returns NFE and network calls per sample, which are more: guidance makes two of one."""
     field, state = replace(sampler.field, w=w), sampler.state
     rows = run.share(cfg.n)
-    parts = batches(rows, cfg)
+    parts = index_batches(rows, cfg)
 
     def drawn(part):
         z = draw(cfg.seed, "sample noise", part, (state["channels"], state["size"], state["size"]))
@@ -322,23 +322,24 @@ def generate(run, cfg, sampler, w, file):
         return part, z.to(run.device), None if ids is None else ids.to(run.device)
 
     recording = recorded(cfg, field) if cfg.features else nullcontext({})
-    states = integrated = 0
-    with bar(run, cfg.n, "sampling") as progress, recording as seen:
+    evaluated = integrated = 0
+    with bar(run, cfg.n, "sampling") as progress, recording as kept:
         for part, z, ids in ahead(drawn, parts):
             x, evaluations = integrate(field, z, ids, cfg.solver, cfg.steps, cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state['file']}: samples are not finite (precision=fp32 may help)")
-            states += evaluations * len(part)
+            evaluated += evaluations * len(part)
             integrated += len(part)
             own = np.isin(part, rows)                     # of a block
             pictures = to_uint8(decode(run.vae, x[torch.from_numpy(own)]))
             put(run, file, cfg.n, part[own], pictures.cpu().numpy())
-            for name, (_, maps) in seen.items():
+            for name, (_, maps) in kept.items():
                 put(run, file.with_name(name), cfg.n, part, maps[:len(part)])
             progress.update(own.sum() * run.world)
-    states, images, integrated = run.total(torch.tensor([states, field.images, integrated]).double()).tolist()
-    about = [about | dict(file=name, shape=list(maps.shape[1:])) for name, (about, maps) in seen.items()]
-    return dict(nfe=states / integrated, network_calls=images / integrated, features=about)
+    counts = torch.tensor([evaluated, field.calls, integrated], dtype=torch.float64)
+    evaluated, calls, integrated = run.total(counts).tolist()
+    about = [about | dict(file=name, shape=list(maps.shape[1:])) for name, (about, maps) in kept.items()]
+    return dict(nfe=evaluated / integrated, network_calls=calls / integrated, features=about)
 
 
 @contextmanager
@@ -346,15 +347,15 @@ def recorded(cfg, field):
     """Within this context `integrate` leaves activations in the yielded dict: {file name: (what, pooled [B, ...])}.
     Where guidance doubles the batch, the conditional half comes first."""
     from extract_features import pooled, tapped
-    seen = {}
+    kept = {}
     with tapped(field.net, cfg.features, then=lambda x: pooled(x, cfg.features_pool)) as maps:
         def keep(number, t):
             if number in cfg.features_at:
                 for name in cfg.features:
                     about = dict(activation=name, evaluation=number, t=t)
-                    seen[f"features-{name}-at{number}.npy"] = about, maps[name].cpu().numpy()
+                    kept[f"features-{name}-at{number}.npy"] = about, maps[name].cpu().numpy()
         field.watch = keep
-        yield seen
+        yield kept
 
 
 @torch.no_grad()
@@ -363,7 +364,7 @@ def encode(run, cfg, sampler, folder):
     data, field = load_data(run, "test"), sampler.field
     n = min(cfg.n, len(data))
     noise, images, back = [], [], []
-    for part in batches(np.arange(n), cfg):
+    for part in index_batches(np.arange(n), cfg):
         x = as_input(torch.from_numpy(data.inputs[part[part < n]])).to(run.device)
         z, _ = integrate(field, x, None, cfg.solver, cfg.steps, cfg.tol, reverse=True)
         again, _ = integrate(field, z, None, cfg.solver, cfg.steps, cfg.tol)
@@ -446,7 +447,7 @@ def train_judge(run, net, data, known):
     test = load_data(run, "test")
     with torch.no_grad():
         told = [guess(test.images[i:i + 500]).argmax(1).cpu().numpy() for i in range(0, len(test), 500)]
-    return float((np.concatenate(told) == test.classes).mean())
+    return float((np.concatenate(told) == test.classes)[test.classes >= 0].mean())
 
 
 def pixel_components(images, side=16, count=64):
@@ -734,7 +735,7 @@ def sample_sheet(cfg, condition, labels, w, folder):
     if condition is None:
         cells = images[:100]
     elif condition.kind == "map":
-        colours = np.random.default_rng(3).integers(60, 256, (condition.kinds + 1, 3)).astype(np.uint8)
+        colours = np.random.default_rng(3).integers(60, 256, (condition.channels + 1, 3)).astype(np.uint8)
         colours[-1] = 0                                   # where nothing is asked for
         maps = torch.from_numpy(colours)[condition.table.cpu()[labels[:50]].long()].permute(0, 3, 1, 2)
         maps = F.interpolate(maps, images.shape[2:]).numpy()                     # [n, 3, H, W]
@@ -789,7 +790,7 @@ def table(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def check_request(run, cfg, sampler):
+def settle_request(run, cfg, sampler):
     """Settings that cannot work together, before anything is computed."""
     require(cfg.guidance and cfg.evaluator, cfg, "guidance evaluator", "name at least one of each")
     require(cfg.sweep_steps or not cfg.sweep, cfg, "sweep_steps", "name at least one")
@@ -866,7 +867,7 @@ def main():
     require(min(cfg.n, cfg.select) >= run.world, cfg, "n select", "at least one sample for every process")
     context, _, why = autocast(run, cfg.precision)
     sampler = open_sampler(run, cfg, context)
-    check_request(run, cfg, sampler)
+    settle_request(run, cfg, sampler)
     state, recipe = sampler.state, recipe_of(run, cfg, sampler)
     if run.dry_run:
         say_network(run, sampler.field.net, state["channels"], state["size"])

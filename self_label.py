@@ -58,7 +58,7 @@ class SelfLabel:
     whiten: bool = key(False, "scale principal components to unit variance")
     iterations: int = key(30, "kmeans: at most", low=1)
     restarts: int = key(3, "kmeans: keep the best of so many starts", low=1)
-    eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
+    sk_eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
     sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
     rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
     objects: int = key(1, "lost, ncut, masks: at most so many boxes per image", low=1, high=254)
@@ -97,8 +97,8 @@ def in_chunks(features, metric, device, chunk=4096):
 def assign(features, centroids, metric="cosine", offset=None):
     """Cluster of every row: (ids int64 [N], closeness float32 [N]: minus half the squared distance). CPU tensors.
 
-    A row x belongs to the centroid c with the largest x.c - offset. The offset [K] is |c|^2 / 2 for the nearest one
-    (k-means), or eps g for clusters of equal size (Sinkhorn-Knopp).
+    A row x belongs to the centroid c with the largest x.c - offset [K]: None = |c|^2 / 2, the nearest (k-means); eps g
+    for clusters of equal size (Sinkhorn-Knopp).
     """
     half = centroids.square().sum(1) / 2
     offset = half if offset is None else offset
@@ -205,10 +205,9 @@ def split_largest(c, counts):
 def potentials(blocks, eps, iterations, ranks=ALONE):
     """Dual potentials g [K] with which the columns of Q = softmax(S / eps - g) have about equal mass.
 
-    One iteration: g_k <- g_k + ln mass_k with mass_k = sum_i Q_ik, which evens out the columns; the softmax keeps every
-    row at 1. The first comes before any softmax: g_k = ln sum_i exp(S_ik / eps). So columns go to mass 1 in place of
-    N / K, which adds one number to all g_k, and a softmax ignores that. blocks() yields the scores S anew for each
-    pass, in blocks [n, K]: they are never held as a whole.
+    Start: g_k = ln sum_i exp(S_ik / eps). Then g_k <- g_k + ln mass_k with mass_k = sum_i Q_ik. This aims at columns of
+    mass 1, not N / K: no matter, since the softmax keeps rows at 1 and ignores a number added to all g_k. blocks()
+    yields the scores S anew for each pass, in blocks [n, K]: they are never held as a whole.
     """
     local = torch.stack([(S / eps).logsumexp(0) for S in blocks()]).logsumexp(0)
     every = local.new_zeros(ranks.world, len(local))
@@ -231,7 +230,7 @@ def sinkhorn(scores, eps=0.05, iterations=3, ranks=ALONE):
     return torch.softmax(scores / eps - potentials(in_blocks(scores), eps, iterations, ranks), 1)
 
 
-def sinkhorn_stream(features, c, eps, iterations, chunk=8192, ranks=ALONE):
+def balanced_sums(features, c, eps, iterations, chunk=8192, ranks=ALONE):
     """The same without holding Q: (potentials g [K], Q-weighted sums of rows [K, D], mass of each column [K])."""
     chunks = partial(in_chunks, features, "cosine", c.device, chunk)
     g = potentials(lambda: (x @ c.T for x in chunks()), eps, iterations, ranks)
@@ -252,11 +251,11 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
     """
     c, _, _ = kmeans(features, K, metric="cosine", iterations=10, seed=seed, device=device, ranks=ranks)
     for step in range(1, rounds + 1):
-        _, sums, _ = sinkhorn_stream(features, c, eps, iterations, ranks=ranks)
+        _, sums, _ = balanced_sums(features, c, eps, iterations, ranks=ranks)
         before, c = c, F.normalize(sums, dim=1)
         if float((before * c).sum(1).min()) > 1 - 1e-5:   # every prototype has come to rest
             break
-    g, _, mass = sinkhorn_stream(features, c, eps, iterations, ranks=ranks)
+    g, _, mass = balanced_sums(features, c, eps, iterations, ranks=ranks)
     return c, g, dict(rounds=step, mass_spread=float(mass.max() / mass.min().clamp(min=1e-12)))
 
 
@@ -286,7 +285,7 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
         inside, rest = mean_over(x, patches), mean_over(x, others)
         apart = (inside - rest).square().sum(1)
         if j == 0:
-            first = apart                                 # judged by size, halves of a plain ground would be objects
+            first = apart                                 # the measure for further objects
         exists = exists & patches.any(1) & others.any(1) & (apart >= contrast * first)
         patches = patches & exists[:, None]
         pixels = enlarge(patches, grid, size, "nearest") > 0
@@ -337,7 +336,7 @@ def lost(similarity, left):
 def ncut(similarity, left, grid, tau=0.2):
     """TokenCut: object patches bool [n, P] by the normalised cut of the graph that joins patches of cosine >= tau."""
     pair = left[:, :, None] & left[:, None]
-    # a little everywhere tells parts that nothing joins apart (the paper's: 1e-5)
+    # a little weight everywhere, so that unconnected parts differ (the paper's: 1e-5)
     A = torch.where(similarity >= tau, 1.0, 0.1 / left.shape[1]) * pair
     y = second_eigenvector(A) * A.sum(2).clamp(min=1e-30).rsqrt()
     y = (y - (y * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)) * left
@@ -352,8 +351,8 @@ def ncut(similarity, left, grid, tau=0.2):
 def second_eigenvector(A):
     """The second eigenvector z [n, P] of D^-1/2 A D^-1/2, D = diag(row sums of A), for symmetric A [n, P, P] >= 0.
 
-    y = D^-1/2 z is then the relaxed normalised cut (Shi and Malik 2000). The largest eigenvalue, 1 of D^1/2 1, is moved
-    to the other end. Empty rows stay 0.
+    y = D^-1/2 z is then the relaxed normalised cut (Shi and Malik 2000). The largest eigenvalue, 1, of the vector
+    D^1/2 1, is moved to the other end. Empty rows stay 0.
     """
     degree = A.sum(2)                                     # [n, P]
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
@@ -492,7 +491,7 @@ def joined(parts, grid, scales):
     return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
 
 
-def pieces(run, n, step):
+def index_chunks(run, n, step):
     """This process's share of n rows, at most `step` at a time."""
     share = run.share(n)
     return np.split(share, range(step, len(share), step))
@@ -503,7 +502,7 @@ def gathered(run, x):
     return np.concatenate(run.gather(x.cpu().numpy()))
 
 
-def prepare(run, cfg, rows):
+def centred(run, cfg, rows):
     """What is clustered, of rows {split: float32 [n, D]} of this process: centred, perhaps projected, [n, d].
 
     Centring comes first: activations share a large direction, beside which differences between images hardly count.
@@ -531,14 +530,14 @@ def fit_projection(x, components, white, ranks=ALONE):
 def fit_clusters(run, cfg, x, by, K):
     """K clusters of rows [N, d], of which every process has its share, by k-means or Sinkhorn-Knopp.
 
-    Returns (what `assign` needs: centroids [K, d], metric, offset [K]; arrays and facts for the label file).
+    Returns ((centroids [K, d], metric, offset [K]) for `assign`, arrays for the label file, facts for it).
     """
     if run.device.type == "cuda" and 2 * x.nbytes < torch.cuda.mem_get_info(run.device)[0]:
         x = x.to(run.device)                              # once over the bus, not in every pass
     how = dict(seed=cfg.seed, device=run.device, ranks=run)
     if by == "sinkhorn":
-        c, g, facts = sinkhorn_cluster(x, K, eps=cfg.eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
-        return (c, "cosine", cfg.eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
+        c, g, facts = sinkhorn_cluster(x, K, eps=cfg.sk_eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
+        return (c, "cosine", cfg.sk_eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
     c, inertia, facts = kmeans(x, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, **how)
     return (c, cfg.metric, None), dict(centroids=c.cpu().numpy()), dict(inertia=inertia) | facts
 
@@ -552,17 +551,18 @@ class Labels:
     ids: dict                                             # {split: int64 [N]}, below K
     K: int
     typical: np.ndarray | None = None                     # float [N]: how typical a training image is of its label
-    arrays: dict = dataclasses.field(default_factory=dict)                       # for the .npz
-    about: dict = dataclasses.field(default_factory=dict)                        # for the .json
-    scores: dict = dataclasses.field(default_factory=dict)                       # besides those of the ids
+    arrays: dict = dataclasses.field(default_factory=dict)                       # more for the .npz
+    about: dict = dataclasses.field(default_factory=dict)                        # more for the .json
+    scores: dict = dataclasses.field(default_factory=dict)                       # monitors besides those of the ids
 
 
 def cluster(run, cfg, rows, by):
     """Labels of rows {split: float32 [n, D]} of this process: their clusters."""
-    rows = prepare(run, cfg, rows)
+    rows = centred(run, cfg, rows)
     clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], by, cfg.K)
     found = {split: [gathered(run, v) for v in assign(x, *clusters)] for split, x in rows.items()}
-    return Labels({split: ids for split, (ids, _) in found.items()}, cfg.K, found["train"][1], arrays, facts)
+    ids = {split: ids for split, (ids, _) in found.items()}
+    return Labels(ids, len(clusters[0]), found["train"][1], arrays, facts)
 
 
 def cluster_features(run, cfg, data):
@@ -578,7 +578,7 @@ def cluster_images(run, cfg, data, numbers):
     """Control: k-means on numbers(x) [n, D] of images x float32 [n, 3, H, W] in 0 ... 1."""
     rows = {}
     for split, d in data.items():
-        parts = [numbers(torch.from_numpy(d.images[part]).float() / 255) for part in pieces(run, len(d), 1024)]
+        parts = [numbers(torch.from_numpy(d.images[part]).float() / 255) for part in index_chunks(run, len(d), 1024)]
         rows[split] = torch.cat(parts)
     return cluster(run, cfg, rows, "kmeans")
 
@@ -604,7 +604,7 @@ def search(run, cfg, split, images):
     read, about = open_features(run, cfg.features, split, dense=True)
     size, P, parts = images.shape[2:], math.prod(about["grid"]), []
     step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
-    for rows in pieces(run, len(images), step):
+    for rows in index_chunks(run, len(images), step):
         shown = torch.from_numpy(images[rows]).to(run.device) if cfg.guide else None
         found = find_objects(read(rows).to(run.device), about["grid"], size, method, cfg.objects, cfg.tau, cfg.contrast,
                              cfg.refine, shown, cfg.cells)
@@ -623,7 +623,8 @@ def label_objects(run, cfg, data):
         layouts[split], regions[split], about = search(run, cfg, split, d.images)
     out = cluster(run, cfg, regions, cfg.by)
     out.about |= about
-    out.typical = out.typical[layouts["train"][2].nonzero()[1] == 0]
+    _, number = layouts["train"][2].nonzero()             # of each region, the object's
+    out.typical = out.typical[number == 0]
     clustered = cfg.method == "masks"
     for split, d in data.items():
         boxes, masks, exists = layouts[split]
@@ -650,7 +651,7 @@ def label_segments(run, cfg, data):
         read, about = open_features(run, cfg.features, split, dense=True)
         x = read(run.share(len(d)))                       # [n, P, D]
         patches[split], means[split] = x.flatten(0, 1), x.mean(1)
-    patches = prepare(run, cfg, patches)
+    patches = centred(run, cfg, patches)
     clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
     out = cluster(run, cfg, means, cfg.by)
     out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
@@ -717,7 +718,7 @@ KMEANS = f"{ROWS} metric iterations restarts"
 OBJECTS = f"features by {ROWS} objects contrast refine guide cells"
 METHODS = {                                               # name: (function, the settings that it reads)
     "kmeans": (cluster_features, f"features {KMEANS}"),
-    "sinkhorn": (cluster_features, f"features {ROWS} eps sk_iterations rounds"),
+    "sinkhorn": (cluster_features, f"features {ROWS} sk_eps sk_iterations rounds"),
     "lost": (label_objects, OBJECTS),
     "ncut": (label_objects, f"{OBJECTS} tau"),
     "masks": (label_masks, f"features by {ROWS} foreground"),
@@ -851,38 +852,34 @@ def draw_masks(image, mask):
 def contact_sheet(path, images, labels, typical, arrays, head):
     """One row per label (at most 40): members from the most to the least typical, with their masks."""
     masks, tiles, captions = arrays.get("masks_train"), [], []
-    first = "boxes_train" not in arrays                   # without objects 0 is a segment, too
+    shift = "boxes_train" not in arrays                   # without objects 0 is a segment, too
     for k in np.unique(labels)[:40]:
         members = np.flatnonzero(labels == k)
         if typical is not None:
             members = members[np.argsort(-typical[members], kind="stable")]
         some = members[np.linspace(0, len(members) - 1, 16).astype(int)]
-        tiles += [images[i] if masks is None else draw_masks(images[i], masks[i] + first) for i in some]
+        tiles += [images[i] if masks is None else draw_masks(images[i], masks[i] + shift) for i in some]
         captions.append(f"{k}: {len(members)}")
     save_grid(path, np.stack(tiles), 16, captions, head=head)
 
 
-def save_labels(run, name, data, labels, K, typical, recipe, arrays, about, scores={}):
-    """labels/<name>.npz, .png, .json from {split: int64 [N]}, by the first process.
-
-    data: {split: Split}; typical: float [N], how typical a training image is of its label, or None; arrays go into the
-    .npz, about into the .json, scores to those of the labels (monitors).
-    """
-    path = run.dir / "labels" / f"{name}.npz"
-    sizes = np.bincount(labels["train"], minlength=K)
+def save_labels(run, name, data, labels, recipe):
+    """labels/<name>.npz, .png, .json from `Labels`, by the first process. data: {split: Split}."""
+    path, ids, K = run.dir / "labels" / f"{name}.npz", labels.ids, labels.K
+    sizes = np.bincount(ids["train"], minlength=K)
     monitors = dict(size_entropy=size_entropy(sizes))
     for split, d in data.items():
-        monitors |= prefixed(split, score_labels(labels[split], np.asarray(d.classes)))
-    monitors |= scores
+        monitors |= prefixed(split, score_labels(ids[split], np.asarray(d.classes)))
+    monitors |= labels.scores
     if run.rank == 0:
-        arrays = {split: v.astype(np.int64) for split, v in labels.items()} | dict(num_labels=np.array(K)) | arrays
+        arrays = {split: v.astype(np.int64) for split, v in ids.items()} | dict(num_labels=np.array(K)) | labels.arrays
         head = f"{name}: K = {K}; each row a label, from its most to its least typical image"
-        contact_sheet(path.with_suffix(".png"), data["train"].images, labels["train"], typical, arrays, head)
+        contact_sheet(path.with_suffix(".png"), data["train"].images, ids["train"], labels.typical, arrays, head)
         with atomic(path) as f:
             np.savez(f, **arrays)
         write_json(path.with_suffix(".json"), dict(
             kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
-            scores=monitors, sizes=sizes.tolist(), hash=arrays_hash(arrays), **about))
+            scores=monitors, sizes=sizes.tolist(), hash=arrays_hash(arrays), **labels.about))
     run.wait()
     run.say(f"labels in {path}, contact sheet {path.with_suffix('.png')}")
     run.say(f"K = {K}, sizes {sizes.min()} ... {sizes.max()}; monitors: "
@@ -940,8 +937,9 @@ def main():
     with locked(run, "labels", cfg.name):
         if run.agreed(lambda: are_made(run, path, recipe)):
             return
-        out = METHODS[cfg.method][0](run, cfg, data)
-        save_labels(run, cfg.name, data, out.ids, out.K, out.typical, recipe, out.arrays, about | out.about, out.scores)
+        labels = METHODS[cfg.method][0](run, cfg, data)
+        labels.about |= about
+        save_labels(run, cfg.name, data, labels, recipe)
     run.next(f"train_guided.py labels={cfg.name}")
 
 

@@ -61,8 +61,8 @@ class Training:
     flip: bool = key(True, "mirror images at random")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto = bf16 where the hardware has it")
     compile: bool = key(False, "torch.compile the network")
-    recompute: bool = key(False, "keep the inputs of blocks only and compute the rest again when going back: less "
-                                 "memory, a third more work")
+    recompute: bool = key(False, "keep the inputs of blocks only and compute the rest again in backward: less memory, "
+                                 "a third more work")
     log_every: int = key(10_000, "images between lines of metrics.jsonl", low=1)
     save_every: int = key(500_000, "images between checkpoints", low=1)
     grid_every: int = key(500_000, "images between sample grids (fixed noise, averaged weights)", low=1)
@@ -82,11 +82,11 @@ class TrainDiffusion(Training):
 # Noise paths: x_t = alpha(t) x + sigma(t) z with t = 0 noise, t = 1 data
 
 class NoisePath:
-    """A new path is a subclass with alpha(t), sigma(t) and rates(t) = (dalpha/dt, dsigma/dt), and an entry in PATHS.
+    """A new path: a subclass with alpha(t), sigma(t), rates(t) = (dalpha/dt, dsigma/dt); its name in PATHS and `path`.
 
-    t is a tensor that multiplies x and z, as [B, 1, 1, 1]; alpha and sigma take any shape. Samplers solve dy/ds = slope
-    in variables (y, s) with x_t = scale(t) y. What stands here is right for every path with a velocity dx_t/dt that is
-    finite from noise to data: then y = x_t and s = t. A path whose velocity is singular at an end says otherwise.
+    t is a tensor that multiplies x and z, as [B, 1, 1, 1]. What stands here is for a velocity dx_t/dt that is finite
+    from noise to data: it is v, and samplers solve dx_t/dt = v. VP, where it is not, has a v of its own, and variables
+    y = x_t / scale(t) and s(t), in which samplers solve dy/ds = slope.
     """
 
     def v_target(self, x, z, t):
@@ -164,7 +164,7 @@ class VariancePreserving(NoisePath):
         return (-torch.expm1(self.log_abar(t))).sqrt().to(t.dtype)
 
     def v_target(self, x, z, t):
-        """Angular velocity alpha z - sigma x (Salimans and Ho, arXiv 2202.00512)."""
+        """v = alpha z - sigma x (Salimans and Ho, arXiv 2202.00512): towards noise, and not dx_t/dt."""
         return self.alpha(t) * z - self.sigma(t) * x
 
     def from_v(self, v, x_t, t):
@@ -234,11 +234,11 @@ def loss_per_image(net, path, predict, x, z, t, **condition):
 # Networks. forward(x [B, C, H, W], time [B] = 1000 t, label [B], vector [B, D], layout [B, L, H, W]) -> [B, C', H, W].
 # Module names are those of the published weights
 
-def time_embedding(t, width, clock=(0, 1000)):
-    """Cosines and sines of a + b t / 1000 with (a, b) = clock, as ADM and U-ViT have them: t [B] -> [B, width]."""
-    steps = torch.arange(width // 2, device=t.device, dtype=torch.float32)
+def time_embedding(time, width, clock=(0, 1000)):
+    """Cosines and sines of a + b t, (a, b) = clock, as ADM and U-ViT have them: time [B] = 1000 t -> [B, width]."""
+    steps = torch.arange(width // 2, device=time.device, dtype=torch.float32)
     freqs = torch.exp(-math.log(10_000) * steps / (width // 2))                  # from 1 towards 1e-4
-    angles = (clock[0] + clock[1] / 1000 * t.float())[:, None] * freqs           # [B, width / 2]
+    angles = (clock[0] + clock[1] / 1000 * time.float())[:, None] * freqs           # [B, width / 2]
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
@@ -250,7 +250,7 @@ def zeroed(module):
 
 
 def group_norm(channels):
-    """ADM's 32 groups; fewer below 128 channels, where groups of one channel would erase what the channel says."""
+    """ADM's 32 groups; fewer below 128 channels, so that each has four or more: alone, a channel loses its mean."""
     groups = math.gcd(32, channels)
     while groups > 1 and channels // groups < 4:
         groups //= 2
@@ -272,7 +272,7 @@ def recompute(net):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v, [B, heads, L, d] each: PyTorch's fused operation, which keeps no scores to go back.
+    """softmax(q k^T / sqrt(d)) v, [B, heads, L, d] each: PyTorch's fused operation, which keeps no scores for backward.
 
     In bfloat16 on CPUs it takes up to four times as long as these products and their recomputation (64 positions).
     """
@@ -330,7 +330,7 @@ class ResBlock(nn.Module):
         norm2, act2, dropout, conv2 = self.out_layers
         h = conv(self.resized(act(norm(x))))
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, 1)        # [B, C', 1, 1] each
-        h = torch.addcmul(shift, norm2(h), 1 + scale)
+        h = torch.addcmul(shift, norm2(h), 1 + scale)     # norm2(h) (1 + scale) + shift
         return self.skip_connection(self.resized(x)) + conv2(dropout(act2(h)))
 
 
@@ -348,7 +348,7 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x).reshape(B, C, H * W))                        # [B, 3C, HW]
         qkv = qkv.reshape(B, self.heads, 3, C // self.heads, H * W)
-        # the copy makes the last axis dense: else the fused operation keeps the scores of all pairs to go back
+        # the copy makes the last axis dense: else the fused operation keeps all scores for backward
         q, k, v = qkv.transpose(3, 4).contiguous().unbind(2)                     # [B, heads, HW, C / heads] each
         a = attention(q, k, v)
         return x + self.proj_out(a.transpose(2, 3).reshape(B, C, H * W)).reshape(B, C, H, W)
@@ -575,52 +575,50 @@ def say_network(run, net, channels, size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Conditions: what the network is told of an image
 
-def layout_of(ids, kinds, size):
-    """Maps of ids [B, h, w] below `kinds` (kinds: null) -> one-hot float [B, kinds, size, size]; null is all zeros."""
-    onehot = torch.zeros(len(ids), kinds + 1, *ids.shape[1:], device=ids.device)
-    onehot.scatter_(1, ids.long()[:, None], 1)
-    return F.interpolate(onehot[:, :kinds], size=(size, size), mode="nearest")
+def layout_of(maps, channels, size):
+    """Maps [B, h, w] of 0 ... channels -> one-hot float [B, channels, size, size]; `channels` is null, all zeros."""
+    onehot = torch.zeros(len(maps), channels + 1, *maps.shape[1:], device=maps.device)
+    onehot.scatter_(1, maps.long()[:, None], 1)
+    return F.interpolate(onehot[:, :channels], size=(size, size), mode="nearest")
 
 
 def with_null(rows, null):
-    """Rows [n, ...] of a condition's table and null behind them, everywhere of this value."""
+    """A table [n, ...] -> [n + 1, ...]: behind it a row that is `null` everywhere."""
     return torch.cat([rows, torch.full_like(rows[:1], null)])
 
 
 class Condition:
-    """An id says what the network is told: row `id` of a table, whose last row (id `null`) is nothing.
+    """A table of n things to tell the network, and behind them row `null` = n: nothing.
 
-    kind   label: table int64 [n + 1]; vector: table [n + 1, D]; map: table [n + 1, h, w] of ids below `kinds`, where
-           `kinds` is nothing, shown one-hot at `size` x `size`, perhaps with labels int64 [n + 1] beside
+    kind   label: table int64 [n + 1]; vector: [n + 1, D]; map: [n + 1, h, w] of channels (`channels` itself: nothing),
+           shown one-hot at `size` x `size`, perhaps with labels int64 [n + 1] beside
     """
 
-    def __init__(self, kind, table, kinds=0, size=0, labels=None):
+    def __init__(self, kind, table, channels=0, size=0, labels=None):
         self.kind, self.table, self.labels = kind, table, labels
-        self.kinds, self.size = kinds, size
+        self.channels, self.size = channels, size
         self.null = len(table) - 1
 
-    def __call__(self, ids, drop=None, flip=None):
-        """Keyword arguments for the network. ids: int64 [B]; drop: bool [B], null instead; flip: bool [B], mirrored."""
+    def __call__(self, rows, drop=None, flip=None):
+        """Keyword arguments for the network. rows: int64 [B]; drop (null instead), flip (of maps): bool [B]."""
         if drop is not None:
-            ids = torch.where(drop, self.null, ids)
-        rows = self.table[ids]
+            rows = torch.where(drop, self.null, rows)
+        told = self.table[rows]
         if self.kind == "label":
-            return dict(label=rows)
+            return dict(label=told)
         if self.kind == "vector":
-            return dict(vector=rows.float())
+            return dict(vector=told.float())
         if flip is not None:
-            rows = torch.where(flip[:, None, None], rows.flip(-1), rows)
-        told = dict(layout=layout_of(rows, self.kinds, self.size))
-        if self.labels is not None:
-            told["label"] = self.labels[ids]
-        return told
+            told = torch.where(flip[:, None, None], told.flip(-1), told)
+        layout = dict(layout=layout_of(told, self.channels, self.size))
+        return layout if self.labels is None else layout | dict(label=self.labels[rows])
 
     def bank(self, seed, most=2000):
         """Some of its rows, drawn at random, which stand for the distribution of all: what a checkpoint can hold."""
         order = np.random.default_rng(seed_of(seed, "bank")).permutation(self.null)
-        ids = torch.from_numpy(np.append(order[:most], self.null))
-        labels = None if self.labels is None else self.labels[ids]
-        return Condition(self.kind, self.table[ids], self.kinds, self.size, labels)
+        rows = torch.from_numpy(np.append(order[:most], self.null))
+        labels = None if self.labels is None else self.labels[rows]
+        return Condition(self.kind, self.table[rows], self.channels, self.size, labels)
 
     def to(self, device):
         self.table = self.table.to(device)
@@ -630,52 +628,52 @@ class Condition:
     def state(self):
         """What a checkpoint holds of it."""
         labels = None if self.labels is None else self.labels.cpu()
-        return dict(kind=self.kind, table=self.table.cpu(), kinds=self.kinds, size=self.size, labels=labels)
+        return dict(kind=self.kind, table=self.table.cpu(), channels=self.channels, size=self.size, labels=labels)
 
 
 def load_condition(state, device):
-    """The condition by which a checkpoint's model is sampled, for ids 0 ... null; None of an unconditional one."""
+    """The condition to sample a checkpoint's model with, for ids 0 ... null; None if it is unconditional."""
     if "bank" in state:
         return Condition(**state["bank"]).to(device)
     if state.get("condition") == "prototype":
-        prototypes = F.normalize(state["labeller_ema"]["prototypes"], dim=1)
+        prototypes = F.normalize(state["conditioner_ema"]["prototypes"], dim=1)
         return Condition("vector", with_null(prototypes, 0)).to(device)
-    K = state["conditions"].get("num_labels", 0)
+    K = state["known"].get("num_labels", 0)
     return Condition("label", torch.arange(K + 1)).to(device) if K else None
 
 
-class Guide(nn.Module):
-    """What a training tells its network of images, their condition: here nothing; `GivenLabels`: known labels; the
-    `Labeller` of train_guided.py: labels that it finds. (Guidance is another thing, of sampling.)
+class Conditioner(nn.Module):
+    """What a training tells its network of images, their condition: here nothing; `GivenLabels`: labels of a file; the
+    `Labeller` of train_guided.py: labels that it finds.
 
-    `fit` saves such a module beside the network, trains its parameters and logs its report. `labeller_ema` is its
-    average, `ema` that of the network.
+    `fit` saves such a module beside the network, trains its parameters and logs its report. `average` is its average,
+    `ema` that of the network.
     """
-    spare = 0, 0                                          # uniform numbers and noises per image that `step` needs
+    spare = 0, 0                                          # widths of spare_u and spare_z in the batches of `step`
 
     def begin(self, run, data, context):
         """Called once before the first step."""
 
-    def step(self, net, ema, labeller_ema, batch):
+    def step(self, net, ema, average, batch):
         """(a loss of its own or None, keyword arguments of the network for a `Batch`)."""
         return None, {}
 
-    def after(self, labeller_ema, beta):
+    def after(self, average, beta):
         """Called after an update, to move the average as far as that of the network."""
 
-    def report(self, ema, labeller_ema):
+    def report(self, ema, average):
         """What joins a line of the log."""
         return {}
 
-    def grid(self, ema, labeller_ema):
+    def grid(self, ema, average):
         """Keyword arguments of the network for the sample grid, rows of ten; {} = nothing."""
         return {}
 
 
-class GivenLabels(Guide):
-    """Labels that were there before: conditions by row of the training images, and by id as for sampling.
+class GivenLabels(Conditioner):
+    """Labels of a file. by_row: row i is the condition of training image i; by_id: rows to sample with.
 
-    drop: the share of images of which the network is told nothing (arXiv 2207.12598).
+    drop: the probability that the network is told nothing (arXiv 2207.12598).
     """
 
     def __init__(self, by_row, by_id, drop):
@@ -686,10 +684,10 @@ class GivenLabels(Guide):
         self.by_row.to(run.device)
         self.by_id.to(run.device)
 
-    def step(self, net, ema, labeller_ema, batch):
+    def step(self, net, ema, average, batch):
         return None, self.by_row(batch.rows, batch.coin < self.drop, batch.flip)
 
-    def grid(self, ema, labeller_ema):
+    def grid(self, ema, average):
         return self.by_id(ten_of_each(self.by_id.null).to(self.by_id.table.device))
 
 
@@ -705,7 +703,7 @@ def orthogonalised(m, iterations=5):
     """m [N, rows, columns] = U S V^T -> U V^T, roughly: every singular value moves to between 0.7 and 1.2.
 
     Newton-Schulz: x -> (a + b G + c G^2) x with G = x x^T acts on each singular value alone. All factors are
-    polynomials of the first G: multiplied among themselves, they meet the long x once. Needs all digits of float32.
+    polynomials of the first G, so only small matrices are multiplied until the end. Needs all digits of float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = m if m.shape[1] <= m.shape[2] else m.mT           # [N, short, long]
@@ -739,14 +737,14 @@ class Muon(torch.optim.AdamW):
                 if p.grad is not None:
                     alike.setdefault(p.flatten(1).shape, []).append(p)
             for (rows, columns), weights in alike.items():
-                matrices = torch.stack([self.ahead(p).flatten(1) for p in weights])              # [N, rows, columns]
+                matrices = torch.stack([self.nesterov(p).flatten(1) for p in weights])              # [N, rows, columns]
                 for p, update in zip(weights, orthogonalised(matrices)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.view_as(p), alpha=-0.2 * group["lr"] * math.sqrt(max(rows, columns)))
                     p.grad = None                         # AdamW passes over what has no gradient
         super().step()
 
-    def ahead(self, p):
+    def nesterov(self, p):
         """Take the gradient of p into its momentum; the gradient that Nesterov's momentum looks ahead to."""
         state = self.state[p]
         if not state:                                     # AdamW expects a step in every state that it loads
@@ -756,15 +754,15 @@ class Muon(torch.optim.AdamW):
 
 
 def hidden_weights(net):
-    """Weights between hidden activations: not of the first and last layers, nor what embeds time and conditions, which
-    would nearly double the cost in small networks, and lowered no loss."""
+    """Weights between hidden activations: not the first and last layers, nor embeddings of time and conditions. With
+    these, small networks cost nearly twice as much, and no loss was lower."""
     kinds = nn.Linear, nn.Conv1d, nn.Conv2d
     return [m.weight for name, m in net.named_modules()
             if isinstance(m, kinds) and "emb" not in name and not name.startswith(net.ends)]
 
 
 def build_optimizer(cfg, net, more=()):
-    """Of a network and more parameters. Norms, biases, embeddings: without Muon and, but for these, weight decay."""
+    """AdamW, or Muon for hidden weights, of a network and `more` parameters. Norms and biases: no weight decay."""
     hidden = hidden_weights(net) if cfg.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
     others = [p for p in [*net.parameters(), *more] if id(p) not in taken]
@@ -779,25 +777,25 @@ def build_optimizer(cfg, net, more=()):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def fit(run, cfg, net, folder, data, state, labeller=None):
+def fit(run, cfg, net, folder, data, state, conditioner=None):
     """The training loop of both training stages; returns the finished checkpoint.
 
     net       on the device, freshly initialised; a checkpoint in `folder` takes precedence (resume)
     data      Split to train on
     state     what the checkpoint says besides weights, see `new_state`
-    labeller  what says what the network is told of the images, a `Guide`; None = nothing
+    conditioner  decides what the network is told of the images; None = nothing
     """
-    path, folder = PATHS[cfg.path], Path(folder)
-    labeller = labeller or Guide()
-    context, kind, why = autocast(run, cfg.precision)
+    path, folder, conditioner = PATHS[cfg.path], Path(folder), conditioner or Conditioner()
+    context, dtype, why = autocast(run, cfg.precision)
 
     # what learns, and averages of it; the same command again resumes
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    learns = list(labeller.parameters())
-    labeller_ema = copy.deepcopy(labeller).eval().requires_grad_(False) if learns else labeller
+    learns = list(conditioner.parameters())
+    conditioner_ema = copy.deepcopy(conditioner).eval().requires_grad_(False) if learns else conditioner
     optimizer = build_optimizer(cfg, net, learns)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=kind == torch.float16)           # else it does nothing
-    parts = dict(net=net, ema=ema, labeller=labeller, labeller_ema=labeller_ema, optimizer=optimizer, scaler=scaler)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)          # else it does nothing
+    parts = dict(net=net, ema=ema, conditioner=conditioner, conditioner_ema=conditioner_ema, optimizer=optimizer,
+                 scaler=scaler)
     seen = resume(run, cfg, folder, state, parts)
     if seen >= cfg.images:
         run.say(f"{folder}: done already ({seen:,} images seen)")
@@ -809,24 +807,24 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
         recompute(net)
     model = distributed(run, cfg, net.train())
     weights, averages = list(net.parameters()), list(ema.parameters())
-    labeller.begin(run, data, context)
+    conditioner.begin(run, data, context)
     open_autoencoder(run)                                 # for the sample grids
     share, micro = cfg.batch // run.world, micro_batch(run, cfg)
-    stream = batches(run, cfg, data, seen, *labeller.spare)
+    loader = batches(run, cfg, data, seen, *conditioner.spare)
     log = Log(run, folder, seen)
 
     with bar(run, cfg.images, f"{run.stage} {cfg.name}") as progress:
         progress.update(seen)
         while seen < cfg.images:
             # a batch of images, and what the network is told of them
-            batch = next(stream)
+            batch = next(loader)
             if state["model"]["dropout"]:                 # masks: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
-            labeller_loss, told = labeller.step(net, ema, labeller_ema, batch)
+            own_loss, told = conditioner.step(net, ema, conditioner_ema, batch)
 
-            # the loss, and its gradients. The labeller reads `net` past DDP: first, so that DDP then averages the sum
-            if labeller_loss is not None:
-                scaler.scale(labeller_loss).backward()
+            # the loss, and its gradients. A labeller reads `net` past DDP: first, so that DDP then averages the sum
+            if own_loss is not None:
+                scaler.scale(own_loss).backward()
             pull = gradient_norm(weights) / scaler.get_scale()                   # 0 unless it reaches the network
             losses = []
             for i in range(0, share, micro):
@@ -840,28 +838,28 @@ def fit(run, cfg, net, folder, data, state, labeller=None):
 
             # one update, and the averages, whose half-life is `ema` images
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
-            norm = update(run, cfg, optimizer, scaler, lr, weights, learns)
+            norm = take_step(run, cfg, optimizer, scaler, lr, weights, learns)
             log.add(torch.cat(losses), norm, pull)
             seen += cfg.batch
-            beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))           # short at first
-            get_ema_multi_avg_fn(beta)(averages, weights, None)
-            labeller.after(labeller_ema, beta)
+            beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
+            get_ema_multi_avg_fn(beta)(averages, weights, None)                  # beta averages + (1 - beta) weights
+            conditioner.after(conditioner_ema, beta)
             progress.update(cfg.batch)
 
             # a line of the log, a checkpoint, a picture, each at its own interval
             saves = due(cfg, seen, cfg.save_every)
             if saves or due(cfg, seen, cfg.log_every):    # never a checkpoint that is broken
-                log.write(seen, lr, labeller.report(ema, labeller_ema), progress)
+                log.write(seen, lr, conditioner.report(ema, conditioner_ema), progress)
             if saves:
                 learned = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(run, folder, state | learned | dict(seen=seen))
             if due(cfg, seen, cfg.grid_every):
-                save_pictures(run, cfg, folder, ema, labeller.grid(ema, labeller_ema), data, seen, context)
-    stream.close()
+                save_pictures(run, cfg, folder, ema, conditioner.grid(ema, conditioner_ema), data, seen, context)
+    loader.close()
     return load_checkpoint(run, str(folder))
 
 
-def update(run, cfg, optimizer, scaler, lr, weights, more):
+def take_step(run, cfg, optimizer, scaler, lr, weights, more):
     """One step of the optimizer; returns the gradient norm of the network's weights. more: the labeller's."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -927,7 +925,7 @@ class Batch:
     seen: int                                             # images before this update
 
     def every(self, n):
-        """The part of every n-th image."""
+        """Every n-th image."""
         return dataclasses.replace(self, **{k: v[::n] for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
@@ -963,7 +961,8 @@ def batches(run, cfg, data, seen, uniforms=0, noises=0):
         rows, x, z, u = (v.to(run.device, non_blocking=True) for v in item)
         flip = (u[:, 1] < 0.5) & cfg.flip
         x = as_input(x, flip, z[:, -1] if latent else None)
-        yield Batch(rows, x, z[:, 0], u[:, 0], flip, u[:, 2], u[:, 3:], z[:, 1:1 + noises], number)
+        yield Batch(rows, x, z=z[:, 0], t=u[:, 0], flip=flip, coin=u[:, 2], spare_u=u[:, 3:],
+                    spare_z=z[:, 1:1 + noises], seen=number)
 
 
 class Log:
@@ -1002,12 +1001,12 @@ class Log:
 
 @torch.no_grad()
 def preview(net, path, predict, z, steps=25, **condition):
-    """Quick pictures: x_s = alpha(s) x_hat + sigma(s) z_hat in even steps (Euler on the straight path, DDIM on VP)."""
+    """Quick pictures by DDIM: x = alpha(end) x_hat + sigma(end) z_hat in even steps of t."""
     x = z
-    for t, s in itertools.pairwise(torch.linspace(0, 1, steps + 1)):
+    for t, end in itertools.pairwise(torch.linspace(0, 1, steps + 1)):
         t = t.expand(len(x)).to(x)
         x_hat, z_hat = to_x_and_z(path, predict, net(x, 1000 * t, **condition), x, t)
-        x = path.alpha(s).to(x) * x_hat + path.sigma(s).to(x) * z_hat
+        x = path.alpha(end).to(x) * x_hat + path.sigma(end).to(x) * z_hat
     return x
 
 
@@ -1031,17 +1030,17 @@ def save_pictures(run, cfg, folder, ema, told, data, seen, context):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: tensors and plain types only, so that weights_only=True reads them and they rebuild the model alone
 
-FORMAT = 2                                                # raised when older checkpoints can no longer be read
-KINDS = dict(net=dict, ema=dict, model=dict, conditions=dict, config=dict, size=int, channels=int, num_labels=int,
+FORMAT = 3                                                # raised when older checkpoints can no longer be read
+REQUIRED = dict(net=dict, ema=dict, model=dict, known=dict, config=dict, size=int, channels=int, num_labels=int,
              seen=int, path=str, predict=str, weights=str)                       # what every checkpoint has
-RESUMABLE = {"images", "log_every", "save_every", "grid_every", "overwrite", "micro", "compile", "recompute"}
+MAY_CHANGE = {"images", "log_every", "save_every", "grid_every", "overwrite", "micro", "compile", "recompute"}
 
 
 def new_state(run, kind, data, size, channels, **more):
-    """What a checkpoint says besides weights. conditions: for `build_model`; marginal: how common each id is."""
+    """What a checkpoint says besides weights. known: sizes for `build_model`; marginal: the share of each id."""
     cfg = run.cfg
     return dict(format=FORMAT, kind=kind, model=dataclasses.asdict(run.model), size=size, channels=channels,
-                conditions={}, num_labels=0, marginal=None, path=cfg.path, predict=cfg.predict,
+                known={}, num_labels=0, marginal=None, path=cfg.path, predict=cfg.predict,
                 data=data.info["fingerprint"],
                 config={k: run.sections[k] for k in ("data", "model", run.stage)}) | more
 
@@ -1070,9 +1069,11 @@ def load_checkpoint(run, name):
         state = read_torch(file, hint)
         if state.get("format") != FORMAT:
             raise ValueError(f"checkpoint format {state.get('format')}, this code reads {FORMAT}")
-        wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
-        if wrong or state["path"] not in PATHS or state["predict"] not in ("v", "eps", "x"):
-            raise ValueError(f"no {', '.join(wrong) or state['path'] + ' path that predicts ' + state['predict']}")
+        wrong = [name for name, kind in REQUIRED.items() if not isinstance(state.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {', '.join(wrong)}")
+        if state["path"] not in PATHS or state["predict"] not in ("v", "eps", "x"):
+            raise ValueError(f"this code knows no path={state['path']}, predict={state['predict']}")
         return state | {"file": str(file)}
 
 
@@ -1081,7 +1082,7 @@ def load_model(run, name, weights="ema"):
     state = load_checkpoint(run, name)
     with reading(state["file"], "train again"):
         model = fill("model", Model, state["model"])
-        net = build_model(model, state["size"], state["channels"], **state["conditions"])
+        net = build_model(model, state["size"], state["channels"], **state["known"])
         net.load_state_dict(state[weights])               # under "ema" or "net"; under "weights" is a hash of ema
     return net.eval().requires_grad_(False).to(run.device), state
 
@@ -1112,9 +1113,9 @@ def differences(run, cfg, old, state):
     for section, cls in (("model", Model), (run.stage, type(cfg))):
         was = dataclasses.asdict(cls()) | old["config"].get(section, {})
         for name, value in state["config"][section].items():
-            if was.get(name) != value and name not in RESUMABLE:
+            if was.get(name) != value and name not in MAY_CHANGE:
                 out.append(f"{section}.{name}={was.get(name)}, now {value}")
-    names = dict(data="images", labels="labels", layout="layouts", init="initial weights")
+    names = dict(data="images", labels_hash="labels", layout_hash="layouts", init="initial weights")
     return out + [f"other {what}" for name, what in names.items() if old.get(name) != state.get(name)]
 
 
@@ -1165,7 +1166,7 @@ def import_published(run, cfg):
         net.load_state_dict(w, assign=True)               # names and shapes must fit
     folder = run.dir / "diffusion" / cfg.name
     state = dict(format=FORMAT, kind=f"published {kind}", net=w, ema=w, model=dataclasses.asdict(model), size=size,
-                 channels=channels, conditions=dict(num_labels=K), num_labels=K, marginal=None, null=null, path=path,
+                 channels=channels, known=dict(num_labels=K), num_labels=K, marginal=None, null=null, path=path,
                  predict="eps", data=None, config=dict(model=dataclasses.asdict(model)), seen=0)
     if K:
         run.say(f"note: {file} was trained with {K} classes: what is found in its features is not free of annotation")

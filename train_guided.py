@@ -3,12 +3,12 @@
 Reads   data/train, labels/<labels>.npz (self_label.py) and, with init=diffusion/base, the weights of train_diffusion.py
 Writes  guided/<name>/: checkpoint, log and sample grids as train_diffusion.py, plus labels.npz (what the model was
         conditioned on); labels=online also labels/<name>.npz with scores and contact sheet
-Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels; nobody types a class count of the data.
+Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels, which the label file tells.
 
     python train_guided.py configs/shapes.yaml labels=kmeans                     # CPU, about a minute
     python train_guided.py configs/cifar10.yaml labels=kmeans init=              # one GPU, from scratch
     torchrun --nproc_per_node=8 train_guided.py configs/cifar10.yaml labels=online
-    python train_guided.py configs/shapes.yaml labels=none                       # without labels: the base line
+    python train_guided.py configs/shapes.yaml labels=none                       # without labels: the baseline
 
 The loss is that of train_diffusion.py with a condition: each image's label, replaced by the null label with
 probability `drop`, image by image (arXiv 2207.12598). One network thereby learns v(x_t, t, label) and v(x_t, t, null);
@@ -36,10 +36,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from configs.data import input_shape, load_data, load_labels
 from configs.run import (ALONE, Model, UserError, atomic, autocast, check_name, cli, digest, fill, gpu_flags, key,
                          locked, read_json, reading, require, seeded, start)
-from train_diffusion import (PATHS, Condition, GivenLabels, Guide, Training, build_model, check_training, diffuse, fit,
-                             load_checkpoint, new_state, save_checkpoint, say_training, ten_of_each, with_null)
+from train_diffusion import (PATHS, Condition, Conditioner, GivenLabels, Training, build_model, check_training, diffuse,
+                             fit, load_checkpoint, new_state, save_checkpoint, say_training, ten_of_each, with_null)
 from extract_features import matching, reader, stream
-from self_label import in_blocks, nmi, potentials, save_labels, score_labels, sinkhorn, size_entropy
+from self_label import (Labels, assign, in_blocks, nmi, potentials, save_labels, score_labels, sinkhorn,
+                        size_entropy)
 
 
 @dataclass
@@ -50,9 +51,9 @@ class TrainGuided(Training):
     drop: float = key(0.1, "probability of the null label, decided per image", low=0, high=1)
     init: str = key("diffusion/base", "start from these averaged weights; empty = from scratch")
     condition: Literal["label", "box", "mask", "set", "prototype", "patch", "none"] = key("label",
-        "what the network is told of an image: label id; with the file's boxes or masks beside it; set = the clusters"
-        " of all boxes of an image (labels made with objects=2 or more); online also: prototype vector, map of patch "
-        "labels, none = Sinkhorn loss without guidance")
+        "what the network is told of an image: label = its id; box, mask = also the file's; set = clusters of all its "
+        "boxes (objects=2 or more); online only: prototype = a vector, patch = a map of labels, none = nothing, the "
+        "Sinkhorn loss alone")
     K: int = key(50, "prototypes", low=2, high=2 ** 15 - 1)
     switch: int = key(20_000, "images seen before conditions begin; until then every image has the null one", low=0)
     sk_activation: str = key("mid*-out", "the feature's name; of several that match the last one")
@@ -65,7 +66,7 @@ class TrainGuided(Training):
     sk_freeze: int = key(5_000, "images before prototypes move", low=0)
     sk_until: int = key(0, "images after which every training image keeps its label; 0 = labels move to the end", low=0)
     sk_share: float = key(0.25, "share of each batch that takes part in the Sinkhorn loss", above=0, high=1)
-    sk_queue: int = key(1_024, "earlier features that help to balance; 0 = the batch alone", low=0)
+    sk_queue: int = key(1_024, "earlier features that help to balance; 0 = none. As long are means remembered", low=0)
     sk_eps: float = key(0.05, "entropic regularisation of the targets", above=0)
     sk_iterations: int = key(3, "Sinkhorn iterations", low=1)
     sk_temperature: float = key(0.1, "of the prediction", above=0)
@@ -82,7 +83,7 @@ def given_labels(run, cfg, data):
     labels, info = load_labels(run, cfg.labels)
     ids, K = labels["train"], info["num_labels"]          # int64 [N]
     table = with_null(torch.from_numpy(ids), K)
-    facts = dict(labels=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K)
+    facts = dict(labels_hash=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K)
     if cfg.condition == "label":
         facts["marginal"] = torch.from_numpy(np.bincount(ids, minlength=K) / len(ids))          # float64 [K]
         by_row, by_id = Condition("label", table), Condition("label", torch.arange(K + 1))
@@ -90,11 +91,11 @@ def given_labels(run, cfg, data):
     if cfg.condition == "set":
         sets = label_sets(labels, K, cfg.labels)
         by_row, known = Condition("vector", with_null(torch.from_numpy(sets), 0)), dict(vector_dim=K)
-        facts["layout"] = digest(sets)
+        facts["layout_hash"] = digest(sets)
     else:
-        maps, kinds = layout_maps(run, cfg, labels, info, "train")
-        by_row = Condition("map", with_null(torch.from_numpy(maps), kinds), kinds, data.images.shape[2], table)
-        known, facts["layout"] = dict(num_labels=K, layout_channels=kinds), digest(maps)
+        maps, channels = layout_maps(run, cfg, labels, info, "train")
+        by_row = Condition("map", with_null(torch.from_numpy(maps), channels), channels, data.images.shape[2], table)
+        known, facts["layout_hash"] = dict(num_labels=K, layout_channels=channels), digest(maps)
     by_id = by_row.bank(cfg.seed)
     return GivenLabels(by_row, by_id, cfg.drop), known, facts | bank_facts(by_id)
 
@@ -106,7 +107,7 @@ def bank_facts(bank):
 
 
 def label_sets(labels, K, name):
-    """The clusters of each training image's boxes, bool [N, K], from a label file's ids_train [N, objects], -1: no."""
+    """Clusters of each training image's boxes, bool [N, K], from a label file's ids_train [N, objects], -1 = none."""
     if "ids_train" not in labels:
         raise UserError(f"condition=set: labels/{name}.npz has no ids_train, several labels per image; make them with "
                         "self_label.py objects=2 and method=lost, ncut or masks")
@@ -117,7 +118,7 @@ def label_sets(labels, K, name):
 
 
 def draw_boxes(boxes, size):
-    """Boxes float [N, objects, 4] (x0 y0 x1 y1 in pixels, < 0: none) -> uint8 [N, size, size]: 0 inside, 1 not."""
+    """Boxes [N, objects, 4] (x0 y0 x1 y1 in pixels, < 0: none) as maps uint8 [N, size, size]: 0 inside, 1 = null."""
     at = np.arange(size) + 0.5                            # pixel centres
     outside = np.ones((len(boxes), size, size), np.uint8)
     for box in np.asarray(boxes, np.float32).transpose(1, 2, 0):                 # [4, N]
@@ -127,10 +128,10 @@ def draw_boxes(boxes, size):
     return outside
 
 
-def layout_maps(run, cfg, labels, info, split, kinds=0):
-    """(maps uint8 [N, H, W], number of ids) of the label file's boxes or masks; of method=classes the ground truth's.
+def layout_maps(run, cfg, labels, info, split, channels=0):
+    """(maps uint8 [N, H, W], their channels) of the label file's boxes or masks; of method=classes the ground truth's.
 
-    Of masks 0 is no object, a channel of its own. kinds: the number of ids, where a model was trained with one.
+    Of masks 0 is no object, a channel of its own. channels: how many, where a model was trained with some.
     """
     require(not run.data.latents, cfg, "condition", "boxes and masks are drawn on pixels; with data.latents use label")
     data, kind = load_data(run, split), {"box": "boxes", "mask": "masks"}[cfg.condition]
@@ -145,9 +146,9 @@ def layout_maps(run, cfg, labels, info, split, kinds=0):
     zoom = size // found.shape[1]
     masks = np.asarray(found).astype(np.uint8).repeat(zoom, 1).repeat(zoom, 2)
     void = (masks == 255) & truth
-    kinds = kinds or max(int(masks[~void].max(initial=0)) + 1, 2)
-    masks[void | (masks >= kinds)] = kinds                # void, or an id that no training image has: nothing there
-    return masks, kinds
+    channels = channels or max(int(masks[~void].max(initial=0)) + 1, 2)
+    masks[void | (masks >= channels)] = channels          # void, or an id that no training image has: nothing there
+    return masks, channels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class Queue(nn.Module):
             self.rows[places % len(self.rows)] = h
 
 
-class Labeller(Guide):
+class Labeller(Conditioner):
     """Finds K labels in a network's features while both train (arXiv 2312.08825), over the batches of all processes.
 
     Teacher: the averaged network and the averaged labeller, an image at time sk_t, the null condition. Its scores
@@ -212,8 +213,7 @@ class Labeller(Guide):
     rows in the loss; D channels of the feature; d = sk_dim. stride: one image of so many is in the loss (1 where the
     others were left out before); update: running number of the update.
     """
-    spare = 9, 2             # uniform numbers: 0 is the student's time (fewer would change what is drawn after them);
-                             # noises: 0 the teacher's, 1 the student's
+    spare = 1, 2                                          # the student's time; noises of the teacher, of the student
     WATCHED = 2048                                        # images whose labels the log follows
     HIDDEN = 256                                          # width inside the head
     PATCHES = 16                                          # of an image in one loss: more cost time and moved no result
@@ -263,28 +263,26 @@ class Labeller(Guide):
         if 0 < cfg.sk_until <= batch.seen:
             labels = self.settled_labels(ema, labeller_ema, batch)               # [b P]
             targets = F.one_hot(self.loss_rows(labels, stride, update), cfg.K).float()          # [n, K]
-        elif guided:
-            h = self.teacher_pass(ema, labeller_ema, batch, stride)              # [b P, d]
-            targets, labels = self.balance(labeller_ema, h, stride, update)
-        else:                                             # no labels are needed yet
-            h = self.teacher_pass(ema, labeller_ema, in_loss, 1)
-            targets, _ = self.balance(labeller_ema, h, 1, update)
-            labels = torch.zeros(len(batch.x) * self.patches, dtype=torch.long, device=h.device)
-        loss = self.student_loss(net, in_loss, targets)
+        else:
+            every = stride if guided else 1               # before `switch` only what is in the loss is read
+            h = self.teacher_pass(ema, labeller_ema, batch if guided else in_loss, every, update)
+            targets, labels = self.balance(labeller_ema, h, every, update)       # [n, K], [m P]
+            if not guided:                                # the network is told no label yet
+                labels = labels.new_zeros(len(batch.x) * self.patches)
+        loss = self.student_loss(net, in_loss, targets, update)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
         drop = batch.coin < (cfg.drop if guided else 1.0)
         return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, drop)
 
-    def teacher_pass(self, ema, labeller_ema, batch, stride):
-        """Unit vectors h [m P, d] of images, by the averages.
+    def teacher_pass(self, ema, labeller_ema, batch, stride, update):
+        """Unit vectors h [m P, d] of images, by the averages; no condition, so that labels never explain themselves.
 
-        Without a condition, so that labels never explain themselves. Statistics learn from what is in the loss.
+        Rows in the loss move the running mean and deviation of features.
         """
-        update = batch.seen // self.cfg.batch
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
         self.standardised.learn(self.loss_rows(f, stride, update), update, self.ranks)
-        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # read at once, below
+        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # `embed` reads them
         with torch.no_grad():
             return labeller_ema.embed(f)
 
@@ -294,7 +292,7 @@ class Labeller(Guide):
         cfg, ranks = self.cfg, self.ranks
         h_loss, scores = self.loss_rows(h, stride, update), labeller_ema.scores(h)              # [n, d], [m P, K]
         past = labeller_ema.scores(self.queue.filled(len(h_loss), update, ranks))
-        # targets: soft, of the rows in the loss, balanced among them and the queue
+        # targets: soft, of the rows in the loss, balanced among these (perhaps all) and the queue
         balanced = torch.cat([self.loss_rows(scores, stride, update), past])
         q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(h_loss)]
         # labels: hard, of all rows, since every image needs a condition, balanced among all of them and the queue
@@ -302,14 +300,14 @@ class Labeller(Guide):
         self.queue.add(h_loss, update, ranks)
         return q, (scores / cfg.sk_eps - g).argmax(1)
 
-    def student_loss(self, net, batch, targets):
+    def student_loss(self, net, batch, targets, update):
         """Cross entropy between targets [n, K] and the trained network's prediction, under other noise."""
         cfg = self.cfg
         low, high = cfg.sk_window
         t = low + (high - low) * batch.spare_u[:, 0]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), self.context():
             f = self.feature(net, batch.x, batch.spare_z[:, 1], t)
-        h = self.embed(self.loss_rows(f, 1, batch.seen // cfg.batch))
+        h = self.embed(self.loss_rows(f, 1, update))
         fixed = batch.seen < cfg.sk_freeze or self.settled is not None           # prototypes of settled labels stay
         prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
         logp = F.log_softmax(h @ prototypes.T / cfg.sk_temperature, 1)
@@ -319,11 +317,14 @@ class Labeller(Guide):
         return loss
 
     def feature(self, net, x, z, t):
-        """Feature rows float32 [B P, D] of images x under noises z at times t [B]; at most `micro` images at once."""
+        """Feature rows float32 [B P, D] of images x under noises z at times t [B].
+
+        `micro` images go through the network at once; with gradients, all.
+        """
         read = reader(net, [self.name], self.pool)
         micro = len(x) if torch.is_grad_enabled() else self.cfg.micro or len(x)
         parts = zip(diffuse(PATHS[self.cfg.path], x, z, t).split(micro), t.split(micro))
-        return rows_of_map(torch.cat([read(x_t, s)[0] for x_t, s in parts]))
+        return rows_of_map(torch.cat([read(x_t, time)[0] for x_t, time in parts]))
 
     def embed(self, f):
         """Feature rows [n, D] -> unit vectors h float32 [n, d]."""
@@ -354,16 +355,16 @@ class Labeller(Guide):
         if self.cfg.condition == "none":
             return {}
         if self.cfg.condition == "patch":
-            return self.by_row(square(labels))(torch.arange(len(labels), device=labels.device), drop)
-        return self.by_id(labeller_ema)(labels[:, 0], drop)
+            return self.of_maps(square(labels))(torch.arange(len(labels), device=labels.device), drop)
+        return self.of_labels(labeller_ema)(labels[:, 0], drop)
 
-    def by_id(self, labeller_ema):
-        """The condition by label, whose table are ids or the averaged prototypes."""
+    def of_labels(self, labeller_ema):
+        """The condition by label: its table are ids, or the averaged prototypes."""
         if self.cfg.condition == "label":
             return Condition("label", torch.arange(self.cfg.K + 1, device=self.prototypes.device))
         return Condition("vector", with_null(F.normalize(labeller_ema.prototypes.detach(), dim=1), 0))
 
-    def by_row(self, maps):
+    def of_maps(self, maps):
         """The condition by row of maps of labels [N, h, w]."""
         return Condition("map", with_null(maps, self.cfg.K), self.cfg.K, self.size)
 
@@ -390,7 +391,8 @@ class Labeller(Guide):
         self.sums.zero_()
         labels, ln_K = self.watched_labels(ema, labeller_ema), math.log(self.cfg.K)
         sizes = torch.bincount(labels.flatten(), minlength=self.cfg.K).numpy()
-        now, before = labels[:, self.patches // 2], self.watched[:len(labels)].tolist()          # of a map one label
+        middle = math.isqrt(self.patches) // 2
+        now, before = square(labels)[:, middle, middle], self.watched[:len(labels)].tolist()     # of a map one label
         line = dict(sk_loss=loss / updates, ln_K=ln_K, target_entropy=entropy / updates,
                     used=float((sizes > 0).mean()), label_entropy=size_entropy(sizes))
         if before[0] >= 0:
@@ -445,9 +447,8 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE, g=N
         return (labeller.scores(part) for part in h.split(2048))
 
     g = potentials(blocks, cfg.sk_eps, BALANCED_BY, ranks) if g is None else g
-    best = [(S / cfg.sk_eps - g).argmax(1) for S in blocks()]
-    scores = [S.gather(1, ids[:, None]) for S, ids in zip(blocks(), best)]
-    ids, scores = (torch.cat(v).view(-1, labeller.patches).cpu() for v in (best, scores))
+    found = assign(h, labeller.prototypes, offset=cfg.sk_eps * g)
+    ids, scores = (v.view(-1, labeller.patches) for v in found)
     return ids, scores, g
 
 
@@ -473,9 +474,9 @@ def check_online(run, cfg):
 
 def finish_online(run, cfg, net, labeller, state, folder, data):
     """Label every image by the finished averages: labels into the run, facts into the checkpoint."""
-    settled = labeller.settled                            # labels that stay; others the head tells
+    settled = labeller.settled                            # before the average is loaded, which has none
     net.load_state_dict(state["ema"])
-    labeller.load_state_dict(state["labeller_ema"])
+    labeller.load_state_dict(state["conditioner_ema"])
     net.eval()
     labels, g, context = {}, None, autocast(run, cfg.precision)[0]
     splits = dict(train=data, test=load_data(run, "test"))
@@ -488,17 +489,18 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
         labels["train"], typical = settled.cpu().numpy().astype(np.int64), None
     if cfg.condition == "patch":                          # some maps stand for the distribution of all
         labels = {split: square(torch.from_numpy(ids)).numpy().astype(np.int16) for split, ids in labels.items()}
-        state |= bank_facts(labeller.by_row(torch.from_numpy(labels["train"])).bank(cfg.seed))
+        state |= bank_facts(labeller.of_maps(torch.from_numpy(labels["train"])).bank(cfg.seed))
     else:
         labels = {split: ids[:, 0] for split, ids in labels.items()}
         about = dict(online=dict(checkpoint=f"guided/{cfg.name}", hash=state["weights"]))
-        save_labels(run, cfg.name, splits, labels, cfg.K, typical, dict(online=state["weights"]), {}, about)
+        out = Labels(labels, cfg.K, typical, about=about)
+        save_labels(run, cfg.name, splits, out, dict(online=state["weights"]))
         state["label_scores"] = score_labels(labels["train"], np.asarray(data.classes))
         state["marginal"] = torch.from_numpy(np.bincount(labels["train"], minlength=cfg.K) / len(data))
     if run.rank == 0:
         with atomic(folder / "labels.npz") as f:
             np.savez(f, num_labels=cfg.K, **labels)
-    state["label_digest"] = digest(labels["train"])
+    state["found_hash"] = digest(labels["train"])
     save_checkpoint(run, folder, {name: v for name, v in state.items() if name != "file"})
 
 
@@ -510,7 +512,7 @@ def initial_weights(run, cfg, net, labels):
     source = load_checkpoint(run, cfg.init)
     require(fill("model", Model, source["model"]) == run.model, cfg, "init",
             f"its model section differs from the configured one ({source['file']})")
-    same = labels is not None and source.get("labels") == labels                 # an online labeller finds others
+    same = labels is not None and source.get("labels_hash") == labels                 # an online labeller finds others
     require(not source["num_labels"] or same, cfg, "init labels",
             f"was trained with other labels ({source.get('label_file')}); start from an unconditional model")
     for name in ("path", "predict"):
@@ -551,7 +553,7 @@ ONLINE_ONLY = {"K", "switch", *(name for name in vars(TrainGuided()) if name.sta
 
 
 def prepare_settings(run, cfg):
-    """Names inside the run folder; what this training never reads locks nothing."""
+    """Check names; drop the settings that this training never reads from its recipe."""
     check_name("labels", cfg.labels)
     if cfg.init and not cfg.init.endswith(".pt"):
         check_name("init", cfg.init, parts=2)
@@ -572,7 +574,7 @@ def main():
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
     # what the network is told: nothing, labels of a file, or labels that are found
-    labeller, known, facts = Guide(), {}, dict(condition="none")
+    labeller, known, facts = Conditioner(), {}, dict(condition="none")
     if cfg.labels == "online":
         check_online(run, cfg)
         known = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim),
@@ -584,7 +586,7 @@ def main():
     # network: from scratch, or from unconditional weights
     channels, size = input_shape(run)
     net = build_model(run.model, size, channels, seed=cfg.seed, **known)
-    init = initial_weights(run, cfg, net, facts.get("labels")) if cfg.init else None
+    init = initial_weights(run, cfg, net, facts.get("labels_hash")) if cfg.init else None
     if run.dry_run:
         return say_training(run, cfg, net, channels, size, folder)
     net = net.to(run.device)
@@ -592,21 +594,20 @@ def main():
         labeller = Labeller(cfg, net, matching(net, [cfg.sk_activation])[-1], size, channels)
 
     # train; the checkpoint carries all that sampling needs
-    state = new_state(run, "guided", data, size, channels, conditions=known, init=init, label_file=cfg.labels, **facts)
+    state = new_state(run, "guided", data, size, channels, known=known, init=init, label_file=cfg.labels, **facts)
     with locked(run, "guided", cfg.name):
         state = fit(run, cfg, net, folder, data, state, labeller)
-        if "labels" in facts and run.rank == 0:
+        if "labels_hash" in facts and run.rank == 0:
             with atomic(folder / "labels.npz") as f:
                 np.savez(f, **load_labels(run, cfg.labels)[0])
-        if cfg.labels == "online" and "label_digest" not in state:               # not labelled by these weights yet
+        if cfg.labels == "online" and "found_hash" not in state:               # not labelled by these weights yet
             gpu_flags(training=False)                     # in full float32, as sample_ode.py will
             finish_online(run, cfg, net, labeller, state, folder, data)
 
     # close
     rows = " (one row per label or layout)" if known else ""
     run.say(f"model in {folder}, sample grids{rows} in {folder / 'samples'}")
-    guidance = " guidance=1,1.5,2,3" if known else ""
-    run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}{guidance}")
+    run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Reads   data.source: the embedded shapes, a folder of images, .npy and .npz arra
 Writes  data/{train,test}/: images.npy, classes.npy, boxes.npy, masks.npy, latents.npy (those that there are), info.json
 
 `prepare_data` writes a run's data, `load_data` opens one part of it as a `Split`, `as_input` turns its rows into what
-the network sees. To learn the method, skip this file. To add a source, read `Part` and `open_shapes`.
+the network sees. To learn the method, skip this file. To add a source, a function and an entry in SOURCES, read `Part`
+and `open_shapes`.
 """
 import hashlib
 import os
@@ -20,7 +21,6 @@ from PIL import Image, ImageOps
 
 from configs.run import (UserError, ahead, bar, check_data_section, create_rows, digest, keep_sections, locked, making,
                          read_json, reading, require, seed_of, unknown, weights_hash, wide, write_json, write_rows)
-from configs.shapes import SHAPES_CLASSES, draw_shapes
 
 SPLITS = ("train", "test")
 KINDS = {"images": np.uint8, "classes": np.int64, "boxes": np.float32, "masks": np.uint8}
@@ -42,11 +42,8 @@ class Part:
 
 def open_source(data):
     """The parts and class names of the source that section `data` names, with the classes that it wants."""
-    openers = {"shapes": open_shapes, "folder": open_folder, "arrays": open_arrays}
-    known = [*openers, *TORCHVISION]
-    require(data.source in known, data, "source", unknown(data.source, known))
-    require(data.root or data.source not in ("folder", "arrays"), data, "root", "name the images, data.root=PATH")
-    parts, names = openers.get(data.source, open_torchvision)(data)
+    check_settings(data)
+    parts, names = SOURCES.get(data.source, open_torchvision)(data)
     if not data.classes:
         return parts, names
     for name in data.classes:
@@ -54,6 +51,13 @@ def open_source(data):
     place = [data.classes.index(name) if name in data.classes else -1 for name in names]
     place = np.array([*place, -1])                        # the last one is that of -1
     return {split: renumbered(part, place) for split, part in parts.items()}, data.classes
+
+
+def check_settings(data):
+    """A UserError for a source that does not exist, or does not say where its images are."""
+    known = [*SOURCES, *TORCHVISION]
+    require(data.source in known, data, "source", unknown(data.source, known))
+    require(data.root or data.source not in ("folder", "arrays"), data, "root", "name the images, data.root=PATH")
 
 
 def renumbered(part, place):
@@ -66,12 +70,15 @@ def renumbered(part, place):
 
 def open_shapes(data):
     """The embedded set: as many images as are asked for."""
+    from configs.shapes import SHAPES_CLASSES, draw_shapes                       # a fork without it needs no shapes.py
+
     def read(seed, rows):
         return dict(zip(KINDS, draw_shapes(seed, rows, data.size, data.two_objects)))
 
     parts = {}
-    for split, count in (("train", data.train or 20_000), ("test", data.test or 5_000)):
-        seed = seed_of(data.seed, split)
+    for split, asked, every in (("train", data.train, 20_000), ("test", data.test, 5_000)):
+        seed, count = seed_of(data.seed, split), asked or every
+        count *= 12 if asked and data.classes else 1      # enough of each of the ten; the first ones asked for are kept
         classes = draw_shapes(seed, np.arange(count), size=1)[1]                 # they do not depend on the size
         parts[split] = Part(classes, partial(read, seed))
     return parts, SHAPES_CLASSES
@@ -222,6 +229,9 @@ def array_part(arrays, size):
     return Part(known["classes"], lambda rows: {kind: values[rows] for kind, values in known.items()})
 
 
+SOURCES = {"shapes": open_shapes, "folder": open_folder, "arrays": open_arrays}            # besides TORCHVISION
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From the source to the run folder
 
@@ -281,6 +291,8 @@ def write_part(run, folder, part, rows):
         for batch in ahead(part.read, blocks, depth=threads, threads=threads):
             skipped += batch.pop("skipped", [])
             for kind, values in batch.items():
+                if values.dtype != KINDS[kind] or values.shape[1:] != shapes_of(0, run.data.size)[kind][1:]:
+                    raise ValueError(f"data.source={run.data.source} read {kind} {values.dtype} {values.shape}")
                 if not count:
                     create_rows(folder / f"{kind}.npy", KINDS[kind], (len(rows), *values.shape[1:]))
                 write_rows(folder / f"{kind}.npy", count, values)
@@ -323,6 +335,7 @@ def check_origin(run):
 
 def check_source(run):
     """A UserError where data/ has still to be made from a folder or a file that is not there, for --dry-run."""
+    check_settings(run.data)
     made = (run.dir / "data" / "test" / "info.json").exists()
     if not made and run.data.source in ("folder", "arrays"):
         require(run.data.root and Path(run.data.root).expanduser().exists(), run.data, "root", "no images there")
@@ -415,20 +428,20 @@ def encode_split(run, split, batch=16):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the stages read
 
-def as_input(rows, flip=None, z=None):
-    """Stored rows as the network sees them: uint8 images [B, C, H, W] in [-1, 1]; of latents [B, 2, 2C, h, w] the mean,
-    or with noise z [B, C, h, w] a draw. flip: bool [B], the images to be mirrored."""
-    if rows.dtype == torch.uint8:
-        x = rows.float() / 127.5 - 1
+def as_input(stored, flip=None, z=None):
+    """What is stored, as the network sees it: images uint8 [B, C, H, W] in [-1, 1]; latents [B, 2, 2C, h, w] (plain,
+    mirrored; C means, C deviations) as the mean, or with noise z [B, C, h, w] a draw. flip: bool [B], what to mirror"""
+    if stored.dtype == torch.uint8:
+        x = stored.float() / 127.5 - 1
         return x if flip is None else torch.where(wide(flip), x.flip(-1), x)
-    chosen = rows[:, 0] if flip is None else torch.where(wide(flip), rows[:, 1], rows[:, 0])
+    chosen = stored[:, 0] if flip is None else torch.where(wide(flip), stored[:, 1], stored[:, 0])
     mean, std = chosen.float().chunk(2, 1)
     return mean if z is None else mean + std * z
 
 
-def row_shape(rows):
+def row_shape(stored):
     """(C, H, W) of what the network sees of stored images or latents."""
-    return tuple(rows.shape[1:]) if rows.ndim == 4 else (rows.shape[2] // 2, *rows.shape[3:])
+    return tuple(stored.shape[1:]) if stored.ndim == 4 else (stored.shape[2] // 2, *stored.shape[3:])
 
 
 @dataclass

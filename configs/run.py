@@ -49,7 +49,7 @@ class UserError(Exception):
 # Settings: one dataclass per section of the YAML; what a key means and may be stands beside it
 
 def key(default, text, low=None, high=None, above=None, count=None):
-    """A setting: its default, its line of --help, what numbers it or those in its list may be, and how many."""
+    """A setting: default, line of --help, limits of its number(s), and how many a list must have."""
     meta = dict(text=text, low=low, high=high, above=above, count=count)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=meta)
@@ -64,7 +64,7 @@ class Data:
     download: bool = key(False, "let torchvision download what is not under root")
     size: int = key(32, "images become size x size: centre crop, then resize", low=4)
     latents: str = key("", "encode once by this diffusers AutoencoderKL (folder or Hugging Face id); empty = pixels")
-    train: int = key(0, "keep the first so many training images; 0 = all (shapes: 20,000)", low=0)
+    train: int = key(0, "keep the first so many training images (of these classes); 0 = all (shapes: 20,000)", low=0)
     classes: list[str] = key([], "keep these classes only, by name (ImageNet: synset such as n01440764)")
     test: int = key(0, "images to keep for testing; 0 = all (shapes: 5,000)", low=0)
     test_fraction: float = key(0.1, "folder and arrays without a test part: this share is held out", above=0, high=0.9)
@@ -180,18 +180,18 @@ def read_yaml(path):
 
 
 def read_words(words, stage):
-    """(sections of the YAML file with what the command line overrides, run folder, words that hold for all stages)."""
-    shared = [w for w in words if "=" not in w and not w.startswith("--")]
-    if len(shared) != 1:
-        raise UserError(f"expected exactly one YAML file, got {shared or 'none'}; see --help")
-    sections, folder = read_yaml(shared[0]), Path("runs") / Path(shared[0]).stem
+    """(sections of the YAML file, overridden by words; run folder; the file and the words that later stages need)."""
+    files = [w for w in words if "=" not in w and not w.startswith("--")]
+    if len(files) != 1:
+        raise UserError(f"expected exactly one YAML file, got {files or 'none'}; see --help")
+    sections, folder, shared = read_yaml(files[0]), Path("runs") / Path(files[0]).stem, list(files)
     for word in words:
         where, equals, value = word.partition("=")
-        section, _, key = where.rpartition(".")
+        section, _, name = where.rpartition(".")
         if where == "run" and value:
             folder = Path(value).expanduser()
         elif equals:
-            sections.setdefault(section or stage, {})[key] = value
+            sections.setdefault(section or stage, {})[name] = value
         if equals and (section or where == "run"):
             shared.append(word)
     for name in sections:
@@ -276,9 +276,9 @@ class Run(Processes):
         if self.rank == 0:
             print(*words, flush=True)
 
-    def next(self, stage, what=""):
+    def next(self, command, what=""):
         """Say which command comes next, with this run's YAML, folder and overrides."""
-        script, *keys = stage.split()
+        script, *keys = command.split()
         self.say("next: python", shlex.join([script, *self.words, *keys]), f"   # {what}" if what else "")
 
 
@@ -585,8 +585,8 @@ def seeded(seed, purpose, index=0):
 
 
 def draw(seed, purpose, indices, shape, uniforms=0):
-    """Normal numbers float32 [B, *shape], after uniform ones [B, uniforms] if asked for, that belong to each of indices
-    [B] alone: no batch size or number of processes changes them."""
+    """Normal numbers z [B, *shape], or (u, z) with uniform u [B, uniforms] if asked for, float32. Row j is a function
+    of (seed, purpose, indices[j]) alone: no batch size or number of processes changes it."""
     g, u, z = torch.Generator(), torch.empty(len(indices), uniforms), torch.empty(len(indices), *shape)
     for j, i in enumerate(indices):
         g.manual_seed(seed_of(seed, purpose, int(i)))

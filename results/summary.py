@@ -54,7 +54,8 @@ def panel(points, title, left):
            f'<text x="{(x0 + x1) / 2 - 60}" y="{HEIGHT - 12}">NMI with the classes</text>']
     for k in range(6):
         x, y = at(k / 5, k / 5 * top)
-        out += [f'<text x="{x - 8}" y="{y0 + 15}">{k / 5:g}</text>', f'<text x="{x0 - 36}" y="{y + 4}">{k / 5 * top:.3g}</text>']
+        out += [f'<text x="{x - 8}" y="{y0 + 15}">{k / 5:g}</text>',
+                f'<text x="{x0 - 36}" y="{y + 4}">{k / 5 * top:.3g}</text>']
     for name, nmi, y in points:
         x, y = at(nmi, y)
         colour = COLOURS[KINDS.get(name.split(",")[0], "control")]

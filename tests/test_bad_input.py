@@ -54,7 +54,8 @@ def said(capsys, monkeypatch, tiny):
     (["flip=3"], "flip=3"), (["path=straight"], "path=straight"), (["batch=0"], "batch=0"), (["micro=7"], "micro=7"),
     (["modl.channels=8"], "did you mean model"), (["data.size=30"], "size"), (["model.stem=5"], "stem"),
     (["data.test_fraction=0"], "test_fraction"), (["data.imbalance=nan"], "imbalance"),
-    (["data.source=CIFAR11"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
+    (["data.source=CIFAR11"], "did you mean CIFAR10"),
+    (["data.source=CIFAR11", "--dry-run"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
     (["model.mult=[1,x]"], "model.mult"), (["precision=bf8"], "'auto', 'bf16', 'fp16'"),
     (["data.train=-1"], "data.train=-1"), (["lr=inf"], "lr=inf"), (["model.clock=nan,1"], "model.clock=nan,1"),
     (["data.source=folder", "data.root=/nope", "--dry-run"], "data.root=/nope: no images there")])

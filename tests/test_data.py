@@ -201,6 +201,23 @@ def test_chosen_classes(tmp_path):
     assert "known: 001, 002, 003" in complaint_of(tmp_path / "other", classes=["2"], **words)
 
 
+def test_chosen_shapes_are_as_many_as_asked_for(tmp_path):
+    data = cr.Data(classes=["ring", "bow"], train=40, test=30, size=16)
+    parts, names = cd.open_source(data)
+    for split, count in (("train", 40), ("test", 30)):
+        part, rows = cd.choose_rows(data, parts, split)
+        found = part.read(rows)
+        assert len(rows) == count and names == ["ring", "bow"] and set(found["classes"]) == {0, 1}
+        assert np.array_equal(found["classes"], part.classes[rows])
+
+
+def test_a_source_that_reads_something_else_is_refused(tmp_path, monkeypatch):
+    part = cd.Part(np.zeros(20, np.int64), lambda rows: dict(images=np.zeros((len(rows), 3, 8, 8)), classes=rows * 0))
+    monkeypatch.setitem(cd.SOURCES, "mine", lambda data: (dict(train=part), ["one"]))
+    with pytest.raises(ValueError, match="data.source=mine read images float64"):
+        prepare(tmp_path, source="mine", size=8)
+
+
 def test_very_small_sets_are_refused(tmp_path):
     for i in range(3):
         put(tmp_path / "images" / f"{i}.png", i)

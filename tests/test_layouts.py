@@ -86,7 +86,7 @@ def run(tiny, tmp_path_factory):
 @pytest.mark.parametrize("kind, channels", [("box", 1), ("mask", 11)])
 def test_layout_models_train_and_sample(run, tiny, kind, channels):
     state = torch.load(run / f"guided/{kind}/checkpoint.pt", weights_only=True)
-    assert state["conditions"] == dict(num_labels=10, layout_channels=channels) and state["num_labels"] == 10
+    assert state["known"] == dict(num_labels=10, layout_channels=channels) and state["num_labels"] == 10
     assert state["bank"]["table"].shape == (513, 32, 32) and state["marginal"].shape == (512,)
     words = [tiny, f"run={run}", f"checkpoint=guided/{kind}", "guidance=2", "n=12"]
     inside("sample_ode", *words, f"name={kind}")

@@ -136,7 +136,7 @@ def test_sets_train_and_sample(call):
     call(sample_ode, "checkpoint=guided/sets", "name=sets", "guidance=2", "n=12", "evaluate=false")
     state = torch.load(call.dir / "guided/sets/checkpoint.pt", weights_only=True)
     table = state["bank"]["table"]
-    assert state["conditions"] == dict(vector_dim=6) and not table[-1].any() and table[:-1].any(1).all()
+    assert state["known"] == dict(vector_dim=6) and not table[-1].any() and table[:-1].any(1).all()
 
 
 def test_bad_input(call, tiny, refuse):

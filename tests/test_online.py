@@ -347,11 +347,11 @@ def test_resume_and_two_ranks(toy, condition, until):
         stage("train_guided", *words, *keys, "name=ranks", ranks=2)
     load = lambda name: torch.load(folder / f"run/guided/{name}/checkpoint.pt", weights_only=True)
     once, twice, ranks = load("once"), load("twice"), load("ranks") if until else load("once")
-    settled = [c["labeller"].pop("_extra_state") for c in (once, twice, ranks)]
+    settled = [c["conditioner"].pop("_extra_state") for c in (once, twice, ranks)]
     assert (settled[0] is None) == (not until)
     if until:
         assert torch.equal(settled[0], settled[1]) and (settled[0] == settled[2]).float().mean() > 0.97
-    for part in ("net", "ema", "labeller", "labeller_ema"):
+    for part in ("net", "ema", "conditioner", "conditioner_ema"):
         for c in (once, twice, ranks):
             c[part].pop("_extra_state", None)
         assert all(torch.equal(once[part][k], twice[part][k]) for k in once[part]), part

@@ -140,7 +140,7 @@ def state_of(folder):
     """(all tensors that training changes, log) of a finished training."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     moments = {f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
-    labeller = {f"labeller.{k}": v for k, v in state["labeller"].items() if isinstance(v, torch.Tensor)}
+    labeller = {f"labeller.{k}": v for k, v in state["conditioner"].items() if isinstance(v, torch.Tensor)}
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return state["net"] | {f"ema.{k}": v for k, v in state["ema"].items()} | moments | labeller, log
 

@@ -1,5 +1,6 @@
 """Noise paths, prediction targets and the loss against closed forms. t = 0 is noise, t = 1 is data."""
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from configs.run import wide
 from extract_features import noise_level
-from train_diffusion import PATHS, NoisePath, diffuse, loss_per_image, preview, to_x_and_z
+from train_diffusion import PATHS, NoisePath, Training, diffuse, loss_per_image, preview, to_x_and_z
 
 
 class CosineSine(NoisePath):
@@ -34,6 +35,14 @@ class Straight(NoisePath):
 CV, VP, CS = PATHS["cv"], PATHS["vp"], CosineSine()
 ALL = pytest.mark.parametrize("path", [CV, VP, CS], ids=["cv", "vp", "cosine-sine"])
 PREDICT = pytest.mark.parametrize("predict", ["v", "eps", "x"])
+
+
+def test_every_path_can_be_named_and_its_rates_are_derivatives():
+    assert set(typing.get_args(Training.__annotations__["path"])) == set(PATHS)
+    t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    for path in [path for path in PATHS.values() if hasattr(path, "rates")] + [CS]:
+        for value, rate in zip((path.alpha, path.sigma), path.rates(t)):
+            assert torch.allclose((value(t + 1e-6) - value(t - 1e-6)) / 2e-6, torch.as_tensor(rate).to(t), atol=1e-8)
 
 
 def batch(n=64, dtype=torch.float64):

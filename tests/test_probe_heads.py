@@ -448,7 +448,7 @@ def test_a_sweep_of_averaged_weights_is_not_one_of_raw_ones(monkeypatch, refuse,
 
 
 @pytest.mark.parametrize("words, said", [
-    (["labels_share=0"], "labels_share=0"), (["head=resnet"], "cnn, attention"), (["t=2"], "t=2"),
+    (["labels_share=0"], "labels_share=0"), (["head=difformr"], "did you mean difformer"), (["t=2"], "t=2"),
     (["head=cnn", "t=0.5,0.8"], "one place"), (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"),
     (["protocol=select", "activations=mid*self-q"], "block outputs")])
 def test_bad_input(refuse, tiny, run, words, said):

@@ -17,7 +17,7 @@ import self_label
 from configs.run import Processes, UserError, locked
 from configs.shapes import draw_shapes
 from self_label import (assign, fit_projection, hungarian_accuracy, kmeans, nmi, sinkhorn, sinkhorn_cluster,
-                        sinkhorn_stream, size_entropy)
+                        balanced_sums, size_entropy)
 
 
 def blobs(n=2000, d=16, groups=8, spread=0.6, seed=0):
@@ -139,7 +139,7 @@ def test_streaming_equals_the_dense_iteration(iterations):
     x, c = torch.randn(500, 32, generator=g), F.normalize(torch.randn(12, 32, generator=g), dim=1)
     unit = F.normalize(x, dim=1)
     q = sinkhorn(unit @ c.T, 0.05, iterations)
-    g, sums, mass = sinkhorn_stream(x, c, 0.05, iterations, chunk=64)
+    g, sums, mass = balanced_sums(x, c, 0.05, iterations, chunk=64)
     assert torch.allclose(torch.softmax(unit @ c.T / 0.05 - g, 1), q, atol=1e-4)
     assert torch.allclose(sums, q.T @ unit, atol=1e-2) and torch.allclose(mass, q.sum(0), rtol=1e-3)
 
@@ -362,9 +362,10 @@ def test_recipes_hold_what_their_method_used(run, tiny, monkeypatch, capsys, ref
 
 @pytest.mark.parametrize("given, read, unread", [
     (dict(method="lost"), "restarts objects cells", "tau eps segments pool"),
-    (dict(method="ncut", by="sinkhorn"), "tau eps", "restarts metric segments"),
+    (dict(method="ncut", by="sinkhorn"), "tau sk_eps", "restarts metric segments"),
     (dict(method="masks"), "objects foreground restarts", "tau eps segments"),
-    (dict(method="masks", foreground="none", by="sinkhorn"), "segments smooth eps features", "objects tau restarts")])
+    (dict(method="masks", foreground="none", by="sinkhorn"), "segments smooth sk_eps features",
+     "objects tau restarts")])
 def test_settings_that_a_method_reads(given, read, unread):
     names = set(self_label.settings_of(self_label.SelfLabel(**given)))
     assert set(read.split()) <= names and not set(unread.split()) & names
@@ -388,6 +389,6 @@ def test_files_that_do_not_belong_together(run, tiny, monkeypatch, refuse):
 
 
 def test_bad_input(run, tiny, refuse):
-    for words in ("method=random reference=none_such", "features=none_such", "K=201", "eps=0", "groups=0"):
+    for words in ("method=random reference=none_such", "features=none_such", "K=201", "sk_eps=0", "groups=0"):
         assert words.split("=")[-1] in refuse("self_label", tiny, f"run={run}", *words.split())
     assert "pool=none" in refuse("self_label", tiny, f"run={run}", "method=lost")

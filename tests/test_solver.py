@@ -1,5 +1,6 @@
 """Solvers, guidance and sampling against closed forms, torchdiffeq, and data whose exact flow is known."""
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ from train_diffusion import PATHS, Condition
 
 FIXED = list(TABLEAUS)
 ORDERS = dict(euler=1, midpoint=2, heun=2, rk4=4)
+
+
+def test_every_solver_is_known_and_tested():
+    assert set(typing.get_args(sample_ode.Solver)) == {*TABLEAUS, "dopri5"} and set(ORDERS) == set(TABLEAUS)
 EVERY_PATH = pytest.mark.parametrize("kind", ["cv", "vp"])
 y0 = torch.linspace(0.5, 2, 4, dtype=torch.float64)[:, None]                     # [B, 1]
 
@@ -299,7 +304,7 @@ def test_evaluations_are_counted(solver, calls):
         return flow(x, time)
     field = Field(net, flow.path, "v")
     _, n = integrate(field, z, None, solver, 5, 1e-3)
-    assert len(seen) == calls == n and field.images == sum(seen)
+    assert len(seen) == calls == n and field.calls == sum(seen)
 
 
 def test_adaptive_evaluations_are_counted():
@@ -310,7 +315,7 @@ def test_adaptive_evaluations_are_counted():
         return flow(x, time)
     field = Field(net, flow.path, "v")
     _, n = integrate(field, noise(), None, "dopri5", 1, 1e-4)
-    assert 16 * n == sum(seen) == field.images
+    assert 16 * n == sum(seen) == field.calls
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +375,7 @@ def test_one_doubled_batch_equals_two_calls():
     z, t, w, net = noise(), 0.4, 2.5, Labelled()
     field = labelled(net, PATHS["cv"], w)
     got = field.estimate(z, t, label16)
-    assert len(net.asked) == 1 and len(net.asked[0][1]) == 32 == field.images
+    assert len(net.asked) == 1 and len(net.asked[0][1]) == 32 == field.calls
     two = [labelled(Labelled(), PATHS["cv"]).estimate(z, t, k) for k in (label16, null16)]
     for g, cond, null in zip(got, *two):
         assert torch.allclose(g, null + w * (cond - null), atol=1e-6)
@@ -381,7 +386,7 @@ def test_network_calls_of_guidance(w, images):
     net = Labelled()
     field = labelled(net, PATHS["cv"], w)
     _, n = integrate(field, noise(), label16, "heun", 3, 1e-3)
-    assert field.images == 6 * images == sum(len(t) for t, _ in net.asked) and n == 6
+    assert field.calls == 6 * images == sum(len(t) for t, _ in net.asked) and n == 6
 
 
 @pytest.mark.parametrize("w", [0.0, 3.0])
@@ -393,11 +398,11 @@ def test_guidance_interval(w):
         same = labelled(Labelled(), PATHS["cv"], w if 0.29 < t < 0.71 else 1.0)
         for a, b in zip(part.estimate(z, t, label16), same.estimate(z, t, label16)):
             assert torch.equal(a, b)
-        assert part.images == same.images                 # outside, nothing is computed for nothing
+        assert part.calls == same.calls                 # outside, nothing is computed for nothing
     for kind in ("cv", "vp"):                             # 11 evaluations, of which those at 0.3 ... 0.7 are guided
         field = labelled(Labelled(), PATHS[kind], 3.0, (0.3, 0.7))
         integrate(field, z, label16, "euler", 10, 0)
-        assert field.images == 16 * (10 + 5)
+        assert field.calls == 16 * (10 + 5)
 
 
 def test_autoguidance():
@@ -407,7 +412,7 @@ def test_autoguidance():
         field = labelled(Labelled(), PATHS["cv"], w, weak=Labelled(0.7), weak_condition=LABELS)
         for g, a, b in zip(field.estimate(z, t, label16), main, weak):
             assert torch.allclose(g, b + w * (a - b), atol=1e-5)
-        assert field.images == 32 or w == 1               # at w = 1 the weak model may be left alone
+        assert field.calls == 32 or w == 1               # at w = 1 the weak model may be left alone
     early = labelled(Labelled(), PATHS["cv"], 2.5, (0.5, 1.0), weak=Labelled(0.7), weak_condition=LABELS).estimate(z,
         t, label16)
     assert torch.allclose(early[0], main[0], atol=1e-5)   # the interval holds for it too

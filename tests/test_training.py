@@ -142,9 +142,9 @@ def test_no_step_of_a_sampler_waits_for_the_gpu(path, solver, interval):
     assert x.shape == (4, 3, 32, 32) and x.is_meta
     evaluations = calls                                   # guided ones take two
     if interval[0] == 0:
-        assert field.images == 4 * evaluations * 2
+        assert field.calls == 4 * evaluations * 2
     else:
-        assert 4 * evaluations < field.images < 8 * evaluations
+        assert 4 * evaluations < field.calls < 8 * evaluations
 
 
 def test_lengths_for_many_more_images_are_pointed_out(tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_checkpoints_of_before_are_refused_with_advice(tmp_path):
     state = trained(make_run(tmp_path))
     (tmp_path / "old").mkdir()
     torch.save(state | dict(format=1), tmp_path / "old/checkpoint.pt")
-    with pytest.raises(cr.UserError, match="format 1, this code reads 2.*train again"):
+    with pytest.raises(cr.UserError, match="format 1, this code reads 3.*train again"):
         td.load_model(make_run(tmp_path), "old")
 
 
@@ -351,7 +351,7 @@ def test_checkpoints_say_which_labels_were_trained(tiny, run):
     inside("train_guided", tiny, f"run={run}", "labels=classes", "name=facts", "images=64")
     state = torch.load(run / "guided/facts/checkpoint.pt", weights_only=True)
     labels = np.load(run / "labels/classes.npz")["train"]
-    assert state["num_labels"] == 10 and "bank" not in state and state["labeller"] == {}
+    assert state["num_labels"] == 10 and "bank" not in state and state["conditioner"] == {}
     assert np.allclose(state["marginal"], np.bincount(labels, minlength=10) / len(labels))
     assert not [k for k in state["config"]["train_guided"] if k.startswith("sk_")]
     condition = td.load_condition(state, "cpu")
