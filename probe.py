@@ -54,7 +54,7 @@ from configs.run import (Data, Model, UserError, autocast, bar, check_name, cli,
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, build_model, diffuse, load_checkpoint, load_condition, load_model, say_network
 from extract_features import catalogue, label_free, matching, noise_level, reader, stream
-from self_label import assign, bounds, find_objects, iou, kmeans, largest_component, nmi
+from self_label import assign, bounds, filled, find_objects, iou, kmeans, largest_component, nmi
 
 
 @dataclass
@@ -1461,14 +1461,6 @@ def cka(run, cfg, source, train, test):
 # ---------------------------------------------------------------------------------------------------------------------
 # How samples keep to the layouts that they were asked for
 
-def filled(boxes, size):
-    """Pixels whose centre is in boxes [N, 4] (x0 y0 x1 y1, negative = none): bool [N, size, size]."""
-    centre = np.arange(size) + 0.5
-    x0, y0, x1, y1 = np.asarray(boxes, np.float32).T[:, :, None]                 # [N, 1] each
-    rows, columns = (centre >= y0) & (centre < y1), (centre >= x0) & (centre < x1)
-    return rows[:, :, None] & columns[:, None]
-
-
 def objects_of_shapes(images):
     """Where objects of `shapes` are in images [n, 3, H, W], bool [n, H, W]: they have more red than blue, by 92 on
     average, the ground has less, by 51."""
@@ -1508,9 +1500,9 @@ def layout(run, cfg, source, train, test):
     require(made["hash"] == state["weights"], cfg, "samples", f"were made by an earlier state of {cfg.checkpoint}")
     info = read_json(run.dir / "labels" / f"{state['label_file']}.json", "make the labels again")
     labelled, condition = info["recipe"], state.get("condition")
-    method = labelled["foreground"] if labelled["method"] == "masks" else labelled["method"]
+    method = labelled.get("foreground", labelled["method"])
     one_box = condition == "box" and labelled.get("objects", 1) == 1
-    drawn = made["recipe"].get("boxes") or method == "none"
+    drawn = made["recipe"].get("boxes") or method == "segments"
     require((one_box or condition == "mask") and not drawn, cfg, "samples",
             "were asked for something else than one box, or the objects' masks, of training images")
 

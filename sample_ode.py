@@ -260,13 +260,14 @@ def open_sampler(run, cfg, context=nullcontext):
 
 def drawn_layout(cfg, state, condition, device):
     """The condition that knows one layout, the `boxes` with their label, in place of those of the training images."""
-    from train_guided import draw_boxes
+    from self_label import filled
     require(state.get("condition") == "box", cfg, "boxes", f"{state['file']} was not trained with condition=box")
     null, label = int(condition.labels[-1]), cfg.boxes[0][-1]
     fits = all(len(b) == 5 and b[0] < b[2] and b[1] < b[3] and b[4] == label for b in cfg.boxes)
     require(fits and label in range(null), cfg, "boxes",
             f"expected [x0, y0, x1, y1, label] with x0 < x1, y0 < y1, and one label below {null} for all")
-    layout = torch.from_numpy(draw_boxes(np.array([cfg.boxes])[..., :4], condition.size))        # [1, H, W]
+    inside = filled(np.array(cfg.boxes)[:, :4], condition.size).any(0, keepdims=True)            # [1, H, W]
+    layout = torch.from_numpy(np.uint8(~inside))
     table = with_null(layout, condition.channels)
     return Condition("map", table, condition.channels, condition.size, torch.tensor([int(label), null])).to(device)
 

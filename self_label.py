@@ -16,8 +16,8 @@ kmeans      clusters of any size
 sinkhorn    clusters of equal size, by optimal transport (arXiv 1911.05371, 2006.09882)
 lost, ncut  objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.11539), and clusters of their regions.
             masks: 1 + number of the object, 0 = none
-masks       the objects that `foreground` finds; masks: 1 + cluster of the object, 0 = none. foreground=none: clusters
-            of the patches of all images; masks: segment of every pixel; image ids are clusters of mean features
+masks       the objects that `foreground` finds; masks: 1 + cluster of the object, 0 = none
+segments    clusters of all patches; masks: segment of every pixel; an image's id is the cluster of its mean feature
 file        ids that anything else found, for comparison: `ids`, one per training image
 controls    colours (k-means on mean and deviation of each channel), pixels (on images averaged to pool x pool),
             classes (ground truth), random (permuted labels of `reference`), subgroups (each class split at random)
@@ -54,8 +54,6 @@ class SelfLabel:
     K: int = key(100, "clusters", low=1)
     metric: Literal["cosine", "euclidean"] = key("cosine", "kmeans: spherical or plain")
     center: bool = key(True, "subtract the mean feature first")
-    pca: int = key(0, "keep this many principal components; 0 = all", low=0)
-    whiten: bool = key(False, "scale principal components to unit variance")
     iterations: int = key(30, "kmeans: at most", low=1)
     restarts: int = key(3, "kmeans: keep the best of so many starts", low=1)
     sk_eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
@@ -64,14 +62,13 @@ class SelfLabel:
     objects: int = key(1, "lost, ncut, masks: at most so many boxes per image", low=1, high=254)
     contrast: float = key(0.5, "lost, ncut, masks: share of the first object's distance to the rest (squared) that "
                                "further ones must reach", low=0, high=1)
-    tau: float = key(0.2, "ncut (also as foreground): patches of at least this cosine are joined", low=-1, high=1)
+    tau: float = key(0.2, "ncut (masks: as foreground): patches of at least this cosine are joined", low=-1, high=1)
     refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
     guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
     cells: int = key(4, "lost, ncut, masks: a region's features are read in so many cells a side", low=1)
-    foreground: Literal["lost", "ncut", "none"] = key("lost", "masks: what finds objects; none = cluster all patches")
-    segments: int = key(21, "masks with foreground=none: clusters of patches, background included", low=2, high=255)
-    smooth: float = key(0.3, "masks with foreground=none: weight of a patch's 3 x 3 neighbourhood", low=0, high=1)
-    by: Literal["kmeans", "sinkhorn"] = key("kmeans", "lost, ncut, masks: how regions and patches are clustered")
+    foreground: Literal["lost", "ncut"] = key("lost", "masks: what finds objects")
+    segments: int = key(21, "segments: clusters of patches, background included", low=2, high=255)
+    smooth: float = key(0.3, "segments: weight of a patch's 3 x 3 neighbourhood", low=0, high=1)
     pool: int = key(8, "pixels: images are averaged to so many pixels a side", low=1)
     ids: str = key("", "file: .npy of one whole number per training image, in their order")
     reference: str = key("kmeans", "random: whose marginal to keep")
@@ -424,6 +421,14 @@ def bounds(masks):
     return torch.where(masks.flatten(1).any(1)[:, None], box, -1.0)
 
 
+def filled(boxes, size):
+    """Pixels whose centre is in boxes [..., 4] (x0 y0 x1 y1, negative = none): bool [..., size, size]."""
+    centre = np.arange(size) + 0.5
+    x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes, np.float32), -1, 0)[..., None]                # [..., 1] each
+    rows, columns = (centre >= y0) & (centre < y1), (centre >= x0) & (centre < x1)
+    return rows[..., None] & columns[..., None, :]
+
+
 def region(x, boxes, grid, size, cells):
     """Features [n, D * cells^2] of x [n, P, D] in the middles of cells x cells cells of boxes [n, 4], bilinear.
 
@@ -503,31 +508,18 @@ def gathered(run, x):
 
 
 def centred(run, cfg, rows):
-    """What is clustered, of rows {split: float32 [n, D]} of this process: centred, perhaps projected, [n, d].
+    """Rows {split: float32 [n, D]} of this process, less the mean of all training rows.
 
-    Centring comes first: activations share a large direction, beside which differences between images hardly count.
+    Activations share a large direction, beside which differences between images hardly count.
     """
-    mean, projection = fit_projection(rows["train"], cfg.pca, cfg.whiten, run)
-    if cfg.center:
-        rows = {split: x - mean for split, x in rows.items()}
-    return rows if projection is None else {split: x @ projection for split, x in rows.items()}
+    if not cfg.center:
+        return rows
+    n = run.total(torch.tensor([len(rows["train"])]))
+    mean = (run.total(rows["train"].sum(0, dtype=torch.float64)) / n).float()
+    return {split: x - mean for split, x in rows.items()}
 
 
-def fit_projection(x, components, white, ranks=ALONE):
-    """Mean [D] of rows x [n, D] and, if asked for, their PCA projection [D, d]; white: to unit variances."""
-    n = ranks.total(torch.tensor([len(x)], dtype=torch.float64))
-    mean = ranks.total(x.sum(0, dtype=torch.float64)) / n
-    if not components and not white:
-        return mean.float(), None
-    outer = ranks.total(sum(part.T @ part for part in map(torch.Tensor.double, x.split(8192))))
-    e, u = torch.linalg.eigh(outer / n - mean[:, None] * mean)
-    keep = (e > 1e-9 * e[-1]).nonzero().flatten().flip(0)[:components or None]   # largest first, but no flat directions
-    sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()                   # eigenvectors have none of their own
-    u = (u * sign)[:, keep]
-    return mean.float(), (u / e[keep].sqrt() if white else u).float()
-
-
-def fit_clusters(run, cfg, x, by, K):
+def fit_clusters(run, cfg, x, K):
     """K clusters of rows [N, d], of which every process has its share, by k-means or Sinkhorn-Knopp.
 
     Returns ((centroids [K, d], metric, offset [K]) for `assign`, arrays for the label file, facts for it).
@@ -535,7 +527,7 @@ def fit_clusters(run, cfg, x, by, K):
     if run.device.type == "cuda" and 2 * x.nbytes < torch.cuda.mem_get_info(run.device)[0]:
         x = x.to(run.device)                              # once over the bus, not in every pass
     how = dict(seed=cfg.seed, device=run.device, ranks=run)
-    if by == "sinkhorn":
+    if cfg.method == "sinkhorn":
         c, g, facts = sinkhorn_cluster(x, K, eps=cfg.sk_eps, iterations=cfg.sk_iterations, rounds=cfg.rounds, **how)
         return (c, "cosine", cfg.sk_eps * g), dict(centroids=c.cpu().numpy(), potentials=g.cpu().numpy()), facts
     c, inertia, facts = kmeans(x, K, metric=cfg.metric, iterations=cfg.iterations, restarts=cfg.restarts, **how)
@@ -556,10 +548,10 @@ class Labels:
     scores: dict = dataclasses.field(default_factory=dict)                       # monitors besides those of the ids
 
 
-def cluster(run, cfg, rows, by):
+def cluster(run, cfg, rows):
     """Labels of rows {split: float32 [n, D]} of this process: their clusters."""
     rows = centred(run, cfg, rows)
-    clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], by, cfg.K)
+    clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], cfg.K)
     found = {split: [gathered(run, v) for v in assign(x, *clusters)] for split, x in rows.items()}
     ids = {split: ids for split, (ids, _) in found.items()}
     return Labels(ids, len(clusters[0]), found["train"][1], arrays, facts)
@@ -571,7 +563,7 @@ def cluster_features(run, cfg, data):
     for split, d in data.items():
         read, _ = open_features(run, cfg.features, split)
         rows[split] = read(run.share(len(d))).flatten(0, 1)
-    return cluster(run, cfg, rows, cfg.method)
+    return cluster(run, cfg, rows)
 
 
 def cluster_images(run, cfg, data, numbers):
@@ -580,7 +572,7 @@ def cluster_images(run, cfg, data, numbers):
     for split, d in data.items():
         parts = [numbers(torch.from_numpy(d.images[part]).float() / 255) for part in index_chunks(run, len(d), 1024)]
         rows[split] = torch.cat(parts)
-    return cluster(run, cfg, rows, "kmeans")
+    return cluster(run, cfg, rows)
 
 
 def colours(run, cfg, data):
@@ -621,7 +613,7 @@ def label_objects(run, cfg, data):
     layouts, regions = {}, {}
     for split, d in data.items():
         layouts[split], regions[split], about = search(run, cfg, split, d.images)
-    out = cluster(run, cfg, regions, cfg.by)
+    out = cluster(run, cfg, regions)
     out.about |= about
     _, number = layouts["train"][2].nonzero()             # of each region, the object's
     out.typical = out.typical[number == 0]
@@ -645,15 +637,15 @@ def of_clusters(masks, ids):
 
 
 def label_segments(run, cfg, data):
-    """masks with foreground=none: clusters of the patches of all images; an image bears the cluster of its mean."""
+    """segments: clusters of the patches of all images; an image bears the cluster of its mean."""
     patches, means = {}, {}
     for split, d in data.items():
         read, about = open_features(run, cfg.features, split, dense=True)
         x = read(run.share(len(d)))                       # [n, P, D]
         patches[split], means[split] = x.flatten(0, 1), x.mean(1)
     patches = centred(run, cfg, patches)
-    clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.by, cfg.segments)
-    out = cluster(run, cfg, means, cfg.by)
+    clusters, arrays, facts = fit_clusters(run, cfg, patches["train"], cfg.segments)
+    out = cluster(run, cfg, means)
     out.arrays |= {f"segment_{k}": a for k, a in arrays.items()}
     out.about |= about | dict(segments=cfg.segments, patches=facts)
     grid, size = about["grid"], data["train"].images.shape[2:]
@@ -665,11 +657,6 @@ def label_segments(run, cfg, data):
         out.arrays[f"masks_{split}"] = masks
         out.scores |= score_layouts(split, d, masks)
     return out
-
-
-def label_masks(run, cfg, data):
-    """masks: of objects, or of all patches."""
-    return (label_segments if cfg.foreground == "none" else label_objects)(run, cfg, data)
 
 
 def ids_in_file(cfg, data):
@@ -713,15 +700,16 @@ def permuted(run, cfg, data):
     return Labels({split: reference[split][order[split]] for split in data}, info["num_labels"], arrays=arrays)
 
 
-ROWS = "K center pca whiten seed"
+ROWS = "K center seed"
 KMEANS = f"{ROWS} metric iterations restarts"
-OBJECTS = f"features by {ROWS} objects contrast refine guide cells"
+OBJECTS = f"features {KMEANS} objects contrast refine guide cells"
 METHODS = {                                               # name: (function, the settings that it reads)
     "kmeans": (cluster_features, f"features {KMEANS}"),
     "sinkhorn": (cluster_features, f"features {ROWS} sk_eps sk_iterations rounds"),
     "lost": (label_objects, OBJECTS),
     "ncut": (label_objects, f"{OBJECTS} tau"),
-    "masks": (label_masks, f"features by {ROWS} foreground"),
+    "masks": (label_objects, f"{OBJECTS} foreground tau"),
+    "segments": (label_segments, f"features {KMEANS} segments smooth"),
     "file": (from_file, "ids"),
     "colours": (colours, KMEANS),
     "pixels": (pixels, f"{KMEANS} pool"),
@@ -729,17 +717,6 @@ METHODS = {                                               # name: (function, the
     "random": (permuted, "reference seed"),
     "subgroups": (subgroups, "groups seed"),
 }
-
-
-def settings_of(cfg):
-    """The names of the settings that this method reads: also those of the methods that `by` and `foreground` name."""
-    names = METHODS[cfg.method][1].split()
-    further = [getattr(cfg, k) for k in ("by", "foreground") if k in names]
-    if "none" in further:
-        names += ["segments", "smooth"]
-    for method in (m for m in further if m in METHODS):
-        names += METHODS[method][1].split()
-    return list(dict.fromkeys(names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -904,7 +881,7 @@ def are_made(run, path, recipe):
 
 def recipe_of(run, cfg, data):
     """(what decides the labels: method, its settings, data, features, reference; where features come from, or {})."""
-    names, about = settings_of(cfg), {}
+    names, about = METHODS[cfg.method][1].split(), {}
     recipe = {k: getattr(cfg, k) for k in ["method", *names]}
     recipe["data"] = {split: d.info["fingerprint"] for split, d in data.items()}
     if "features" in names:

@@ -924,10 +924,6 @@ class Batch:
     spare_z: torch.Tensor                                 # [b, noises, C, H, W]: for the labeller
     seen: int                                             # images before this update
 
-    def every(self, n):
-        """Every n-th image."""
-        return dataclasses.replace(self, **{k: v[::n] for k, v in vars(self).items() if torch.is_tensor(v)})
-
 
 def image_order(seed, purpose, seen, n):
     """Endless dataset rows from image number `seen` on: every epoch a permutation by (seed, purpose, epoch)."""

@@ -39,8 +39,7 @@ from configs.run import (ALONE, Model, UserError, atomic, autocast, check_name, 
 from train_diffusion import (PATHS, Condition, Conditioner, GivenLabels, Training, build_model, check_training, diffuse,
                              fit, load_checkpoint, new_state, save_checkpoint, say_training, ten_of_each, with_null)
 from extract_features import matching, reader, stream
-from self_label import (Labels, assign, in_blocks, nmi, potentials, save_labels, score_labels, sinkhorn,
-                        size_entropy)
+from self_label import Labels, assign, filled, nmi, potentials, save_labels, score_labels, sinkhorn, size_entropy
 
 
 @dataclass
@@ -65,7 +64,6 @@ class TrainGuided(Training):
     sk_ramp: int = key(20_000, "images over which the weight rises", low=0)
     sk_freeze: int = key(5_000, "images before prototypes move", low=0)
     sk_until: int = key(0, "images after which every training image keeps its label; 0 = labels move to the end", low=0)
-    sk_share: float = key(0.25, "share of each batch that takes part in the Sinkhorn loss", above=0, high=1)
     sk_queue: int = key(1_024, "earlier features that help to balance; 0 = none. As long are means remembered", low=0)
     sk_eps: float = key(0.05, "entropic regularisation of the targets", above=0)
     sk_iterations: int = key(3, "Sinkhorn iterations", low=1)
@@ -93,7 +91,7 @@ def given_labels(run, cfg, data):
         by_row, known = Condition("vector", with_null(torch.from_numpy(sets), 0)), dict(vector_dim=K)
         facts["layout_hash"] = digest(sets)
     else:
-        maps, channels = layout_maps(run, cfg, labels, info, "train")
+        maps, channels = layout_maps(run, cfg, labels, info, data)
         by_row = Condition("map", with_null(torch.from_numpy(maps), channels), channels, data.images.shape[2], table)
         known, facts["layout_hash"] = dict(num_labels=K, layout_channels=channels), digest(maps)
     by_id = by_row.bank(cfg.seed)
@@ -117,37 +115,26 @@ def label_sets(labels, K, name):
     return sets[:, :K]
 
 
-def draw_boxes(boxes, size):
-    """Boxes [N, objects, 4] (x0 y0 x1 y1 in pixels, < 0: none) as maps uint8 [N, size, size]: 0 inside, 1 = null."""
-    at = np.arange(size) + 0.5                            # pixel centres
-    outside = np.ones((len(boxes), size, size), np.uint8)
-    for box in np.asarray(boxes, np.float32).transpose(1, 2, 0):                 # [4, N]
-        x0, y0, x1, y1 = box[..., None]
-        rows, columns = (at >= y0) & (at < y1), (at >= x0) & (at < x1)           # [N, size]
-        outside[rows[:, :, None] & columns[:, None]] = 0
-    return outside
-
-
-def layout_maps(run, cfg, labels, info, split, channels=0):
+def layout_maps(run, cfg, labels, info, data):
     """(maps uint8 [N, H, W], their channels) of the label file's boxes or masks; of method=classes the ground truth's.
 
-    Of masks 0 is no object, a channel of its own. channels: how many, where a model was trained with some.
+    Of boxes 0 is inside, 1 = null outside; of masks 0 is no object, a channel of its own.
     """
     require(not run.data.latents, cfg, "condition", "boxes and masks are drawn on pixels; with data.latents use label")
-    data, kind = load_data(run, split), {"box": "boxes", "mask": "masks"}[cfg.condition]
+    kind = {"box": "boxes", "mask": "masks"}[cfg.condition]
     truth = info.get("recipe", {}).get("method") == "classes"
-    found = labels.get(f"{kind}_{split}", getattr(data, kind) if truth else None)
+    found = labels.get(f"{kind}_train", getattr(data, kind) if truth else None)
     if found is None:
-        raise UserError(f"condition={cfg.condition}: labels/{cfg.labels}.npz has no {kind} of the {split} images; make "
-                        "them with self_label.py")
-    size = data.images.shape[2]
+        raise UserError(f"condition={cfg.condition}: labels/{cfg.labels}.npz has no {kind} of the training images; "
+                        "make them with self_label.py")
     if cfg.condition == "box":
-        return draw_boxes(np.asarray(found).reshape(len(found), -1, 4), size), 1
-    zoom = size // found.shape[1]
-    masks = np.asarray(found).astype(np.uint8).repeat(zoom, 1).repeat(zoom, 2)
+        boxes = np.reshape(found, (len(found), -1, 4)).swapaxes(0, 1)            # [objects, N, 4]
+        inside = sum(filled(one, data.images.shape[2]) for one in boxes) > 0
+        return np.uint8(~inside), 1
+    masks = np.array(found, np.uint8)
     void = (masks == 255) & truth
-    channels = channels or max(int(masks[~void].max(initial=0)) + 1, 2)
-    masks[void | (masks >= channels)] = channels          # void, or an id that no training image has: nothing there
+    channels = max(int(masks[~void].max(initial=0)) + 1, 2)
+    masks[void] = channels                                # nothing there
     return masks, channels
 
 
@@ -209,9 +196,8 @@ class Labeller(Conditioner):
     Standardised features pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
     has one label, or with condition=patch one for each of P patches; otherwise P = 1.
 
-    Sizes: b images of this process, of which the teacher reads m: all, or while no label is needed those in the loss; n
-    rows in the loss; D channels of the feature; d = sk_dim. stride: one image of so many is in the loss (1 where the
-    others were left out before); update: running number of the update.
+    Sizes: b images of this process; n rows in the loss; D channels of the feature; d = sk_dim. update: running number
+    of the update.
     """
     spare = 1, 2                                          # the student's time; noises of the teacher, of the student
     WATCHED = 2048                                        # images whose labels the log follows
@@ -257,48 +243,37 @@ class Labeller(Conditioner):
         tell these labels.
         """
         cfg, update = self.cfg, batch.seen // self.cfg.batch
-        guided = cfg.condition != "none" and batch.seen >= cfg.switch
-        stride = round(1 / cfg.sk_share)                  # one image of so many is in the loss
-        in_loss = batch.every(stride)
         if 0 < cfg.sk_until <= batch.seen:
             labels = self.settled_labels(ema, labeller_ema, batch)               # [b P]
-            targets = F.one_hot(self.loss_rows(labels, stride, update), cfg.K).float()          # [n, K]
+            targets = F.one_hot(self.loss_rows(labels, update), cfg.K).float()   # [n, K]
         else:
-            every = stride if guided else 1               # before `switch` only what is in the loss is read
-            h = self.teacher_pass(ema, labeller_ema, batch if guided else in_loss, every, update)
-            targets, labels = self.balance(labeller_ema, h, every, update)       # [n, K], [m P]
-            if not guided:                                # the network is told no label yet
-                labels = labels.new_zeros(len(batch.x) * self.patches)
-        loss = self.student_loss(net, in_loss, targets, update)
+            h = self.teacher_pass(ema, labeller_ema, batch, update)              # [b P, d]
+            targets, labels = self.balance(labeller_ema, h, update)
+        loss = self.student_loss(net, batch, targets, update)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
-        drop = batch.coin < (cfg.drop if guided else 1.0)
+        drop = batch.coin < (cfg.drop if batch.seen >= cfg.switch else 1.0)
         return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, drop)
 
-    def teacher_pass(self, ema, labeller_ema, batch, stride, update):
-        """Unit vectors h [m P, d] of images, by the averages; no condition, so that labels never explain themselves.
+    def teacher_pass(self, ema, labeller_ema, batch, update):
+        """Unit vectors h [b P, d] of images, by the averages; no condition, so that labels never explain themselves.
 
         Rows in the loss move the running mean and deviation of features.
         """
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
-        self.standardised.learn(self.loss_rows(f, stride, update), update, self.ranks)
+        self.standardised.learn(self.loss_rows(f, update), update, self.ranks)
         labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # `embed` reads them
         with torch.no_grad():
             return labeller_ema.embed(f)
 
     @torch.no_grad()
-    def balance(self, labeller_ema, h, stride, update):
-        """(targets [n, K] of the rows in the loss, labels int64 [m P] of all), balanced together with the queue."""
-        cfg, ranks = self.cfg, self.ranks
-        h_loss, scores = self.loss_rows(h, stride, update), labeller_ema.scores(h)              # [n, d], [m P, K]
-        past = labeller_ema.scores(self.queue.filled(len(h_loss), update, ranks))
-        # targets: soft, of the rows in the loss, balanced among these (perhaps all) and the queue
-        balanced = torch.cat([self.loss_rows(scores, stride, update), past])
-        q = sinkhorn(balanced, cfg.sk_eps, cfg.sk_iterations, ranks)[:len(h_loss)]
-        # labels: hard, of all rows, since every image needs a condition, balanced among all of them and the queue
-        g = potentials(in_blocks(torch.cat([scores, past])), cfg.sk_eps, cfg.sk_iterations, ranks)
-        self.queue.add(h_loss, update, ranks)
-        return q, (scores / cfg.sk_eps - g).argmax(1)
+    def balance(self, labeller_ema, h, update):
+        """(soft targets [n, K] of the rows in the loss, hard labels int64 [b P] of all), balanced with the queue."""
+        cfg, mine = self.cfg, self.loss_rows(h, update)
+        rows = torch.cat([h, self.queue.filled(len(mine), update, self.ranks)])
+        q = sinkhorn(labeller_ema.scores(rows), cfg.sk_eps, cfg.sk_iterations, self.ranks)[:len(h)]
+        self.queue.add(mine, update, self.ranks)
+        return self.loss_rows(q, update), q.argmax(1)
 
     def student_loss(self, net, batch, targets, update):
         """Cross entropy between targets [n, K] and the trained network's prediction, under other noise."""
@@ -307,7 +282,7 @@ class Labeller(Conditioner):
         t = low + (high - low) * batch.spare_u[:, 0]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), self.context():
             f = self.feature(net, batch.x, batch.spare_z[:, 1], t)
-        h = self.embed(self.loss_rows(f, 1, update))
+        h = self.embed(self.loss_rows(f, update))
         fixed = batch.seen < cfg.sk_freeze or self.settled is not None           # prototypes of settled labels stay
         prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
         logp = F.log_softmax(h @ prototypes.T / cfg.sk_temperature, 1)
@@ -334,11 +309,10 @@ class Labeller(Conditioner):
         """Cosines with the prototypes, [n, K]."""
         return h @ F.normalize(self.prototypes, dim=1).T
 
-    def loss_rows(self, rows, stride, update):
-        """Those of rows [m P, ...] in the loss: of every stride-th image a few patches, other ones at each update."""
+    def loss_rows(self, rows, update):
+        """Those of rows [b P, ...] in the loss: a few patches of every image, other ones at each update."""
         even = torch.linspace(0, self.patches - 1, min(self.PATCHES, self.patches), device=rows.device).long()
-        patches = (even + 7 * update) % self.patches
-        return rows.unflatten(0, (-1, self.patches))[::stride][:, patches].flatten(0, 1)
+        return rows.unflatten(0, (-1, self.patches))[:, (even + 7 * update) % self.patches].flatten(0, 1)
 
     def settled_labels(self, ema, labeller_ema, batch):
         """The labels [b P] that images keep, found now if they are not yet; maps are mirrored with their images."""
@@ -458,9 +432,6 @@ def check_online(run, cfg):
             "boxes, masks and sets come from a label file")
     require(not cfg.recompute or cfg.sk_grad == "head", cfg, "recompute sk_grad",
             "features with gradients stop inside the network: use recompute=false")
-    share, stride = cfg.batch // run.world, round(1 / cfg.sk_share)
-    require(share % stride == 0 and abs(stride * cfg.sk_share - 1) < 0.01, cfg, "sk_share",
-            f"must be 1 / n with n a divisor of the {share} images per process and update")
     require(cfg.condition == "none" or cfg.switch < cfg.images, cfg, "switch images",
             "labels would never be used: switch comes before images, or condition=none")
     require(not cfg.sk_until or cfg.sk_freeze < cfg.sk_until < cfg.images, cfg, "sk_until sk_freeze images",

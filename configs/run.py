@@ -577,10 +577,10 @@ def seed_of(seed, purpose, index=0):
 
 
 @contextmanager
-def seeded(seed, purpose, index=0):
+def seeded(seed, purpose):
     """Constructors of modules know only the global generator of the CPU: lend it to them."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, purpose, index))
+        torch.manual_seed(seed_of(seed, purpose))
         yield
 
 

@@ -22,6 +22,7 @@ from configs.run import ALONE, Data
 from configs.shapes import draw_shapes, shape_parts
 from probe import (LinearMap, PixelMlps, Probe, Source, UPer, box_overlap, coco_ap, confusion_matrix, fit_head, hsic,
                    instances, mask_overlap, matches, mean_iou, pck, pick_points, similarity, warped_pairs, warps)
+from self_label import filled
 from train_diffusion import Condition
 
 noise = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -335,7 +336,7 @@ def test_layout_of_the_truth_and_of_others(kind):
     images, _, boxes, masks = draw_shapes(4, np.arange(50), two=0)
     asked, exact = masks > 0, probe.objects_of_shapes(images)
     if kind == "box":
-        asked, exact = probe.filled(boxes, 32), probe.in_boxes(exact)
+        asked, exact = filled(boxes, 32), probe.in_boxes(exact)
     assert probe.overlap_of(asked, exact).mean() > 0.93
     assert probe.overlap_of(np.roll(asked, 1, 0), exact).mean() < (0.65 if kind == "box" else 0.5)
     asked[:25] = False                                    # nothing asked for, where something is
@@ -370,7 +371,7 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     """Training images as samples of a model whose bank holds their true boxes: nothing else decides the scores."""
     images, boxes = (np.load(lost / f"data/train/{k}.npy")[:60] for k in ("images", "boxes"))
     state = torch.load(lost / "diffusion/base/checkpoint.pt", weights_only=True)
-    maps = np.concatenate([1 - probe.filled(boxes, 32), np.ones((1, 32, 32))]).astype(np.uint8)
+    maps = np.concatenate([1 - filled(boxes, 32), np.ones((1, 32, 32))]).astype(np.uint8)
     words, layout = [tiny, f"run={lost}", "protocol=layout"], {}
     for labels in ("lost", "classes"):
         (lost / f"guided/{labels}").mkdir(parents=True)
@@ -494,7 +495,7 @@ def test_bad_transfer(refuse, tiny, run, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["protocol=segment", "head=mlp"], "segment takes"), (["protocol=head", "head=uper"], "head takes"),
+    (["protocol=segment", "head=mlp"], "known: linear, uper"), (["protocol=head", "head=uper"], "known: linear, mlp"),
     (["protocol=detect", "t=0.5,0.8"], "one time"), (["protocol=detect", "lr=1e-3,1e-2"], "one of each"),
     (["protocol=cka", "grid=0"], "grid=0")])
 def test_bad_input(refuse, tiny, run, words, said):

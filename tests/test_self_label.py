@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import self_label
 from configs.run import Processes, UserError, locked
 from configs.shapes import draw_shapes
-from self_label import (assign, fit_projection, hungarian_accuracy, kmeans, nmi, sinkhorn, sinkhorn_cluster,
+from self_label import (assign, hungarian_accuracy, kmeans, nmi, sinkhorn, sinkhorn_cluster,
                         balanced_sums, size_entropy)
 
 
@@ -171,10 +171,11 @@ def ranks_job(rank, world, path, out):
     repaired = kmeans(mine, 8, metric="euclidean", start=far_start(x), ranks=ranks)
     prototypes, g, _ = sinkhorn_cluster(mine, 8, rounds=3, ranks=ranks)
     q = sinkhorn(s[ranks.share(len(s))], 0.05, 5, ranks)
-    mean, projection = fit_projection(mine, 3, True, ranks)
+    cfg = self_label.SelfLabel(center=True)
+    rest = self_label.centred(ranks, cfg, dict(train=mine, test=x[:9]))["test"]
     by_myself = kmeans(blobs(200)[0], 8, seed=1)[1] if rank == 0 else 0          # without ranks nobody waits
-    torch.save(dict(c=c, inertia=inertia, repaired=repaired[1], prototypes=prototypes, g=g, q=q, mean=mean,
-                    projection=projection, by_myself=by_myself), f"{out}.{rank}")
+    torch.save(dict(c=c, inertia=inertia, repaired=repaired[1], prototypes=prototypes, g=g, q=q, rest=rest,
+                    by_myself=by_myself), f"{out}.{rank}")
     dist.destroy_process_group()
 
 
@@ -182,7 +183,7 @@ def test_two_processes_equal_one(tmp_path):
     mp.start_processes(ranks_job, (2, tmp_path / "meet", tmp_path / "out"), 2, start_method="fork")
     ranks_job(0, 1, tmp_path / "alone", tmp_path / "single")
     a, b, one = (torch.load(tmp_path / f) for f in ("out.0", "out.1", "single.0"))
-    for k in ("c", "prototypes", "g", "mean", "projection"):
+    for k in ("c", "prototypes", "g", "rest"):
         assert torch.equal(a[k], b[k]) and torch.allclose(a[k], one[k], atol=1e-3), k
     assert a["inertia"] == b["inertia"] == pytest.approx(one["inertia"], rel=1e-4)
     assert a["repaired"] == pytest.approx(one["repaired"], rel=0.05)
@@ -191,22 +192,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Projection and scores
-
-def test_whitening():
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(3000, 10, generator=g) @ torch.randn(10, 10, generator=g) + 5
-    x = torch.cat([x, x[:, :1] * 2], 1)                   # a column that adds no dimension
-    mean, p = fit_projection(x, 0, True)
-    z = (x - mean) @ p
-    assert p.shape == (11, 10) and torch.allclose(torch.cov(z.T), torch.eye(10), atol=5e-3)
-    assert z.mean(0).abs().max() < 1e-3
-    _, p = fit_projection(x, 3, False)
-    assert torch.allclose(p.T @ p, torch.eye(3), atol=1e-5)
-    top = torch.linalg.svdvals((x - x.mean(0)).double())[:3] ** 2 / len(x)
-    assert torch.allclose(((x - mean) @ p).double().var(0, correction=0), top, rtol=1e-4)
-    assert fit_projection(x, 0, False)[1] is None
-
+# Scores
 
 def labelings():
     """Pairs of labels and classes: unrelated, related, equal, constant, all different, tiny."""
@@ -287,8 +273,8 @@ def run(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["kmeans", "sinkhorn"])
 def test_clusters_of_features(run, tiny, monkeypatch, capsys, method):
-    out, info = label(run, tiny, monkeypatch, f"method={method}", "K=10", "restarts=3", "pca=8")
-    assert out["train"].shape == (200,) and out["test"].shape == (80,) and out["centroids"].shape == (10, 8)
+    out, info = label(run, tiny, monkeypatch, f"method={method}", "K=10", "restarts=3")
+    assert out["train"].shape == (200,) and out["test"].shape == (80,) and out["centroids"].shape == (10, 12)
     assert info["scores"]["nmi"] > 0.85 and info["scores"]["test_nmi"] > 0.8, info["scores"]
     assert "note" not in capsys.readouterr().out
     assert ("potentials" in out) == (method == "sinkhorn") and info["features"]["hash"] == "x"
@@ -358,17 +344,6 @@ def test_recipes_hold_what_their_method_used(run, tiny, monkeypatch, capsys, ref
     label(run, tiny, monkeypatch, "method=kmeans", "K=40", "name=many")
     assert "fewer than 3 images, and all 5.0 on average" in capsys.readouterr().out
     assert "K=4, now 5" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "K=5", "name=recipe")
-
-
-@pytest.mark.parametrize("given, read, unread", [
-    (dict(method="lost"), "restarts objects cells", "tau eps segments pool"),
-    (dict(method="ncut", by="sinkhorn"), "tau sk_eps", "restarts metric segments"),
-    (dict(method="masks"), "objects foreground restarts", "tau eps segments"),
-    (dict(method="masks", foreground="none", by="sinkhorn"), "segments smooth sk_eps features",
-     "objects tau restarts")])
-def test_settings_that_a_method_reads(given, read, unread):
-    names = set(self_label.settings_of(self_label.SelfLabel(**given)))
-    assert set(read.split()) <= names and not set(unread.split()) & names
 
 
 def test_files_that_do_not_belong_together(run, tiny, monkeypatch, refuse):

@@ -279,7 +279,7 @@ def run(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", [("method=ncut", "features=two", "objects=2"),
-                                   ("method=lost", "features=grid", "by=sinkhorn")])
+                                   ("method=lost", "features=grid")])
 def test_boxes(run, tiny, monkeypatch, words):
     out, info = label(run, tiny, monkeypatch, *words, "K=10", "restarts=3")
     objects = 1 + ("objects=2" in words)
@@ -330,8 +330,8 @@ def test_masks_bear_the_cluster_of_their_object(run, tiny, monkeypatch):
 
 
 def test_segments_of_all_patches(run, tiny, monkeypatch):
-    words = ("method=masks", "foreground=none", "features=two", "segments=16", "metric=euclidean", "restarts=3")
-    out, info = label(run, tiny, monkeypatch, *words, "name=segments")
+    words = ("method=segments", "features=two", "segments=16", "metric=euclidean", "restarts=3")
+    out, info = label(run, tiny, monkeypatch, *words)
     assert out["masks_test"].shape == (120, 32, 32) and out["masks_test"].dtype == np.uint8 and out["train"].max() < 6
     assert out["segment_centroids"].shape == (16, 48) and "boxes_train" not in out
     assert info["scores"]["miou"] > 0.5 and info["scores"]["test_pixel_accuracy"] > 0.6, info["scores"]
