@@ -69,7 +69,7 @@ class ExtractFeatures:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readers: what the output (or the inputs) of a hooked module say, as a map [B, C, H, W]
+# Readers: what the inputs or the output of a hooked module say, as a map [B, C, H, W]
 
 def as_map(out):
     """A module's output (the first of several) as a map [B, C, H, W]; None if it is nothing of that kind.
@@ -91,22 +91,22 @@ def as_map(out):
     return out[:, -side ** 2:].transpose(1, 2).unflatten(2, (side, side))
 
 
-def output_map(net, block, output, inputs):
+def output_map(net, block, inputs, output):
     """What a module returns."""
     return as_map(output)
 
 
-def input_map(net, block, output, inputs):
+def input_map(net, block, inputs, output):
     """What a module is given."""
     return as_map(inputs[0])
 
 
-def channels_first(net, block, output, inputs):
+def channels_first(net, block, inputs, output):
     """What a Conv1d over positions returns, [B, C, L]."""
     return as_map(output.transpose(1, 2))
 
 
-def unet_skip(net, block, output, inputs):
+def unet_skip(net, block, inputs, output):
     """Of what a block of the way up is given, [from below, skip], the second part. How many channels come from below is
     what the block before puts out: attention and upsampling keep the number."""
     blocks = [net.middle_block[-1], *(layers[0] for layers in net.output_blocks)]
@@ -114,7 +114,7 @@ def unet_skip(net, block, output, inputs):
     return inputs[0][:, below.out_layers[-1].out_channels:]
 
 
-def of_qkv(net, block, output, inputs, what):
+def of_qkv(net, block, inputs, output, what):
     """Queries, keys or values of all heads side by side, or what each position looks at, of a qkv layer's output.
 
     map: [B, heads L, H, W] for L keys, those of extra tokens among them; over L it sums to one.
@@ -197,7 +197,7 @@ def parts(net):
 
 
 def catalogue(net):
-    """Ordered dict: name -> (module to hook, function from its output and inputs to a map [B, C, H, W])."""
+    """Ordered dict: name -> (module to hook, function from its inputs and output to a map [B, C, H, W])."""
     if isinstance(net, Foreign):
         return net.found
     if isinstance(net, UNet):
@@ -252,7 +252,7 @@ def tapped(net, names, stop=False, then=lambda x: x):
 
     def hook(name, pick):
         def take(module, inputs, output):
-            got[name] = then(pick(output, inputs))
+            got[name] = then(pick(inputs, output))
             if stop and name == names[-1]:
                 raise Enough
         return take

@@ -793,15 +793,15 @@ class PixelMlps(nn.Module):
 # What there is to choose from: a head is a class and an entry here
 
 HEADS = {                                                 # (protocol, name): from what `build_head` knows to the head
-    ("head", "linear"): lambda m: PooledHead(m.every, m.classes, m.grid),
-    ("head", "mlp"): lambda m: PooledHead(m.every, m.classes, m.grid, 512),
+    ("head", "linear"): lambda m: PooledHead(m.all_shapes, m.classes, m.grid),
+    ("head", "mlp"): lambda m: PooledHead(m.all_shapes, m.classes, m.grid, 512),
     ("head", "cnn"): lambda m: Cnn(m.shapes[0][0], m.classes, m.width),
     ("head", "attention"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
     ("head", "difformer"): lambda m: DifFormer(m.shapes, m.times, m.classes, m.width, m.depth),
-    ("head", "diffeed"): lambda m: DifFeed(m.source, m.shapes, m.named, m.classes, m.width, m.depth),
-    ("segment", "linear"): lambda m: LinearMap(m.every, m.classes, m.size),
+    ("head", "diffeed"): lambda m: DifFeed(m.source, m.shapes, m.feedback, m.classes, m.width, m.depth),
+    ("segment", "linear"): lambda m: LinearMap(m.all_shapes, m.classes, m.size),
     ("segment", "uper"): lambda m: UPer(m.shapes, m.times, m.classes, m.size, m.width),
-    ("segment", "ensemble"): lambda m: PixelMlps(m.every, m.classes, m.size),
+    ("segment", "ensemble"): lambda m: PixelMlps(m.all_shapes, m.classes, m.size),
 }
 
 
@@ -817,8 +817,8 @@ def build_head(cfg, source, images, classes, seed):
     shapes = shapes_of(source, x)
     known = SimpleNamespace(
         source=source, size=x.shape[2], times=times, shapes=shapes,              # of the maps at one time
-        every=times * shapes,                             # of those at all times, one after the other
-        named=shapes_of(replace(source, head=""), x)[0],  # in place of what feedback reads
+        all_shapes=times * shapes,                        # of those at all times, one after the other
+        feedback=shapes_of(replace(source, head=""), x)[0],                      # in place of what feedback reads
         classes=classes, width=cfg.width, depth=cfg.depth,
         grid=cfg.grid if source.net else x.shape[2])      # of pixels linear and MLP see all
     with seeded(seed, "head"):

@@ -393,10 +393,10 @@ class UNet(Conditional):
         self.input_blocks = nn.ModuleList([Layers(first)])
         self.output_blocks = nn.ModuleList()
         skips = [c]
-        for level, m in enumerate(widths):
+        for level, c_out in enumerate(widths):
             for _ in range(blocks):
-                self.input_blocks.append(Layers(block(c, m)))
-                c = m
+                self.input_blocks.append(Layers(block(c, c_out)))
+                c = c_out
                 if size in attention:
                     self.input_blocks[-1].append(attend(c))
                 skips.append(c)
@@ -405,10 +405,10 @@ class UNet(Conditional):
                 skips.append(c)
                 size //= 2
         self.middle_block = Layers(block(c, c), attend(c), block(c, c))
-        for level, m in reversed(list(enumerate(widths))):
+        for level, c_out in reversed(list(enumerate(widths))):
             for i in range(blocks + 1):
-                self.output_blocks.append(Layers(block(c + skips.pop(), m)))
-                c = m
+                self.output_blocks.append(Layers(block(c + skips.pop(), c_out)))
+                c = c_out
                 if size in attention:
                     self.output_blocks[-1].append(attend(c))
                 if level and i == blocks:
@@ -556,8 +556,8 @@ def check_model(model, size):
     sizes = [size // model.stem >> level for level in range(len(model.mult))]
     require(set(sizes).issuperset(model.attention), model, "attention", f"the levels have maps of size {sizes}")
     for m, side in zip(model.mult, sizes):
-        c, wide = int(m * model.channels), model.head_channels
-        fits = c % (wide or model.heads) == 0 or c < wide                        # below: one head
+        c, per_head = int(m * model.channels), model.head_channels
+        fits = c % (per_head or model.heads) == 0 or c < per_head                # below: one head
         attends = side in model.attention or side == sizes[-1]
         require(c and (fits or not attends), model, "channels mult head_channels heads",
                 f"a level of {c} channels cannot be divided into heads")

@@ -64,7 +64,7 @@ class TrainGuided(Training):
     sk_ramp: int = key(20_000, "images over which the weight rises", low=0)
     sk_freeze: int = key(5_000, "images before prototypes move", low=0)
     sk_until: int = key(0, "images after which every training image keeps its label; 0 = labels move to the end", low=0)
-    sk_queue: int = key(1_024, "earlier features that help to balance; 0 = none. As long are means remembered", low=0)
+    sk_queue: int = key(1_024, "earlier features that help to balance, 0 = none; statistics reach as far back", low=0)
     sk_eps: float = key(0.05, "entropic regularisation of the targets", above=0)
     sk_iterations: int = key(3, "Sinkhorn iterations", low=1)
     sk_temperature: float = key(0.1, "of the prediction", above=0)

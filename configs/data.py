@@ -469,7 +469,7 @@ def load_data(run, split):
     hint = f"run train_diffusion.py first; if it is damaged, delete {run.dir / 'data'} before"
     info = read_json(folder / "info.json", hint)
     with reading(folder, hint):
-        n, size, kinds, _ = (info[name] for name in ("count", "size", "arrays", "fingerprint"))  # all have to be there
+        n, size, kinds, _ = (info[name] for name in ("count", "size", "arrays", "fingerprint"))  # KeyError if one lacks
         for kind in [*kinds, "latents"] if run.data.latents else kinds:
             array = arrays[kind] = np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
             shape = shapes_of(n, size).get(kind, (n, *array.shape[1:]))

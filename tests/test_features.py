@@ -239,7 +239,7 @@ def test_scores_do_not_overflow_under_autocast(dtype):
     qkv = 60 * torch.randn(2, 9, 3 * 3 * 64)              # [B, L, 3 * heads * d]
     net, block = SimpleNamespace(extras=0), SimpleNamespace(attn=SimpleNamespace(heads=3))
     with torch.autocast("cpu", dtype):
-        a = read_map(net, block, qkv.to(dtype), None)     # [B, heads * L, 3, 3]
+        a = read_map(net, block, None, qkv.to(dtype))     # [B, heads * L, 3, 3]
     q, k, _ = qkv.to(dtype).double().unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
     want = (q @ k.transpose(2, 3) / 8).softmax(3).transpose(2, 3).flatten(1, 2)
     assert a.dtype == torch.float32 and torch.allclose(a.double().flatten(2), want, atol=1e-3)
