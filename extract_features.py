@@ -1,6 +1,6 @@
 """Extract features: a trained model and images in, its hidden activations at chosen places and noise times out.
 
-Reads   runs/<run>/{diffusion,guided}/<name>/checkpoint.pt and data/{train,test}/ (images, or latents)
+Reads   {diffusion,guided}/<name>/checkpoint.pt, probe/<choice>.json (activations=auto), data/{train,test}/
 Writes  features/<name>/{train,test}-<activation>-t<time>.npy, whose row i is image i, and info.json
 Time    t = 0 is noise, t = 1 is data: the network sees x_t = alpha(t) x + sigma(t) z, z the noise of this image.
 
@@ -55,7 +55,7 @@ class ExtractFeatures:
     resize: int = key(0, "model: images become so large for it; 0 = what it was made for (torch.hub: 224)", low=0)
     activations: list[str] = key(["auto"], "names, globs, or blocks = the output of every block; "
                                            "auto = the label-free choice in probe/<choice>.json")
-    t: list[float] = key([], "noise times; empty with activations=auto = the label-free choice", low=0, high=1)
+    t: list[float] = key([], "noise times (hub: always 1); empty with activations=auto = the choice", low=0, high=1)
     choice: str = key("sweep", "which probe result `auto` reads")
     pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
     draws: int = key(1, "noise draws to average", low=1)

@@ -8,7 +8,7 @@ Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional
         v_cond + s (v_cond - v_null) have s = w - 1.
 
     python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans guidance=1,1.5,2,3
-    torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans n=50k
+    torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans name=kmeans
     python sample_ode.py configs/shapes.yaml --table           # all results of the run side by side
 
     python sample_ode.py configs/shapes.yaml name=nfe sweep=euler,midpoint,heun,dopri5       # nfe.png
@@ -152,7 +152,7 @@ class Field:
     interval: tuple = (0.0, 1.0)
     weak: Callable | None = None                          # a weaker network
     context: Callable = nullcontext                       # of autocast
-    batch: int = 10 ** 9                                  # rows that a network sees at once
+    batch: int = 10 ** 9                                  # images at once, guided ones twice
     condition: Condition | None = None                    # None where the network knows no labels
     weak_condition: Condition | None = None
     calls: int = 0                                        # of networks, counted by image
@@ -749,7 +749,7 @@ def sample_sheet(cfg, condition, labels, w, folder):
             found = images[np.flatnonzero(labels == name)[:columns]]
             cells[i * columns:][:len(found)] = found
     captions = names and [str(name) for name in names]
-    head = f"{cfg.name}: w = {w:g}" + ", a row for each label" * bool(names)
+    head = f"{cfg.name}: w = {w:g}" + ", a row for each id" * bool(names)
     save_grid(folder / "grid.png", cells, columns, captions, head=head)
 
 

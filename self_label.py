@@ -1,7 +1,7 @@
 """Label: features in, self-labels out. Every image gets the id of its cluster, with some methods also boxes and masks.
 
 Reads   features/<features>/ (extract_features.py); the controls read data/ alone
-Writes  labels/<name>.npz   train int64 [N], test int64 [N'], num_labels; of clusters: centroids [K, D]
+Writes  labels/<name>.npz   train int64 [N], test int64 [N'], num_labels; centroids [K, D], potentials
                             of objects, for each split: boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels,
                             right and bottom exclusive; -1 = none), ids_<split> int64 [N, objects] (cluster of each
                             box; -1 = none), masks_<split> uint8 [N, H, W]

@@ -780,7 +780,7 @@ def build_optimizer(cfg, net, more=()):
 def fit(run, cfg, net, folder, data, state, conditioner=None):
     """The training loop of both training stages; returns the finished checkpoint.
 
-    net       on the device, freshly initialised; a checkpoint in `folder` takes precedence (resume)
+    net       on the device, at its start; a checkpoint in `folder` takes precedence (resume)
     data      Split to train on
     state     what the checkpoint says besides weights, see `new_state`
     conditioner  decides what the network is told of the images; None = nothing

@@ -1,12 +1,12 @@
 """Train with guidance: images and self-labels in, a model with classifier-free guidance out.
 
 Reads   data/train, labels/<labels>.npz (self_label.py) and, with init=diffusion/base, the weights of train_diffusion.py
-Writes  guided/<name>/: checkpoint, log and sample grids as train_diffusion.py, plus labels.npz (what the model was
-        conditioned on); labels=online also labels/<name>.npz with scores and contact sheet
+Writes  guided/<name>/: checkpoint, log and sample grids as train_diffusion.py, plus labels.npz (those given, or found
+        at the end); labels=online, but for condition=patch, also labels/<name>.npz with scores and contact sheet
 Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels, which the label file tells.
 
     python train_guided.py configs/shapes.yaml labels=kmeans                     # CPU, about a minute
-    python train_guided.py configs/cifar10.yaml labels=kmeans init=              # one GPU, from scratch
+    python train_guided.py configs/cifar10.yaml labels=kmeans                    # one GPU, from scratch
     torchrun --nproc_per_node=8 train_guided.py configs/cifar10.yaml labels=online
     python train_guided.py configs/shapes.yaml labels=none                       # without labels: the baseline
 

@@ -97,9 +97,8 @@ def measured(run, name, place):
     for name, scored in every.items():
         at_w, at_1 = scored["scores"], scored.get("scores_w1", scored["scores"])
         kind = "fid" if "fid" in at_w else "frechet"
-        network, *words = name.split()                    # judge ..., pixels ..., TorchScript FILE ...
         more = {k: at_w[k] for k in SHOWN if k in at_w}
-        out[words[0] if network == "TorchScript" else network] = dict(w1=at_1[kind], chosen=at_w[kind], **more)
+        out[Path(name.split()[0]).stem] = dict(w1=at_1[kind], chosen=at_w[kind], **more)         # judge, pixels, a file
     return out
 
 
