@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = {                                                  # images of base and fine-tuning, labels, classes
-    "shapes": dict(base="40k", tune="8k", K=20, classes=10),
+    "shapes": dict(base="40k", tune="24k", K=20, classes=10),
     "fashion": dict(base="60k", tune="24k", K=50, classes=10),
     "cifar10-cpu": dict(base="600k", tune="60k", K=100, classes=10),
 }
@@ -84,9 +84,9 @@ def guide(which, row, name, s, K, words, evaluators):
     """Fine-tune the base model under the labels of a row, sample, and score."""
     keys = dict(none=["labels=none"], online=["labels=online", f"K={K}"]).get(row, [f"labels={name}"])
     stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init=diffusion/base-{s}",
-          f"images={SETS[which]['tune']}", *keys)
+          f"images={SETS[which]['tune']}", "ema_ramp=0.25", *keys)
     stage("sample_ode", which, *words, f"name={name}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
-          "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3")
+          "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500")
 
 
 def measured(run, name, place):
