@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from itertools import islice
@@ -195,6 +196,17 @@ def test_global_generators_are_left_alone_and_weights_stay_float32(tmp_path):
     out = trained(make_run(tmp_path, precision="bf16"))
     assert torch.equal(torch.rand(3), want) and np.array_equal(np.random.get_state()[1], before)
     assert all(v.dtype == torch.float32 and not k.startswith("_orig_mod") for k, v in out["net"].items())
+
+
+def test_a_released_checkpoint_is_read_like_others(tmp_path, monkeypatch, capsys):
+    state = trained(make_run(tmp_path))
+    out = tmp_path / "out.pt"
+    monkeypatch.setattr(sys, "argv", ["release.py", str(tmp_path / "diffusion/base/checkpoint.pt"), str(out)])
+    runpy.run_path(str(ROOT / "results" / "release.py"), run_name="__main__")
+    net, there = td.load_model(make_run(tmp_path), str(out))
+    assert there["seen"] == state["seen"] and "optimizer" not in there and "64 images seen" in capsys.readouterr().out
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state["ema"][name].bfloat16().float()), name
 
 
 def test_checkpoints_of_before_are_refused_with_advice(tmp_path):
