@@ -47,7 +47,7 @@ class SampleOde:
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     n: int = key(10_000, "samples", low=2)
-    solver: Solver = key("heun", "euler is DDIM; dopri5 is adaptive")
+    solver: Solver = key("midpoint", "euler is DDIM; dopri5 is adaptive")
     steps: int = key(12, "of the fixed-step solvers", low=1)
     tol: float = key(1e-4, "dopri5: relative and absolute tolerance, above float32's rounding", low=1e-6)
     guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
@@ -216,6 +216,9 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
     slope = lambda y, s: field.slope(y, s, ids)
     if solver == "dopri5":
         y = solve_dopri5(slope, y, times[0], times[-1], tol)
+    elif TABLEAUS[solver][0][-1] == 1 and not reverse:    # Heun, RK4
+        # their last slope would be that at t = 1, of noise that is no longer there to be seen: midpoint asks before
+        y = solve_fixed(slope, solve_fixed(slope, y, times[:-1], solver), times[-2:], "midpoint")
     else:
         y = solve_fixed(slope, y, times, solver)
     return y * float(field.path.scale(t[-1])), field.evaluations

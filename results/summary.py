@@ -56,11 +56,15 @@ def panel(points, title, left):
         x, y = at(k / 5, k / 5 * top)
         out += [f'<text x="{x - 8}" y="{y0 + 15}">{k / 5:g}</text>',
                 f'<text x="{x0 - 36}" y="{y + 4}">{k / 5 * top:.3g}</text>']
-    for name, nmi, y in points:
+    written = []                                          # places of names, which keep apart
+    for name, nmi, y in sorted(points, key=lambda p: p[2]):                      # from the bottom to the top
         x, y = at(nmi, y)
-        colour = COLOURS[KINDS.get(name.split(",")[0], "control")]
+        colour, low = COLOURS[KINDS.get(name.split(",")[0], "control")], y + 4
+        while any(abs(x - x2) < 70 and abs(low - y2) < 12 for x2, y2 in written):
+            low -= 1
+        written.append((x, low))
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-                   f'<text x="{x + 6:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+                   f'<text x="{x + 8:.1f}" y="{low:.1f}" fill="{colour}">{name}</text>')
     return "\n".join(out)
 
 
