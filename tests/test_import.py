@@ -118,7 +118,7 @@ def test_schedules_in_closed_form():
         assert np.allclose(PATHS[kind].log_abar(torch.from_numpy(1 - u)).exp().numpy(), expected, rtol=1e-9), kind
 
 
-@pytest.mark.parametrize("kind, steps", [("vp-sd", 60), ("vp-sde", 100)])
+@pytest.mark.parametrize("kind, steps", [("vp-sd", 80), ("vp-sde", 100)])
 def test_their_schedules_reach_gaussian_data(kind, steps):
     from test_solver import Flow, noise, sample
     flow, z = Flow(kind, "eps"), noise()

@@ -35,7 +35,7 @@ def test_activations_are_those_of_the_path(labels, w, tmp_path):
         drawn_from = Sampler(Field(net, PATHS["cv"], "v", batch=batch, condition=told), state, torch.ones(3) / 3)
         about = generate(Here(), cfg, drawn_from, w, tmp_path / "x.npy")["features"]
         got[batch] = {(a["activation"], a["evaluation"], a["t"]): np.load(tmp_path / a["file"]) for a in about}
-    assert set(got[7]) == {(n, i, t) for n in NAMES for i, t in ((0, 0.0), (3, 1.0))}
+    assert set(got[7]) == {(n, i, t) for n in NAMES for i, t in ((0, 0.0), (3, 0.75))}
     assert all(len(got[7][k]) == 7 and np.allclose(got[7][k], got[3][k], atol=1e-5) for k in got[7])
     assert not any(m._forward_hooks for m in net.modules())
     x, label = draw(0, "sample noise", range(7), (3, 16, 16)), torch.full((7,), 1 if w else 3) if labels else None
@@ -45,7 +45,7 @@ def test_activations_are_those_of_the_path(labels, w, tmp_path):
     integrate(field, x, None if not labels else torch.ones(7, dtype=torch.long), "heun", 2, 0)
     assert len(states) == 4 and torch.equal(states[0][0], x)
     condition = {} if label is None else dict(label=label)
-    for number, t in ((0, 0.0), (3, 1.0)):
+    for number, t in ((0, 0.0), (3, 0.75)):
         for name in NAMES:
             with tapped(net, [name]) as maps:
                 net(states[number][0], torch.full((7,), 1000 * states[number][1]), **condition)
