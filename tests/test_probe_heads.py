@@ -458,8 +458,8 @@ def test_bad_input(refuse, tiny, run, words, said):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 def test_memory_does_not_grow_with_the_images(monkeypatch, tiny, run, tmp_path):
-    """Extraction holds neither the images nor the features: 120 MB are read and 160 MB written within 30 MB of what the
-    first batches need."""
+    """Extraction holds neither the images nor the features: 120 MB are read and 160 MB written within 80 MB of what the
+    first batches need (the allocator alone wanders by some 35)."""
     np.savez(tmp_path / "many.npz", images=np.random.default_rng(0).integers(256, size=(40_000, 32, 32, 3),
         dtype=np.uint8), test_images=np.zeros((2, 32, 32, 3), np.uint8))
     words, anonymous, write = [tiny, f"run={tmp_path}/run", "data.source=arrays", f"data.root={tmp_path}/many.npz",
@@ -473,4 +473,4 @@ def test_memory_does_not_grow_with_the_images(monkeypatch, tiny, run, tmp_path):
     called(monkeypatch, extract_features, *words, f"checkpoint={run}/diffusion/base/checkpoint.pt",
            "activations=unet-after-conv-in", "t=0.5", "pool=none", "splits=train")
     file = next((tmp_path / "run/features/base").glob("train-*.npy"))
-    assert file.stat().st_size > 160e6 and len(anonymous) > 100 and max(anonymous) < max(anonymous[:10]) + 30
+    assert file.stat().st_size > 160e6 and len(anonymous) > 100 and max(anonymous) < max(anonymous[:10]) + 80
