@@ -497,10 +497,11 @@ def initial_weights(run, cfg, net, labels):
 def load_pretrained(net, state):
     """Copy averaged weights of an unconditional model into a fresh network that has conditions besides.
 
-    With the null condition it starts as it was (the U-ViT nearly so: one more token takes part). What conditions added
-    keeps its random values; label rows have unit variance, as in a network trained from scratch: from rows near zero,
-    which Adam moves by no more than lr per update, short fine-tuning learns hardly any label. Null vectors and layouts
-    are zeros, so they add nothing.
+    With the null condition it starts as it was (the U-ViT nearly so: one more token takes part). Null vectors and
+    layouts are zeros, so they add nothing. What conditions added keeps its random values, of labels and vectors half:
+    from scratch they have unit variance, which would drown the embedding of time that the network has learnt (its
+    deviation is 0.4 to 0.8), and short fine-tuning would not repair that. Rows near zero, which Adam moves by no more
+    than lr per update, would hardly become labels in that time (measured in results/).
     """
     own = net.state_dict()
     added = {k: v for k, v in own.items() if k.split(".")[0] in ("label_emb", "vector_emb", "layout_embed")}
@@ -510,11 +511,12 @@ def load_pretrained(net, state):
         state[position] = F.pad(state[position], (0, 0, 1, 0))                   # U-ViT: a condition token comes first
     if first in own:                                      # U-Net: channels of a layout come behind those of the image
         state[first] = torch.cat([state[first], own[first][:, state[first].shape[1]:]], 1)
-    new_rows = "label_emb.weight" in own and state["label_emb.weight"] is own["label_emb.weight"]
+    for name in ("label_emb.weight", "vector_emb.weight"):
+        if name in own and state[name] is own[name]:      # not of a model that knows these labels already
+            state[name] = state[name] / 2
+            if name == "label_emb.weight":
+                state[name][-1] = 0                       # the null label
     net.load_state_dict(state)
-    if new_rows:
-        with torch.no_grad():
-            net.label_emb.weight[-1] = 0                  # the null label
 
 
 # ---------------------------------------------------------------------------------------------------------------------

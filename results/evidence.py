@@ -1,13 +1,13 @@
 """Which labels guide well? The same fine-tuning of the same base model under labels of every source, for several seeds.
 
     python results/evidence.py SET RUN [seeds=0,1,2,3,4] [evaluators=judge,pixels] [rows=kmeans,pixels] [K=50]
-                               [ids=FILE.npy] [data.root=DATA]
+                               [tune=60k] [base=FILE.pt] [ids=FILE.npy] [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu. Each row is made by the commands that anybody would type, on one thread; what is
 finished is not repeated, so the same command goes on where it was stopped. w is chosen by the first evaluator on other
 samples against training images; every evaluator scores the same samples against test images. rows: some of them, or
-`file` for the labels in ids=; K: another number of clusters, as rows of their own. Writes results/evidence-SET.json:
-one entry per row and seed.
+`file` for the labels in ids=, or the rules of PLACES; K: another number of clusters, as rows of their own; base: one
+model for all seeds, in place of a training each. Writes results/evidence-SET.json: one entry per row and seed.
 """
 import json
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETS = {                                                  # images of base and fine-tuning, labels, classes
     "shapes": dict(base="40k", tune="24k", K=20, classes=10),
     "fashion": dict(base="60k", tune="24k", K=50, classes=10),
-    "cifar10-cpu": dict(base="600k", tune="60k", K=100, classes=10),
+    "cifar10-cpu": dict(base="600k", tune="60k", K=100, classes=10, keys=["optimizer=muon", "lr=2e-3", "warmup=1k"]),
 }
 ROWS = {                                                  # keys of self_label.py; s: seed
     "none": None, "online": None,
@@ -33,7 +33,13 @@ ROWS = {                                                  # keys of self_label.p
     "untrained": "method=kmeans features=untrained-{s}",  # of a network with random weights
     "classes": "method=classes", "subgroups": "method=subgroups groups={groups}",
 }
-OPTIONS = "seeds", "evaluators", "rows", "K", "ids"
+PLACES = {                                                # k-means where other rules look: rows of the sweep's table
+    "silhouette": lambda table: max(table, key=lambda r: r["silhouette"]),
+    "bottleneck": lambda table: max((r for r in table if r["activation"].startswith("mid")),
+                                    key=lambda r: r["consensus"]),
+    "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
+}
+OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids"
 SHOWN = "precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies_pixels"
 
 
@@ -45,22 +51,30 @@ def stage(name, config, *words):
         raise SystemExit(f"{' '.join(line)}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
 
 
-def base_and_features(which, run, s, words):
-    """The base model of a seed, where its features cluster best without labels, and features of it and of a network
-    with random weights there."""
+def base_and_features(which, run, s, base, words):
+    """The base model of a seed, or `base`, and where its features cluster best without labels: (checkpoint, what the
+    sweep says); features of it and of a network with random weights there."""
     about = SETS[which]
-    stage("train_diffusion", which, *words, f"name=base-{s}", f"seed={s}", f"images={about['base']}")
-    stage("probe", which, *words, f"name=sweep-{s}", f"checkpoint=diffusion/base-{s}", f"seed={s}")
-    stage("extract_features", which, *words, f"name=own-{s}", f"checkpoint=diffusion/base-{s}", f"choice=sweep-{s}",
-          f"seed={s}")
-    place = json.loads((run / f"probe/sweep-{s}.json").read_text())["label_free"]
-    at = [f"activations={place['activation']}", f"t={place['t']}", f"seed={s}"]
-    stage("extract_features", which, *words, f"name=grid-{s}", f"checkpoint=diffusion/base-{s}", "pool=4", *at)
+    if not base:
+        stage("train_diffusion", which, *words, f"name=base-{s}", f"seed={s}", f"images={about['base']}")
+    else:
+        stage("train_diffusion", which, *words, "--prepare")
+    base = base or f"diffusion/base-{s}"
+    stage("probe", which, *words, f"name=sweep-{s}", f"checkpoint={base}", f"seed={s}")
+    found = json.loads((run / f"probe/sweep-{s}.json").read_text())
+    extract(which, f"own-{s}", base, found["label_free"], s, words)
+    extract(which, f"grid-{s}", base, found["label_free"], s, [*words, "pool=4"])
     stage("train_diffusion", which, *words, f"name=untrained-{s}", f"seed={s}", "images=32", "batch=32", "lr=1e-12",
           "optimizer=adamw")
     redraw_zeros(run / "diffusion" / f"untrained-{s}" / "checkpoint.pt", s)
-    stage("extract_features", which, *words, f"name=untrained-{s}", f"checkpoint=diffusion/untrained-{s}", *at)
-    return place
+    extract(which, f"untrained-{s}", f"diffusion/untrained-{s}", found["label_free"], s, words)
+    return base, found
+
+
+def extract(which, name, checkpoint, place, s, words):
+    """Features of a checkpoint at a place, a row of a sweep."""
+    stage("extract_features", which, *words, f"name={name}", f"checkpoint={checkpoint}", f"seed={s}",
+          f"activations={place['activation']}", f"t={place['t']}")
 
 
 def redraw_zeros(file, seed):
@@ -76,15 +90,19 @@ def redraw_zeros(file, seed):
 
 def label(which, row, name, s, K, ids, words):
     """Make the labels of a row."""
-    keys = f"method=file ids={ids}" if row == "file" else ROWS[row].format(s=s, groups=K // SETS[which]["classes"])
+    keys = f"method=file ids={ids}"
+    if row in PLACES:
+        keys = f"method=kmeans features={row}-{s}"
+    elif row != "file":
+        keys = ROWS[row].format(s=s, groups=K // SETS[which]["classes"])
     stage("self_label", which, *words, f"name={name}", f"K={K}", f"seed={s}", *keys.split())
 
 
-def guide(which, row, name, s, K, words, evaluators):
+def guide(which, row, name, s, K, base, tune, words, evaluators):
     """Fine-tune the base model under the labels of a row, sample, and score."""
     keys = dict(none=["labels=none"], online=["labels=online", f"K={K}"]).get(row, [f"labels={name}"])
-    stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init=diffusion/base-{s}",
-          f"images={SETS[which]['tune']}", "ema_ramp=0.25", *keys)
+    stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init={base}", f"images={tune}",
+          *SETS[which].get("keys", []), "ema_ramp=0.25", *keys)
     stage("sample_ode", which, *words, f"name={name}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
           "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500")
 
@@ -108,17 +126,21 @@ def main():
     own = dict(w.split("=", 1) for w in words if w.startswith(tuple(f"{k}=" for k in OPTIONS)))
     seeds, K = [int(s) for s in own.get("seeds", "0,1,2,3,4").split(",")], int(own.get("K", SETS[which]["K"]))
     words = [f"run={run}", *(w for w in words if not w.startswith(tuple(f"{k}=" for k in OPTIONS)))]
+    tune = own.get("tune", SETS[which]["tune"])
     rows = json.loads(out.read_text())["rows"] if out.exists() else {}
     for s in seeds:
-        place = base_and_features(which, run, s, words)
+        base, found = base_and_features(which, run, s, own.get("base"), words)
         for row in own.get("rows", ",".join(ROWS)).split(","):
+            place = PLACES[row](found["table"]) if row in PLACES else found["label_free"]
+            if row in PLACES:
+                extract(which, f"{row}-{s}", base, place, s, words)
             usual = K == SETS[which]["K"]
             name, title = (f"{row}-{s}", row) if usual else (f"{row}-{K}-{s}", f"{row}, K = {K}")
             if row not in ("none", "online"):
                 label(which, row, name, s, K, own.get("ids"), words)
-            guide(which, row, name, s, K, words, own.get("evaluators", "judge,pixels"))
-            rows.setdefault(title, {})[str(s)] = measured(run, name, place)
-            out.write_text(json.dumps(dict(set=which, **SETS[which], rows=rows), indent=1) + "\n")
+            guide(which, row, name, s, K, base, tune, words, own.get("evaluators", "judge,pixels"))
+            rows.setdefault(title, {})[str(s)] = measured(run, name, {k: place[k] for k in ("activation", "t")})
+            out.write_text(json.dumps(dict(set=which, **SETS[which] | dict(tune=tune), rows=rows), indent=1) + "\n")
             print(which, title, s, json.dumps(rows[title][str(s)]), flush=True)
 
 
