@@ -264,6 +264,12 @@ def tapped(net, names, stop=False, then=lambda x: x):
         yield got
 
 
+def check_pool(cfg, name):
+    """A UserError unless the setting `name` is something for `pooled`."""
+    fits = re.fullmatch("mean|none|[1-9][0-9]*", getattr(cfg, name))
+    require(fits, cfg, name, "must be mean, none or a number")
+
+
 def pooled(x, pool):
     """Map [B, C, H, W] -> float32 [B, C] (mean), [B, C * g * g] (grid) or the map itself (none)."""
     x = x.float()
@@ -600,7 +606,7 @@ def main():
         "--list": "every activation and its size",
         "--pca": "one sheet of PCA maps of test images (shown=)"})
     cfg = run.cfg
-    require(re.fullmatch("mean|none|[1-9][0-9]*", cfg.pool), cfg, "pool", "must be mean, none or a number")
+    check_pool(cfg, "pool")
     require(cfg.splits, cfg, "splits", "name train, test or both")
 
     # the model

@@ -1069,7 +1069,7 @@ def select(run, cfg, source, train, test):
     table = []
     for t in source.times:
         one = replace(source, times=[t])
-        measured = properties(one, train.inputs, fit[:64])
+        measured = properties(one, train.inputs, some_rows(fit, cfg.seed, "properties", 64))
         rows = [source.row(name, t) | measured[name] for name in source.names]
         outputs = [row for row in rows if row["activation"] in blocks]
         dropped = [why_dropped(i, rows, outputs) for i in range(len(rows))]
@@ -1213,7 +1213,7 @@ def correspond(run, cfg, source, train, test):
 
     (used, known), (rows, pairs) = warped(train, "train"), warped(test, "test")
     tasks = dict(warps=pairs)
-    if run.data.source == "shapes" and not cfg.transfer:
+    if run.data.source == "shapes" and not cfg.transfer and not run.data.classes:              # row i is drawing i
         where = shape_parts(seed_of(run.data.seed, "test"), np.arange(len(test)), run.data.size, run.data.two_objects)
         tasks["parts"] = class_pairs(test, rows, cfg.seed, *where)
     elif test.boxes is not None:                          # the same place in the box
@@ -1442,7 +1442,7 @@ def cka(run, cfg, source, train, test):
         else:
             net, state = load_model(run, name, cfg.weights)
         models[name] = replace(source, net=net, state=state, names=matching(net, cfg.activations))
-    rows, total = np.arange(min(2000, len(test))), 0
+    rows, total = shuffled(len(test), cfg.seed, "cka")[:2000], 0                 # batches must not be of one class
     for part in np.array_split(rows, math.ceil(len(rows) / 128)):
         features = {}                                     # (model, t, name): [B, D]
         for model, one in models.items():
@@ -1496,10 +1496,13 @@ def layout(run, cfg, source, train, test):
     """Mean IoU of the boxes or masks that samples were asked for with the objects in them, found as those of the labels
     were (layout_iou) or, on `shapes`, known exactly (exact_iou)."""
     folder, state = run.dir / "samples" / cfg.samples, source.state
+    condition = state.get("condition")
+    require(condition in ("box", "mask"), cfg, "samples", "are of a model without boxes and masks: train one with "
+            "train_guided.py condition=box or mask")
     made = read_json(folder / "metrics.json", "make the samples with sample_ode.py")
     require(made["hash"] == state["weights"], cfg, "samples", f"were made by an earlier state of {cfg.checkpoint}")
     info = read_json(run.dir / "labels" / f"{state['label_file']}.json", "make the labels again")
-    labelled, condition = info["recipe"], state.get("condition")
+    labelled = info["recipe"]
     method = labelled.get("foreground", labelled["method"])
     one_box = condition == "box" and labelled.get("objects", 1) == 1
     drawn = made["recipe"].get("boxes") or method == "segments"
@@ -1672,6 +1675,7 @@ def main():
     run = start("probe", Probe, __doc__)
     cfg = run.cfg
     cfg.name = cfg.name or cfg.protocol
+    require(cfg.activations and cfg.lr and cfg.l2 and cfg.seeds, cfg, "activations lr l2 seeds", "name at least one")
     kinds = [name for protocol, name in HEADS if protocol == cfg.protocol]
     require(not kinds or cfg.head in kinds, cfg, "head", unknown(cfg.head, kinds))
     stored = cfg.protocol == "linear" and not cfg.transfer

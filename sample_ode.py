@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from configs.data import as_input, decode, load_data, open_autoencoder, torchvision_datasets
+from configs.data import as_input, decode, load_data, open_autoencoder, require_shape, torchvision_datasets
 from configs.run import (UserError, ahead, atomic, autocast, bar, cli, create_rows, digest, draw, finished, key, making,
                          read_torch, reading, require, save_grid, save_torch, seed_of, seeded, start, to_uint8,
                          weights_hash, write_json, write_rows)
@@ -637,7 +637,8 @@ class Evaluator:
         fake = features_of(self.run, self.net, images)
         real = self.some(split, f"reference {split}", 10_000)
         out = {self.kind: frechet(fake, self.moments[split])} | manifold(fake, real)
-        usual = torch.from_numpy(self.thumbnails["test"][:2000])
+        rows = np.random.default_rng(seed_of(0, "thumbnails")).permutation(len(self.thumbnails["test"]))[:2000]
+        usual = torch.from_numpy(self.thumbnails["test"][rows])
         out |= copying(thumbnail(torch.tensor(images[:2000])), usual, self.thumbnails["train"], self.run.device)
         if isinstance(self.net, Judge) and self.run.data.imbalance > 1:
             counts = self.data["train"].info["class_counts"]
@@ -812,13 +813,18 @@ def settle_request(run, cfg, sampler):
     can_guide = sampler.state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]
     require(can_guide, cfg, "guidance", "no null label to guide with; use guidance=1, or autoguide= another model")
     sample_labels(cfg, sampler, [0])                      # complains about labels
+    if cfg.evaluate or cfg.direction == "encode":
+        require_shape(run, sampler.state)
     if cfg.features:
         require(not cfg.compile, cfg, "features compile", "hooks need the plain network: use compile=false")
-        from extract_features import matching
+        from extract_features import check_pool, matching
+        check_pool(cfg, "features_pool")
         cfg.features = matching(sampler.field.net, cfg.features)
         require(cfg.solver != "dopri5", cfg, "features solver", "use a fixed-step solver")
-        evaluations = cfg.steps * len(TABLEAUS[cfg.solver][0])
-        require(max(cfg.features_at) < evaluations, cfg, "features_at", f"there are {evaluations} evaluations")
+        stages = len(TABLEAUS[cfg.solver][0])
+        evaluations = stages * (cfg.steps - 1) + min(stages, 2)                  # see `integrate`
+        fits = cfg.features_at and max(cfg.features_at) < evaluations
+        require(fits, cfg, "features_at", f"name some of the {evaluations} evaluations, from 0")
 
 
 def recipe_of(run, cfg, sampler):

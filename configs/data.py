@@ -78,7 +78,8 @@ def open_shapes(data):
     parts = {}
     for split, asked, every in (("train", data.train, 20_000), ("test", data.test, 5_000)):
         seed, count = seed_of(data.seed, split), asked or every
-        count *= 12 if asked and data.classes else 1      # enough of each of the ten; the first ones asked for are kept
+        if asked and data.classes:                        # enough of each of the ten; the first ones are kept
+            count = 12 * asked + 200
         classes = draw_shapes(seed, np.arange(count), size=1)[1]                 # they do not depend on the size
         parts[split] = Part(classes, partial(read, seed))
     return parts, SHAPES_CLASSES
@@ -255,7 +256,7 @@ def choose_rows(data, parts, split):
     if data.classes:
         rows = rows[part.classes[rows] >= 0]
     rows = rows[:getattr(data, split) or None]
-    require(len(rows), data, "source test_fraction", f"of {len(part.classes)} images none is a {split} image")
+    require(len(rows), data, "source classes test_fraction", f"of {len(part.classes)} images none is a {split} image")
     if split == "train" and data.imbalance > 1:
         require(part.classes[rows].min() >= 0, data, "imbalance source", "needs the class of every training image")
         rows = rows[long_tail(part.classes[rows], data.imbalance, data.seed)]
@@ -326,7 +327,7 @@ def check_origin(run):
     check_data_section(run)
     path = run.dir / "data" / "train" / "info.json"
     before = read_json(path, "delete data/").get("origin")
-    if before and Path(run.data.root).expanduser().exists():
+    if before and run.data.root and Path(run.data.root).expanduser().exists():
         now = origin_of(run.data)
         with reading(path, "delete data/"):
             require(now["digest"] == before["digest"], run.data, "root",

@@ -18,6 +18,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from configs.run import save_torch, weights_hash, write_json        # noqa: E402
+from probe import label_free_choice                       # noqa: E402
+
 SETS = {                                                  # images of base and fine-tuning, labels, classes
     "shapes": dict(base="40k", tune="24k", K=20, classes=10),
     "fashion": dict(base="60k", tune="24k", K=50, classes=10),
@@ -26,7 +30,7 @@ SETS = {                                                  # images of base and f
 ROWS = {                                                  # keys of self_label.py; s: seed
     "none": None, "online": None,
     "kmeans": "method=kmeans features=own-{s}",
-    "random": "method=random reference=kmeans-{s}",       # needs the row before
+    "random": "method=random reference={kmeans}",         # needs the row before
     "sinkhorn": "method=sinkhorn features=own-{s}",
     "grid": "method=kmeans features=grid-{s}",            # own features, laid out on 4 x 4 positions
     "colours": "method=colours", "pixels": "method=pixels",
@@ -35,12 +39,12 @@ ROWS = {                                                  # keys of self_label.p
 }
 PLACES = {                                                # k-means where other rules look: rows of the sweep's table
     "silhouette": lambda table: max(table, key=lambda r: r["silhouette"]),
-    "bottleneck": lambda table: max((r for r in table if r["activation"].startswith("mid")),
-                                    key=lambda r: r["consensus"]),
+    "bottleneck": lambda table: label_free_choice([r for r in table if r["activation"].startswith("mid")],
+                                                  "consensus"),
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
 OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids"
-SHOWN = "precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies_pixels"
+SHOWN = "precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies", "memorisation"
 
 
 def stage(name, config, *words):
@@ -85,7 +89,7 @@ def redraw_zeros(file, seed):
         if p.dim() > 1 and p.abs().max() < 1e-6:          # an update of 1e-12 has moved them
             p = torch.nn.init.kaiming_uniform_(torch.empty(p.shape), a=5 ** 0.5, generator=numbers)
             state["ema"][name] = state["net"][name] = p
-    torch.save(state, file)
+    save_torch(file, state | dict(weights=weights_hash(state["ema"])))
 
 
 def label(which, row, name, s, K, ids, words):
@@ -94,7 +98,7 @@ def label(which, row, name, s, K, ids, words):
     if row in PLACES:
         keys = f"method=kmeans features={row}-{s}"
     elif row != "file":
-        keys = ROWS[row].format(s=s, groups=K // SETS[which]["classes"])
+        keys = ROWS[row].format(s=s, groups=K // SETS[which]["classes"], kmeans=name.replace("random", "kmeans"))
     stage("self_label", which, *words, f"name={name}", f"K={K}", f"seed={s}", *keys.split())
 
 
@@ -111,7 +115,8 @@ def measured(run, name, place):
     """What is kept of a row: distances by every evaluator at w = 1 and at the chosen w, and what goes with them."""
     m = json.loads((run / f"samples/{name}/metrics.json").read_text())
     every = {m["scores"]["evaluator"]: m} | m.get("others", {})
-    out = dict(w=m["w"], images=m["total_seen"], nmi=(m.get("label_scores") or {}).get("nmi"), place=place)
+    out = dict(w=m["w"], images=m["total_seen"], nmi=(m.get("label_scores") or {}).get("nmi"))
+    out |= dict(activation=place["activation"], t=place["t"])
     for name, scored in every.items():
         at_w, at_1 = scored["scores"], scored.get("scores_w1", scored["scores"])
         kind = "fid" if "fid" in at_w else "frechet"
@@ -127,21 +132,25 @@ def main():
     seeds, K = [int(s) for s in own.get("seeds", "0,1,2,3,4").split(",")], int(own.get("K", SETS[which]["K"]))
     words = [f"run={run}", *(w for w in words if not w.startswith(tuple(f"{k}=" for k in OPTIONS)))]
     tune = own.get("tune", SETS[which]["tune"])
-    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
     for s in seeds:
         base, found = base_and_features(which, run, s, own.get("base"), words)
         for row in own.get("rows", ",".join(ROWS)).split(","):
             place = PLACES[row](found["table"]) if row in PLACES else found["label_free"]
             if row in PLACES:
                 extract(which, f"{row}-{s}", base, place, s, words)
-            usual = K == SETS[which]["K"]
-            name, title = (f"{row}-{s}", row) if usual else (f"{row}-{K}-{s}", f"{row}, K = {K}")
+            name, title = f"{row}-{s}", row
+            if K != SETS[which]["K"] and row not in ("none", "classes", "file"):
+                name, title = f"{row}-{K}-{s}", f"{row}, K = {K}"
+            if tune != SETS[which]["tune"]:
+                name, title = f"{name}-{tune}", f"{title}, {tune}"
             if row not in ("none", "online"):
                 label(which, row, name, s, K, own.get("ids"), words)
             guide(which, row, name, s, K, base, tune, words, own.get("evaluators", "judge,pixels"))
-            rows.setdefault(title, {})[str(s)] = measured(run, name, {k: place[k] for k in ("activation", "t")})
-            out.write_text(json.dumps(dict(set=which, **SETS[which] | dict(tune=tune), rows=rows), indent=1) + "\n")
-            print(which, title, s, json.dumps(rows[title][str(s)]), flush=True)
+            result = dict(tune=tune, base=Path(base).name) | measured(run, name, place)
+            rows = json.loads(out.read_text())["rows"] if out.exists() else {}   # another command may have added some
+            rows.setdefault(title, {})[str(s)] = result
+            write_json(out, dict(set=which, **SETS[which], rows=rows))
+            print(which, title, s, json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

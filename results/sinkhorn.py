@@ -3,9 +3,9 @@
     python results/sinkhorn.py SET RUN [seeds=0,1,2,3,4] [weights=0,0.02,0.1,1] [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu. No image has a condition: weight 0 is the same training without the loss. `pull`
-is the share of the gradient's norm that is the loss's. Features are probed on validation images (NMI of k-means, kNN,
-linear), at the label-free place and best; 1,000 samples are scored by the judge and by pixels. What is finished is not
-repeated. Writes results/sinkhorn-SET.json: one entry per weight and seed.
+is the share of the gradient's norm that is the loss's. Features are probed on training images (NMI of k-means; kNN and
+linear on some that are held out), at the label-free place and best; 1,000 samples are scored by the judge and by
+pixels. What is finished is not repeated. Writes results/sinkhorn-SET.json: one entry per weight and seed.
 """
 import json
 import sys

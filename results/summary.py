@@ -15,8 +15,8 @@ from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).resolve().parent
 COLOURS = {"own": "#c33", "control": "#36c", "classes": "#393", "none": "#888"}
-KINDS = {"kmeans": "own", "sinkhorn": "own", "online": "own", "grid": "own", "none": "none", "classes": "classes",
-         "subgroups": "classes"}                          # others: control
+OWN = "kmeans", "sinkhorn", "online", "grid", "silhouette", "bottleneck", "best-nmi"
+KINDS = dict.fromkeys(OWN, "own") | {"none": "none", "classes": "classes", "subgroups": "classes"}   # others: control
 WIDTH, HEIGHT, EDGE = 520, 360, 50                        # of a panel, and its margin
 
 
@@ -29,7 +29,8 @@ def spread(values):
 
 def paired(row, base, evaluator):
     """The difference of two rows' distances at the chosen w, seed by seed: mean and standard error."""
-    gaps = [row[s][evaluator]["chosen"] - base[s][evaluator]["chosen"] for s in row if s in base]
+    both = [s for s in row if evaluator in row[s] and evaluator in base.get(s, {})]
+    gaps = [row[s][evaluator]["chosen"] - base[s][evaluator]["chosen"] for s in both]
     if len(gaps) < 2:
         return "-"
     return f"{statistics.mean(gaps):+.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}"
@@ -39,8 +40,10 @@ def points_of(rows, evaluator):
     """[(row, NMI, distance at the chosen w)], means over seeds; without labels NMI is 0."""
     out = []
     for name, row in rows.items():
+        scored = [r for r in row.values() if evaluator in r]
         nmi = statistics.mean(r["nmi"] or 0 for r in row.values())
-        out.append((name, nmi, statistics.mean(r[evaluator]["chosen"] for r in row.values())))
+        if scored:
+            out.append((name, nmi, statistics.mean(r[evaluator]["chosen"] for r in scored)))
     return out
 
 
@@ -71,8 +74,8 @@ def panel(points, title, left):
 def main():
     for which in sys.argv[1:]:
         rows = json.loads((RESULTS / f"evidence-{which}.json").read_text())["rows"]
-        first = next(iter(rows["none"].values()))
-        evaluators = [k for k, v in first.items() if isinstance(v, dict) and "chosen" in v]
+        entries = [item for row in rows.values() for r in row.values() for item in r.items()]
+        evaluators = list(dict.fromkeys(k for k, v in entries if isinstance(v, dict) and "chosen" in v))
         print(f"{which}\n\n| labels | seeds | NMI |", " | ".join(
             f"{e}, w = 1 | {e}, chosen w | from none" for e in evaluators), "|")
         print("|", " | ".join(["---"] * (3 + 3 * len(evaluators))), "|")
@@ -80,8 +83,9 @@ def main():
             nmi = [r["nmi"] for r in row.values() if r["nmi"] is not None]
             cells = [name, str(len(row)), spread(nmi) if nmi else "-"]
             for e in evaluators:
-                cells += [spread([r[e][w] for r in row.values()]) for w in ("w1", "chosen")]
-                cells.append(paired(row, rows["none"], e) if name != "none" else "-")
+                there = [r[e] for r in row.values() if e in r]
+                cells += [spread([r[w] for r in there]) if there else "-" for w in ("w1", "chosen")]
+                cells.append(paired(row, rows.get("none", {}), e) if name != "none" else "-")
             print("|", " | ".join(cells), "|")
         panels = []
         for i, e in enumerate(evaluators):

@@ -148,6 +148,8 @@ def test_requests_that_cannot_be_met(said, run):
         assert text in said(run, "sample_ode", "name=x", *words)
     for words in (["evaluator="], ["guidance="], ["sweep=heun", "sweep_steps="]):
         assert "name at least one" in said(run, "sample_ode", "name=x", *words)
+    for words in (["lr="], ["l2="], ["seeds="], ["activations="]):
+        assert "name at least one" in said(run, "probe", "protocol=head", *words)
     assert "K=1" in said(run, "probe", "K=1")
 
 
@@ -156,6 +158,15 @@ def test_requests_that_cannot_be_met(said, run):
 
 def test_other_data_in_the_same_run(said, run):
     assert "data.train=200" in said(run, "train_diffusion", "data.train=100")
+
+
+def test_models_of_another_size_are_not_compared_with_these_images(refuse, tiny, run, tmp_path):
+    words = [tiny, f"run={tmp_path}/small", "data.size=16", "data.train=40", "data.test=40"]
+    stage("train_diffusion", *words, "--prepare")
+    words.append(f"checkpoint={run}/diffusion/base/checkpoint.pt")
+    for more in (["n=4"], ["n=4", "direction=encode"]):
+        wrong = refuse("sample_ode", *words, *more)
+        assert "inputs of 3 x 32 x 32, this run's are 3 x 16 x 16" in wrong
 
 
 def test_other_recipe_under_the_same_name(said, copy):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import stage
 from test_features import network
 from test_probe_heads import called, run, tiny  # noqa: F401, F811
 
@@ -244,6 +245,15 @@ def test_protocol_correspond(monkeypatch, tiny, run):
     assert all((run / f"probe/correspond{e}.png").exists() for e in ("-warps", "-parts"))
 
 
+def test_parts_are_known_of_the_whole_set_only(monkeypatch, tiny, run, tmp_path):
+    """With data.classes row i is not drawing i: pairs then go by boxes."""
+    words = [tiny, f"run={tmp_path}/run", "data.classes=ring,star", "data.train=40", "data.test=40"]
+    stage("train_diffusion", *words, "--prepare")
+    called(monkeypatch, probe, *words, f"checkpoint={run}/diffusion/base/checkpoint.pt", "protocol=correspond",
+           "activations=unet-in", "t=0.8", "pairs=20", "controls=")
+    assert set(result(tmp_path / "run", "correspond")["pairs"]) == {"warps", "boxes"}
+
+
 def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
     class Here:
         dir, data, dry_run = run, Data(), False
@@ -392,7 +402,8 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     called(monkeypatch, probe, *words, "samples=lost", "name=rolled")
     assert result(lost, "rolled")["exact_iou"] < 0.7
     drawn = dict(recipe=dict(boxes=[[1, 1, 9, 9, 0]]))
-    for change, said in ((drawn, "something else"), (dict(hash="other"), "earlier state")):
+    plain = dict(checkpoint="diffusion/base")
+    for change, said in ((drawn, "something else"), (dict(hash="other"), "earlier state"), (plain, "without boxes")):
         (lost / "samples/lost/metrics.json").write_text(json.dumps(about | change))
         assert said in refuse("probe", *words, "samples=lost", "name=bad")
 

@@ -70,6 +70,8 @@ def test_saved_beside_the_samples(monkeypatch, tiny, run):  # noqa: F811
 
 @pytest.mark.parametrize("words, said", [
     (["features=nid*"], "no such activation"), (["features=mid*", "features_at=9"], "2 evaluations"),
+    (["features=mid*", "features_at="], "2 evaluations"), (["features=mid*", "features_pool=0"], "features_pool=0"),
+    (["features=mid*", "solver=rk4", "steps=2", "features_at=6"], "6 evaluations"),
     (["features=mid*", "compile=true"], "hooks need the plain network"),
     (["features=mid*", "solver=dopri5"], "fixed-step")])
 def test_bad_input(refuse, tiny, run, words, said):  # noqa: F811
