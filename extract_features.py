@@ -523,7 +523,8 @@ def pca_sheet(run, cfg, features, names, times):
     test = load_data(run, "test")
     require(max(cfg.shown) < len(test), cfg, "shown", f"there are {len(test)} test images")
     images = test.images[cfg.shown]                                              # [N, 3, H, W]
-    _, maps = next(features(test, np.array(cfg.shown), pool="none", purpose="features test"))
+    batches = [out for _, out in features(test, np.array(cfg.shown), pool="none", purpose="features test")]
+    maps = {place: torch.cat([out[place] for out in batches]) for place in batches[0]}
     sheet = [images] * len(times)
     for name in names:
         sheet += [F.interpolate(pca_rgb(maps[name, t].cpu()), images.shape[2:]).numpy() for t in times]
@@ -577,9 +578,9 @@ def recipe_of(cfg, state, data, names, times):
     return recipe
 
 
-def extract(run, cfg, features, data, shapes, recipe):
+def extract(run, cfg, features, data, shapes, recipe, done):
     """Write features/<name>: every process fills its own rows of the same arrays. shapes: (name, t) -> of a row."""
-    with making(run, "features", cfg.name, "info.json") as folder:
+    with making(run, "features", cfg.name, "info.json", done) as folder:
         for split, part in data.items():
             files = {place: folder / file_of(split, *place) for place in shapes}
             if run.rank == 0:
@@ -640,11 +641,12 @@ def main():
         return run.say(f"{numbers * np.dtype(cfg.dtype).itemsize / 1e6:,.1f} MB in {folder}")
     recipe = recipe_of(cfg, state, data, names, times)
     made = [folder / file_of(split, *place) for split in data for place in shapes]
-    if run.agreed(lambda: finished(run, folder / "info.json", recipe, made)):
+    done = lambda: finished(run, folder / "info.json", recipe, made)
+    if run.agreed(done):
         return
 
     # extract
-    extract(run, cfg, features, data, shapes, recipe)
+    extract(run, cfg, features, data, shapes, recipe, done)
 
     # close
     run.say(f"features in {folder}: " + ", ".join(f"{n} t={t:g} {list(s)}" for (n, t), s in shapes.items()))

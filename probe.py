@@ -54,7 +54,7 @@ from configs.run import (Data, Model, UserError, autocast, bar, check_name, cli,
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, build_model, diffuse, load_checkpoint, load_condition, load_model, say_network
 from extract_features import catalogue, label_free, matching, noise_level, reader, stream
-from self_label import assign, bounds, filled, find_objects, iou, kmeans, largest_component, nmi
+from self_label import assign, bounds, draw_masks, filled, find_objects, iou, kmeans, largest_component, nmi
 
 
 @dataclass
@@ -971,7 +971,9 @@ def segment(run, cfg, source, train, test):
         few = np.arange(min(10, len(test)))
         with torch.no_grad():
             found = first(*source.views_of(test.images, few, seed, purpose)).argmax(1).cpu()
-        draw_segments(picture(run), test.images[few], y_test[few], found)
+        nothing = torch.zeros_like(found)
+        sheet = [draw_masks(test.images[i], v[i].numpy()) for v in (nothing, y_test, found) for i in few]
+        save_grid(picture(run), np.stack(sheet), len(few), ["image", "truth", "found"])
     return result
 
 
@@ -1526,7 +1528,7 @@ def layout(run, cfg, source, train, test):
     run.say(", ".join(f"{k} {v:.3f}" for k, v in scores.items()) + f" over {len(images):,} samples")
     if run.rank == 0:
         few = range(min(10, len(rows)))
-        sheet = [tinted(images[i], areas[i]) for areas in (asked, *found.values()) for i in few]
+        sheet = [draw_masks(images[i], areas[i]) for areas in (asked, *found.values()) for i in few]
         save_grid(picture(run), np.stack(sheet), len(few), ["asked for", *found])
     return dict(samples=cfg.samples, images=len(images), **scores)
 
@@ -1562,24 +1564,6 @@ def draw_surface(run, table, score, title, marks):
         heat_map(picture(run), values, names, f"{score}; {title}; columns: t = {times}", letters)
 
 
-def tinted(image, masks):
-    """An image uint8 [3, H, W] under the colours of masks bool [n, H, W], or red under one mask [H, W]."""
-    torchvision_datasets()                                # torchvision then imports beside a CPU-only torch, too
-    from torchvision.utils import draw_segmentation_masks
-    image, masks = torch.from_numpy(np.array(image)), torch.as_tensor(masks)
-    return draw_segmentation_masks(image, masks, 0.5, "red" if masks.dim() == 2 else None).numpy()
-
-
-def draw_segments(path, images, truth, found):
-    """Images, true and found classes in colours (not class 0 and void)."""
-    last = max(1, int(truth.max()), int(found.max()))
-    sheet = list(images)
-    for segments in (truth, found):
-        for image, segment in zip(images, segments):
-            sheet.append(tinted(image, torch.stack([segment == k for k in range(1, last + 1)])))
-    save_grid(path, np.stack(sheet), len(images), ["image", "truth", "found"])
-
-
 def draw_matches(path, pairs, found):
     """Pairs side by side, a line from each point to where it was found: green within 0.1 of the limit, else red."""
     size, zoom, tiles = pairs.source.shape[2], 4, []
@@ -1601,7 +1585,7 @@ def draw_objects(path, images, truth, found):
     tiles = []
     for image, objects, guesses in list(zip(images, truth, found))[:12]:
         sure = guesses["scores"] > 0.5
-        tile = torch.from_numpy(tinted(image, guesses["masks"][sure].any(0)))
+        tile = torch.from_numpy(draw_masks(image, guesses["masks"][sure].any(0).numpy()))
         for frames, colour in ((objects["boxes"], "white"), (guesses["boxes"][sure], "red")):
             tile = draw_bounding_boxes(tile, frames, colors=colour) if len(frames) else tile
         tiles.append(tile.numpy())
@@ -1701,11 +1685,11 @@ def main():
     recipe = {k: run.sections["probe"][k] for k in f"{ALWAYS} {settings}".split()} | extra
     what = dict(checkpoint=cfg.checkpoint, hash=state["weights"])
     recipe |= what | dict(images=[part.info["fingerprint"] for part in (train, test)])
-    if run.agreed(lambda: finished(run, path, recipe)):
-        return
 
     # measure, write
     with locked(run, "probe", cfg.name):
+        if run.agreed(lambda: finished(run, path, recipe)):
+            return
         tick = time.time()
         result = protocol(run, cfg, source, train, test)
         what |= dict(protocol=cfg.protocol, seen=state["seen"], seed=cfg.seed) | result

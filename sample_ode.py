@@ -889,7 +889,8 @@ def main():
         size = run.data.size if run.data.latents else state["size"]
         return run.say(f"{cfg.n:,} samples into {folder}: {cfg.n * 3 * size ** 2 / 1e6:,.0f} MB")
     made = folder / ("images.npy" if cfg.direction == "generate" else "noise.npy")
-    if run.agreed(lambda: finished(run, folder / "metrics.json", recipe, [made])):
+    done = lambda: finished(run, folder / "metrics.json", recipe, [made])
+    if run.agreed(done):
         return
     open_autoencoder(run)
     run.say(f"sampling from {state['file']} ({state['seen']:,} images seen, {cfg.weights} weights); {why}")
@@ -899,7 +900,7 @@ def main():
     metrics |= dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"],
                     solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
     metrics["total_seen"] = state["seen"] + (state.get("init") or {}).get("seen", 0)     # with those of its start
-    with making(run, "samples", cfg.name, "metrics.json") as aside:
+    with making(run, "samples", cfg.name, "metrics.json", done) as aside:
         if cfg.direction == "generate":
             metrics |= sample(run, cfg, sampler, aside)
         elif run.rank == 0:

@@ -387,7 +387,7 @@ def outline(x, patches, inside, rest, grid, size, images=None):
     # up to one patch beyond the object, but not into others
     reach = F.max_pool2d(patches.to(x).unflatten(1, (1, *grid)), 3, 1, 1).flatten(1) > 0
     allowed = enlarge(reach & (patches | (nearer <= 0)), grid, size, "nearest") > 0
-    return largest_component(((near > 0) & allowed).view(n, -1), size).view(n, *size)
+    return largest_component(((near > 0) & allowed).flatten(1), size).view(n, *size)
 
 
 def guided_filter(p, image, radius, eps=1e-3):
@@ -767,11 +767,6 @@ def first_overlap(boxes, truth):
     return iou(boxes[known, :1], truth[known]).max(1)
 
 
-def corloc(boxes, truth, threshold=0.5):
-    """Share of the images with an object whose first box [N, objects, 4] overlaps a true one [N, m, 4]."""
-    return float((first_overlap(boxes, truth) >= threshold).mean())
-
-
 def confusion(masks, truth, chunk=256):
     """Pixels by segment and class [256, 255] of uint8 masks [N, H, W] and their truth (255 = void), read in chunks."""
     t = np.zeros(256 * 256, np.int64)
@@ -795,8 +790,8 @@ def score_layouts(split, data, masks, boxes=None, clustered=True):
     """
     scores = {}
     if boxes is not None and data.boxes is not None:
-        truth = data.boxes[:, None]
-        scores |= dict(iou=float(first_overlap(boxes, truth).mean()), corloc=corloc(boxes, truth))
+        overlap = first_overlap(boxes, data.boxes[:, None])
+        scores |= dict(iou=float(overlap.mean()), corloc=float((overlap >= 0.5).mean()))
     if data.masks is not None:
         t = confusion(masks, data.masks)
         if boxes is not None:
@@ -815,12 +810,12 @@ def prefixed(split, scores):
 # Pictures and files
 
 def draw_masks(image, mask):
-    """Image uint8 [3, H, W] with its mask uint8 [H, W] in colours; 0 = none."""
+    """Image uint8 [3, H, W] with its mask [H, W] in colours; 0 and below = none."""
     torchvision_datasets()                                # makes sure that torchvision loads
     from torchvision.utils import draw_segmentation_masks
-    ids = np.unique(mask[mask > 0])
+    ids = np.unique(mask[mask > 0]).astype(int)
     if not len(ids):
-        return image
+        return np.array(image)
     masks = torch.from_numpy(mask == ids[:, None, None])
     colours = [f"hsl({137 * k % 360}, 90%, 55%)" for k in ids.tolist()]
     return draw_segmentation_masks(torch.from_numpy(np.array(image)), masks, 0.5, colours).numpy()
@@ -871,9 +866,11 @@ def are_made(run, path, recipe):
     note = path.with_suffix(".json")
     if not path.exists():
         return False
-    if not note.exists():
+    if not note.exists() and not run.cfg.overwrite:
         raise UserError(f"{path}: has no {note.name}, so it is not ours to replace; "
-                        "move it away or choose another name=")
+                        "move it away, choose another name=, or overwrite=true")
+    if not note.exists():
+        return False
     with reading(path, "delete it"), np.load(path, allow_pickle=False) as f:
         whole = read_json(note, "delete it").get("hash") in (None, arrays_hash(f))
     return whole and finished(run, note, recipe)
@@ -905,6 +902,7 @@ def main():
     if cfg.method not in METHODS:
         raise UserError(f"method={cfg.method}: {unknown(cfg.method, list(METHODS))}")
     cfg.name = cfg.name or cfg.method
+    require(cfg.name not in ("none", "online"), cfg, "name", "train_guided.py means something else by that")
     path = run.dir / "labels" / f"{cfg.name}.npz"
     data = {split: load_data(run, split) for split in ("train", "test")}
     recipe, about = recipe_of(run, cfg, data)

@@ -546,11 +546,12 @@ def build_model(model, size, in_channels=3, num_labels=0, vector_dim=0, layout_c
 
 def check_model(model, size):
     """A UserError for what would fail late, or be left out without a word."""
+    require(model.channels % 2 == 0, model, "channels", "must be even: time is told in sines and cosines")
     if model.backbone == "uvit":
         fits = size % model.patch == 0 and model.depth % 2 == 0
         require(fits, model, "patch depth", f"size {size} must be a multiple of patch, depth even")
-        fits = model.channels % model.heads == 0 and model.channels % 2 == 0
-        return require(fits, model, "channels heads", "channels must be a multiple of heads, and even")
+        fits = model.channels % model.heads == 0
+        return require(fits, model, "channels heads", "channels must be a multiple of heads")
     step = model.stem * 2 ** (len(model.mult) - 1)
     require(size % step == 0, model, "stem mult", f"size {size} must be a multiple of {step}")
     sizes = [size // model.stem >> level for level in range(len(model.mult))]
@@ -825,7 +826,7 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
             # the loss, and its gradients. A labeller reads `net` past DDP: first, so that DDP then averages the sum
             if own_loss is not None:
                 scaler.scale(own_loss).backward()
-            pull = gradient_norm(weights) / scaler.get_scale()                   # 0 unless it reaches the network
+            pull = (gradient_norm(weights) / scaler.get_scale()).nan_to_num(0, 0, 0)           # 0: it goes elsewhere
             losses = []
             for i in range(0, share, micro):
                 part = slice(i, i + micro)
@@ -1045,7 +1046,7 @@ def save_checkpoint(run, folder, state):
     """checkpoint.pt and .json in `folder`, by the first process; the old ones stay until the new are there."""
     if run.rank == 0:
         file = Path(folder) / "checkpoint.pt"
-        state = state | dict(weights=weights_hash(state["ema"]))
+        state = state | dict(weights=weights_hash(state["ema"], state["model"]))
         save_torch(file, state)
         names = "kind", "seen", "weights", "num_labels", "path", "predict", "data", "model", "config"
         write_json(file.with_suffix(".json"), {name: state[name] for name in names})
@@ -1171,8 +1172,8 @@ def import_published(run, cfg):
     if run.dry_run:
         return run.say(f"would be written to {folder}")
     with locked(run, "diffusion", cfg.name):
-        done = dict(weights=weights_hash(w))
-        if not run.agreed(lambda: finished(run, folder / "checkpoint.json", done)):
+        done = dict(weights=weights_hash(w, state["model"]), path=path)
+        if not run.agreed(lambda: finished(run, folder / "checkpoint.json", done, [folder / "checkpoint.pt"])):
             save_checkpoint(run, folder, state)
     run.next(f"extract_features.py checkpoint=diffusion/{cfg.name}", "reads it, after train_diffusion.py --prepare")
 

@@ -74,11 +74,10 @@ class TrainGuided(Training):
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels of a file become conditions
 
-def given_labels(run, cfg, data):
-    """(GivenLabels, what the network must know, facts for the checkpoint) of labels/<labels>.npz."""
+def given_labels(run, cfg, data, labels, info):
+    """(GivenLabels, what the network must know, facts for the checkpoint) of a label file, as of `load_labels`."""
     require(cfg.condition in ("label", "box", "mask", "set"), cfg, "condition labels",
             "prototypes and patches exist with labels=online only; here label, box, mask or set")
-    labels, info = load_labels(run, cfg.labels)
     ids, K = labels["train"], info["num_labels"]          # int64 [N]
     table = with_null(torch.from_numpy(ids), K)
     facts = dict(labels_hash=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K)
@@ -436,7 +435,12 @@ def check_online(run, cfg):
             "labels would never be used: switch comes before images, or condition=none")
     require(not cfg.sk_until or cfg.sk_freeze < cfg.sk_until < cfg.images, cfg, "sk_until sk_freeze images",
             "labels settle after prototypes have moved (sk_freeze), and before training ends; sk_until=0 never settles")
-    file = run.dir / "labels" / f"{cfg.name}.json"        # written at the end; others' labels are not ours to replace
+    check_labels_name(run, cfg)
+
+
+def check_labels_name(run, cfg):
+    """A UserError where labels of this name are not ours to replace: before training and again before writing."""
+    file = run.dir / "labels" / f"{cfg.name}.json"
     if cfg.condition != "patch" and not cfg.overwrite and file.exists():
         if "online" not in read_json(file, "delete it").get("recipe", {}):
             raise UserError(f"{file}: labels of this name were made by another program; choose another name=, or "
@@ -464,8 +468,10 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
     else:
         labels = {split: ids[:, 0] for split, ids in labels.items()}
         about = dict(online=dict(checkpoint=f"guided/{cfg.name}", hash=state["weights"]))
-        out = Labels(labels, cfg.K, typical, about=about)
-        save_labels(run, cfg.name, splits, out, dict(online=state["weights"]))
+        with locked(run, "labels", cfg.name):
+            run.agreed(lambda: check_labels_name(run, cfg))
+            out = Labels(labels, cfg.K, typical, about=about)
+            save_labels(run, cfg.name, splits, out, dict(online=state["weights"]))
         state["label_scores"] = score_labels(labels["train"], np.asarray(data.classes))
         state["marginal"] = torch.from_numpy(np.bincount(labels["train"], minlength=cfg.K) / len(data))
     if run.rank == 0:
@@ -547,14 +553,15 @@ def main():
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
     # what the network is told: nothing, labels of a file, or labels that are found
-    labeller, known, facts = Conditioner(), {}, dict(condition="none")
+    labeller, known, facts, given = Conditioner(), {}, dict(condition="none"), None
     if cfg.labels == "online":
         check_online(run, cfg)
         known = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim),
                      patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
         facts = dict(condition=cfg.condition, num_labels=cfg.K if known else 0)
     elif cfg.labels != "none":
-        labeller, known, facts = given_labels(run, cfg, data)
+        given, info = load_labels(run, cfg.labels)        # once: another command may replace them meanwhile
+        labeller, known, facts = given_labels(run, cfg, data, given, info)
 
     # network: from scratch, or from unconditional weights
     channels, size = input_shape(run)
@@ -570,9 +577,9 @@ def main():
     state = new_state(run, "guided", data, size, channels, known=known, init=init, label_file=cfg.labels, **facts)
     with locked(run, "guided", cfg.name):
         state = fit(run, cfg, net, folder, data, state, labeller)
-        if "labels_hash" in facts and run.rank == 0:
+        if given and run.rank == 0:
             with atomic(folder / "labels.npz") as f:
-                np.savez(f, **load_labels(run, cfg.labels)[0])
+                np.savez(f, **given)
         if cfg.labels == "online" and "found_hash" not in state:               # not labelled by these weights yet
             gpu_flags(training=False)                     # in full float32, as sample_ode.py will
             finish_online(run, cfg, net, labeller, state, folder, data)

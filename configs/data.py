@@ -514,7 +514,9 @@ def load_features(run, name, split):
     hint = "run extract_features.py first; if it is damaged, delete the folder before"
     info = read_json(folder / "info.json", hint)
     with reading(folder, hint):
-        if info["data"].get(split) != data.info["fingerprint"] or "pool" not in info:
+        if split not in info["data"]:
+            raise UserError(f"{folder}: has no features of the {split} images; extract with splits=train,test")
+        if info["data"][split] != data.info["fingerprint"] or "pool" not in info:
             raise ValueError(f"extracted from other {split} images")
         files = [folder / file_of(split, entry["activation"], entry["t"]) for entry in info["arrays"]]
         arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]

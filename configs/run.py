@@ -429,15 +429,18 @@ def locked(run, *names):
 
 
 @contextmanager
-def making(run, kind, name, proof):
+def making(run, kind, name, proof, done=lambda: False):
     """A new folder that all processes fill and that becomes <run>/<kind>/<name> in the end; refused while another does.
-    A folder without `proof`, which is written last, is not ours to replace."""
+    A folder without `proof`, which is written last, is not ours to replace; nor one that is `done` when our turn comes.
+    """
     target = run.dir / kind / name
 
     def begin():
         if target.exists() and not (target / proof).exists() and any(target.iterdir()):
             raise UserError(f"{target}: has no {proof}, so it is not ours to replace; "
                             "move it away or choose another name=")
+        if done():
+            raise UserError(f"{target}: another command has just made it")
         for stale in target.parent.glob(f".{name}.{'?' * 8}.???"):               # of commands that were killed
             shutil.rmtree(stale)
         aside = target.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -548,9 +551,9 @@ def digest(*parts):
     return h.hexdigest()[:16]
 
 
-def weights_hash(state):
-    """Short hash of a state dict: what features, labels and samples say they were made with."""
-    h = hashlib.sha256()
+def weights_hash(state, model={}):
+    """Short hash of a state dict and its section `model`: what features, labels and samples say they were made with."""
+    h = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
     for name in sorted(state):
         v = state[name].detach().cpu()
         h.update(name.encode())

@@ -25,7 +25,7 @@ from probe import label_free_choice                       # noqa: E402
 SETS = {                                                  # images of base and fine-tuning, labels, classes
     "shapes": dict(base="40k", tune="24k", K=20, classes=10),
     "fashion": dict(base="60k", tune="24k", K=50, classes=10),
-    "cifar10-cpu": dict(base="600k", tune="60k", K=100, classes=10, keys=["optimizer=muon", "lr=2e-3", "warmup=1k"]),
+    "cifar10-cpu": dict(base="600k", tune="60k", K=100, classes=10),
 }
 ROWS = {                                                  # keys of self_label.py; s: seed
     "none": None, "online": None,
@@ -89,7 +89,7 @@ def redraw_zeros(file, seed):
         if p.dim() > 1 and p.abs().max() < 1e-6:          # an update of 1e-12 has moved them
             p = torch.nn.init.kaiming_uniform_(torch.empty(p.shape), a=5 ** 0.5, generator=numbers)
             state["ema"][name] = state["net"][name] = p
-    save_torch(file, state | dict(weights=weights_hash(state["ema"])))
+    save_torch(file, state | dict(weights=weights_hash(state["ema"], state["model"])))
 
 
 def label(which, row, name, s, K, ids, words):
@@ -106,7 +106,7 @@ def guide(which, row, name, s, K, base, tune, words, evaluators):
     """Fine-tune the base model under the labels of a row, sample, and score."""
     keys = dict(none=["labels=none"], online=["labels=online", f"K={K}"]).get(row, [f"labels={name}"])
     stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init={base}", f"images={tune}",
-          *SETS[which].get("keys", []), "ema_ramp=0.25", *keys)
+          "ema_ramp=0.25", *keys)
     stage("sample_ode", which, *words, f"name={name}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
           "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500")
 

@@ -22,7 +22,7 @@ def main():
     ema = {name: v.bfloat16() if v.is_floating_point() else v for name, v in state["ema"].items()}
     kept = {name: v for name, v in state.items() if name not in LEFT_OUT}
     kept["config"].get("data", {}).pop("root", None)      # where the images lay is nobody's business
-    save_torch(target, kept | dict(net=ema, ema=ema, weights=weights_hash(ema)))
+    save_torch(target, kept | dict(net=ema, ema=ema, weights=weights_hash(ema, kept["model"])))
     print(f"{target}: {Path(target).stat().st_size / 1e6:.1f} MB, {state['seen']:,} images seen")
 
 

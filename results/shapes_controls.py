@@ -22,7 +22,8 @@ from configs.run import autocast, start                   # noqa: E402
 from configs.shapes import draw_shapes                    # noqa: E402
 from extract_features import matching, stream                       # noqa: E402
 from probe import Probe, Source, random_network           # noqa: E402
-from self_label import assign, bounds, corloc, find_objects, kmeans, largest_component, nmi              # noqa: E402
+from self_label import (assign, bounds, find_objects, first_overlap, kmeans,               # noqa: E402
+                        largest_component, nmi)
 from train_diffusion import load_model                    # noqa: E402
 
 PLACES = [("lost", "up-level2-repeat0-res-out", 0.85), ("ncut", "up-level1-upsampler-out", 0.7),
@@ -59,7 +60,7 @@ def otsu(images):
 
 def found(masks, boxes, truth, true_boxes):
     truth = truth > 0
-    return dict(corloc=corloc(np.asarray(boxes)[:, None], true_boxes[:, None]),
+    return dict(corloc=float((first_overlap(np.asarray(boxes)[:, None], true_boxes[:, None]) >= 0.5).mean()),
                 mask_iou=float(((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))).mean()))
 
 

@@ -58,6 +58,7 @@ def said(capsys, monkeypatch, tiny):
     (["data.source=CIFAR11", "--dry-run"], "did you mean CIFAR10"), (["--frobnicate"], "--frobnicate: unknown"),
     (["model.mult=[1,x]"], "model.mult"), (["precision=bf8"], "'auto', 'bf16', 'fp16'"),
     (["data.train=-1"], "data.train=-1"), (["lr=inf"], "lr=inf"), (["model.clock=nan,1"], "model.clock=nan,1"),
+    (["model.channels=17", "model.head_channels=17"], "must be even"),
     (["data.source=folder", "data.root=/nope", "--dry-run"], "data.root=/nope: no images there")])
 def test_configuration(refuse, tiny, tmp_path, words, text):
     assert text in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)
@@ -133,6 +134,9 @@ def test_a_full_disk_under_a_new_folder_is_named(tmp_path):
         with cr.making(run, "features", "x", "info.json") as folder:
             (folder / "half.npy").write_bytes(b"0")
             raise OSError(28, "No space left on device")
+    with pytest.raises(cr.UserError, match="features/x: another command has just made it"):      # while we waited
+        with cr.making(run, "features", "x", "info.json", lambda: True):
+            raise AssertionError
     assert not list((tmp_path / "features").iterdir())
 
 

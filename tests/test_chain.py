@@ -275,7 +275,7 @@ def test_sampling_needs_one_other_script(chain, tiny, tmp_path):
 def test_files_load_safely(chain):
     for path in chain.rglob("checkpoint.pt"):
         state = torch.load(path, weights_only=True)
-        assert state["weights"] == weights_hash(state["ema"])
+        assert state["weights"] == weights_hash(state["ema"], state["model"])
         assert not any(k.startswith(("module.", "_orig_mod.")) for k in state["net"])
     for path in chain.rglob("*.npz"):
         np.load(path, allow_pickle=False)

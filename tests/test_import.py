@@ -167,6 +167,15 @@ def test_chain_from_adm(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run("train_diffusion")
     assert "done already" in capsys.readouterr().out
+    file = tmp_path / "run/diffusion/theirs/checkpoint.pt"
+    before = torch.load(file, weights_only=True)["weights"]
+    with pytest.raises(UserError, match="overwrite=true"):                       # no tensor tells its number of heads
+        run("train_diffusion", "model.head_channels=16")
+    run("train_diffusion", "model.head_channels=16", "overwrite=true")
+    assert torch.load(file, weights_only=True)["weights"] != before
+    file.unlink()
+    run("train_diffusion", "overwrite=true")
+    assert torch.load(file, weights_only=True)["weights"] == before
     run("train_diffusion", "--prepare")
     run("extract_features")
     run("self_label", "method=kmeans")

@@ -17,7 +17,7 @@ from test_self_label import label, write_features, write_run
 import self_label
 from configs.run import Data
 from configs.shapes import draw_shapes
-from self_label import (assign, bounds, confusion, corloc, draw_masks, find_objects, guided_filter, iou,
+from self_label import (assign, bounds, confusion, draw_masks, find_objects, first_overlap, guided_filter, iou,
                         largest_component, region, score_layouts, second_eigenvector, segment, segmentation_scores)
 
 METHODS = ("lost", "ncut")
@@ -188,7 +188,7 @@ def test_the_larger_of_two_comes_first_and_alone():
     out = find_objects(truth_features(masks), (16, 16), (32, 32), "lost", objects=2, images=torch.from_numpy(images))
     found = out["boxes"].numpy()
     # but for pairs that nearly touch, and the smallest
-    assert corloc(found, boxes[:, None], 0.7) > 0.85 and (found[:, 1, 0] >= 0).mean() > 0.6
+    assert (first_overlap(found, boxes[:, None]) >= 0.7).mean() > 0.85 and (found[:, 1, 0] >= 0).mean() > 0.6
     area = (found[..., 2:] - found[..., :2]).prod(2)
     assert (area[:, 0] >= area[:, 1]).mean() > 0.9
 
@@ -231,15 +231,14 @@ def painted(box):
     return p
 
 
-def test_iou_and_corloc_by_counting_pixels():
+def test_iou_by_counting_pixels():
     g = np.random.default_rng(0)
     a, b = some_boxes(80, 1, g), some_boxes(80, 3, g)
     slow = np.array([[(painted(u) & painted(v)).sum() / max((painted(u) | painted(v)).sum(), 1) for v in row]
                      for (u,), row in zip(a, b)])
     assert np.allclose(iou(a, b), slow)
     known = (b[..., 0] >= 0).any(1)
-    assert corloc(a, b, 0.3) == pytest.approx((slow.max(1) >= 0.3)[known].mean())
-    assert corloc(b, b[:, :1]) == 1
+    assert np.allclose(first_overlap(a, b), slow.max(1)[known]) and (first_overlap(b, b[:, :1]) == 1).all()
 
 
 @pytest.mark.parametrize("K", [3, 5, 9])
@@ -351,3 +350,10 @@ def test_bad_input(run, tiny, refuse):
     for words in ("method=lost objects=0", "method=lost cells=0", "method=masks segments=300", "method=masks K=300"):
         assert words.split()[-1] in refuse("self_label", tiny, f"run={run}", "features=dense", "name=x", *words.split())
     assert "pool=mean" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "features=dense", "name=x")
+
+
+@pytest.mark.parametrize("method", ["lost", "ncut"])
+def test_no_image_has_no_objects(method):
+    """A process may have none of a split."""
+    none = find_objects(torch.zeros(0, 64, 8), (8, 8), (32, 32), method, 2, images=torch.zeros(0, 3, 32, 32), cells=4)
+    assert {k: tuple(v.shape) for k, v in none.items()} == dict(boxes=(0, 2, 4), masks=(0, 32, 32), regions=(0, 2, 128))
