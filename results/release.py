@@ -23,7 +23,8 @@ def main():
     kept = {name: v for name, v in state.items() if name not in LEFT_OUT}
     kept["config"].get("data", {}).pop("root", None)      # where the images lay is nobody's business
     save_torch(target, kept | dict(net=ema, ema=ema, weights=weights_hash(ema, kept["model"])))
-    print(f"{target}: {Path(target).stat().st_size / 1e6:.1f} MB, {state['seen']:,} images seen")
+    seen = state["seen"] + (state.get("init") or {}).get("seen", 0)
+    print(f"{target}: {Path(target).stat().st_size / 1e6:.1f} MB, {seen:,} images seen")
 
 
 if __name__ == "__main__":
