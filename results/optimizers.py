@@ -122,6 +122,7 @@ def main():
         images = round(first * share * speed[name] / base / v["batch"]) * v["batch"]
         label = name if share == 1 else f"{name}, half the time"
         if seed in rows.get(label, {}):
+            print(f"{which} {label} {seed}: in {out.name} already")
             continue
         key = f"{label.replace(', ', '-').replace(' ', '-')}-s{seed}"
         keys = v | dict(images=images, seed=seed, log_every=images, save_every=images // 2, grid_every=images)

@@ -56,6 +56,7 @@ def main():
         for lr in rates:
             name = f"{optimizer}-{lr:g}"
             if name in rows:
+                print(f"{which} {name}: in {out.name} already")
                 continue
             keys = dict(optimizer=optimizer, lr=lr, batch=32, warmup=WARMUP[optimizer], ema=20_000, images=IMAGES,
                         log_every=IMAGES, save_every=IMAGES, grid_every=IMAGES, name=name, seed=7)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from evidence import ROOT, stage                          # noqa: E402
+from evidence import ROOT, stage, write_json              # noqa: E402
 
 IMAGES = {"shapes": "40k", "fashion": "60k", "cifar10-cpu": "200k"}
 ONLINE = ["labels=online", "condition=none", "sk_grad=backbone", "sk_until=0", "switch=0", "init="]
@@ -36,7 +36,6 @@ def main():
     run, out = Path(folder).resolve(), ROOT / "results" / f"sinkhorn-{which}.json"
     own = dict(w.split("=", 1) for w in words if w.startswith(("seeds=", "weights=")))
     words = [f"run={run}", *(w for w in words if not w.startswith(("seeds=", "weights=")))]
-    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
     stage("train_diffusion", which, *words, "--prepare")
     for s in own.get("seeds", "0,1,2,3,4").split(","):
         for weight in own.get("weights", "0,0.02,0.1,1").split(","):
@@ -46,8 +45,9 @@ def main():
             stage("probe", which, *words, *keys, f"checkpoint=guided/{name}")
             stage("sample_ode", which, *words, *keys, f"checkpoint=guided/{name}", "n=1000", "solver=midpoint",
                   "steps=8", "evaluator=judge,pixels")
+            rows = json.loads(out.read_text())["rows"] if out.exists() else {}   # another command may have added some
             rows.setdefault(weight, {})[s] = measured(run, name)
-            out.write_text(json.dumps(dict(set=which, images=IMAGES[which], rows=rows), indent=1) + "\n")
+            write_json(out, dict(set=which, images=IMAGES[which], rows=rows))
             print(which, weight, s, json.dumps(rows[weight][s]), flush=True)
 
 
