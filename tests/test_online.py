@@ -12,6 +12,7 @@ import torch
 from conftest import inside, stage
 from torch.nn.functional import normalize
 
+import train_guided
 from configs.run import Model, UserError
 from configs.shapes import draw_shapes
 from extract_features import matching
@@ -306,11 +307,20 @@ def test_the_log_tells_how_hard_the_labels_pull(toy):
     assert lines[1e-3]["pull"] < lines[0.1]["pull"] < lines[100.0]["pull"] and 0.95 < lines[100.0]["pull"] < 1.05
 
 
-def test_labels_of_another_program_are_not_replaced(toy, refuse):
+def test_labels_of_another_program_are_not_replaced(toy, refuse, monkeypatch):
     folder, words = toy
     inside("self_label", *words, "method=classes", "name=mine")
     said = refuse("train_guided", *words, "name=mine")
     assert "labels/mine.json" in said and "overwrite=true" in said
+    fit = train_guided.fit
+
+    def meanwhile(*a):
+        inside("self_label", *words, "method=classes", "name=late")
+        return fit(*a)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_guided, "fit", meanwhile)
+        assert "labels/late.json" in refuse("train_guided", *words, "images=64", "switch=0", "sk_until=0", "sk_freeze=0", "name=late")
+    assert json.loads((folder / "run/labels/late.json").read_text())["recipe"]["method"] == "classes"
     said = refuse("train_guided", *words, "name=new", "init=guided/online")      # whose labels are numbered otherwise
     assert "start from an unconditional model" in said
 
