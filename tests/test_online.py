@@ -319,7 +319,8 @@ def test_labels_of_another_program_are_not_replaced(toy, refuse, monkeypatch):
         return fit(*a)
     with monkeypatch.context() as patch:
         patch.setattr(train_guided, "fit", meanwhile)
-        assert "labels/late.json" in refuse("train_guided", *words, "images=64", "switch=0", "sk_until=0", "sk_freeze=0", "name=late")
+        keys = ["images=64", "switch=0", "sk_until=0", "sk_freeze=0", "name=late"]
+        assert "labels/late.json" in refuse("train_guided", *words, *keys)
     assert json.loads((folder / "run/labels/late.json").read_text())["recipe"]["method"] == "classes"
     said = refuse("train_guided", *words, "name=new", "init=guided/online")      # whose labels are numbered otherwise
     assert "start from an unconditional model" in said
