@@ -866,11 +866,9 @@ def are_made(run, path, recipe):
     note = path.with_suffix(".json")
     if not path.exists():
         return False
-    if not note.exists() and not run.cfg.overwrite:
-        raise UserError(f"{path}: has no {note.name}, so it is not ours to replace; "
-                        "move it away, choose another name=, or overwrite=true")
     if not note.exists():
-        return False
+        raise UserError(f"{path}: has no {note.name}, so it is not ours to replace; "
+                        "move it away or choose another name=")
     with reading(path, "delete it"), np.load(path, allow_pickle=False) as f:
         whole = read_json(note, "delete it").get("hash") in (None, arrays_hash(f))
     return whole and finished(run, note, recipe)
