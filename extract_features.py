@@ -69,7 +69,7 @@ class ExtractFeatures:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readers: what the inputs or the output of a hooked module say, as a map [B, C, H, W]
+# Readers (net, block, inputs, output of the hooked module, which is the block or lies in it) -> map [B, C, H, W]
 
 def as_map(out):
     """A module's output (the first of several) as a map [B, C, H, W]; None if it is nothing of that kind.
@@ -179,7 +179,7 @@ def unet_way(stage, blocks):
             place = f"{stage}sampler" if resampler else f"repeat{repeat}"
             yield f"{stage}-level{level}-{place}", layer
         repeat += 1
-        if resampler:                                     # came last: a level ends
+        if resampler:                                     # of the block's last layer: a level ends
             level, repeat = level + 1, 0
 
 
@@ -247,20 +247,20 @@ def tapped(net, names, stop=False, then=lambda x: x):
     `then` is called at once, so that no more is kept than it returns. stop: a call ends at the deepest name, by raising
     `Enough`.
     """
-    known, got = catalogue(net), {}
-    names = sorted(names, key=list(known).index)          # hooks of one module fire in the order of registration
+    entries, got = catalogue(net), {}
+    names = sorted(names, key=list(entries).index)        # deepest last; hooks of one module fire as registered
 
-    def hook(name, pick):
+    def hook(name, to_map):
         def take(module, inputs, output):
-            got[name] = then(pick(inputs, output))
+            got[name] = then(to_map(inputs, output))
             if stop and name == names[-1]:
                 raise Enough
         return take
 
     with ExitStack() as hooks:
         for name in names:
-            module, pick = known[name]
-            hooks.callback(module.register_forward_hook(hook(name, pick)).remove)
+            module, to_map = entries[name]
+            hooks.callback(module.register_forward_hook(hook(name, to_map)).remove)            # removed at the end
         yield got
 
 
@@ -298,16 +298,16 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
     One forward pass per (batch, time, draw) serves all names; the condition is null. The noise is a function of
     (seed, purpose, draw, row), so neither batch size nor number of processes changes the result.
     """
-    path, read = PATHS.get(state["path"], state["path"]), reader(net, names, pool)        # Foreign: the path itself
-    foreign = isinstance(net, Foreign)
-    shape = net.shape if foreign else row_shape(images)
+    foreign, read = isinstance(net, Foreign), reader(net, names, pool)           # Foreign: a model of another program
+    path = state["path"] if foreign else PATHS[state["path"]]
+    shape = net.shape if foreign else row_shape(images)   # (C, H, W) of the noise
 
     def prepared(part):
         noise = [draw(seed, f"{purpose} {d}", part, shape) for d in range(draws)]
         return part, torch.from_numpy(np.ascontiguousarray(images[part])), noise
 
     for part, x, noise in ahead(prepared, (rows[i:i + batch] for i in range(0, len(rows), batch))):
-        x, out = as_input(x.to(device)), {}               # [B, C, H, W]
+        x, out = as_input(x.to(device)), {}               # [B, C, H, W]; part: the numbers of these images
         x = net.encode(x) if foreign else x
         for d, z in enumerate(noise):
             z = z.to(device)
@@ -316,9 +316,8 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
                 x_t = diffuse(path, x, z, at)
                 with context():
                     values = read(x_t, at)                # which shows the network 1000 t
-                for name, value in zip(names, values):
-                    value = value / draws
-                    out[name, t] = out[name, t] + value if d else value
+                for name, value in zip(names, values):    # their mean over the draws
+                    out[name, t] = out.get((name, t), 0) + value / draws
         yield part, out
 
 
@@ -543,11 +542,9 @@ def label_free(run, cfg, state):
     file, hint = run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t="
     probed = read_json(file, hint)
     with reading(file, hint):
-        recipe = probed["recipe"]
-        of_this = probed["hash"] == state["weights"] and recipe.get("weights", "ema") == cfg.weights
-        if probed["protocol"] not in ("sweep", "boxes") or not of_this or recipe.get("transfer"):
-            raise UserError(f"{file}: is no sweep of {state['file']} with weights={cfg.weights}, or looked at other "
-                            f"images (transfer=); {hint}")
+        of_this = probed["hash"] == state["weights"] and probed["recipe"].get("weights", "ema") == cfg.weights
+        if probed["protocol"] not in ("sweep", "boxes") or not of_this:
+            raise UserError(f"{file}: is no sweep of {state['file']} with weights={cfg.weights}; {hint}")
         return probed["label_free"]
 
 

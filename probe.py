@@ -35,7 +35,6 @@ import time
 import typing
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -46,11 +45,9 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import nn
 
-from configs.data import (as_input, load_data, load_features, prepare_data, require_shape, row_shape,
-                          torchvision_datasets)
-from configs.run import (Data, Model, UserError, autocast, bar, check_name, cli, digest, draw, fill, finished,
-                         key, locked, read_json, read_yaml, require, save_grid, seed_of, seeded, start, unknown,
-                         write_json)
+from configs.data import as_input, load_data, load_features, require_shape, row_shape, torchvision_datasets
+from configs.run import (Model, UserError, autocast, bar, check_name, cli, digest, draw, fill, finished, key, locked,
+                         read_json, require, save_grid, seed_of, seeded, start, unknown, write_json)
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, build_model, diffuse, load_checkpoint, load_condition, load_model, say_network
 from extract_features import catalogue, label_free, matching, noise_level, reader, stream
@@ -70,7 +67,6 @@ class Probe:
     t: list[float] = key([], "noise times; empty = 0.4,0.5,...,0.9", low=0, high=1)
     choice: str = key("sweep", "which result of sweep or boxes the label-free choice is taken from")
     features: str = key("", "linear: stored features/<name> of any model, in place of the checkpoint")
-    transfer: str = key("", "YAML whose `data:` section is probed in place of the run's images")
     # sweep, boxes, select
     fit: int = key(2_000, "sweep, select: training images to fit on; small sets give fewer", low=1)
     validation: int = key(1_000, "training images held out for selection, at most a fifth of them", low=1)
@@ -85,7 +81,7 @@ class Probe:
     labels_share: float = key(1.0, "head: share of the labels of each class, to learn and to select", above=0, high=1)
     width: int = key(256, "head, segment, detect: channels of the head (papers: 1024)", low=1)
     depth: int = key(2, "head: transformer blocks of attention, difformer, diffeed", low=1)
-    grid: int = key(2, "head, cka: linear, mlp and the comparison see averages over a grid of g x g", low=1)
+    grid: int = key(2, "head: linear and mlp see averages over a grid of g x g", low=1)
     images: int = key(100_000, "head, segment, detect: images that every head sees", low=1)
     head_batch: int = key(128, "head, segment, detect: images per update", low=2)
     lr: list[float] = key([3e-4, 1e-3, 3e-3], "head, segment: of AdamW, one cycle; selected. detect: one", above=0)
@@ -107,14 +103,14 @@ class Probe:
 def label_free_scores(features, again, K, seed):
     """(scores, cluster ids int64 [N]) of features [N, D], without labels.
 
-    silhouette  mean simplified silhouette: cosine distance to the own centroid against that to the next one
+    silhouette  mean of 1 - (cosine distance to the own centroid) / (that to the second nearest); only reported
     stability   if there is `again`, features of the same images under other noise: NMI of its clusters with these, high
                 where clusters are about the image. Its k-means starts from these centroids
     """
     centroids, _, _ = kmeans(features, K, metric="cosine", seed=seed)
     distance = (1 - F.normalize(features, dim=1) @ centroids.T).clamp(min=0)     # [N, K]
-    own, following = distance.topk(2, 1, largest=False).values.unbind(1)
-    scores = dict(silhouette=float((1 - own / following.clamp(min=1e-9)).mean()))
+    own, second = distance.topk(2, 1, largest=False).values.unbind(1)            # [N] each
+    scores = dict(silhouette=float((1 - own / second.clamp(min=1e-9)).mean()))
     ids = assign(features, centroids, "cosine")[0].numpy()
     if again is not None:
         centroids, _, _ = kmeans(again, K, metric="cosine", start=centroids)
@@ -123,7 +119,7 @@ def label_free_scores(features, again, K, seed):
 
 
 def consensus(clusterings):
-    """Mean NMI of each clustering with all the others, [n] from int64 [n][N].
+    """Mean NMI of each clustering with all the others: a list of n int64 [N] -> [n].
 
     Over the blocks of one network at one time, this is high where every depth finds the same groups. (How well the
     criteria follow true classes is measured in results/; none does everywhere.)
@@ -135,21 +131,22 @@ def consensus(clusterings):
     return agreement.sum(1) / max(n - 1, 1)
 
 
-def score_time(source, cfg, train, fit, val, K, criterion):
-    """A row of scores for every activation at source.times[0]: without labels, and where all classes are known with."""
-    features, held_out = (source.vectors(train.inputs, rows, "probe 0") for rows in (fit, val))
-    again = source.vectors(train.inputs, fit, "probe 1") if criterion == "stability" else {}
+def score_time(source, cfg, train, fit_rows, val_rows, K, criterion):
+    """One table row per activation at source.times[0]: label-free scores; scores by labels if all classes are known."""
+    features, held_out = (source.vectors(train.inputs, rows, "probe 0") for rows in (fit_rows, val_rows))
+    again = source.vectors(train.inputs, fit_rows, "probe 1") if criterion == "stability" else {}        # other noise
     y, table, clusterings = classes_of(train), [], []
-    for place in source.places:
+    for place in source.places:                           # (activation, t)
         mean = features[place].mean(0)                    # activations share a large common direction
         x, x_val = features[place] - mean, held_out[place] - mean
         x_again = again[place] - mean if again else None
         scores, ids = label_free_scores(x, x_again, K, cfg.seed)
         row = source.row(*place) | scores
         if (y >= 0).all():
-            row["nmi"] = nmi(ids, y[fit].numpy())
-            row["linear"] = linear_accuracy(features[place], held_out[place], y[fit], y[val], source.device)
-            row["knn"] = knn(x, y[fit], x_val, y[val], 20, source.device)
+            y_fit, y_val = y[fit_rows], y[val_rows]
+            row["nmi"] = nmi(ids, y_fit.numpy())
+            row["linear"] = linear_accuracy(features[place], held_out[place], y_fit, y_val, source.device)
+            row["knn"] = knn(x, y_fit, x_val, y_val, 20, source.device)
         table.append(row)
         clusterings.append(ids)
     return [row | dict(consensus=float(score)) for row, score in zip(table, consensus(clusterings))]
@@ -158,8 +155,8 @@ def score_time(source, cfg, train, fit, val, K, criterion):
 def label_free_choice(table, criterion):
     """The row of a sweep's table with the highest score; by consensus only rows of one time count.
 
-    With ever less noise all blocks see the same image and agree more and more. So the time is the noisiest at which the
-    best consensus is within 3 % of the highest of all times.
+    With ever less noise all blocks see the same image, and agree more and more for that reason alone. So the time is
+    the noisiest at which the best consensus is within 3 % of the highest of all times (a rule of thumb).
     """
     if criterion == "consensus":
         times = {row["t"] for row in table}
@@ -277,6 +274,7 @@ class Source:
 
     @property
     def places(self):
+        """All (activation, t)."""
         return list(itertools.product(self.names, self.times))
 
     @property
@@ -664,7 +662,7 @@ class DifFormer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.out = nn.Linear(times * width, classes)
 
-    def forward(self, maps, *_):
+    def forward(self, maps, *_):                          # maps [times][blocks] of [B, C, h, w] -> logits [B, classes]
         summaries = []
         for of_time in maps:                              # times do not attend to each other
             tokens = [self.cls.expand(len(of_time[0]), -1, -1)]
@@ -1215,7 +1213,7 @@ def correspond(run, cfg, source, train, test):
 
     (used, known), (rows, pairs) = warped(train, "train"), warped(test, "test")
     tasks = dict(warps=pairs)
-    if run.data.source == "shapes" and not cfg.transfer and not run.data.classes:              # row i is drawing i
+    if run.data.source == "shapes" and not run.data.classes:     # row i is drawing i
         where = shape_parts(seed_of(run.data.seed, "test"), np.arange(len(test)), run.data.size, run.data.two_objects)
         tasks["parts"] = class_pairs(test, rows, cfg.seed, *where)
     elif test.boxes is not None:                          # the same place in the box
@@ -1415,28 +1413,20 @@ def detect(run, cfg, source, train, test):
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing representations, without labels
 
-def hsic(features):
-    """Unbiased estimates of the Hilbert-Schmidt independence criterion, linear kernel, between all of `features`, m
-    arrays [n, D] over the same images: [m, m].
+def centred_gram(x):
+    """Gram matrix K of rows x [n, D], U-centred: its rows sum to 0 without the diagonal, which is 0.
 
-    HSIC_1 of Song et al. (JMLR 2012, equation 5): (tr KL + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'KL1) / (n (n-3)) with
-    Gram matrices K, L of zero diagonal. Its expectation does not depend on n, so that mini-batches may be averaged; for
-    linear kernels it is |cov(x, y)|_F^2.
+    <K, L> / (n (n - 3)) of two of them is HSIC_1 of Song et al. (JMLR 2012, equation 5), the unbiased estimate of the
+    Hilbert-Schmidt independence criterion: for linear kernels, of |cov(x, y)|_F^2.
     """
-    n, grams = len(features[0]), []
-    for x in features:
-        x = (x - x.mean(0)).double()                      # a shift changes nothing but rounding
-        grams.append(x @ x.T)
-    K = torch.stack(grams)                                # [m, n, n]
-    K.diagonal(dim1=1, dim2=2).zero_()
-    rows, flat = K.sum(2), K.flatten(1)                   # [m, n], [m, n n]
-    total = rows.sum(1)
-    middle = torch.outer(total, total) / ((n - 1) * (n - 2))
-    return (flat @ flat.T + middle - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
+    x = (x - x.mean(0)).double()                          # a shift changes nothing but rounding
+    n, K = len(x), (x @ x.T).fill_diagonal_(0)
+    means = K.sum(1, keepdim=True) / (n - 2)
+    return (K - means - means.T + means.sum() / (n - 1)).fill_diagonal_(0)
 
 
 def cka(run, cfg, source, train, test):
-    """Linear CKA between all (model, activation, t) on up to 2,000 test images, by mini-batches (arXiv 2010.15327)."""
+    """Linear CKA (arXiv 1905.00414) between all (model, activation, t), on up to 1,000 test images."""
     models = {cfg.checkpoint: source}
     for name in cfg.against:
         if name == "random":
@@ -1444,19 +1434,16 @@ def cka(run, cfg, source, train, test):
         else:
             net, state = load_model(run, name, cfg.weights)
         models[name] = replace(source, net=net, state=state, names=matching(net, cfg.activations))
-    rows, total = shuffled(len(test), cfg.seed, "cka")[:2000], 0                 # batches must not be of one class
-    for part in np.array_split(rows, math.ceil(len(rows) / 128)):
-        features = {}                                     # (model, t, name): [B, D]
-        for model, one in models.items():
-            for (name, t), x in one.maps(test.inputs, part, "cka 0 0").items():
-                features[model, t, name] = F.adaptive_avg_pool2d(x, cfg.grid).flatten(1)
-        total = total + hsic(list(features.values())) * len(part) / len(rows)
-    scale = total.diag().clamp(min=1e-30).sqrt()
-    matrix = (total / torch.outer(scale, scale)).cpu().tolist()
+    rows, grams = some_rows(len(test), cfg.seed, "cka", 1000), {}                # (model, t, name): [n n], of length 1
+    for model, one in models.items():
+        for (name, t), x in one.vectors(test.inputs, rows, "cka").items():
+            grams[model, t, name] = F.normalize(centred_gram(x).flatten(), dim=0).float()
+    K = torch.stack(list(grams.values()))
+    matrix = (K @ K.T).tolist()
     if run.rank == 0:
-        captions = [f"{i} {model} {name} t={t:g}" for i, (model, t, name) in enumerate(features)]
+        captions = [f"{i} {model} {name} t={t:g}" for i, (model, t, name) in enumerate(grams)]
         heat_map(picture(run), np.array(matrix), captions, "linear CKA; columns as rows")
-    table = [dict(model=model, activation=name, t=t) for model, t, name in features]
+    table = [dict(model=model, activation=name, t=t) for model, t, name in grams]
     return dict(images=len(rows), table=table, cka=matrix)
 
 
@@ -1595,7 +1582,7 @@ def draw_objects(path, images, truth, found):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-ALWAYS = "protocol weights activations t transfer precision seed"
+ALWAYS = "protocol weights activations t precision seed"
 FITTED = "controls supervised_images validation width images head_batch lr l2 seeds"
 PROTOCOLS = dict(                                         # (function, settings that its result depends on)
     sweep=(sweep, "fit validation K"),
@@ -1606,18 +1593,9 @@ PROTOCOLS = dict(                                         # (function, settings 
     select=(select, "fit validation"),
     correspond=(correspond, "controls supervised_images pairs"),
     detect=(detect, f"{FITTED} masks"),
-    cka=(cka, "grid against"),
+    cka=(cka, "against"),
     layout=(layout, ""),
 )
-
-
-def transferred(run, size):
-    """The run whose images are those that the YAML transfer= names, at the model's size, below transfer/."""
-    data = fill("data", Data, read_yaml(run.cfg.transfer).get("data", {}) | dict(size=size, latents=""))
-    folder = run.dir / "transfer" / f"{Path(run.cfg.transfer).stem}-{digest(vars(data))}"
-    other = replace(run, dir=folder, data=data)
-    prepare_data(other)
-    return other
 
 
 def stored_source(run, cfg):
@@ -1662,10 +1640,9 @@ def main():
     require(cfg.activations and cfg.lr and cfg.l2 and cfg.seeds, cfg, "activations lr l2 seeds", "name at least one")
     kinds = [name for protocol, name in HEADS if protocol == cfg.protocol]
     require(not kinds or cfg.head in kinds, cfg, "head", unknown(cfg.head, kinds))
-    stored = cfg.protocol == "linear" and not cfg.transfer
-    require(stored or not cfg.features, cfg, "features", "are for protocol=linear, on the run's own images")
-    pixels = cfg.transfer or cfg.protocol in ("segment", "correspond", "detect", "layout")
-    require(not pixels or not run.data.latents, cfg, "protocol transfer", "is defined on pixels, not on latents")
+    require(cfg.protocol == "linear" or not cfg.features, cfg, "features", "are for protocol=linear")
+    pixels = cfg.protocol in ("segment", "correspond", "detect", "layout")
+    require(not pixels or not run.data.latents, cfg, "protocol", "is defined on pixels, not on latents")
 
     # what is probed, of which images
     source, extra = stored_source(run, cfg) if cfg.features else open_source(run, cfg)
@@ -1675,10 +1652,9 @@ def main():
     if run.dry_run:
         run.say(f"{cfg.protocol} of {state['file']} into {path}")
         return source.net and say_network(run, source.net, state["channels"], state["size"])
-    images = transferred(run, state["size"]) if cfg.transfer else run
     if source.net:
-        require_shape(images, state)
-    train, test = (load_data(images, part) for part in ("train", "test"))
+        require_shape(run, state)
+    train, test = (load_data(run, part) for part in ("train", "test"))
 
     # the recipe: the settings that decide, and what they stand for
     protocol, settings = PROTOCOLS[cfg.protocol]

@@ -94,7 +94,7 @@ BLOCK = 64                                                # consecutive samples 
 
 
 def mix(slopes, weights):
-    """Weighted sum of stage slopes, skipping zeros."""
+    """Weighted sum of stage slopes, skipping zeros; 0 of none."""
     return sum(w * k for w, k in zip(weights, slopes) if w)
 
 
@@ -155,8 +155,8 @@ class Field:
     batch: int = 10 ** 9                                  # images at once, guided ones twice
     condition: Condition | None = None                    # None where the network knows no labels
     weak_condition: Condition | None = None
-    calls: int = 0                                        # of networks, counted by image
-    evaluations: int = 0                                  # of the present integration
+    calls: int = 0                                        # images that passed a network; guided ones count twice
+    evaluations: int = 0                                  # of the slope, in the present integration
     watch: Callable | None = None                         # called after each of them: watch(number, t)
 
     def call(self, x, t, ids, weak=False):
@@ -169,10 +169,10 @@ class Field:
             return net(x.float(), time, **told).to(x.dtype)
 
     def output(self, x, t, ids):
-        """The prediction, guided. x: [B, C, H, W]; t: a number; ids: int64 [B], or None without labels."""
+        """The prediction, guided. x: [B, C, H, W]; t: a number; ids: int64 [B], rows of `condition`, or None."""
         low, high = self.interval
         inside = low - 1e-6 <= t <= high + 1e-6           # the ends count as inside, however they are rounded
-        if self.w == 1 or not inside or (self.weak is None and ids is None):
+        if self.w == 1 or not inside or (self.weak is None and ids is None):     # nothing to mix
             return self.call(x, t, ids)
         if self.weak is not None:
             strong = self.call(x, t, ids)
@@ -210,7 +210,7 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
     """
     field.evaluations = 0
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    t = t.new_tensor([0, 0.99, 1]) if solver == "dopri5" else t
+    t = t.new_tensor([0, 0.99, 1]) if solver == "dopri5" else t                  # it adapts up to 0.99: see the end
     t = t.flip(0) if reverse else t
     times = field.path.to_s(t).tolist()                   # s, of the ODE: t itself, or rho on VP
     y = x / float(field.path.scale(t[0]))
@@ -223,8 +223,8 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
 
     if reverse or solver in ("euler", "midpoint"):
         y = solve(y, times)
-    else:                                                 # the others end on a slope at t = 1, of noise that is no
-        y = solve(y, times[:-1])                          # longer there to be seen: midpoint asks before
+    else:                                                 # the others take a slope at the end of a step. At t = 1 no
+        y = solve(y, times[:-1])                          # noise is left to estimate: the last step is midpoint's
         y = solve_fixed(slope, y, times[-2:], "midpoint")
     return y * float(field.path.scale(t[-1])), field.evaluations
 
@@ -284,19 +284,19 @@ def sample_labels(cfg, sampler, indices):
     """Id of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
     if sampler.field.condition is None:
         return None
-    null, share = sampler.field.condition.null, sampler.marginal
+    null, common = sampler.field.condition.null, sampler.marginal
     if cfg.labels not in (["marginal"], ["uniform"]):
         if not cfg.labels or not all(v.isdecimal() and int(v) <= null for v in cfg.labels):
             raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or ids up to {null} (null)")
         return torch.tensor([int(cfg.labels[i % len(cfg.labels)]) for i in indices])
-    if share is None:
+    if common is None:
         raise UserError("labels: how common they are is known after the training only; name ids, such as labels=0,1")
     if cfg.labels == ["uniform"]:                         # over labels that the network has seen
-        share = (share > 0) / (share > 0).sum()
-    upto = share.double().cumsum(0)
+        common = (common > 0) / (common > 0).sum()
+    upto = common.double().cumsum(0)
     uniform, _ = draw(cfg.seed, "sample label", indices, (0,), 1)
-    place = uniform[:, 0].double() * share.double().sum()
-    return torch.searchsorted(upto, place, right=True).clamp(max=null - 1)       # right: never one without a share
+    point = uniform[:, 0].double() * common.double().sum()
+    return torch.searchsorted(upto, point, right=True).clamp(max=null - 1)       # right: never one of probability 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -92,18 +92,19 @@ def in_chunks(features, metric, device, chunk=4096):
 
 
 def assign(features, centroids, metric="cosine", offset=None):
-    """Cluster of every row: (ids int64 [N], closeness float32 [N]: minus half the squared distance). CPU tensors.
+    """Cluster of every row, on the CPU: (ids int64 [N], closeness float32 [N] = -|x - c|^2 / 2).
 
-    A row x belongs to the centroid c with the largest x.c - offset [K]: None = |c|^2 / 2, the nearest (k-means); eps g
-    for clusters of equal size (Sinkhorn-Knopp).
+    A row x belongs to the centroid c_k with the largest x.c_k - offset_k. offset [K]: None = |c|^2 / 2, so the nearest
+    (k-means); eps g for clusters of equal size (Sinkhorn-Knopp).
     """
-    half = centroids.square().sum(1) / 2
+    half = centroids.square().sum(1) / 2                  # |c|^2 / 2
     offset = half if offset is None else offset
     ids, closeness = [], []
     for x in in_chunks(features, metric, centroids.device):
         score, best = torch.addmm(-offset, x, centroids.T).max(1)
         ids.append(best.cpu())
-        closeness.append((score + (offset - half)[best] - x.square().sum(1) / 2).cpu())
+        nearness = score + (offset - half)[best]          # x.c - |c|^2 / 2, whatever the offset
+        closeness.append((nearness - x.square().sum(1) / 2).cpu())
     return torch.cat(ids), torch.cat(closeness)
 
 
@@ -111,7 +112,7 @@ def assign(features, centroids, metric="cosine", offset=None):
 # k-means
 
 def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, start=None, device="cpu", ranks=ALONE):
-    """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts).
+    """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts: iterations, repaired clusters).
 
     metric  euclidean, or cosine: rows and centroids of unit length (spherical k-means)
     start   centroids [K, D] to start from, in place of k-means++ on at most max(10,000, 20 K) rows
@@ -127,28 +128,29 @@ def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, s
     for attempt in range(restarts):
         generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
         sample = np.sort(generator.choice(N, min(N, max(10_000, 20 * K)), replace=False))
-        mine = features[sample[(sample >= first) & (sample < first + len(features))] - first]
-        x = torch.cat(ranks.gather(rows_of(mine, metric, "cpu"))).to(device)
+        here = sample[(sample >= first) & (sample < first + len(features))] - first            # held by this process
+        x = torch.cat(ranks.gather(rows_of(features[here], metric, "cpu"))).to(device)
         c = plus_plus(x, K, generator)
-        c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))           # GPUs may have rounded differently
+        c = ranks.total(c if ranks.rank == 0 else torch.zeros_like(c))           # rank 0's: GPUs round differently
         attempts.append(lloyd(features, c, metric, iterations, ranks))
-    return min(attempts, key=lambda attempt: attempt[1])  # the first of equal ones
+    return min(attempts, key=lambda attempt: attempt[1])  # least inertia; the first of equal ones
 
 
 def plus_plus(x, K, generator):
     """k-means++ centroids [K, D] from rows x [M, D] (Arthur and Vassilvitskii 2007).
 
-    Each is drawn with probability proportional to the squared distance to those before it: the best of 2 + ln K draws.
+    Candidates for the next one are 2 + ln K draws, with probability proportional to the squared distance to the nearest
+    so far; the one that leaves the least sum of squared distances is taken.
     """
     chosen = [int(generator.integers(len(x)))]
     distance = (x - x[chosen]).square().sum(1)            # [M], squared, to the nearest centroid
     for _ in range(1, K):
         p = np.fmax(distance.double().cpu().numpy(), 1e-30)                      # rows may all be equal
         draws = generator.choice(len(x), 2 + int(math.log(K)), p=p / p.sum())
-        left = torch.minimum(distance, torch.cdist(x[draws], x).square())        # [draws, M]
-        best = int(left.sum(1).argmin())
+        after = torch.minimum(distance, torch.cdist(x[draws], x).square())       # [draws, M]
+        best = int(after.sum(1).argmin())
         chosen.append(int(draws[best]))
-        distance = left[best]
+        distance = after[best]
     return x[chosen]
 
 
@@ -171,7 +173,8 @@ def lloyd(features, c, metric, iterations, ranks):
 
 
 def sums_of_nearest(features, c, metric, ranks):
-    """Of the rows nearest to each centroid of c [K, D]: (sums [K, D], counts [K, 1], inertia of all rows)."""
+    """One pass over the rows: (sum [K, D] and count [K, 1] of those nearest to each centroid of c [K, D]; inertia =
+    sum |x - c|^2 over all)."""
     half = c.square().sum(1) / 2
     sums = torch.zeros_like(c)
     counts = torch.zeros(len(c), 1, dtype=torch.float64, device=c.device)
@@ -187,7 +190,7 @@ def sums_of_nearest(features, c, metric, ranks):
 def split_largest(c, counts):
     """Centroids in which every empty cluster takes half of the largest one, as in faiss: both lie a little apart."""
     c, counts = c.clone(), counts[:, 0].clone()
-    apart = 1 + (-1.0) ** torch.arange(c.shape[1], device=c.device) / 1024
+    apart = 1 + (-1.0) ** torch.arange(c.shape[1], device=c.device) / 1024       # [D]: 1 + 1/1024, 1 - 1/1024, ...
     for k in (counts == 0).nonzero()[:, 0].tolist():
         largest = int(counts.argmax())
         c[k], c[largest] = c[largest] * apart, c[largest] * (2 - apart)
@@ -202,33 +205,29 @@ def split_largest(c, counts):
 def potentials(blocks, eps, iterations, ranks=ALONE):
     """Dual potentials g [K] with which the columns of Q = softmax(S / eps - g) have about equal mass.
 
-    Start: g_k = ln sum_i exp(S_ik / eps). Then g_k <- g_k + ln mass_k with mass_k = sum_i Q_ik. This aims at columns of
-    mass 1, not N / K: no matter, since the softmax keeps rows at 1 and ignores a number added to all g_k. blocks()
-    yields the scores S anew for each pass, in blocks [n, K]: they are never held as a whole.
+    The first iteration gives g_k = ln sum_i exp(S_ik / eps), each further one g_k <- g_k + ln mass_k, mass_k = sum_i
+    Q_ik: a column that holds too much is lowered. (The goal is a mass of N / K, ln(mass_k K / N); but the softmax
+    ignores a number added to all g_k.) blocks() yields the scores S anew for each pass, in blocks [n, K]: they are
+    never held as a whole.
     """
     local = torch.stack([(S / eps).logsumexp(0) for S in blocks()]).logsumexp(0)
     every = local.new_zeros(ranks.world, len(local))
     every[ranks.rank] = local
     g = ranks.total(every).logsumexp(0)                   # over the samples of all processes
-    for _ in range(iterations - 1):
+    for _ in range(iterations - 1):                       # torch.add(...) = S / eps - g in one operation
         mass = sum(torch.softmax(torch.add(-g, S, alpha=1 / eps), 1).sum(0) for S in blocks())
         g = g + ranks.total(mass).clamp(min=1e-30).log()
     return g
 
 
-def in_blocks(scores):
-    """Scores [N, K] for `potentials`, in blocks that stay in a CPU's cache, or are worth starting a GPU for."""
-    return lambda: scores.split(2 ** 16 if scores.is_cuda else 512)
-
-
 def sinkhorn(scores, eps=0.05, iterations=3, ranks=ALONE):
     """Balanced assignments Q [N, K] from scores S [N, K] (cosines). Rows sum to exactly 1, columns to about N / K."""
-    scores = scores.float()
-    return torch.softmax(scores / eps - potentials(in_blocks(scores), eps, iterations, ranks), 1)
+    scores, rows = scores.float(), 2 ** 16 if scores.is_cuda else 512            # blocks that stay in a CPU's cache
+    return torch.softmax(scores / eps - potentials(lambda: scores.split(rows), eps, iterations, ranks), 1)
 
 
 def balanced_sums(features, c, eps, iterations, chunk=8192, ranks=ALONE):
-    """The same without holding Q: (potentials g [K], Q-weighted sums of rows [K, D], mass of each column [K])."""
+    """As `sinkhorn`, Q never held: (potentials g [K], Q-weighted sums of rows [K, D], mass of each column [K])."""
     chunks = partial(in_chunks, features, "cosine", c.device, chunk)
     g = potentials(lambda: (x @ c.T for x in chunks()), eps, iterations, ranks)
     sums = torch.zeros_like(c)
@@ -241,7 +240,7 @@ def balanced_sums(features, c, eps, iterations, chunk=8192, ranks=ALONE):
 
 
 def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0, device="cpu", ranks=ALONE):
-    """Clusters of equal size: (prototypes c [K, D] of unit length, potentials g [K], facts).
+    """Clusters of equal size: (prototypes c [K, D] of unit length, potentials g [K], facts: rounds, max / min mass).
 
     Starts from spherical k-means; alternates Sinkhorn-Knopp with Q-weighted means. A row x, also of other images,
     belongs to argmax_k (x.c_k / eps - g_k).
@@ -252,7 +251,7 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
         before, c = c, F.normalize(sums, dim=1)
         if float((before * c).sum(1).min()) > 1 - 1e-5:   # every prototype has come to rest
             break
-    g, _, mass = balanced_sums(features, c, eps, iterations, ranks=ranks)
+    g, _, mass = balanced_sums(features, c, eps, iterations, ranks=ranks)        # of the last c
     return c, g, dict(rounds=step, mass_spread=float(mass.max() / mass.min().clamp(min=1e-12)))
 
 
@@ -348,15 +347,13 @@ def ncut(similarity, left, grid, tau=0.2):
 def second_eigenvector(A):
     """The second eigenvector z [n, P] of D^-1/2 A D^-1/2, D = diag(row sums of A), for symmetric A [n, P, P] >= 0.
 
-    y = D^-1/2 z is then the relaxed normalised cut (Shi and Malik 2000). The largest eigenvalue, 1, of the vector
-    D^1/2 1, is moved to the other end. Empty rows stay 0.
+    y = D^-1/2 z is then the relaxed normalised cut (Shi and Malik 2000). Empty rows stay 0.
     """
     degree = A.sum(2)                                     # [n, P]
     root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
-    first = F.normalize(degree.sqrt(), dim=1)
-    M = A * root[:, :, None] * root[:, None] - 3 * first[:, :, None] * first[:, None]
+    M = A * root[:, :, None] * root[:, None]              # its largest eigenvalue is 1, of the vector D^1/2 1
     _, vectors = torch.linalg.eigh(M.double())            # in float32 it fails where many patches are equal
-    return vectors[:, :, -1].float() * (degree > 0)
+    return vectors[:, :, -2].float() * (degree > 0)
 
 
 def largest_component(mask, grid):
@@ -551,10 +548,11 @@ class Labels:
 def cluster(run, cfg, rows):
     """Labels of rows {split: float32 [n, D]} of this process: their clusters."""
     rows = centred(run, cfg, rows)
-    clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], cfg.K)
-    found = {split: [gathered(run, v) for v in assign(x, *clusters)] for split, x in rows.items()}
-    ids = {split: ids for split, (ids, _) in found.items()}
-    return Labels(ids, len(clusters[0]), found["train"][1], arrays, facts)
+    clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], cfg.K)       # clusters: centroids, metric, offset
+    ids, closeness = {}, {}
+    for split, x in rows.items():
+        ids[split], closeness[split] = (gathered(run, v) for v in assign(x, *clusters))        # [N] each
+    return Labels(ids, cfg.K, closeness["train"], arrays, facts)
 
 
 def cluster_features(run, cfg, data):

@@ -84,9 +84,9 @@ class TrainDiffusion(Training):
 class NoisePath:
     """A new path: a subclass with alpha(t), sigma(t), rates(t) = (dalpha/dt, dsigma/dt); its name in PATHS and `path`.
 
-    t is a tensor that multiplies x and z, as [B, 1, 1, 1]. What stands here is for a velocity dx_t/dt that is finite
-    from noise to data: it is v, and samplers solve dx_t/dt = v. VP, where it is not, has a v of its own, and variables
-    y = x_t / scale(t) and s(t), in which samplers solve dy/ds = slope.
+    t is a tensor that multiplies x and z, as [B, 1, 1, 1]. Samplers solve dy/ds = slope with y = x_t / scale(t) and
+    s = to_s(t). Here y = x_t, s = t and slope = v = dx_t/dt, which must be finite from noise to data; VP, where it is
+    not, has y, s, slope and a v of its own.
     """
 
     def v_target(self, x, z, t):
@@ -98,7 +98,7 @@ class NoisePath:
         """(x_hat, z_hat) from a predicted v: the solution of x_t = alpha x + sigma z, v = alpha' x + sigma' z."""
         alpha, sigma = self.alpha(t), self.sigma(t)
         alpha_rate, sigma_rate = self.rates(t)
-        determinant = alpha * sigma_rate - sigma * alpha_rate
+        determinant = alpha * sigma_rate - sigma * alpha_rate                    # -1 on the straight path
         return (sigma_rate * x_t - sigma * v) / determinant, (alpha * v - alpha_rate * x_t) / determinant
 
     def to_s(self, t):
@@ -120,7 +120,7 @@ class NoisePath:
 
 class ConstantVelocity(NoisePath):
     """The straight path (arXiv 2312.08825): alpha = t, sigma = 1 - c t, velocity x - c z, with c = 1 - 1e-4."""
-    c = 1 - 1e-4
+    c = 1 - 1e-4                                          # noise of deviation 1e-4 is left at t = 1
 
     def alpha(self, t):
         return t
@@ -207,7 +207,7 @@ PATHS = {
 
 def diffuse(path, x, z, t):
     """x_t = alpha(t) x + sigma(t) z. x, z: [B, C, H, W]; t: [B]."""
-    t = wide(t)
+    t = wide(t)                                           # [B, 1, 1, 1]
     return path.alpha(t) * x + path.sigma(t) * z
 
 
@@ -224,7 +224,7 @@ def to_x_and_z(path, predict, out, x_t, t):
 
 
 def loss_per_image(net, path, predict, x, z, t, **condition):
-    """Mean squared error of the network's prediction, [B]. x, z: [B, C, H, W]; t: [B]."""
+    """Mean squared error of the network's prediction, [B]. x, z: [B, C, H, W]; t: [B], of which it is told 1000 t."""
     target = {"v": path.v_target(x, z, wide(t)), "eps": z, "x": x}[predict]
     out = net(diffuse(path, x, z, t), 1000 * t, **condition).float()
     return (out - target).square().flatten(1).mean(1)
@@ -235,7 +235,7 @@ def loss_per_image(net, path, predict, x, z, t, **condition):
 # Module names are those of the published weights
 
 def time_embedding(time, width, clock=(0, 1000)):
-    """Cosines and sines of a + b t, (a, b) = clock, as ADM and U-ViT have them: time [B] = 1000 t -> [B, width]."""
+    """time [B] = 1000 t -> [B, width]: cosines and sines of a + b t, (a, b) = clock, which published weights set."""
     steps = torch.arange(width // 2, device=time.device, dtype=torch.float32)
     freqs = torch.exp(-math.log(10_000) * steps / (width // 2))                  # from 1 towards 1e-4
     angles = (clock[0] + clock[1] / 1000 * time.float())[:, None] * freqs           # [B, width / 2]
@@ -250,7 +250,7 @@ def zeroed(module):
 
 
 def group_norm(channels):
-    """ADM's 32 groups; fewer below 128 channels, so that each has four or more: alone, a channel loses its mean."""
+    """ADM's 32 groups; fewer below 128 channels, so that each has four or more: a group of one loses its mean."""
     groups = math.gcd(32, channels)
     while groups > 1 and channels // groups < 4:
         groups //= 2
@@ -303,8 +303,8 @@ class Conditional(nn.Module):
             out = out + self.vector_emb(x.new_zeros(len(x), self.vector_dim) if vector is None else vector)
         return out
 
-    def shown(self, x, layout):
-        """The layout of images x [B, C, H, W], or null."""
+    def layout_or_null(self, x, layout):
+        """The layout [B, L, H, W] as it is; of images x [B, C, H, W] without one, zeros."""
         return x.new_zeros(len(x), self.layout_channels, *x.shape[2:]) if layout is None else layout
 
 
@@ -374,7 +374,7 @@ class UNet(Conditional):
                  stem=1, num_labels=0, vector_dim=0, layout_channels=0, heads=0, clock=(0, 1000)):
         super().__init__()
         self.channels, self.stem, self.clock = channels, stem, clock
-        widths = [int(m * channels) for m in mult]        # of the levels
+        levels = [int(m * channels) for m in mult]        # channels of each, from the finest
         width = 4 * channels                              # of the embedding
         size = size // stem
 
@@ -388,30 +388,30 @@ class UNet(Conditional):
         self.add_conditions(num_labels, vector_dim, layout_channels, width)
         if vector_dim:
             nn.init.normal_(self.vector_emb.weight)       # a unit vector then weighs as much as a label row
-        c = widths[0]
+        c = levels[0]                                     # channels so far
         first = nn.Conv2d((in_channels + layout_channels) * stem ** 2, c, 3, padding=1)
         self.input_blocks = nn.ModuleList([Layers(first)])
         self.output_blocks = nn.ModuleList()
         skips = [c]
-        for level, c_out in enumerate(widths):
+        for level, c_out in enumerate(levels):
             for _ in range(blocks):
                 self.input_blocks.append(Layers(block(c, c_out)))
                 c = c_out
                 if size in attention:
                     self.input_blocks[-1].append(attend(c))
                 skips.append(c)
-            if level < len(widths) - 1:
+            if level < len(levels) - 1:
                 self.input_blocks.append(Layers(block(c, c, "down")))
                 skips.append(c)
                 size //= 2
         self.middle_block = Layers(block(c, c), attend(c), block(c, c))
-        for level, c_out in reversed(list(enumerate(widths))):
+        for level, c_out in reversed(list(enumerate(levels))):
             for i in range(blocks + 1):
                 self.output_blocks.append(Layers(block(c + skips.pop(), c_out)))
                 c = c_out
                 if size in attention:
                     self.output_blocks[-1].append(attend(c))
-                if level and i == blocks:
+                if level and i == blocks:                 # the level's last; the finest level has nowhere to go
                     self.output_blocks[-1].append(block(c, c, "up"))
                     size *= 2
         last = zeroed(nn.Conv2d(c, out_channels * stem ** 2, 3, padding=1))
@@ -421,7 +421,7 @@ class UNet(Conditional):
         emb = self.time_embed(time_embedding(time, self.channels, self.clock))   # [B, width]
         emb = emb + self.embedded(x, label, vector)
         if self.layout_channels:
-            x = torch.cat([x, self.shown(x, layout)], 1)
+            x = torch.cat([x, self.layout_or_null(x, layout)], 1)
         x = F.pixel_unshuffle(x, self.stem)
         skips = []
         for block in self.input_blocks:
@@ -514,7 +514,7 @@ class UViT(Conditional):
     def forward(self, x, time, label=None, vector=None, layout=None):
         tokens = self.patch_embed(x)                      # [B, L, D]
         if self.layout_channels:
-            tokens = tokens + self.layout_embed(self.shown(x, layout))
+            tokens = tokens + self.layout_embed(self.layout_or_null(x, layout))
         front = [time_embedding(time, self.channels, self.clock).to(tokens.dtype)]
         if self.extras == 2:
             front.insert(0, self.embedded(x, label, vector))
@@ -584,15 +584,16 @@ def layout_of(maps, channels, size):
 
 
 def with_null(rows, null):
-    """A table [n, ...] -> [n + 1, ...]: behind it a row that is `null` everywhere."""
+    """A table [n, ...] -> [n + 1, ...]: a last row is added whose values are all `null`."""
     return torch.cat([rows, torch.full_like(rows[:1], null)])
 
 
 class Condition:
-    """A table of n things to tell the network, and behind them row `null` = n: nothing.
+    """A table of n things to tell the network. Its last row, number `null` = n, tells nothing: it holds the null label
+    (K), a zero vector, or a map that is `channels` everywhere.
 
-    kind   label: table int64 [n + 1]; vector: [n + 1, D]; map: [n + 1, h, w] of channels (`channels` itself: nothing),
-           shown one-hot at `size` x `size`, perhaps with labels int64 [n + 1] beside
+    kind   label: table int64 [n + 1]; vector: [n + 1, D]; map: [n + 1, h, w] with values 0 ... channels, shown one-hot
+           at `size` x `size`, perhaps with labels int64 [n + 1] beside
     """
 
     def __init__(self, kind, table, channels=0, size=0, labels=None):
@@ -600,10 +601,10 @@ class Condition:
         self.channels, self.size = channels, size
         self.null = len(table) - 1
 
-    def __call__(self, rows, drop=None, flip=None):
-        """Keyword arguments for the network. rows: int64 [B]; drop (null instead), flip (of maps): bool [B]."""
-        if drop is not None:
-            rows = torch.where(drop, self.null, rows)
+    def __call__(self, rows, dropped=None, flip=None):
+        """Keyword arguments for the network. rows: int64 [B]; bool [B]: dropped (null instead), flip (mirror maps)."""
+        if dropped is not None:
+            rows = torch.where(dropped, self.null, rows)
         told = self.table[rows]
         if self.kind == "label":
             return dict(label=told)
@@ -615,7 +616,7 @@ class Condition:
         return layout if self.labels is None else layout | dict(label=self.labels[rows])
 
     def bank(self, seed, most=2000):
-        """Some of its rows, drawn at random, which stand for the distribution of all: what a checkpoint can hold."""
+        """Up to `most` of its rows, drawn at random, to sample with: a checkpoint cannot hold one per image."""
         order = np.random.default_rng(seed_of(seed, "bank")).permutation(self.null)
         rows = torch.from_numpy(np.append(order[:most], self.null))
         labels = None if self.labels is None else self.labels[rows]
@@ -647,34 +648,34 @@ class Conditioner(nn.Module):
     """What a training tells its network of images, their condition: here nothing; `GivenLabels`: labels of a file; the
     `Labeller` of train_guided.py: labels that it finds.
 
-    `fit` saves such a module beside the network, trains its parameters and logs its report. `average` is its average,
-    `ema` that of the network.
+    `fit` saves such a module beside the network, trains its parameters and logs its report. ema: the averaged network;
+    conditioner_ema: the average of this module.
     """
-    spare = 0, 0                                          # widths of spare_u and spare_z in the batches of `step`
+    spare = 0, 0                                          # random numbers that `step` needs besides: uniforms, noises
 
     def begin(self, run, data, context):
         """Called once before the first step."""
 
-    def step(self, net, ema, average, batch):
+    def step(self, net, ema, conditioner_ema, batch):
         """(a loss of its own or None, keyword arguments of the network for a `Batch`)."""
         return None, {}
 
-    def after(self, average, beta):
+    def after(self, conditioner_ema, beta):
         """Called after an update, to move the average as far as that of the network."""
 
-    def report(self, ema, average):
-        """What joins a line of the log."""
+    def report(self, ema, conditioner_ema):
+        """What joins a line of the log, a dict."""
         return {}
 
-    def grid(self, ema, average):
+    def grid(self, ema, conditioner_ema):
         """Keyword arguments of the network for the sample grid, rows of ten; {} = nothing."""
         return {}
 
 
 class GivenLabels(Conditioner):
-    """Labels of a file. by_row: row i is the condition of training image i; by_id: rows to sample with.
-
-    drop: the probability that the network is told nothing (arXiv 2207.12598).
+    """Labels of a file. by_row: row i is the condition of training image i, for training; by_id: row k is that of label
+    k, or of the k-th entry of the `bank`, for samples. drop: the probability that the network is told nothing (arXiv
+    2207.12598).
     """
 
     def __init__(self, by_row, by_id, drop):
@@ -685,10 +686,10 @@ class GivenLabels(Conditioner):
         self.by_row.to(run.device)
         self.by_id.to(run.device)
 
-    def step(self, net, ema, average, batch):
+    def step(self, net, ema, conditioner_ema, batch):
         return None, self.by_row(batch.rows, batch.coin < self.drop, batch.flip)
 
-    def grid(self, ema, average):
+    def grid(self, ema, conditioner_ema):
         return self.by_id(ten_of_each(self.by_id.null).to(self.by_id.table.device))
 
 
@@ -795,22 +796,20 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
     conditioner_ema = copy.deepcopy(conditioner).eval().requires_grad_(False) if learns else conditioner
     optimizer = build_optimizer(cfg, net, learns)
     scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)          # else it does nothing
-    parts = dict(net=net, ema=ema, conditioner=conditioner, conditioner_ema=conditioner_ema, optimizer=optimizer,
+    saved = dict(net=net, ema=ema, conditioner=conditioner, conditioner_ema=conditioner_ema, optimizer=optimizer,
                  scaler=scaler)
-    seen = resume(run, cfg, folder, state, parts)
+    seen = resume(run, cfg, folder, state, saved)
     if seen >= cfg.images:
         run.say(f"{folder}: done already ({seen:,} images seen)")
         return load_checkpoint(run, str(folder))
     run.say(f"{'resuming at' if seen else 'starting, at'} {seen:,} of {cfg.images:,} images; {len(data):,} training "
             f"images; {why}")
     say_epochs(run, cfg, len(data))
-    if cfg.recompute:
-        recompute(net)
     model = distributed(run, cfg, net.train())
     weights, averages = list(net.parameters()), list(ema.parameters())
     conditioner.begin(run, data, context)
     open_autoencoder(run)                                 # for the sample grids
-    share, micro = cfg.batch // run.world, micro_batch(run, cfg)
+    local, micro = cfg.batch // run.world, micro_batch(run, cfg)                 # images here: per update, per pass
     loader = batches(run, cfg, data, seen, *conditioner.spare)
     log = Log(run, folder, seen)
 
@@ -819,30 +818,32 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
         while seen < cfg.images:
             # a batch of images, and what the network is told of them
             batch = next(loader)
-            if state["model"]["dropout"]:                 # masks: a function of (seed, rank, images seen)
+            if state["model"]["dropout"]:                 # what it drops: a function of (seed, rank, images seen)
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             own_loss, told = conditioner.step(net, ema, conditioner_ema, batch)
 
-            # the loss, and its gradients. A labeller reads `net` past DDP: first, so that DDP then averages the sum
+            # the loss, and its gradients. A labeller calls `net`, not `model` (DDP), so nothing averages its gradients
+            # over processes yet: they come first, and the last backward of `model` averages the sum of both
             if own_loss is not None:
                 scaler.scale(own_loss).backward()
-            pull = (gradient_norm(weights) / scaler.get_scale()).nan_to_num(0, 0, 0)           # 0: it goes elsewhere
+            pull = (gradient_norm(weights) / scaler.get_scale()).nan_to_num(0, 0, 0)           # of own_loss alone
             losses = []
-            for i in range(0, share, micro):
+            for i in range(0, local, micro):
                 part = slice(i, i + micro)
-                more = run.world > 1 and i + micro < share
-                with model.no_sync() if more else nullcontext(), context():
+                waits = run.world > 1 and i + micro < local                      # DDP exchanges gradients at the last
+                with model.no_sync() if waits else nullcontext(), context():
                     loss = loss_per_image(model, path, cfg.predict, batch.x[part], batch.z[part], batch.t[part],
                                           **{name: v[part] for name, v in told.items()})
-                    scaler.scale(loss.mean() * micro / share).backward()
+                    scaler.scale(loss.mean() * micro / local).backward()         # the passes add up to the mean
                 losses.append(loss.detach())
 
-            # one update, and the averages, whose half-life is `ema` images
+            # one update, and the averages
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
             norm = take_step(run, cfg, optimizer, scaler, lr, weights, learns)
             log.add(torch.cat(losses), norm, pull)
             seen += cfg.batch
-            beta = 0.5 ** (cfg.batch / max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9))
+            half_life = max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9)             # in images; short while few are seen
+            beta = 0.5 ** (cfg.batch / half_life)
             get_ema_multi_avg_fn(beta)(averages, weights, None)                  # beta averages + (1 - beta) weights
             conditioner.after(conditioner_ema, beta)
             progress.update(cfg.batch)
@@ -852,7 +853,7 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
             if saves or due(cfg, seen, cfg.log_every):    # never a checkpoint that is broken
                 log.write(seen, lr, conditioner.report(ema, conditioner_ema), progress)
             if saves:
-                learned = {name: part.state_dict() for name, part in parts.items()}
+                learned = {name: holder.state_dict() for name, holder in saved.items()}
                 save_checkpoint(run, folder, state | learned | dict(seen=seen))
             if due(cfg, seen, cfg.grid_every):
                 save_pictures(run, cfg, folder, ema, conditioner.grid(ema, conditioner_ema), data, seen, context)
@@ -860,16 +861,16 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
     return load_checkpoint(run, str(folder))
 
 
-def take_step(run, cfg, optimizer, scaler, lr, weights, more):
-    """One step of the optimizer; returns the gradient norm of the network's weights. more: the labeller's."""
+def take_step(run, cfg, optimizer, scaler, lr, weights, learns):
+    """One step of the optimizer; returns the gradient norm of the network's weights. learns: the labeller's."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    for p in more:                                        # DDP knows the network only
+    for p in learns:                                      # DDP knows the network only
         if p.grad is not None:
             run.total(p.grad).div_(run.world)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)
-    nn.utils.clip_grad_norm_(more, cfg.clip or math.inf)
+    nn.utils.clip_grad_norm_(learns, cfg.clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -889,19 +890,21 @@ def due(cfg, seen, every):
 
 def micro_batch(run, cfg):
     """Images per forward pass of this process: its share of the batch, or `micro` where that is less."""
-    share = cfg.batch // run.world
-    return min(cfg.micro or share, share)
+    local = cfg.batch // run.world
+    return min(cfg.micro or local, local)
 
 
 def check_training(run, cfg):
     """A UserError where a batch cannot be divided among processes and passes."""
     require(cfg.batch % run.world == 0, cfg, "batch", f"must be a multiple of the {run.world} processes")
-    share = cfg.batch // run.world
-    require(share % micro_batch(run, cfg) == 0, cfg, "micro", f"must divide the {share} images per process and update")
+    local = cfg.batch // run.world
+    require(local % micro_batch(run, cfg) == 0, cfg, "micro", f"must divide the {local} images per process and update")
 
 
 def distributed(run, cfg, net):
-    """The network as the loop calls it: over all processes, compiled if asked for."""
+    """The network as the loop calls it: over all processes; if asked for, recomputed, compiled."""
+    if cfg.recompute:
+        recompute(net)
     model = net
     if run.world > 1:                                     # the view: else every gradient is held twice
         devices = [run.device.index] if run.device.type == "cuda" else None
@@ -940,14 +943,15 @@ def batches(run, cfg, data, seen, uniforms=0, noises=0):
 
     Of latents, one more noise draws the latent from its distribution.
     """
-    images, share = data.inputs, cfg.batch // run.world
+    images, local = data.inputs, cfg.batch // run.world
     latent = data.latents is not None
-    first = run.rank * share                              # of this process, in every batch
+    first = run.rank * local                              # of this process, in every batch
     order = image_order(cfg.seed, run.stage, seen, len(images))
 
     def prepared(number):
-        rows = torch.tensor([next(order) for _ in range(cfg.batch)][first:first + share])
-        mine = range(number + first, number + first + share)
+        rows = torch.tensor([next(order) for _ in range(cfg.batch)][first:first + local])
+        mine = range(number + first, number + first + local)                     # counted as `seen` is
+        # u: t, flip, coin, then spare_u. z: the path's noise, then spare_z, then the latent's
         u, z = draw(cfg.seed, run.stage, mine, (1 + noises + latent, *row_shape(images)), 3 + uniforms)
         item = [rows, torch.from_numpy(images[rows.numpy()]), z, u]
         if run.device.type == "cuda":
@@ -1034,7 +1038,8 @@ MAY_CHANGE = {"images", "log_every", "save_every", "grid_every", "overwrite", "m
 
 
 def new_state(run, kind, data, size, channels, **more):
-    """What a checkpoint says besides weights. known: sizes for `build_model`; marginal: the share of each id."""
+    """What a checkpoint says besides weights. known: what the network can be told, as keywords of `build_model`;
+    marginal: how common each id is."""
     cfg = run.cfg
     return dict(format=FORMAT, kind=kind, model=dataclasses.asdict(run.model), size=size, channels=channels,
                 known={}, num_labels=0, marginal=None, path=cfg.path, predict=cfg.predict,
@@ -1084,8 +1089,8 @@ def load_model(run, name, weights="ema"):
     return net.eval().requires_grad_(False).to(run.device), state
 
 
-def resume(run, cfg, folder, state, parts):
-    """Load the checkpoint in `folder`, if any, into `parts`: images seen. Of another recipe: refused or overwritten."""
+def resume(run, cfg, folder, state, saved):
+    """Load the checkpoint in `folder`, if any, into `saved`; its images seen. Another recipe: refused, overwritten."""
     seen, file = 0, folder / "checkpoint.pt"
     if run.agreed(lambda: file.exists() or file.is_symlink()):                   # of a disk that is not there now
         old = load_checkpoint(run, str(folder))
@@ -1097,8 +1102,8 @@ def resume(run, cfg, folder, state, parts):
         if not other:
             seen = old["seen"]
             with reading(old["file"], "train again"):
-                for name, part in parts.items():
-                    part.load_state_dict(old[name])
+                for name, holder in saved.items():
+                    holder.load_state_dict(old[name])
     if run.rank == 0 and seen < cfg.images:
         forget(folder, seen)
     return seen

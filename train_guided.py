@@ -75,7 +75,7 @@ class TrainGuided(Training):
 # Labels of a file become conditions
 
 def given_labels(run, cfg, data, labels, info):
-    """(GivenLabels, what the network must know, facts for the checkpoint) of a label file, as of `load_labels`."""
+    """Of what `load_labels` gives: (GivenLabels, sizes for `build_model`, facts for the checkpoint)."""
     require(cfg.condition in ("label", "box", "mask", "set"), cfg, "condition labels",
             "prototypes and patches exist with labels=online only; here label, box, mask or set")
     ids, K = labels["train"], info["num_labels"]          # int64 [N]
@@ -87,8 +87,8 @@ def given_labels(run, cfg, data, labels, info):
         return GivenLabels(by_row, by_id, cfg.drop), dict(num_labels=K), facts
     if cfg.condition == "set":
         sets = label_sets(labels, K, cfg.labels)
-        by_row, known = Condition("vector", with_null(torch.from_numpy(sets), 0)), dict(vector_dim=K)
-        facts["layout_hash"] = digest(sets)
+        by_row = Condition("vector", with_null(torch.from_numpy(sets), 0))
+        known, facts["layout_hash"] = dict(vector_dim=K), digest(sets)
     else:
         maps, channels = layout_maps(run, cfg, labels, info, data)
         by_row = Condition("map", with_null(torch.from_numpy(maps), channels), channels, data.images.shape[2], table)
@@ -157,9 +157,10 @@ class Standardised(nn.Module):
         """Take in the rows f [n, D] of all processes."""
         n = len(f) * ranks.world
         mean, square = ranks.total(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
-        share = max(n / max(self.length, 4 * n), 1 / (updates + 1))              # a plain mean first, then exponential
-        self.mean.lerp_(mean.float(), share)
-        self.var.lerp_((square - mean.square()).clamp(min=0).float(), share)
+        # the plain mean of the first updates, then an exponential one over `length` rows, or four updates if longer
+        weight = max(n / max(self.length, 4 * n), 1 / (updates + 1))
+        self.mean.lerp_(mean.float(), weight)
+        self.var.lerp_((square - mean.square()).clamp(min=0).float(), weight)
 
 
 class Queue(nn.Module):
@@ -169,8 +170,8 @@ class Queue(nn.Module):
         super().__init__()
         self.register_buffer("rows", torch.zeros(length, width))
 
-    def filled(self, n, updates, ranks):
-        """What is there after so many updates of n rows a process; every process gets another part of it."""
+    def held(self, n, updates, ranks):
+        """This process's part of what is there after so many updates of n rows a process, [m, d]."""
         return self.rows[:updates * n * ranks.world][ranks.rank::ranks.world]
 
     def add(self, h, updates, ranks):
@@ -195,8 +196,8 @@ class Labeller(Conditioner):
     Standardised features pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
     has one label, or with condition=patch one for each of P patches; otherwise P = 1.
 
-    Sizes: b images of this process; n rows in the loss; D channels of the feature; d = sk_dim. update: running number
-    of the update.
+    Sizes: b images of this process, hence b P rows, n of them in the loss (`loss_rows`); D channels of the feature; d =
+    sk_dim. update: how many updates came before. ema, labeller_ema: the averaged network, the averaged labeller.
     """
     spare = 1, 2                                          # the student's time; noises of the teacher, of the student
     WATCHED = 2048                                        # images whose labels the log follows
@@ -217,9 +218,9 @@ class Labeller(Conditioner):
             self.prototypes = nn.Parameter(F.normalize(torch.randn(cfg.K, cfg.sk_dim), dim=1))
         self.standardised = Standardised(width, cfg.sk_queue)
         self.queue = Queue(cfg.sk_queue, cfg.sk_dim)      # of h, re-scored with the prototypes as they are
-        self.register_buffer("watched", torch.full((self.WATCHED,), -1))         # labels at the last line of the log
+        self.register_buffer("watched", torch.full((self.WATCHED,), -1))         # labels when the log was last written
         self.to(device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)           # since then: loss, entropy, updates
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)           # loss, entropy, updates since then
         self.settled = None                               # int16 [N, P]: labels of all training images, once they stay
         self.ranks, self.context = ALONE, nullcontext
 
@@ -232,14 +233,14 @@ class Labeller(Conditioner):
     def begin(self, run, data, context):
         """Find labels in these training images; the log follows some of them."""
         self.ranks, self.context, self.inputs = run, context, data.inputs
-        self.rows = np.unique(np.linspace(0, len(data.inputs) - 1, self.WATCHED).astype(int))
-        self.classes = np.asarray(data.classes[self.rows])                       # a monitor; -1: not known
+        self.watched_rows = np.unique(np.linspace(0, len(data.inputs) - 1, self.WATCHED).astype(int))
+        self.classes = np.asarray(data.classes[self.watched_rows])               # a monitor; -1: not known
 
     def step(self, net, ema, labeller_ema, batch):
         """(weighted Sinkhorn loss, what the network is told), the same for any number of processes.
 
         From `sk_until` on labels are those that images had then; there is no teacher any more, and the head learns to
-        tell these labels.
+        tell these labels: it is to label images that are not in training, as those of the test set.
         """
         cfg, update = self.cfg, batch.seen // self.cfg.batch
         if 0 < cfg.sk_until <= batch.seen:
@@ -249,19 +250,19 @@ class Labeller(Conditioner):
             h = self.teacher_pass(ema, labeller_ema, batch, update)              # [b P, d]
             targets, labels = self.balance(labeller_ema, h, update)
         loss = self.student_loss(net, batch, targets, update)
-        weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))
-        drop = batch.coin < (cfg.drop if batch.seen >= cfg.switch else 1.0)
+        weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))              # + 1: for sk_ramp = 0
+        drop = batch.coin < (cfg.drop if batch.seen >= cfg.switch else 1.0)      # bool [b]; before `switch` all
         return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, drop)
 
     def teacher_pass(self, ema, labeller_ema, batch, update):
-        """Unit vectors h [b P, d] of images, by the averages; no condition, so that labels never explain themselves.
+        """Unit vectors h [b P, d] of images, by the averages; no condition, so that a label is never read off itself.
 
-        Rows in the loss move the running mean and deviation of features.
+        First the running mean and deviation take in the rows of the loss.
         """
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
         self.standardised.learn(self.loss_rows(f, update), update, self.ranks)
-        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # `embed` reads them
+        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # now, not in `after`
         with torch.no_grad():
             return labeller_ema.embed(f)
 
@@ -269,8 +270,8 @@ class Labeller(Conditioner):
     def balance(self, labeller_ema, h, update):
         """(soft targets [n, K] of the rows in the loss, hard labels int64 [b P] of all), balanced with the queue."""
         cfg, mine = self.cfg, self.loss_rows(h, update)
-        rows = torch.cat([h, self.queue.filled(len(mine), update, self.ranks)])
-        q = sinkhorn(labeller_ema.scores(rows), cfg.sk_eps, cfg.sk_iterations, self.ranks)[:len(h)]
+        rows = torch.cat([h, self.queue.held(len(mine), update, self.ranks)])
+        q = sinkhorn(labeller_ema.scores(rows), cfg.sk_eps, cfg.sk_iterations, self.ranks)[:len(h)]        # [b P, K]
         self.queue.add(mine, update, self.ranks)
         return self.loss_rows(q, update), q.argmax(1)
 
@@ -309,9 +310,11 @@ class Labeller(Conditioner):
         return h @ F.normalize(self.prototypes, dim=1).T
 
     def loss_rows(self, rows, update):
-        """Those of rows [b P, ...] in the loss: a few patches of every image, other ones at each update."""
+        """The rows of [b P, ...] that enter the loss, [n, ...]: all where P = 1; else up to PATCHES of every image,
+        shifted by 7 at each update, so that all take their turn."""
         even = torch.linspace(0, self.patches - 1, min(self.PATCHES, self.patches), device=rows.device).long()
-        return rows.unflatten(0, (-1, self.patches))[:, (even + 7 * update) % self.patches].flatten(0, 1)
+        chosen = (even + 7 * update) % self.patches
+        return rows.unflatten(0, (-1, self.patches))[:, chosen].flatten(0, 1)
 
     def settled_labels(self, ema, labeller_ema, batch):
         """The labels [b P] that images keep, found now if they are not yet; maps are mirrored with their images."""
@@ -320,8 +323,9 @@ class Labeller(Conditioner):
             ids = label_images(ema, labeller_ema, self.inputs, rows, self.context, "settle", self.ranks)[0]
             ids = np.concatenate(self.ranks.gather(ids.numpy().astype(np.int16)))
             self.settled = torch.from_numpy(ids).to(batch.rows.device)
-        labels = self.settled[batch.rows].long()
-        return torch.where(batch.flip[:, None], square(labels).flip(2).flatten(1), labels).flatten()
+        labels = self.settled[batch.rows].long()          # [b, P]
+        mirrored = square(labels).flip(2).flatten(1)
+        return torch.where(batch.flip[:, None], mirrored, labels).flatten()
 
     def tell(self, labels, labeller_ema, drop=None):
         """Keyword arguments of the network for labels int64 [B, P]; drop: bool [B]."""
@@ -332,13 +336,13 @@ class Labeller(Conditioner):
         return self.of_labels(labeller_ema)(labels[:, 0], drop)
 
     def of_labels(self, labeller_ema):
-        """The condition by label: its table are ids, or the averaged prototypes."""
+        """The condition whose row k is label k: the id itself, or the averaged prototype."""
         if self.cfg.condition == "label":
             return Condition("label", torch.arange(self.cfg.K + 1, device=self.prototypes.device))
         return Condition("vector", with_null(F.normalize(labeller_ema.prototypes.detach(), dim=1), 0))
 
     def of_maps(self, maps):
-        """The condition by row of maps of labels [N, h, w]."""
+        """The condition whose row i is the i-th of these maps of labels [N, h, w]."""
         return Condition("map", with_null(maps, self.cfg.K), self.cfg.K, self.size)
 
     @torch.no_grad()
@@ -353,9 +357,10 @@ class Labeller(Conditioner):
     def watched_labels(self, ema, labeller_ema):
         """The labels [n, P] of the images that the log follows, of which each process labels its share."""
         if self.settled is not None:
-            return self.settled[self.rows].cpu().long()
-        images, share = np.asarray(self.inputs[self.rows]), self.ranks.share(len(self.rows))
-        ids = label_images(ema, labeller_ema, images, share, self.context, "watched", self.ranks)[0]
+            return self.settled[self.watched_rows].cpu().long()
+        images = np.asarray(self.inputs[self.watched_rows])
+        rows = self.ranks.share(len(images))
+        ids = label_images(ema, labeller_ema, images, rows, self.context, "watched", self.ranks)[0]
         return torch.cat(self.ranks.gather(ids))
 
     def report(self, ema, labeller_ema):
@@ -364,16 +369,16 @@ class Labeller(Conditioner):
         self.sums.zero_()
         labels, ln_K = self.watched_labels(ema, labeller_ema), math.log(self.cfg.K)
         sizes = torch.bincount(labels.flatten(), minlength=self.cfg.K).numpy()
-        middle = math.isqrt(self.patches) // 2
-        now, before = square(labels)[:, middle, middle], self.watched[:len(labels)].tolist()     # of a map one label
+        middle = math.isqrt(self.patches) // 2            # of a map, this label is followed
+        now, before = square(labels)[:, middle, middle], self.watched[:len(labels)].cpu()
         line = dict(sk_loss=loss / updates, ln_K=ln_K, target_entropy=entropy / updates,
                     used=float((sizes > 0).mean()), label_entropy=size_entropy(sizes))
         if before[0] >= 0:
-            line["churn"] = float((torch.tensor(before) != now).float().mean())
+            line["churn"] = float((before != now).float().mean())
         self.watched[:len(labels)] = now.to(self.watched.device)
         if (self.classes >= 0).all() and self.patches == 1:
             line["nmi"] = nmi(now.numpy(), self.classes)
-        if line["target_entropy"] > 0.95 * ln_K:          # what balancing makes of a head that maps all to one place
+        if line["target_entropy"] > 0.95 * ln_K:          # so it is when the head gives all images the same h
             line["warning"] = "the targets do not tell images apart; try a smaller sk_eps or sk_weight, another sk_t"
         elif line["label_entropy"] * ln_K < math.log(max(1.5, 0.1 * self.cfg.K)):
             line["warning"] = ("nearly all images share a few labels; try a larger sk_eps or sk_queue, a smaller "
@@ -399,15 +404,16 @@ def square(labels):
     return labels.unflatten(1, (math.isqrt(labels.shape[1]), -1))
 
 
-BALANCED_BY = 50                                          # Sinkhorn iterations where all images are labelled at once
+LABEL_ITERATIONS = 50                                     # of Sinkhorn-Knopp, where all images are labelled at once
 
 
 @torch.no_grad()
 def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE, g=None):
-    """(labels int64 [n, P], their scores float32 [n, P], potentials g [K]) of images; on the CPU.
+    """Of the n `rows` of images: (labels int64 [n, P], closeness to their prototypes float32 [n, P], both on
+    the CPU; potentials g [K]).
 
-    By an averaged network and labeller: at sk_t, without a condition, each process its rows. Labels are balanced over
-    all images of this call, on all ranks, unless potentials are given: one image alone cannot be balanced.
+    By an averaged network and labeller, at sk_t, without a condition. Labels are balanced over all images of this call,
+    on all ranks; given g, an image is labelled by itself.
     """
     cfg = labeller.cfg
     batch = min(256, cfg.micro or max(1, cfg.batch // ranks.world))
@@ -419,7 +425,7 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE, g=N
     def blocks():                                         # the scores of all, [n P, K], are never held at once
         return (labeller.scores(part) for part in h.split(2048))
 
-    g = potentials(blocks, cfg.sk_eps, BALANCED_BY, ranks) if g is None else g
+    g = potentials(blocks, cfg.sk_eps, LABEL_ITERATIONS, ranks) if g is None else g
     found = assign(h, labeller.prototypes, offset=cfg.sk_eps * g)
     ids, scores = (v.view(-1, labeller.patches) for v in found)
     return ids, scores, g
@@ -553,7 +559,7 @@ def main():
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
     # what the network is told: nothing, labels of a file, or labels that are found
-    labeller, known, facts, given = Conditioner(), {}, dict(condition="none"), None
+    conditioner, known, facts, given = Conditioner(), {}, dict(condition="none"), None       # known: for build_model
     if cfg.labels == "online":
         check_online(run, cfg)
         known = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim),
@@ -561,7 +567,7 @@ def main():
         facts = dict(condition=cfg.condition, num_labels=cfg.K if known else 0)
     elif cfg.labels != "none":
         given, info = load_labels(run, cfg.labels)        # once: another command may replace them meanwhile
-        labeller, known, facts = given_labels(run, cfg, data, given, info)
+        conditioner, known, facts = given_labels(run, cfg, data, given, info)
 
     # network: from scratch, or from unconditional weights
     channels, size = input_shape(run)
@@ -571,18 +577,18 @@ def main():
         return say_training(run, cfg, net, channels, size, folder)
     net = net.to(run.device)
     if cfg.labels == "online":
-        labeller = Labeller(cfg, net, matching(net, [cfg.sk_activation])[-1], size, channels)
+        conditioner = Labeller(cfg, net, matching(net, [cfg.sk_activation])[-1], size, channels)
 
     # train; the checkpoint carries all that sampling needs
     state = new_state(run, "guided", data, size, channels, known=known, init=init, label_file=cfg.labels, **facts)
     with locked(run, "guided", cfg.name):
-        state = fit(run, cfg, net, folder, data, state, labeller)
+        state = fit(run, cfg, net, folder, data, state, conditioner)
         if given and run.rank == 0:
             with atomic(folder / "labels.npz") as f:
                 np.savez(f, **given)
         if cfg.labels == "online" and "found_hash" not in state:               # not labelled by these weights yet
             gpu_flags(training=False)                     # in full float32, as sample_ode.py will
-            finish_online(run, cfg, net, labeller, state, folder, data)
+            finish_online(run, cfg, net, conditioner, state, folder, data)
 
     # close
     rows = " (one row per label or layout)" if known else ""

@@ -45,4 +45,6 @@ py probe protocol=linear name=levels activations=up-level0-upsampler-out,up-leve
 
 # what is alike; other images
 py probe protocol=cka t=0.5,0.9 against=random
-for d in cifar64 fashion64; do py probe protocol=linear name=to-$d transfer=$d.yaml activations=$place t=$t draws=1 controls=random; done
+for d in cifar64 fashion64; do other=("$d.yaml" "run=$run-$d" data.size=64)
+    python train_diffusion.py "${other[@]}" --prepare
+    python probe.py "${other[@]}" protocol=linear "checkpoint=$run/diffusion/base" activations=$place t=$t draws=1 controls=random; done

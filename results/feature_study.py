@@ -26,8 +26,10 @@ def collected(run):
     short = lambda table, *keys: [{k: round(r[k], 4) if isinstance(r[k], float) else r[k] for k in keys} for r in table]
     out["sweep"] = short(load("sweep")["table"], "activation", "t", "linear", "knn", "nmi", "consensus", "silhouette")
     out["label-free choice"] = load("sweep")["label_free"]
-    for name in ["linear", "difformer", "diffeed", "to-cifar64", "to-fashion64", "grid-mean", "grid-2", "grid-4",
-                 "selected", "unfiltered", "levels"]:
+    for other in ("cifar64", "fashion64"):
+        if (there := Path(f"{run}-{other}") / "probe" / "linear.json").exists():
+            out[f"to-{other}"] = scores(there)
+    for name in ["linear", "difformer", "diffeed", "grid-mean", "grid-2", "grid-4", "selected", "unfiltered", "levels"]:
         if (probe / f"{name}.json").exists():
             out[name] = scores(probe / f"{name}.json")
     out["heads"] = {f.stem[5:]: next(iter(scores(f).values())) for f in sorted(probe.glob("head-*.json"))}
