@@ -317,7 +317,7 @@ def stream(net, state, images, rows, names, times, *, device, context, pool="mea
                 with context():
                     values = read(x_t, at)                # which shows the network 1000 t
                 for name, value in zip(names, values):    # their mean over the draws
-                    out[name, t] = out.get((name, t), 0) + value / draws
+                    out[name, t] = (out[name, t] if d else 0) + value / draws
         yield part, out
 
 
