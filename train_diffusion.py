@@ -634,7 +634,10 @@ class Condition:
 
 
 def load_condition(state, device):
-    """The condition to sample a checkpoint's model with, for ids 0 ... null; None if it is unconditional."""
+    """The condition to sample a checkpoint's model with; None if it is unconditional.
+
+    Samples ask for its rows, 0 ... null - 1, as often as the checkpoint's `marginal` says.
+    """
     if "bank" in state:
         return Condition(**state["bank"]).to(device)
     if state.get("condition") == "prototype":

@@ -43,6 +43,7 @@ PLACES = {                                                # k-means where other 
                                                   "consensus"),
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
+ONLINE = "switch=4k", "sk_until=4k", "sk_ramp=2k", "sk_freeze=1k"                # soon: the base has learnt already
 OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids"
 SHOWN = "precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies", "memorisation"
 
@@ -104,7 +105,7 @@ def label(which, row, name, s, K, ids, words):
 
 def guide(which, row, name, s, K, base, tune, words, evaluators):
     """Fine-tune the base model under the labels of a row, sample, and score."""
-    keys = dict(none=["labels=none"], online=["labels=online", f"K={K}"]).get(row, [f"labels={name}"])
+    keys = dict(none=["labels=none"], online=["labels=online", f"K={K}", *ONLINE]).get(row, [f"labels={name}"])
     stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init={base}", f"images={tune}",
           "ema_ramp=0.25", *keys)
     stage("sample_ode", which, *words, f"name={name}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
