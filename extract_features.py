@@ -18,8 +18,8 @@ the way up at its lowest resolution. Increments are what a branch adds (res-incr
 is the sum after attention. A skip is what arrives from the mirrored place of the way down: the raw channels in the
 U-Net, the merged tokens in the U-ViT. self-map has a channel for every head and key, at each query.
 
-Read first `catalogue`, `tapped`, `reader` and `stream`. Skip "Models of other programs": Stable Diffusion, SDXL, DiT
-and DDPM from diffusers, and encoders from torch.hub, which are given the same names and the same way of being read.
+Models of other programs (Stable Diffusion, SDXL, DiT and DDPM from diffusers, encoders from torch.hub) are given the
+same names and the same way of being read.
 """
 import difflib
 import fnmatch

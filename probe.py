@@ -26,8 +26,6 @@ layout      how well the images of samples/<samples>/ keep to the boxes or masks
 What is selected is selected on a validation part of the training images; test images are reported once.
 linear, head, segment, detect and correspond have controls beside them: the same network with random weights, a
 supervised network of the same size, raw pixels. Only sweep, boxes and layout divide their work between processes.
-
-Read first: `label_free_scores` to `sweep`; then `DifFormer` and `DifFeed`. Skip what is not your task.
 """
 import itertools
 import math

@@ -57,7 +57,7 @@ class SampleOde:
     labels: list[str] = key(["marginal"], "marginal (as in training), uniform, or ids (places in the bank, if any)")
     boxes: list[list[float]] = key([], "of a model with box conditions: draw [[x0, y0, x1, y1, label], ...] in pixels")
     direction: Literal["generate", "encode"] = key("generate", "encode: test images to noise and back")
-    evaluate: bool = key(True, "compare with real images")
+    evaluate: bool = key(True, "compare with real images; false: a checkpoint is enough, there need be no run")
     evaluator: list[str] = key(["judge"], "judge (a CNN trained on the run's classes), pixels (principal components), "
                                           "inception (FID), or a TorchScript file, which runs as code")
     reference: Literal["train", "test"] = key("test", "real images to compare with")
@@ -69,7 +69,7 @@ class SampleOde:
     batch: int = key(250, "images at once and process; a guided network call sees each twice", low=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network; the ODE state is float32 always")
     compile: bool = key(False, "torch.compile the network: pays where n is many batches")
-    seed: int = key(0, "sample i is a function of (seed, i)")
+    seed: int = key(0, "sample i is a function of (seed, i), up to rounding")
     overwrite: bool = key(False, "replace samples that another recipe left under this name")
 
 
@@ -221,10 +221,11 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
             return solve_dopri5(slope, y, times[0], times[-1], tol)
         return solve_fixed(slope, y, times, solver)
 
+    # other solvers ask at the end of a step. At t = 1 hardly any noise is left to estimate: their last is midpoint's
     if reverse or solver in ("euler", "midpoint"):
         y = solve(y, times)
-    else:                                                 # the others take a slope at the end of a step. At t = 1 no
-        y = solve(y, times[:-1])                          # noise is left to estimate: the last step is midpoint's
+    else:
+        y = solve(y, times[:-1])
         y = solve_fixed(slope, y, times[-2:], "midpoint")
     return y * float(field.path.scale(t[-1])), field.evaluations
 
@@ -815,6 +816,10 @@ def settle_request(run, cfg, sampler):
     sample_labels(cfg, sampler, [0])                      # complains about labels
     if cfg.evaluate or cfg.direction == "encode":
         require_shape(run, sampler.state)
+    made_of = sampler.state["config"].get("data", dict(latents=sampler.state["channels"] != 3))     # published: no data
+    kind = "latents: name their" if made_of["latents"] else "pixels: name no"
+    require(bool(made_of["latents"]) == bool(run.data.latents), run.data, "latents",
+            f"{sampler.state['file']} makes {kind} autoencoder")
     if cfg.features:
         require(not cfg.compile, cfg, "features compile", "hooks need the plain network: use compile=false")
         from extract_features import check_pool, matching
@@ -873,7 +878,8 @@ def sample(run, cfg, sampler, folder):
 
 def main():
     """Sample, from the command line."""
-    run = start("sample_ode", SampleOde, __doc__, flags={"--table": "all results of the run side by side"})
+    run = start("sample_ode", SampleOde, __doc__, needs_data=lambda cfg: cfg.evaluate or cfg.direction == "encode",
+                flags={"--table": "all results of the run side by side"})
     cfg, folder = run.cfg, run.dir / "samples" / run.cfg.name
     if "--table" in run.flags:
         return table(run)

@@ -22,9 +22,7 @@ file        ids that anything else found, for comparison: `ids`, one per trainin
 controls    colours (k-means on mean and deviation of each channel), pixels (on images averaged to pool x pool),
             classes (ground truth), random (permuted labels of `reference`), subgroups (each class split at random)
 
-Read first: `kmeans`, `potentials`, `sinkhorn_cluster`; then `find_objects`, if boxes interest you; then `METHODS`, the
-one place where a method is added. Skip what follows `METHODS`: scores, pictures, files. Each process holds its share of
-the rows in memory.
+`METHODS` is the one place where a method is added. Each process holds its share of the rows in memory.
 """
 import dataclasses
 import math
@@ -206,9 +204,8 @@ def potentials(blocks, eps, iterations, ranks=ALONE):
     """Dual potentials g [K] with which the columns of Q = softmax(S / eps - g) have about equal mass.
 
     The first iteration gives g_k = ln sum_i exp(S_ik / eps), each further one g_k <- g_k + ln mass_k, mass_k = sum_i
-    Q_ik: a column that holds too much is lowered. (The goal is a mass of N / K, ln(mass_k K / N); but the softmax
-    ignores a number added to all g_k.) blocks() yields the scores S anew for each pass, in blocks [n, K]: they are
-    never held as a whole.
+    Q_ik: a column that holds too much is lowered (the wanted N / K is a constant, which the softmax ignores). blocks()
+    yields the scores S anew for each pass, in blocks [n, K]: they are never held as a whole.
     """
     local = torch.stack([(S / eps).logsumexp(0) for S in blocks()]).logsumexp(0)
     every = local.new_zeros(ranks.world, len(local))
@@ -909,6 +906,8 @@ def main():
         if run.agreed(lambda: are_made(run, path, recipe)):
             return
         labels = METHODS[cfg.method][0](run, cfg, data)
+        if run.agreed(lambda: recipe_of(run, cfg, data)[0] != recipe):
+            raise UserError(f"{path}: what it is made of was replaced meanwhile; the same command again reads it anew")
         labels.about |= about
         save_labels(run, cfg.name, data, labels, recipe)
     run.next(f"train_guided.py labels={cfg.name}")

@@ -10,8 +10,7 @@ Time    t = 0 is noise, t = 1 is data, everywhere in this project: x_t = alpha(t
     python train_diffusion.py configs/imagenet256-adm.yaml                  # published weights as diffusion/<name>
     python train_diffusion.py configs/imagenet256-adm.yaml --prepare        # the data alone, for later stages
 
-The same command again resumes. Read first `ConstantVelocity`, `loss_per_image`, `UNet`, `fit` and `main`; skip at
-first the other path, the U-ViT, conditions, Muon and checkpoints. The later stages import this file.
+The same command again resumes. The later stages import this file. README.md says in which order to read.
 """
 import copy
 import dataclasses
@@ -84,9 +83,9 @@ class TrainDiffusion(Training):
 class NoisePath:
     """A new path: a subclass with alpha(t), sigma(t), rates(t) = (dalpha/dt, dsigma/dt); its name in PATHS and `path`.
 
-    t is a tensor that multiplies x and z, as [B, 1, 1, 1]. Samplers solve dy/ds = slope with y = x_t / scale(t) and
-    s = to_s(t). Here y = x_t, s = t and slope = v = dx_t/dt, which must be finite from noise to data; VP, where it is
-    not, has y, s, slope and a v of its own.
+    t is a tensor that multiplies x and z, as [B, 1, 1, 1]. The last four methods are for samplers, which solve dy/ds =
+    slope with y = x_t / scale(t), s = to_s(t). Here simply y = x_t, s = t, slope = v = dx_t/dt; VP, where that is not
+    finite at the data, has y, s, slope and a v of its own.
     """
 
     def v_target(self, x, z, t):
@@ -282,7 +281,7 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class Conditional(nn.Module):
+class ConditionalNet(nn.Module):
     """A network that may be told label, vector and layout. What it is not told is null: label num_labels, zeros."""
 
     def add_conditions(self, num_labels, vector_dim, layout_channels, width):
@@ -363,7 +362,7 @@ class Layers(nn.Sequential):
         return x
 
 
-class UNet(Conditional):
+class UNet(ConditionalNet):
     """The ADM U-Net (arXiv 2105.05233): scale-shift residual blocks, residual resampling, attention at chosen sizes.
 
     A label row or a vector is added to the time embedding; a layout is concatenated to the input.
@@ -478,7 +477,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class UViT(Conditional):
+class UViT(ConditionalNet):
     """U-ViT (arXiv 2209.12152): tokens of condition, time and patches, long skips from the first to the second half.
 
     Label row and vector share the condition token; a layout is embedded per patch and added to the patch tokens.
@@ -590,7 +589,7 @@ def with_null(rows, null):
 
 class Condition:
     """A table of n things to tell the network. Its last row, number `null` = n, tells nothing: it holds the null label
-    (K), a zero vector, or a map that is `channels` everywhere.
+    (K), a zero vector, or a map that is `channels` everywhere. (Of the labels of N images row N is null, and holds K.)
 
     kind   label: table int64 [n + 1]; vector: [n + 1, D]; map: [n + 1, h, w] with values 0 ... channels, shown one-hot
            at `size` x `size`, perhaps with labels int64 [n + 1] beside
@@ -676,24 +675,23 @@ class Conditioner(nn.Module):
 
 
 class GivenLabels(Conditioner):
-    """Labels of a file. by_row: row i is the condition of training image i, for training; by_id: row k is that of label
-    k, or of the k-th entry of the `bank`, for samples. drop: the probability that the network is told nothing (arXiv
-    2207.12598).
+    """Labels of a file. of_images: row i is the condition of training image i; of_samples: row k is that of label k, or
+    the k-th entry of the `bank`. drop: the probability that the network is told nothing (arXiv 2207.12598).
     """
 
-    def __init__(self, by_row, by_id, drop):
+    def __init__(self, of_images, of_samples, drop):
         super().__init__()
-        self.by_row, self.by_id, self.drop = by_row, by_id, drop
+        self.of_images, self.of_samples, self.drop = of_images, of_samples, drop
 
     def begin(self, run, data, context):
-        self.by_row.to(run.device)
-        self.by_id.to(run.device)
+        self.of_images.to(run.device)
+        self.of_samples.to(run.device)
 
     def step(self, net, ema, conditioner_ema, batch):
-        return None, self.by_row(batch.rows, batch.coin < self.drop, batch.flip)
+        return None, self.of_images(batch.rows, batch.coin < self.drop, batch.flip)
 
     def grid(self, ema, conditioner_ema):
-        return self.by_id(ten_of_each(self.by_id.null).to(self.by_id.table.device))
+        return self.of_samples(ten_of_each(self.of_samples.null).to(self.of_samples.table.device))
 
 
 def ten_of_each(n, most=12):
@@ -829,7 +827,7 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
             # over processes yet: they come first, and the last backward of `model` averages the sum of both
             if own_loss is not None:
                 scaler.scale(own_loss).backward()
-            pull = (gradient_norm(weights) / scaler.get_scale()).nan_to_num(0, 0, 0)           # of own_loss alone
+            pull = (gradient_norm(weights) / scaler.get_scale()).nan_to_num(0, 0, 0)           # of own_loss: usually 0
             losses = []
             for i in range(0, local, micro):
                 part = slice(i, i + micro)
@@ -853,7 +851,7 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
 
             # a line of the log, a checkpoint, a picture, each at its own interval
             saves = due(cfg, seen, cfg.save_every)
-            if saves or due(cfg, seen, cfg.log_every):    # never a checkpoint that is broken
+            if saves or due(cfg, seen, cfg.log_every):    # an error if the loss is not finite: no broken checkpoint
                 log.write(seen, lr, conditioner.report(ema, conditioner_ema), progress)
             if saves:
                 learned = {name: holder.state_dict() for name, holder in saved.items()}
@@ -920,7 +918,8 @@ def distributed(run, cfg, net):
 
 @dataclass
 class Batch:
-    """This process's part of one update, on the device. Random numbers belong to the running number of an image."""
+    """This process's part of one update, on the device. Random numbers are a function of (seed, stage, how many images
+    came before)."""
     rows: torch.Tensor                                    # int64 [b]: which images
     x: torch.Tensor                                       # [b, C, H, W], mirrored already
     z: torch.Tensor                                       # [b, C, H, W]: the path's noise
@@ -989,7 +988,7 @@ class Log:
                             "kept. Lower lr, or use precision=fp32")
         seconds = time.time() - self.start
         speed = (seen - self.since) / seconds
-        more |= dict(pull=pull / max(norm, 1e-12)) if pull else {}               # share of the gradient's norm
+        more |= dict(pull=pull / max(norm, 1e-12)) if pull else {}               # its norm over that of the sum
         line = dict(images=seen, loss=loss, grad_norm=norm, lr=lr, seconds=seconds, images_per_second=speed) | more
         if self.run.rank == 0:
             with open(self.folder / "metrics.jsonl", "a") as f:
@@ -1191,7 +1190,8 @@ def import_published(run, cfg):
 
 def main():
     """Train without labels, from the command line."""
-    run = start("train_diffusion", TrainDiffusion, __doc__, flags={"--prepare": "only turn the source into data/"})
+    run = start("train_diffusion", TrainDiffusion, __doc__, needs_data=lambda cfg: False,
+                flags={"--prepare": "only turn the source into data/"})
     cfg = run.cfg
     if "--prepare" in run.flags:                          # the data alone
         return run.say(f"would prepare the images in {run.dir / 'data'}") if run.dry_run else prepare_data(run)

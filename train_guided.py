@@ -18,8 +18,7 @@ labels=online (arXiv 2312.08825): a head on the network's own features scores ev
 Sinkhorn-Knopp turns the scores of the averaged network into balanced targets, and from `switch` on the label found for
 an image is its condition. From `sk_until` on, images keep theirs.
 
-Read first `given_labels`, then `Labeller.step` with the three methods behind it, then `main`; skip at first layouts
-and initial weights. `Condition`, `GivenLabels` and the loop are in train_diffusion.py.
+`Condition`, `GivenLabels` and the loop are in train_diffusion.py.
 """
 import math
 import sys
@@ -75,7 +74,7 @@ class TrainGuided(Training):
 # Labels of a file become conditions
 
 def given_labels(run, cfg, data, labels, info):
-    """Of what `load_labels` gives: (GivenLabels, sizes for `build_model`, facts for the checkpoint)."""
+    """Of what `load_labels` gives: (GivenLabels, known: sizes for `build_model`, facts for the checkpoint)."""
     require(cfg.condition in ("label", "box", "mask", "set"), cfg, "condition labels",
             "prototypes and patches exist with labels=online only; here label, box, mask or set")
     ids, K = labels["train"], info["num_labels"]          # int64 [N]
@@ -83,18 +82,18 @@ def given_labels(run, cfg, data, labels, info):
     facts = dict(labels_hash=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K)
     if cfg.condition == "label":
         facts["marginal"] = torch.from_numpy(np.bincount(ids, minlength=K) / len(ids))          # float64 [K]
-        by_row, by_id = Condition("label", table), Condition("label", torch.arange(K + 1))
-        return GivenLabels(by_row, by_id, cfg.drop), dict(num_labels=K), facts
+        of_images, of_samples = Condition("label", table), Condition("label", torch.arange(K + 1))
+        return GivenLabels(of_images, of_samples, cfg.drop), dict(num_labels=K), facts
     if cfg.condition == "set":
         sets = label_sets(labels, K, cfg.labels)
-        by_row = Condition("vector", with_null(torch.from_numpy(sets), 0))
+        of_images = Condition("vector", with_null(torch.from_numpy(sets), 0))
         known, facts["layout_hash"] = dict(vector_dim=K), digest(sets)
     else:
         maps, channels = layout_maps(run, cfg, labels, info, data)
-        by_row = Condition("map", with_null(torch.from_numpy(maps), channels), channels, data.images.shape[2], table)
+        of_images = Condition("map", with_null(torch.from_numpy(maps), channels), channels, data.images.shape[2], table)
         known, facts["layout_hash"] = dict(num_labels=K, layout_channels=channels), digest(maps)
-    by_id = by_row.bank(cfg.seed)
-    return GivenLabels(by_row, by_id, cfg.drop), known, facts | bank_facts(by_id)
+    of_samples = of_images.bank(cfg.seed)
+    return GivenLabels(of_images, of_samples, cfg.drop), known, facts | bank_facts(of_samples)
 
 
 def bank_facts(bank):
@@ -193,11 +192,13 @@ class Labeller(Conditioner):
 
         loss = - mean_i sum_k q_ik log softmax_k(h_i . c_k / temperature)
 
+    The targets use every label equally often, so giving all images the same one never lowers the loss.
     Standardised features pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
     has one label, or with condition=patch one for each of P patches; otherwise P = 1.
 
-    Sizes: b images of this process, hence b P rows, n of them in the loss (`loss_rows`); D channels of the feature; d =
-    sk_dim. update: how many updates came before. ema, labeller_ema: the averaged network, the averaged labeller.
+    Sizes: b images of this process, hence b P rows, n of them in the loss (`loss_rows`): with P = 1, as at a first
+    reading, b = n, and `loss_rows` changes nothing. D channels of the feature; d = sk_dim. update: how many updates
+    came before. ema, labeller_ema: the averaged network, the averaged labeller.
     """
     spare = 1, 2                                          # the student's time; noises of the teacher, of the student
     WATCHED = 2048                                        # images whose labels the log follows
@@ -239,8 +240,8 @@ class Labeller(Conditioner):
     def step(self, net, ema, labeller_ema, batch):
         """(weighted Sinkhorn loss, what the network is told), the same for any number of processes.
 
-        From `sk_until` on labels are those that images had then; there is no teacher any more, and the head learns to
-        tell these labels: it is to label images that are not in training, as those of the test set.
+        From `sk_until` on images keep the labels that they had then, without a teacher. The head learns them on: it is
+        to label images that are not in training, as those of the test set.
         """
         cfg, update = self.cfg, batch.seen // self.cfg.batch
         if 0 < cfg.sk_until <= batch.seen:
@@ -251,8 +252,8 @@ class Labeller(Conditioner):
             targets, labels = self.balance(labeller_ema, h, update)
         loss = self.student_loss(net, batch, targets, update)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))              # + 1: for sk_ramp = 0
-        drop = batch.coin < (cfg.drop if batch.seen >= cfg.switch else 1.0)      # bool [b]; before `switch` all
-        return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, drop)
+        dropped = batch.coin < (cfg.drop if batch.seen >= cfg.switch else 1.0)   # bool [b]; before `switch` all
+        return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, dropped)
 
     def teacher_pass(self, ema, labeller_ema, batch, update):
         """Unit vectors h [b P, d] of images, by the averages; no condition, so that a label is never read off itself.
@@ -262,7 +263,7 @@ class Labeller(Conditioner):
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
         self.standardised.learn(self.loss_rows(f, update), update, self.ranks)
-        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # now, not in `after`
+        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # `after` is too late
         with torch.no_grad():
             return labeller_ema.embed(f)
 
@@ -327,13 +328,13 @@ class Labeller(Conditioner):
         mirrored = square(labels).flip(2).flatten(1)
         return torch.where(batch.flip[:, None], mirrored, labels).flatten()
 
-    def tell(self, labels, labeller_ema, drop=None):
-        """Keyword arguments of the network for labels int64 [B, P]; drop: bool [B]."""
+    def tell(self, labels, labeller_ema, dropped=None):
+        """Keyword arguments of the network for labels int64 [B, P]; dropped: bool [B]."""
         if self.cfg.condition == "none":
             return {}
         if self.cfg.condition == "patch":
-            return self.of_maps(square(labels))(torch.arange(len(labels), device=labels.device), drop)
-        return self.of_labels(labeller_ema)(labels[:, 0], drop)
+            return self.of_maps(square(labels))(torch.arange(len(labels), device=labels.device), dropped)
+        return self.of_labels(labeller_ema)(labels[:, 0], dropped)
 
     def of_labels(self, labeller_ema):
         """The condition whose row k is label k: the id itself, or the averaged prototype."""
@@ -386,7 +387,7 @@ class Labeller(Conditioner):
         return line
 
     def grid(self, ema, labeller_ema):
-        """Ten images per label, or per map of a watched image."""
+        """Ten images of each label, or of each map of a watched image: twelve of them."""
         if self.cfg.condition == "patch":
             labels = self.watched_labels(ema, labeller_ema)[:12].repeat_interleave(10, 0)
         else:
@@ -427,8 +428,8 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE, g=N
 
     g = potentials(blocks, cfg.sk_eps, LABEL_ITERATIONS, ranks) if g is None else g
     found = assign(h, labeller.prototypes, offset=cfg.sk_eps * g)
-    ids, scores = (v.view(-1, labeller.patches) for v in found)
-    return ids, scores, g
+    ids, closeness = (v.view(-1, labeller.patches) for v in found)
+    return ids, closeness, g
 
 
 def check_online(run, cfg):
@@ -462,11 +463,11 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
     labels, g, context = {}, None, autocast(run, cfg.precision)[0]
     splits = dict(train=data, test=load_data(run, "test"))
     for split, d in splits.items():                       # test images under the potentials of the training images
-        ids, scores, g = label_images(net, labeller, d.inputs, run.share(len(d)), context, split, run, g)
+        ids, closeness, g = label_images(net, labeller, d.inputs, run.share(len(d)), context, split, run, g)
         labels[split] = np.concatenate(run.gather(ids.numpy()))                  # [N, P]
         if split == "train":
-            typical = np.concatenate(run.gather(scores.numpy())).mean(1)
-    if settled is not None:                               # scores are those of the labels that images would get now
+            typical = np.concatenate(run.gather(closeness.numpy())).mean(1)
+    if settled is not None:                               # closeness is to the labels that images would get now
         labels["train"], typical = settled.cpu().numpy().astype(np.int64), None
     if cfg.condition == "patch":                          # some maps stand for the distribution of all
         labels = {split: square(torch.from_numpy(ids)).numpy().astype(np.int16) for split, ids in labels.items()}
@@ -559,7 +560,7 @@ def main():
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
     # what the network is told: nothing, labels of a file, or labels that are found
-    conditioner, known, facts, given = Conditioner(), {}, dict(condition="none"), None       # known: for build_model
+    conditioner, known, facts, given = Conditioner(), {}, dict(condition="none"), None
     if cfg.labels == "online":
         check_online(run, cfg)
         known = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim),
@@ -591,7 +592,7 @@ def main():
             finish_online(run, cfg, net, conditioner, state, folder, data)
 
     # close
-    rows = " (one row per label or layout)" if known else ""
+    rows = " (a row for a label or layout, twelve of them)" if known else ""
     run.say(f"model in {folder}, sample grids{rows} in {folder / 'samples'}")
     run.next(f"sample_ode.py checkpoint=guided/{cfg.name} name={cfg.name}")
 

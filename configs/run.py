@@ -282,8 +282,11 @@ class Run(Processes):
         self.say("next: python", shlex.join([script, *self.words, *keys]), f"   # {what}" if what else "")
 
 
-def start(stage, cls, doc, flags={}):
-    """The `Run` of `python <stage>.py CONFIG.yaml [key=value ...] [section.key=value ...] [run=DIR] [--flags]`."""
+def start(stage, cls, doc, flags={}, needs_data=lambda cfg: True):
+    """The `Run` of `python <stage>.py CONFIG.yaml [key=value ...] [section.key=value ...] [run=DIR] [--flags]`.
+
+    needs_data: whether a stage with these settings reads data/ of a run that must be there.
+    """
     words, known = sys.argv[1:], {stage: cls, **SHARED}
     if "--help" in words or not words:
         print_help(doc, known, stage, flags)
@@ -302,7 +305,7 @@ def start(stage, cls, doc, flags={}):
     if run.dry_run:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
     else:
-        check_run_folder(run)
+        check_run_folder(run, needs_data(cfg))
     return run
 
 
@@ -337,13 +340,12 @@ def gpu_flags(training, exact=False):
     torch.backends.cudnn.benchmark = True
 
 
-def check_run_folder(run):
-    """All stages but the first need a run with images, and `check_data_section`."""
+def check_run_folder(run, needs_data):
+    """A UserError where a run has no images and needs some, or has others than section `data` says."""
     if run.agreed((run.dir / "data" / "train" / "info.json").exists):
         check_data_section(run)
-    elif run.stage != "train_diffusion" and getattr(run.cfg, "evaluate", True):  # sampling alone needs no images
-        alone = ", or only sample with evaluate=false" if run.stage == "sample_ode" else ""
-        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py{alone}")
+    elif needs_data:
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py")
 
 
 def check_data_section(run):
@@ -521,7 +523,7 @@ def finished(run, path, recipe, files=()):
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
     complete = not other and all(file.exists() for file in files)
     if complete:
-        run.say(f"{path.parent}/{path.stem}: done already")
+        run.say(f"{path}: done already")
     return complete
 
 

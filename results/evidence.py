@@ -1,13 +1,14 @@
 """Which labels guide well? The same fine-tuning of the same base model under labels of every source, for several seeds.
 
     python results/evidence.py SET RUN [seeds=0,1,2,3,4] [evaluators=judge,pixels] [rows=kmeans,pixels] [K=50]
-                               [tune=60k] [base=FILE.pt] [ids=FILE.npy] [data.root=DATA]
+                               [tune=60k] [base=FILE.pt] [ids=FILE.npy] [into=NAME] [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu. Each row is made by the commands that anybody would type, on one thread; what is
 finished is not repeated, so the same command goes on where it was stopped. w is chosen by the first evaluator on other
 samples against training images; every evaluator scores the same samples against test images. rows: some of them, or
 `file` for the labels in ids=, or the rules of PLACES; K: another number of clusters, as rows of their own; base: one
-model for all seeds, in place of a training each. Writes results/evidence-SET.json: one entry per row and seed.
+model for all seeds, in place of a training each. Writes results/evidence-SET.json, or evidence-NAME.json where data.*
+or the base are not those of the set: one entry per row and seed.
 """
 import json
 import os
@@ -44,8 +45,9 @@ PLACES = {                                                # k-means where other 
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
 ONLINE = "switch=4k", "sk_until=4k", "sk_ramp=2k", "sk_freeze=1k"                # soon: the base has learnt already
-OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids"
-SHOWN = "precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies", "memorisation"
+OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids", "into"
+SHOWN = ("precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies", "memorisation",
+         "head", "tail")                                  # the last two: of long-tailed sets
 
 
 def stage(name, config, *words):
@@ -128,8 +130,8 @@ def measured(run, name, place):
 
 def main():
     which, folder, *words = sys.argv[1:]
-    run, out = Path(folder).resolve(), ROOT / "results" / f"evidence-{which}.json"
     own = dict(w.split("=", 1) for w in words if w.startswith(tuple(f"{k}=" for k in OPTIONS)))
+    run, out = Path(folder).resolve(), ROOT / "results" / f"evidence-{own.get('into', which)}.json"
     seeds, K = [int(s) for s in own.get("seeds", "0,1,2,3,4").split(",")], int(own.get("K", SETS[which]["K"]))
     words = [f"run={run}", *(w for w in words if not w.startswith(tuple(f"{k}=" for k in OPTIONS)))]
     tune = own.get("tune", SETS[which]["tune"])

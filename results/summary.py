@@ -1,10 +1,11 @@
 """What results/evidence-SET.json says: a table of means, spreads and differences within a seed, and a picture.
 
-    python results/summary.py SET [SET ...]
+    python results/summary.py SET [SET ...]               # or sinkhorn-SET, for results/sinkhorn-SET.json
 
 Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
 over seeds), and the mean difference from `none` of the same seed with its standard error. The last line is the rank
-correlation of NMI and distance over rows that have labels. Writes results/evidence-SET.svg: distance against NMI.
+correlation of NMI and distance over rows that have labels. Writes results/evidence-SET.svg: distance against NMI. Of
+the Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed.
 """
 import json
 import statistics
@@ -71,8 +72,32 @@ def panel(points, title, left):
     return "\n".join(out)
 
 
+def sinkhorn_table(name):
+    """Print what results/sinkhorn.py measured, a row for each weight of the loss."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    scores = "linear", "knn", "nmi", "best_linear", "best_knn", "best_nmi", "judge", "pixels"
+    print(f"{name}: means; in brackets the difference from weight 0, ± its standard error\n")
+    print("| weight | seeds | pull, last |", " | ".join(scores), "|")
+    print("|", " | ".join(["---"] * (3 + len(scores))), "|")
+    for weight, row in rows.items():
+        pulls = [r["pull"][-1] or 0 for r in row.values()]
+        cells = [weight, str(len(row)), spread(pulls)]
+        for score in scores:
+            digits = 2 if score in ("judge", "pixels") else 3
+            gaps = [r[score] - rows["0"][s][score] for s, r in row.items() if s in rows["0"]]
+            text = f"{statistics.mean(r[score] for r in row.values()):.{digits}f}"
+            if len(gaps) > 1 and weight != "0":
+                error = statistics.stdev(gaps) / len(gaps) ** 0.5
+                text += f" ({statistics.mean(gaps):+.{digits}f} ± {error:.{digits}f})"
+            cells.append(text)
+        print("|", " | ".join(cells), "|")
+
+
 def main():
     for which in sys.argv[1:]:
+        if which.startswith("sinkhorn"):
+            sinkhorn_table(which)
+            continue
         rows = json.loads((RESULTS / f"evidence-{which}.json").read_text())["rows"]
         entries = [item for row in rows.values() for r in row.values() for item in r.items()]
         evaluators = list(dict.fromkeys(k for k, v in entries if isinstance(v, dict) and "chosen" in v))

@@ -159,6 +159,8 @@ def test_what_cannot_work(run, vae, refuse, tmp_path, monkeypatch):
     yaml, folder = run
     assert "data.latents=" in refuse("train_diffusion", yaml, f"run={folder}", "data.latents=")
     assert "multiple of 2" in refuse("train_diffusion", yaml, f"run={tmp_path / 'r'}", "data.size=15")
+    alone = [f"run={tmp_path / 'alone'}", f"checkpoint={folder / 'diffusion/base'}", "evaluate=false"]
+    assert "name their autoencoder" in refuse("sample_ode", yaml, *alone, "data.latents=")
     inside("self_label", yaml, f"run={folder}", "method=classes")
     assert "drawn on pixels" in refuse("train_guided", yaml, f"run={folder}", "labels=classes", "condition=box")
     broken = shutil.copytree(vae, tmp_path / "vae")

@@ -346,6 +346,20 @@ def test_recipes_hold_what_their_method_used(run, tiny, monkeypatch, capsys, ref
     assert "K=4, now 5" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "K=5", "name=recipe")
 
 
+def test_features_that_are_replaced_meanwhile(run, tiny, monkeypatch, refuse):
+    cluster, settings = self_label.METHODS["kmeans"]
+    info = run / "features/base/info.json"
+    before = info.read_text()
+
+    def meanwhile(run, cfg, data):
+        info.write_text(json.dumps(json.loads(before) | dict(hash="another")))
+        return cluster(run, cfg, data)
+    monkeypatch.setitem(self_label.METHODS, "kmeans", (meanwhile, settings))
+    assert "replaced meanwhile" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "K=4", "name=late")
+    info.write_text(before)
+    assert not (run / "labels/late.npz").exists()
+
+
 def test_files_that_do_not_belong_together(run, tiny, monkeypatch, refuse):
     words = ("method=kmeans", "K=4", "name=pair")
     good, _ = label(run, tiny, monkeypatch, *words)
