@@ -47,7 +47,7 @@ class SampleOde:
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     n: int = key(10_000, "samples", low=2)
-    solver: Solver = key("midpoint", "euler is DDIM; dopri5 is adaptive")
+    solver: Solver = key("midpoint", "euler on cv and vp is DDIM; dopri5 is adaptive")
     steps: int = key(12, "of the fixed-step solvers", low=1)
     tol: float = key(1e-4, "dopri5: relative and absolute tolerance, above float32's rounding", low=1e-6)
     guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
@@ -206,7 +206,7 @@ class Field:
 def integrate(field, x, ids, solver, steps, tol, reverse=False):
     """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, evaluations).
 
-    On both paths an Euler step from t to t' is one of DDIM (eta = 0): it ends in alpha(t') x_hat + sigma(t') z_hat.
+    On cv and vp an Euler step from t to t' is one of DDIM (eta = 0): it ends in alpha(t') x_hat + sigma(t') z_hat.
     """
     field.evaluations = 0
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -221,8 +221,9 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
             return solve_dopri5(slope, y, times[0], times[-1], tol)
         return solve_fixed(slope, y, times, solver)
 
-    # other solvers ask at the end of a step. At t = 1 hardly any noise is left to estimate: their last is midpoint's
-    if reverse or solver in ("euler", "midpoint"):
+    # some solvers ask at the end of a step (node 1). At t = 1 hardly any noise is left to estimate: midpoint is last
+    nodes, _, _ = TABLEAUS.get(solver, DOPRI5)
+    if reverse or 1 not in nodes:
         y = solve(y, times)
     else:
         y = solve(y, times[:-1])

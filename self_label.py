@@ -533,7 +533,7 @@ def fit_clusters(run, cfg, x, K):
 
 @dataclass
 class Labels:
-    """Labels of all images of each split, and what is stored with them."""
+    """Labels of all images of each split, on every process alike (see `gathered`), and what is stored with them."""
     ids: dict                                             # {split: int64 [N]}, below K
     K: int
     typical: np.ndarray | None = None                     # float [N]: how typical a training image is of its label
@@ -552,13 +552,18 @@ def cluster(run, cfg, rows):
     return Labels(ids, cfg.K, closeness["train"], arrays, facts)
 
 
-def cluster_features(run, cfg, data):
-    """kmeans, sinkhorn: clusters of stored features."""
+def stored_rows(run, cfg, data):
+    """Stored features of this process's images, {split: float32 [n, D]}."""
     rows = {}
     for split, d in data.items():
         read, _ = open_features(run, cfg.features, split)
         rows[split] = read(run.share(len(d))).flatten(0, 1)
-    return cluster(run, cfg, rows)
+    return rows
+
+
+def cluster_features(run, cfg, data):
+    """kmeans, sinkhorn: clusters of stored features."""
+    return cluster(run, cfg, stored_rows(run, cfg, data))
 
 
 def cluster_images(run, cfg, data, numbers):
@@ -840,7 +845,8 @@ def save_labels(run, name, data, labels, recipe):
     monitors |= labels.scores
     if run.rank == 0:
         arrays = {split: v.astype(np.int64) for split, v in ids.items()} | dict(num_labels=np.array(K)) | labels.arrays
-        head = f"{name}: K = {K}; each row a label, from its most to its least typical image"
+        order = ", from its most to its least typical image" * (labels.typical is not None)
+        head = f"{name}: K = {K}; each row a label{order}"
         contact_sheet(path.with_suffix(".png"), data["train"].images, ids["train"], labels.typical, arrays, head)
         with atomic(path) as f:
             np.savez(f, **arrays)

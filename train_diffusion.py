@@ -1077,7 +1077,7 @@ def load_checkpoint(run, name):
         if wrong:
             raise ValueError(f"no {', '.join(wrong)}")
         if state["path"] not in PATHS or state["predict"] not in ("v", "eps", "x"):
-            raise ValueError(f"this code knows no path={state['path']}, predict={state['predict']}")
+            raise UserError(f"{file}: this code knows no path={state['path']}, predict={state['predict']}")
         return state | {"file": str(file)}
 
 

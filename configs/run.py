@@ -523,7 +523,7 @@ def finished(run, path, recipe, files=()):
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
     complete = not other and all(file.exists() for file in files)
     if complete:
-        run.say(f"{path}: done already")
+        run.say(f"{path}: done already; without it the same command makes it anew")
     return complete
 
 
