@@ -4,10 +4,12 @@
 
 Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
 over seeds), and the mean difference from `none` of the same seed with its standard error. The last line is the rank
-correlation of NMI and distance over rows that have labels. Writes results/evidence-SET.svg: distance against NMI. Of
-the Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed.
+correlation of NMI and distance over rows that have labels. Writes results/evidence-SET.svg: distance against NMI, and
+below that against K where labels were made with several. Of the Sinkhorn loss: features and samples by weight, and
+differences from weight 0 of the same seed.
 """
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -48,21 +50,39 @@ def points_of(rows, evaluator):
     return out
 
 
-def panel(points, title, left):
-    """SVG of one scatter plot whose upper left corner is at `left`, 0."""
+def points_by_K(rows, K, evaluator):
+    """[(row, K, distance at the chosen w)] of the rows whose labels were made with several K; K: the set's own."""
+    several = {name.split(", K = ")[0] for name in rows if ", K = " in name}
+    out = []
+    for name, _, distance in points_of(rows, evaluator):
+        row, _, k = name.partition(", K = ")
+        if row in several and (not k or k.isdecimal()):
+            out.append((row, int(k or K), distance))
+    return out
+
+
+def panel(points, title, corner, axis, ticks, share):
+    """SVG of one scatter plot with its upper left corner there. axis: what x is; share: x -> 0 ... 1 of the width.
+    Points of one name are joined."""
+    left, above = corner
     top = 1.05 * max(y for _, _, y in points)
-    at = lambda nmi, y: (left + EDGE + nmi * (WIDTH - 2 * EDGE), HEIGHT - EDGE - y / top * (HEIGHT - 2 * EDGE))
-    x0, y0, (x1, y1) = *at(0, 0), at(1, top)
+
+    def at(x, y):
+        across, down = share(x) * (WIDTH - 2 * EDGE), (1 - y / top) * (HEIGHT - 2 * EDGE)
+        return left + EDGE + across, above + EDGE + down
+
+    x0, y0, (x1, y1) = *at(ticks[0], 0), at(ticks[-1], top)
     out = [f'<path d="M{x0} {y1}V{y0}H{x1}" fill="none" stroke="#000"/>',
-           f'<text x="{x0}" y="20" font-weight="bold">{title}</text>',
-           f'<text x="{(x0 + x1) / 2 - 60}" y="{HEIGHT - 12}">NMI with the classes</text>']
-    for k in range(6):
-        x, y = at(k / 5, k / 5 * top)
-        out += [f'<text x="{x - 8}" y="{y0 + 15}">{k / 5:g}</text>',
-                f'<text x="{x0 - 36}" y="{y + 4}">{k / 5 * top:.3g}</text>']
+           f'<text x="{x0}" y="{above + 20}" font-weight="bold">{title}</text>',
+           f'<text x="{(x0 + x1) / 2 - 60}" y="{y0 + 38}">{axis}</text>']
+    out += [f'<text x="{at(tick, 0)[0] - 8}" y="{y0 + 15}">{tick:g}</text>' for tick in ticks]
+    out += [f'<text x="{x0 - 36}" y="{at(ticks[0], k / 5 * top)[1] + 4}">{k / 5 * top:.3g}</text>' for k in range(6)]
+    for name in dict.fromkeys(name for name, _, _ in points):
+        line = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for n, x, y in sorted(points) if n == name)
+        out.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[KINDS.get(name, "control")]}"/>')
     written = []                                          # places of names, which keep apart
-    for name, nmi, y in sorted(points, key=lambda p: p[2]):                      # from the bottom to the top
-        x, y = at(nmi, y)
+    for name, x, y in sorted(points, key=lambda p: p[2]):                        # from the bottom to the top
+        x, y = at(x, y)
         colour, low = COLOURS[KINDS.get(name.split(",")[0], "control")], y + 4
         while any(abs(x - x2) < 70 and abs(low - y2) < 12 for x2, y2 in written):
             low -= 1
@@ -112,14 +132,21 @@ def main():
                 cells += [spread([r[w] for r in there]) if there else "-" for w in ("w1", "chosen")]
                 cells.append(paired(row, rows.get("none", {}), e) if name != "none" else "-")
             print("|", " | ".join(cells), "|")
-        panels = []
+        panels, K = [], json.loads((RESULTS / f"evidence-{which}.json").read_text())["K"]
         for i, e in enumerate(evaluators):
             points = points_of(rows, e)
             told = [p for p in points if p[0] != "none"]
             rho, p = spearmanr([p[1] for p in told], [p[2] for p in told])
             print(f"\n{e}: rank correlation of NMI and distance {rho:.2f} (p = {p:.3f}) over {len(told)} rows")
-            panels.append(panel(points, f"{which}: distance by {e}, chosen w", i * WIDTH))
-        size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}"'
+            title, fifths = f"{which}: distance by {e}, chosen w", [k / 5 for k in range(6)]
+            panels.append(panel(points, title, (i * WIDTH, 0), "NMI with the classes", fifths, lambda nmi: nmi))
+            curves = points_by_K(rows, K, e)
+            if curves:
+                ticks = sorted({k for _, k, _ in curves})
+                share = lambda k: math.log(k / ticks[0]) / math.log(ticks[-1] / ticks[0])
+                panels.append(panel(curves, title, (i * WIDTH, HEIGHT), "K, clusters", ticks, share))
+        high = HEIGHT * (2 if len(panels) > len(evaluators) else 1)
+        size = f'width="{WIDTH * len(evaluators)}" height="{high}"'
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
         background = '<rect width="100%" height="100%" fill="#fff"/>'
         (RESULTS / f"evidence-{which}.svg").write_text("\n".join([svg, background, *panels, "</svg>"]) + "\n")
