@@ -48,6 +48,8 @@ def open_source(data):
         return parts, names
     for name in data.classes:
         require(name in names, data, "classes", f"{name} is {unknown(name, names)}")
+    require((parts["train"].classes >= 0).any(), data, "source classes",
+            "this set tells classes only while its images are read: it can be used whole alone")
     place = [data.classes.index(name) if name in data.classes else -1 for name in names]
     place = np.array([*place, -1])                        # the last one is that of -1
     return {split: renumbered(part, place) for split, part in parts.items()}, data.classes

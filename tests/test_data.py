@@ -201,6 +201,14 @@ def test_chosen_classes(tmp_path):
     assert "known: 001, 002, 003" in complaint_of(tmp_path / "other", classes=["2"], **words)
 
 
+def test_classes_that_are_known_too_late_cannot_be_chosen(tmp_path, monkeypatch):
+    read = lambda rows: dict(images=np.zeros((len(rows), 3, 8, 8), np.uint8), classes=rows * 0)
+    part = cd.Part(np.full(20, -1), read)
+    monkeypatch.setitem(cd.SOURCES, "mine", lambda data: (dict(train=part), ["one", "two"]))
+    with pytest.raises(UserError, match="only while its images are read"):
+        prepare(tmp_path, source="mine", size=8, classes=["one"])
+
+
 def test_chosen_shapes_are_as_many_as_asked_for(tmp_path):
     data = cr.Data(classes=["ring", "bow"], train=40, test=30, size=16)
     parts, names = cd.open_source(data)
