@@ -8,12 +8,13 @@ Time    t = 0 is noise, t = 1 is data.
     python probe.py configs/shapes.yaml                                  # protocol=sweep: CPU, under a minute
     python probe.py configs/cifar10.yaml protocol=linear                 # one GPU: linear probe and kNN, with controls
     torchrun --nproc_per_node=8 probe.py configs/cifar10.yaml            # eight GPUs share the times of the sweep
-    python probe.py configs/cifar10.yaml protocol=head head=difformer labels_share=0.1 t=0.7,0.8,0.95 \
+    python probe.py configs/cifar10.yaml protocol=head head=difformer labels_share=0.1 t=0.7,0.8,0.95 \\
         activations='mid-repeat1-res-out,up-level?-repeat1-res-out'
 
-sweep       scores every block x time without labels, and beside that by labels: NMI of k-means, kNN, linear probe.
-            `label_free` is what extract_features.py reads; `oracle`, the choice by labels, is only reported.
-boxes       finds a box in `boxed` training images by every block x time: the best agree with the boxes of all others.
+sweep       clusters every block x time: do the clusters agree with those of the other blocks? Beside that scores by
+            labels. `label_free` is what extract_features.py reads; `oracle`, the choice by labels, is only reported.
+boxes       finds a box in `boxed` training images by every block x time: the best agree with themselves under other
+            noise, and with the boxes of all others.
 linear      linear probe and kNN of all that is named, side by side, or of features=: stored ones of any model.
 head        linear, MLP, CNN, attention (arXiv 2307.08702), DifFormer, DifFeed (2311.17921), with fresh noise.
 select      noise sensitivity, granularity and locality of activations; filters by them as 2410.03558 does, then ranks.

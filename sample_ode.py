@@ -10,7 +10,6 @@ Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional
     python sample_ode.py configs/shapes.yaml checkpoint=guided/kmeans name=kmeans guidance=1,1.5,2,3
     torchrun --nproc_per_node=8 sample_ode.py configs/cifar10.yaml checkpoint=guided/kmeans name=kmeans
     python sample_ode.py configs/shapes.yaml --table           # all results of the run side by side
-
     python sample_ode.py configs/shapes.yaml name=nfe sweep=euler,midpoint,heun,dopri5       # nfe.png
 
 Of several w the best is taken: on other samples, against other real images, than the report uses. Several evaluators
@@ -47,7 +46,7 @@ class SampleOde:
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
     weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     n: int = key(10_000, "samples", low=2)
-    solver: Solver = key("midpoint", "euler on cv and vp is DDIM; dopri5 is adaptive")
+    solver: Solver = key("midpoint", "euler is DDIM, on all paths here; dopri5 is adaptive")
     steps: int = key(12, "of the fixed-step solvers", low=1)
     tol: float = key(1e-4, "dopri5: relative and absolute tolerance, above float32's rounding", low=1e-6)
     guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
@@ -204,9 +203,9 @@ class Field:
 
 @torch.no_grad()
 def integrate(field, x, ids, solver, steps, tol, reverse=False):
-    """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (the same, evaluations).
+    """Move images from noise (t = 0) to data (t = 1), or back. x: float32 [B, C, H, W] -> (x there, evaluations).
 
-    On cv and vp an Euler step from t to t' is one of DDIM (eta = 0): it ends in alpha(t') x_hat + sigma(t') z_hat.
+    On all paths here an Euler step from t to t' is one of DDIM (eta = 0): it ends in alpha(t') x_hat + sigma(t') z_hat.
     """
     field.evaluations = 0
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -221,7 +220,7 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
             return solve_dopri5(slope, y, times[0], times[-1], tol)
         return solve_fixed(slope, y, times, solver)
 
-    # some solvers ask at the end of a step (node 1). At t = 1 hardly any noise is left to estimate: midpoint is last
+    # some solvers ask at a step's end (node 1). At t = 1 hardly any noise is left to estimate: their last is midpoint's
     nodes, _, _ = TABLEAUS.get(solver, DOPRI5)
     if reverse or 1 not in nodes:
         y = solve(y, times)
@@ -322,7 +321,7 @@ def put(run, file, n, part, values):
 
 def generate(run, cfg, sampler, w, file):
     """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share, and the activations that
-    `features` names beside it. Returns NFE and network calls per sample, which are more: guidance makes two of one."""
+    `features` names beside it. Returns per sample NFE and network calls (guidance makes two of one)."""
     field, state = replace(sampler.field, w=w), sampler.state
     rows = run.share(cfg.n)
     parts = index_batches(rows, cfg)
@@ -341,7 +340,7 @@ def generate(run, cfg, sampler, w, file):
                 raise UserError(f"{state['file']}: samples are not finite (precision=fp32 may help)")
             evaluated += evaluations * len(part)
             integrated += len(part)
-            own = np.isin(part, rows)                     # of a block
+            own = np.isin(part, rows)                     # a block of dopri5 may hold others' rows
             pictures = to_uint8(decode(run.vae, x[torch.from_numpy(own)]))
             put(run, file, cfg.n, part[own], pictures.cpu().numpy())
             for name, (_, maps) in kept.items():

@@ -1,6 +1,6 @@
 """Label: features in, self-labels out. Every image gets the id of its cluster, with some methods also boxes and masks.
 
-Reads   features/<features>/ (extract_features.py); the controls read data/ alone
+Reads   data/, features/<features>/ (extract_features.py); random: labels/<reference>; file: ids
 Writes  labels/<name>.npz   train int64 [N], test int64 [N'], num_labels; centroids [K, D], potentials
                             of objects, for each split: boxes_<split> float32 [N, objects, 4] (x0 y0 x1 y1 in pixels,
                             right and bottom exclusive; -1 = none), ids_<split> int64 [N, objects] (cluster of each
@@ -90,7 +90,7 @@ def in_chunks(features, metric, device, chunk=4096):
 
 
 def assign(features, centroids, metric="cosine", offset=None):
-    """Cluster of every row, on the CPU: (ids int64 [N], closeness float32 [N] = -|x - c|^2 / 2).
+    """Cluster of every row: (ids int64 [N], closeness float32 [N] = -|x - c|^2 / 2), returned on the CPU.
 
     A row x belongs to the centroid c_k with the largest x.c_k - offset_k. offset [K]: None = |c|^2 / 2, so the nearest
     (k-means); eps g for clusters of equal size (Sinkhorn-Knopp).
@@ -204,7 +204,7 @@ def potentials(blocks, eps, iterations, ranks=ALONE):
     """Dual potentials g [K] with which the columns of Q = softmax(S / eps - g) have about equal mass.
 
     The first iteration gives g_k = ln sum_i exp(S_ik / eps), each further one g_k <- g_k + ln mass_k, mass_k = sum_i
-    Q_ik: a column that holds too much is lowered (the wanted N / K is a constant, which the softmax ignores). blocks()
+    Q_ik: a column that holds too much is lowered (less N / K would shift all g alike, which softmax ignores). blocks()
     yields the scores S anew for each pass, in blocks [n, K]: they are never held as a whole.
     """
     local = torch.stack([(S / eps).logsumexp(0) for S in blocks()]).logsumexp(0)

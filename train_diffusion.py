@@ -81,11 +81,11 @@ class TrainDiffusion(Training):
 # Noise paths: x_t = alpha(t) x + sigma(t) z with t = 0 noise, t = 1 data
 
 class NoisePath:
-    """A new path: a subclass with alpha(t), sigma(t), rates(t) = (dalpha/dt, dsigma/dt); its name in PATHS and `path`.
+    """A new path: a subclass with alpha(t), sigma(t), rates(t) = (dalpha/dt, dsigma/dt); its name in PATHS and the key.
 
     t is a tensor that multiplies x and z, as [B, 1, 1, 1]. The last four methods are for samplers, which solve dy/ds =
-    slope with y = x_t / scale(t), s = to_s(t). Here simply y = x_t, s = t, slope = v = dx_t/dt; VP, where that is not
-    finite at the data, has y, s, slope and a v of its own.
+    slope with y = x_t / scale(t), s = to_s(t). Here simply y = x_t, s = t, slope = v = dx_t/dt; VP, whose dx_t/dt is
+    infinite at the data, has y, s, slope and v of its own.
     """
 
     def v_target(self, x, z, t):
@@ -282,7 +282,8 @@ def attention(q, k, v):
 
 
 class ConditionalNet(nn.Module):
-    """A network that may be told label, vector and layout. What it is not told is null: label num_labels, zeros."""
+    """A network that may be told label, vector and layout. What it is not told is null: the label `num_labels`, a zero
+    vector, a zero layout."""
 
     def add_conditions(self, num_labels, vector_dim, layout_channels, width):
         """Label rows are N(0, 1), as published, the last one null; vectors have no bias, so that zero is null."""
@@ -588,8 +589,8 @@ def with_null(rows, null):
 
 
 class Condition:
-    """A table of n things to tell the network. Its last row, number `null` = n, tells nothing: it holds the null label
-    (K), a zero vector, or a map that is `channels` everywhere. (Of the labels of N images row N is null, and holds K.)
+    """A table of n things to tell the network, and a last row, number `null` = n, that tells nothing: the null label K,
+    a zero vector, or a map that is `channels` everywhere. (With a row per image n is their number; row n holds K.)
 
     kind   label: table int64 [n + 1]; vector: [n + 1, D]; map: [n + 1, h, w] with values 0 ... channels, shown one-hot
            at `size` x `size`, perhaps with labels int64 [n + 1] beside
@@ -647,8 +648,8 @@ def load_condition(state, device):
 
 
 class Conditioner(nn.Module):
-    """What a training tells its network of images, their condition: here nothing; `GivenLabels`: labels of a file; the
-    `Labeller` of train_guided.py: labels that it finds.
+    """What a training tells its network of images. Here nothing; `GivenLabels` tells labels of a file, `Labeller`
+    (train_guided.py) labels that it finds.
 
     `fit` saves such a module beside the network, trains its parameters and logs its report. ema: the averaged network;
     conditioner_ema: the average of this module.
@@ -823,8 +824,8 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             own_loss, told = conditioner.step(net, ema, conditioner_ema, batch)
 
-            # the loss, and its gradients. A labeller calls `net`, not `model` (DDP), so nothing averages its gradients
-            # over processes yet: they come first, and the last backward of `model` averages the sum of both
+            # the loss, and its gradients. A labeller's come first and past DDP, as it calls `net`: the last backward of
+            # `model` averages the sum of both over processes; its own parameters' are averaged in `take_step`
             if own_loss is not None:
                 scaler.scale(own_loss).backward()
             pull = (gradient_norm(weights) / scaler.get_scale()).nan_to_num(0, 0, 0)           # of own_loss: usually 0
@@ -923,7 +924,7 @@ class Batch:
     rows: torch.Tensor                                    # int64 [b]: which images
     x: torch.Tensor                                       # [b, C, H, W], mirrored already
     z: torch.Tensor                                       # [b, C, H, W]: the path's noise
-    t: torch.Tensor                                       # [b]: times
+    t: torch.Tensor                                       # [b]: times, uniform
     flip: torch.Tensor                                    # bool [b]: mirrored
     coin: torch.Tensor                                    # [b], uniform: decides who is told nothing
     spare_u: torch.Tensor                                 # [b, uniforms]: for the labeller

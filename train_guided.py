@@ -1,9 +1,9 @@
 """Train with guidance: images and self-labels in, a model with classifier-free guidance out.
 
-Reads   data/train, labels/<labels>.npz (self_label.py) and, with init=diffusion/base, the weights of train_diffusion.py
+Reads   data/train, labels/<labels>.npz (self_label.py), and to start from diffusion/base (init=, train_diffusion.py)
 Writes  guided/<name>/: checkpoint, log and sample grids as train_diffusion.py, plus labels.npz (those given, or found
         at the end); labels=online, but for condition=patch, also labels/<name>.npz with scores and contact sheet
-Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels, which the label file tells.
+Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels.
 
     python train_guided.py configs/shapes.yaml labels=kmeans                     # CPU, about a minute
     python train_guided.py configs/cifar10.yaml labels=kmeans                    # one GPU, from scratch
@@ -186,13 +186,13 @@ class Queue(nn.Module):
 class Labeller(Conditioner):
     """Finds K labels in a network's features while both train (arXiv 2312.08825), over the batches of all processes.
 
-    Teacher: the averaged network and the averaged labeller, an image at time sk_t, the null condition. Its scores
-    h_i . c_k, balanced by Sinkhorn-Knopp, are the targets q. Student: the trained network on other noise, at a time in
-    sk_window, with the null condition.
+    Teacher: the averaged network and labeller, an image at time sk_t, the null condition. Its scores, balanced by
+    Sinkhorn-Knopp, are the targets q. Student: the trained network and labeller, other noise, a time in sk_window, the
+    null condition. Of its h and c:
 
         loss = - mean_i sum_k q_ik log softmax_k(h_i . c_k / temperature)
 
-    The targets use every label equally often, so giving all images the same one never lowers the loss.
+    The targets use every label equally often, so one answer for all images costs at least ln K.
     Standardised features pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
     has one label, or with condition=patch one for each of P patches; otherwise P = 1.
 
@@ -240,8 +240,8 @@ class Labeller(Conditioner):
     def step(self, net, ema, labeller_ema, batch):
         """(weighted Sinkhorn loss, what the network is told), the same for any number of processes.
 
-        From `sk_until` on images keep the labels that they had then, without a teacher. The head learns them on: it is
-        to label images that are not in training, as those of the test set.
+        From `sk_until` on images keep the labels that `settled_labels` gives them at that moment; there is no teacher
+        any more. The head learns on: it is to label images that are not in training, as those of the test set.
         """
         cfg, update = self.cfg, batch.seen // self.cfg.batch
         if 0 < cfg.sk_until <= batch.seen:
@@ -263,7 +263,7 @@ class Labeller(Conditioner):
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
         self.standardised.learn(self.loss_rows(f, update), update, self.ranks)
-        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # `after` is too late
+        labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # the next lines use it
         with torch.no_grad():
             return labeller_ema.embed(f)
 

@@ -3,13 +3,15 @@
     python results/sinkhorn.py SET RUN [seeds=0,1,2,3,4] [weights=0,0.02,0.1,1] [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu. No image has a condition: weight 0 is the same training without the loss. `pull`
-is the share of the gradient's norm that is the loss's. Features are probed on training images (NMI of k-means; kNN and
-linear on some that are held out), at the label-free place and best; 1,000 samples are scored by the judge and by
-pixels. What is finished is not repeated. Writes results/sinkhorn-SET.json: one entry per weight and seed.
+is the norm of the loss's gradient over that of both losses. Features are probed on training images (NMI of k-means; kNN
+and linear on some that are held out), at the label-free place, at the best one, and on average over all times of each
+block; 1,000 samples are scored by the judge and by pixels. What is finished is not repeated. Writes
+results/sinkhorn-SET.json: one entry per weight and seed.
 """
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from evidence import ROOT, stage, write_json              # noqa: E402
@@ -26,6 +28,8 @@ def measured(run, name):
     here = next(r for r in table if (r["activation"], r["t"]) == (place["activation"], place["t"]))
     scores = ("nmi", "knn", "linear")
     out = {k: here[k] for k in scores} | {f"best_{k}": max(r[k] for r in table) for k in scores}
+    blocks = dict.fromkeys(r["activation"] for r in table)
+    out["linear_by_block"] = {b: mean(r["linear"] for r in table if r["activation"] == b) for b in blocks}
     samples = json.loads((run / "samples" / name / "metrics.json").read_text())
     out |= dict(judge=samples["scores"]["frechet"], pixels=samples["others"]["pixels"]["scores"]["frechet"])
     return out | dict(pull=[r.get("pull") for r in log], sk_loss=log[-1]["sk_loss"], loss=log[-1]["loss"])

@@ -111,6 +111,11 @@ def sinkhorn_table(name):
                 text += f" ({statistics.mean(gaps):+.{digits}f} ± {error:.{digits}f})"
             cells.append(text)
         print("|", " | ".join(cells), "|")
+    print("\nlinear probe, mean over times, by block and weight (mean over seeds)\n\n| block |", " | ".join(rows), "|")
+    print("|", " | ".join(["---"] * (1 + len(rows))), "|")
+    for block in next(iter(rows["0"].values()))["linear_by_block"]:
+        values = [statistics.mean(r["linear_by_block"][block] for r in row.values()) for row in rows.values()]
+        print(f"| {block} |", " | ".join(f"{v:.3f}" for v in values), "|")
 
 
 def main():
