@@ -218,8 +218,8 @@ def bench_attention(device, small=False):
 def bench_online(device, small=False):
     """Training that finds its labels, in times of unconditional training of equal length (model and keys of shapes).
 
-    An unconditional run stands before and after every other. As in results/online.json there are 26 % as many images as
-    the training sees, and a report for 19,000 of them. Pictures, and labels of all in the end, do not count.
+    An unconditional run stands before and after every other. There are 26 % as many images as the training sees, and a
+    report for 19,000 of them. Pictures, and labels of all in the end, do not count.
     """
     images, turns = (256, 1) if small else (4096, 5)
     half = [f"switch={images // 2}", f"sk_until={images // 2}"]
