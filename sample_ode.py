@@ -879,6 +879,7 @@ def sample(run, cfg, sampler, folder):
 def main():
     """Sample, from the command line."""
     run = start("sample_ode", SampleOde, __doc__, needs_data=lambda cfg: cfg.evaluate or cfg.direction == "encode",
+                otherwise=", or only sample with evaluate=false",
                 flags={"--table": "all results of the run side by side"})
     cfg, folder = run.cfg, run.dir / "samples" / run.cfg.name
     if "--table" in run.flags:

@@ -282,10 +282,10 @@ class Run(Processes):
         self.say("next: python", shlex.join([script, *self.words, *keys]), f"   # {what}" if what else "")
 
 
-def start(stage, cls, doc, flags={}, needs_data=lambda cfg: True):
+def start(stage, cls, doc, flags={}, needs_data=lambda cfg: True, otherwise=""):
     """The `Run` of `python <stage>.py CONFIG.yaml [key=value ...] [section.key=value ...] [run=DIR] [--flags]`.
 
-    needs_data: whether a stage with these settings reads data/ of a run that must be there.
+    needs_data: whether a stage with these settings reads data/ of a run that must be there; otherwise: what else to do.
     """
     words, known = sys.argv[1:], {stage: cls, **SHARED}
     if "--help" in words or not words:
@@ -305,7 +305,7 @@ def start(stage, cls, doc, flags={}, needs_data=lambda cfg: True):
     if run.dry_run:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
     else:
-        check_run_folder(run, needs_data(cfg))
+        check_run_folder(run, needs_data(cfg), otherwise)
     return run
 
 
@@ -340,12 +340,12 @@ def gpu_flags(training, exact=False):
     torch.backends.cudnn.benchmark = True
 
 
-def check_run_folder(run, needs_data):
+def check_run_folder(run, needs_data, otherwise):
     """A UserError where a run has no images and needs some, or has others than section `data` says."""
     if run.agreed((run.dir / "data" / "train" / "info.json").exists):
         check_data_section(run)
     elif needs_data:
-        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py")
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py{otherwise}")
 
 
 def check_data_section(run):
