@@ -181,7 +181,8 @@ def sums_of_nearest(features, c, metric, ranks):
         score, ids = torch.addmm(-half, x, c.T).max(1)    # x.c - |c|^2 / 2 is largest where the distance is smallest
         sums.index_add_(0, ids, x)
         counts.index_add_(0, ids, counts.new_ones(len(x), 1))
-        inertia += x.square().sum(dtype=torch.float64) - 2 * score.sum(dtype=torch.float64)
+        lengths = torch.linalg.vector_norm(x, dim=1)
+        inertia += (lengths.double().square() - 2 * score.double()).sum()
     return ranks.total(sums), ranks.total(counts).float(), float(ranks.total(inertia))
 
 

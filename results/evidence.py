@@ -7,8 +7,8 @@ SET: shapes, fashion or cifar10-cpu. Each row is made by the commands that anybo
 finished is not repeated, so the same command goes on where it was stopped. w is chosen by the first evaluator on other
 samples against training images; every evaluator scores the same samples against test images. rows: some of them, or
 `file` for the labels in ids=, or the rules of PLACES; K: another number of clusters, as rows of their own; base: one
-model for all seeds, in place of a training each. Writes results/evidence-SET.json, or evidence-NAME.json where data.*
-or the base are not those of the set: one entry per row and seed.
+model for all seeds, in place of a training each. Writes results/evidence-SET.json: one entry per row and seed, with the
+hash of the base model's weights. Name another file, evidence-NAME.json, for other images (data.*) or another base.
 """
 import json
 import os
@@ -34,6 +34,7 @@ ROWS = {                                                  # keys of self_label.p
     "random": "method=random reference={kmeans}",         # needs the row before
     "sinkhorn": "method=sinkhorn features=own-{s}",
     "grid": "method=kmeans features=grid-{s}",            # own features, laid out on 4 x 4 positions
+    "averaged": "method=kmeans features=averaged-{s}",    # own features, means over 8 draws of the noise
     "colours": "method=colours", "pixels": "method=pixels",
     "untrained": "method=kmeans features=untrained-{s}",  # of a network with random weights
     "classes": "method=classes", "subgroups": "method=subgroups groups={groups}",
@@ -78,6 +79,12 @@ def base_and_features(which, run, s, base, words):
     return base, found
 
 
+def weights_of(run, base):
+    """Hash of the weights of a base model, a name in the run or a file."""
+    file = Path(base) if str(base).endswith(".pt") else run / base / "checkpoint.pt"
+    return torch.load(ROOT / file, weights_only=True, map_location="cpu")["weights"]
+
+
 def extract(which, name, checkpoint, place, s, words):
     """Features of a checkpoint at a place, a row of a sweep."""
     stage("extract_features", which, *words, f"name={name}", f"checkpoint={checkpoint}", f"seed={s}",
@@ -93,6 +100,13 @@ def redraw_zeros(file, seed):
             p = torch.nn.init.kaiming_uniform_(torch.empty(p.shape), a=5 ** 0.5, generator=numbers)
             state["ema"][name] = state["net"][name] = p
     save_torch(file, state | dict(weights=weights_hash(state["ema"], state["model"])))
+
+
+def names_of(which, row, s, K):
+    """(labels/<name> of a row, what the row is called)."""
+    if K == SETS[which]["K"] or row in ("none", "classes"):
+        return f"{row}-{s}", row
+    return f"{row}-{K}-{s}", f"{row}, K = {K}"
 
 
 def label(which, row, name, s, K, ids, words):
@@ -114,46 +128,58 @@ def guide(which, row, name, s, K, base, tune, words, evaluators):
           "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500")
 
 
-def measured(run, name, place):
+def measured(run, name, place, evaluators):
     """What is kept of a row: distances by every evaluator at w = 1 and at the chosen w, and what goes with them."""
     m = json.loads((run / f"samples/{name}/metrics.json").read_text())
-    every = {m["scores"]["evaluator"]: m} | m.get("others", {})
+    first, *others = evaluators.split(",")
+    every = {first: m} | {other: m["others"][other] for other in others}
     out = dict(w=m["w"], images=m["total_seen"], nmi=(m.get("label_scores") or {}).get("nmi"))
     out |= dict(activation=place["activation"], t=place["t"])
     for name, scored in every.items():
         at_w, at_1 = scored["scores"], scored.get("scores_w1", scored["scores"])
         kind = "fid" if "fid" in at_w else "frechet"
         more = {k: at_w[k] for k in SHOWN if k in at_w}
-        out[Path(name.split()[0]).stem] = dict(w1=at_1[kind], chosen=at_w[kind], **more)         # judge, pixels, a file
+        out[Path(name).stem] = dict(w1=at_1[kind], chosen=at_w[kind], **more)    # judge, pixels, a file
     return out
+
+
+def keep(out, about, title, seed, result):
+    """Add an entry to a file of results, to which another command may have added some meanwhile."""
+    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
+    rows.setdefault(title, {})[str(seed)] = result
+    write_json(out, about | dict(rows=rows))
+    print(out.stem, title, seed, json.dumps(result), flush=True)
+
+
+def options(words, names):
+    """(those of the key=value words that have these names, as a dict; the other words)."""
+    mine = [w for w in words if w.split("=")[0] in names]
+    return dict(w.split("=", 1) for w in mine), [w for w in words if w not in mine]
 
 
 def main():
     which, folder, *words = sys.argv[1:]
-    own = dict(w.split("=", 1) for w in words if w.startswith(tuple(f"{k}=" for k in OPTIONS)))
-    run, out = Path(folder).resolve(), ROOT / "results" / f"evidence-{own.get('into', which)}.json"
-    seeds, K = [int(s) for s in own.get("seeds", "0,1,2,3,4").split(",")], int(own.get("K", SETS[which]["K"]))
-    words = [f"run={run}", *(w for w in words if not w.startswith(tuple(f"{k}=" for k in OPTIONS)))]
-    tune = own.get("tune", SETS[which]["tune"])
+    asked, words = options(words, OPTIONS)
+    run, out = Path(folder).resolve(), ROOT / "results" / f"evidence-{asked.get('into', which)}.json"
+    seeds, K = [int(s) for s in asked.get("seeds", "0,1,2,3,4").split(",")], int(asked.get("K", SETS[which]["K"]))
+    words = [f"run={run}", *words]
+    tune, evaluators = asked.get("tune", SETS[which]["tune"]), asked.get("evaluators", "judge,pixels")
     for s in seeds:
-        base, found = base_and_features(which, run, s, own.get("base"), words)
-        for row in own.get("rows", ",".join(ROWS)).split(","):
+        base, found = base_and_features(which, run, s, asked.get("base"), words)
+        for row in asked.get("rows", ",".join(ROWS)).split(","):
             place = PLACES[row](found["table"]) if row in PLACES else found["label_free"]
             if row in PLACES:
                 extract(which, f"{row}-{s}", base, place, s, words)
-            name, title = f"{row}-{s}", row
-            if K != SETS[which]["K"] and row not in ("none", "classes", "file"):
-                name, title = f"{row}-{K}-{s}", f"{row}, K = {K}"
+            if row == "averaged":
+                extract(which, f"averaged-{s}", base, place, s, [*words, "draws=8"])
+            name, title = names_of(which, row, s, K)
             if tune != SETS[which]["tune"]:
                 name, title = f"{name}-{tune}", f"{title}, {tune}"
             if row not in ("none", "online"):
-                label(which, row, name, s, K, own.get("ids"), words)
-            guide(which, row, name, s, K, base, tune, words, own.get("evaluators", "judge,pixels"))
-            result = dict(tune=tune, base=Path(base).name) | measured(run, name, place)
-            rows = json.loads(out.read_text())["rows"] if out.exists() else {}   # another command may have added some
-            rows.setdefault(title, {})[str(s)] = result
-            write_json(out, dict(set=which, **SETS[which], rows=rows))
-            print(which, title, s, json.dumps(result), flush=True)
+                label(which, row, name, s, K, asked.get("ids"), words)
+            guide(which, row, name, s, K, base, tune, words, evaluators)
+            result = dict(tune=tune, base=Path(base).name, base_weights=weights_of(run, base))
+            keep(out, dict(set=which, K=SETS[which]["K"]), title, s, result | measured(run, name, place, evaluators))
 
 
 if __name__ == "__main__":

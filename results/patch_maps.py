@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from evidence import ROOT, SETS, extract, measured, stage, write_json            # noqa: E402
+from evidence import ROOT, SETS, extract, keep, measured, options, stage, weights_of, write_json         # noqa: E402
 from configs.data import file_of                          # noqa: E402
 from configs.run import seed_of                           # noqa: E402
 from sample_ode import thumbnail                          # noqa: E402
@@ -58,10 +58,10 @@ def ranks(run, name, s):
 
 def main():
     which, folder, *words = sys.argv[1:]
-    own = dict(w.split("=", 1) for w in words if w.startswith(("seeds=", "evaluators=")))
+    asked, words = options(words, ("seeds", "evaluators"))
     run, out = Path(folder).resolve(), ROOT / "results" / f"patch-maps-{which}.json"
-    words = [f"run={run}", *(w for w in words if not w.startswith(("seeds=", "evaluators=")))]
-    for s in own.get("seeds", "0,1,2").split(","):
+    words, evaluators = [f"run={run}", *words], asked.get("evaluators", "judge,pixels")
+    for s in asked.get("seeds", "0,1,2").split(","):
         place, base = json.loads((run / f"probe/sweep-{s}.json").read_text())["label_free"], f"diffusion/base-{s}"
         extract(which, f"dense-{s}", base, place, s, [*words, "pool=none", "dtype=float16"])
         pixel_patches(run, s)
@@ -72,13 +72,11 @@ def main():
             stage("train_guided", which, *mine, f"labels={name}", "condition=mask", f"init={base}", "ema_ramp=0.25",
                   f"images={SETS[which]['tune']}")
             stage("sample_ode", which, *mine, f"checkpoint=guided/{name}", "n=1000", "solver=midpoint", "steps=8",
-                  f"evaluator={own.get('evaluators', 'judge,pixels')}", "guidance=1,1.5,2,3", "select=500")
+                  f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500")
             rank = ranks(run, name, int(s))
             told = dict(median_rank=float(rank.median()), nearest=float((rank == 0).float().mean()))
-            rows = json.loads(out.read_text())["rows"] if out.exists() else {}   # another command may have added some
-            rows.setdefault(row, {})[s] = measured(run, name, place) | told
-            write_json(out, dict(set=which, **SETS[which], rows=rows))
-            print(which, row, s, json.dumps(rows[row][s]), flush=True)
+            about = dict(base_weights=weights_of(run, base)) | measured(run, name, place, evaluators)
+            keep(out, dict(set=which, **SETS[which]), row, s, about | told)
 
 
 if __name__ == "__main__":

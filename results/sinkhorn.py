@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from evidence import ROOT, stage, write_json              # noqa: E402
+from evidence import ROOT, keep, options, stage           # noqa: E402
 
 IMAGES = {"shapes": "40k", "fashion": "60k", "cifar10-cpu": "200k"}
 ONLINE = ["labels=online", "condition=none", "sk_grad=backbone", "sk_until=0", "switch=0", "init="]
@@ -38,21 +38,18 @@ def measured(run, name):
 def main():
     which, folder, *words = sys.argv[1:]
     run, out = Path(folder).resolve(), ROOT / "results" / f"sinkhorn-{which}.json"
-    own = dict(w.split("=", 1) for w in words if w.startswith(("seeds=", "weights=")))
-    words = [f"run={run}", *(w for w in words if not w.startswith(("seeds=", "weights=")))]
+    asked, words = options(words, ("seeds", "weights"))
+    words = [f"run={run}", *words]
     stage("train_diffusion", which, *words, "--prepare")
-    for s in own.get("seeds", "0,1,2,3,4").split(","):
-        for weight in own.get("weights", "0,0.02,0.1,1").split(","):
+    for s in asked.get("seeds", "0,1,2,3,4").split(","):
+        for weight in asked.get("weights", "0,0.02,0.1,1").split(","):
             name = f"sk-{weight}-{s}"
             keys = [f"name={name}", f"seed={s}"]
             stage("train_guided", which, *words, *keys, *ONLINE, f"images={IMAGES[which]}", f"sk_weight={weight}")
             stage("probe", which, *words, *keys, f"checkpoint=guided/{name}")
             stage("sample_ode", which, *words, *keys, f"checkpoint=guided/{name}", "n=1000", "solver=midpoint",
                   "steps=8", "evaluator=judge,pixels")
-            rows = json.loads(out.read_text())["rows"] if out.exists() else {}   # another command may have added some
-            rows.setdefault(weight, {})[s] = measured(run, name)
-            write_json(out, dict(set=which, images=IMAGES[which], rows=rows))
-            print(which, weight, s, json.dumps(rows[weight][s]), flush=True)
+            keep(out, dict(set=which, images=IMAGES[which]), weight, s, measured(run, name))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python results/summary.py SET [SET ...]               # or sinkhorn-SET, for results/sinkhorn-SET.json
 
 Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
-over seeds), and the mean difference from `none` of the same seed with its standard error. The last line is the rank
-correlation of NMI and distance over rows that have labels. Writes results/evidence-SET.svg: distance against NMI, and
-below that against K where labels were made with several. Of the Sinkhorn loss: features and samples by weight, and
-differences from weight 0 of the same seed.
+over seeds), and the mean difference from `none` of the same seed with its standard error. The last lines are rank
+correlations with distance, over rows that have labels, of NMI and of what results/labels-SET.json says of the labels.
+Writes results/evidence-SET.svg: distance against NMI, and below that against K where labels were made with several.
+Of the Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed.
 """
 import json
 import math
@@ -59,6 +59,20 @@ def points_by_K(rows, K, evaluator):
         if row in several and (not k or k.isdecimal()):
             out.append((row, int(k or K), distance))
     return out
+
+
+def correlations(which, rows, evaluator):
+    """Print how the distances of rows go with what is known of their labels, means over seeds."""
+    points, file = points_of(rows, evaluator), RESULTS / f"labels-{which}.json"
+    known = {"NMI": {name: nmi for name, nmi, _ in points if name != "none"}}
+    about = json.loads(file.read_text())["rows"] if file.exists() else {}
+    for key in ("balance", "told"):
+        known[key] = {name: statistics.mean(r[key] for r in row.values()) for name, row in about.items()}
+    for key, of in known.items():
+        both = [(of[name], distance) for name, _, distance in points if name in of]
+        if len(both) > 2:
+            rho, p = spearmanr(*zip(*both))
+            print(f"{evaluator}: rank correlation of {key} and distance {rho:.2f} (p = {p:.3f}) over {len(both)} rows")
 
 
 def panel(points, title, corner, axis, ticks, share):
@@ -140,9 +154,8 @@ def main():
         panels, K = [], json.loads((RESULTS / f"evidence-{which}.json").read_text())["K"]
         for i, e in enumerate(evaluators):
             points = points_of(rows, e)
-            told = [p for p in points if p[0] != "none"]
-            rho, p = spearmanr([p[1] for p in told], [p[2] for p in told])
-            print(f"\n{e}: rank correlation of NMI and distance {rho:.2f} (p = {p:.3f}) over {len(told)} rows")
+            print()
+            correlations(which, rows, e)
             title, fifths = f"{which}: distance by {e}, chosen w", [k / 5 for k in range(6)]
             panels.append(panel(points, title, (i * WIDTH, 0), "NMI with the classes", fifths, lambda nmi: nmi))
             curves = points_by_K(rows, K, e)
