@@ -217,18 +217,20 @@ def catalogue(net):
 
 def block_outputs(net):
     """Names of the catalogue that are the output of a whole block (between modules, not inside them)."""
-    return [n for n in catalogue(net) if n.endswith("-out") and "self" not in n and "ffn" not in n and n != "unet-out"]
+    inside = re.compile("self|cross|ffn|^unet-out")
+    return [name for name in catalogue(net) if name.endswith("-out") and not inside.search(name)]
 
 
-def matching(net, patterns):
-    """Names that match any of the names, globs or `blocks`, in forward order; a pattern without a match is an error."""
+def matching(net, patterns, key="activations"):
+    """Names that match any of the names, globs or `blocks`, in forward order; a pattern without a match is an error
+    that names the key."""
     names, chosen = list(catalogue(net)), set()
     for pattern in patterns or [""]:
         hits = block_outputs(net) if pattern == "blocks" else fnmatch.filter(names, pattern)
         if not hits:
-            near = ", ".join(difflib.get_close_matches(pattern, names, 3, 0.3))
-            raise UserError(f"activations={pattern}: no such activation (extract_features.py --list shows all); "
-                            f"nearest: {near}")
+            near = difflib.get_close_matches(pattern, names, 3, 0.3)
+            raise UserError(f"{key}={pattern}: no such activation (extract_features.py --list shows all)"
+                            + f"; nearest: {', '.join(near)}" * bool(near))
         chosen |= set(hits)
     return [n for n in names if n in chosen]
 
@@ -520,7 +522,7 @@ def pca_rgb(x):
 def pca_sheet(run, cfg, features, names, times):
     """Write features/<name>-pca.png: test images `shown`, and their maps as colours, a row for each activation."""
     test = load_data(run, "test")
-    require(max(cfg.shown) < len(test), cfg, "shown", f"there are {len(test)} test images")
+    require(cfg.shown and max(cfg.shown) < len(test), cfg, "shown", f"name some of the {len(test)} test images")
     images = test.images[cfg.shown]                                              # [N, 3, H, W]
     batches = [out for _, out in features(test, np.array(cfg.shown), pool="none", purpose="features test")]
     maps = {place: torch.cat([out[place] for out in batches]) for place in batches[0]}

@@ -17,7 +17,8 @@ boxes       finds a box in `boxed` training images by every block x time: the be
             noise, and with the boxes of all others.
 linear      linear probe and kNN of all that is named, side by side, or of features=: stored ones of any model.
 head        linear, MLP, CNN, attention (arXiv 2307.08702), DifFormer, DifFeed (2311.17921), with fresh noise.
-select      noise sensitivity, granularity and locality of activations; filters by them as 2410.03558 does, then ranks.
+select      noise sensitivity, granularity and locality of activations; filters by them, by rules of ours after
+            2410.03558, then ranks.
 segment     semantic segmentation from frozen maps: linear, UPerNet's decoder, an ensemble of pixel MLPs; mean IoU.
 correspond  nearest neighbours between an image and its known warp, and between objects of one class; PCK.
 detect      objects by torchvision's Mask R-CNN on frozen maps; average precision of boxes and masks.
@@ -44,7 +45,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import nn
 
-from configs.data import as_input, load_data, load_features, require_shape, row_shape, torchvision_datasets
+from configs.data import as_input, load_data, load_features, load_labels, require_shape, row_shape, torchvision_datasets
 from configs.run import (Model, UserError, autocast, bar, check_name, cli, digest, draw, fill, finished, key, locked,
                          read_json, require, save_grid, seed_of, seeded, start, unknown, write_json)
 from configs.shapes import shape_parts
@@ -99,29 +100,22 @@ class Probe:
 # ---------------------------------------------------------------------------------------------------------------------
 # The label-free choice of a block and a time
 
-def label_free_scores(features, again, K, seed):
-    """(scores, cluster ids int64 [N]) of features [N, D], without labels.
-
-    silhouette  mean of 1 - (cosine distance to the own centroid) / (that to the second nearest); only reported
-    stability   if there is `again`, features of the same images under other noise: NMI of its clusters with these, high
-                where clusters are about the image. Its k-means starts from these centroids
-    """
+def cluster_and_silhouette(features, K, seed):
+    """(cluster ids int64 [N] of features [N, D], their silhouette: mean of 1 - (cosine distance to the own centroid) /
+    (that to the second nearest), which is only reported)."""
     centroids, _, _ = kmeans(features, K, metric="cosine", seed=seed)
     distance = (1 - F.normalize(features, dim=1) @ centroids.T).clamp(min=0)     # [N, K]
     own, second = distance.topk(2, 1, largest=False).values.unbind(1)            # [N] each
-    scores = dict(silhouette=float((1 - own / second.clamp(min=1e-9)).mean()))
     ids = assign(features, centroids, "cosine")[0].numpy()
-    if again is not None:
-        centroids, _, _ = kmeans(again, K, metric="cosine", start=centroids)
-        scores["stability"] = nmi(ids, assign(again, centroids, "cosine")[0].numpy())
-    return scores, ids
+    return ids, float((1 - own / second.clamp(min=1e-9)).mean())
 
 
 def consensus(clusterings):
     """Mean NMI of each clustering with all the others: a list of n int64 [N] -> [n].
 
-    Over the blocks of one network at one time, this is high where every depth finds the same groups. (How well the
-    criteria follow true classes is measured in results/; none does everywhere.)
+    Over the blocks of one network at one time, this is high where every depth finds the same groups. (How well that
+    follows true classes is measured in results/; not everywhere. Agreement of one block under two noise draws would be
+    no criterion: it only grows with t.)
     """
     n = len(clusterings)
     agreement = np.zeros((n, n))
@@ -130,17 +124,15 @@ def consensus(clusterings):
     return agreement.sum(1) / max(n - 1, 1)
 
 
-def score_time(source, cfg, train, fit_rows, val_rows, K, criterion):
+def score_time(source, cfg, train, fit_rows, val_rows, K):
     """One table row per activation at source.times[0]: label-free scores; scores by labels if all classes are known."""
     features, held_out = (source.vectors(train.inputs, rows, "probe 0") for rows in (fit_rows, val_rows))
-    again = source.vectors(train.inputs, fit_rows, "probe 1") if criterion == "stability" else {}        # other noise
     y, table, clusterings = classes_of(train), [], []
     for place in source.places:                           # (activation, t)
         mean = features[place].mean(0)                    # activations share a large common direction
         x, x_val = features[place] - mean, held_out[place] - mean
-        x_again = again[place] - mean if again else None
-        scores, ids = label_free_scores(x, x_again, K, cfg.seed)
-        row = source.row(*place) | scores
+        ids, silhouette = cluster_and_silhouette(x, K, cfg.seed)
+        row = source.row(*place) | dict(silhouette=silhouette)
         if (y >= 0).all():
             y_fit, y_val = y[fit_rows], y[val_rows]
             row["nmi"] = nmi(ids, y_fit.numpy())
@@ -151,34 +143,29 @@ def score_time(source, cfg, train, fit_rows, val_rows, K, criterion):
     return [row | dict(consensus=float(score)) for row, score in zip(table, consensus(clusterings))]
 
 
-def label_free_choice(table, criterion):
-    """The row of a sweep's table with the highest score; by consensus only rows of one time count.
+def label_free_choice(table):
+    """The row of a sweep's table with the highest consensus among those of one time.
 
     With ever less noise all blocks see the same image, and agree more and more for that reason alone. So the time is
     the noisiest at which the best consensus is within 3 % of the highest of all times (a rule of thumb).
     """
-    if criterion == "consensus":
-        times = {row["t"] for row in table}
-        best = {t: max(row["consensus"] for row in table if row["t"] == t) for t in times}
-        # t = 0 is noise: the noisiest time is the least
-        noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))
-        table = [row for row in table if row["t"] == noisiest]
-    return max(table, key=lambda row: row[criterion])
+    best = {t: max(row["consensus"] for row in table if row["t"] == t) for t in {row["t"] for row in table}}
+    noisiest = min(t for t in best if best[t] >= 0.97 * max(best.values()))      # t = 0 is noise
+    return max((row for row in table if row["t"] == noisiest), key=lambda row: row["consensus"])
 
 
 def sweep(run, cfg, source, train, test):
     """Score every (activation, t) and choose one without labels."""
-    criterion = "consensus" if len(source.names) > 2 else "stability"            # two have nothing to agree with
+    require(len(source.names) > 2, cfg, "activations", "name three or more: the choice is by their agreement")
     fit, val = fit_and_validation(cfg, len(train), cfg.fit)
     K = min(cfg.K, max(2, len(fit) // 4))                 # clusters of four images at least
     mine = []
     for t in source.times[run.rank::run.world]:
-        mine += score_time(replace(source, times=[t]), cfg, train, fit, val, K, criterion)
+        mine += score_time(replace(source, times=[t]), cfg, train, fit, val, K)
     table = list(itertools.chain(*run.gather(mine)))
     table.sort(key=lambda row: (source.names.index(row["activation"]), row["t"]))
-    chosen = label_free_choice(table, criterion)
-    about = dict(K=K, fit=len(fit), validation=len(val), criterion=criterion)
-    return about | report_choice(run, table, chosen, [criterion], ["nmi", "linear", "knn"])
+    about = dict(K=K, fit=len(fit), validation=len(val))
+    return about | report_choice(run, table, label_free_choice(table), ["consensus"], ["nmi", "linear", "knn"])
 
 
 def box_agreement(a, b):
@@ -187,18 +174,20 @@ def box_agreement(a, b):
     return float(iou(a, b).mean() - iou(a, np.roll(b, 1, 0)).mean())
 
 
-def objects_in(source, inputs, rows, purpose, what, size, method="lost", objects=1):
+def objects_in(source, inputs, rows, purpose, what, size, images=None, **settings):
     """The objects of these rows by each activation alone, {(name, t): array [len(rows), ...]}.
 
-    what: "boxes" or "masks", of `find_objects`; size: (H, W) of the images.
+    what: "boxes" or "masks", of `find_objects`, to which settings go; size: (H, W) of the images; images uint8: those
+    whose edges refined outlines follow, if any.
     """
     found = {}
-    for _, out in source.stream(inputs, rows, purpose, pool="none"):
+    for part, out in source.stream(inputs, rows, purpose, pool="none"):
+        shown = None if images is None else torch.tensor(images[part]).to(source.device)
         for place, maps in out.items():
             grid = tuple(maps.shape[2:])
             if grid[1] > 1:
                 patches = maps.flatten(2).transpose(1, 2)                        # [B, h * w, C]
-                batch = find_objects(patches, grid, size, method, objects)[what]
+                batch = find_objects(patches, grid, size, images=shown, **settings)[what]
                 found.setdefault(place, []).append(batch.cpu().numpy())
     return {place: np.concatenate(batches) for place, batches in found.items()}
 
@@ -217,7 +206,7 @@ def boxes(run, cfg, source, train, test):
         mine = {}
         for t in times[run.rank::run.world]:              # one after the other: whole maps are held
             one = replace(source, times=[t], batch=min(source.batch, 64))
-            mine |= objects_in(one, train.inputs, rows, purpose, "boxes", train.images.shape[2:])
+            mine |= objects_in(one, train.inputs, rows, purpose, "boxes", train.images.shape[2:], method="lost")
         draws.append({place: found[:, 0] for part in run.gather(mine) for place, found in part.items()})
     found, again = draws
     places, table = [place for place in itertools.product(source.names, times) if place in found], []
@@ -468,8 +457,9 @@ def knn(fit, y, x, truth, k, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing sources: what was asked for, and controls
 
-def compare(run, sources, measure, seeds, scores):
+def compare(run, sources, measure, seeds, scores, over="seed"):
     """A row for each source: what it is, what was measured with every seed, mean and spread of `scores`; says them.
+    over: what seeds are.
 
     sources: seed -> {what: Source}; measure(what, source, seed) -> dict of results, one of them `parameters`.
     """
@@ -487,7 +477,7 @@ def compare(run, sources, measure, seeds, scores):
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
             row |= {score: float(np.mean(values)), f"{score}_std": spread}
             said.append(f"{score} {row[score]:.4f}" + (f" +- {spread:.4f}" if len(values) > 1 else ""))
-        run.say(f"{what:24} {', '.join(said)} over {len(row['results'])} seed(s); {row['parameters']:,} trained "
+        run.say(f"{what:24} {', '.join(said)} over {len(row['results'])} {over}(s); {row['parameters']:,} trained "
                 f"parameters, {row['passes']} pass(es) per image")
     return rows
 
@@ -600,7 +590,7 @@ def linear(run, cfg, source, train, test):
     def sources(number):                                  # what reads no noise is measured once
         return {what: s for what, s in every.items() if number == 0 or s.net is not None and s.times != [1.0]}
 
-    rows = compare(run, sources, measure, range(cfg.draws), ["linear", "knn"])
+    rows = compare(run, sources, measure, range(cfg.draws), ["linear", "knn"], over="noise draw")
     return dict(train_images=len(fit), validation_images=len(val), test_images=len(test), rows=rows)
 
 
@@ -944,6 +934,8 @@ def head(run, cfg, source, train, test):
     """Train heads to tell classes, of a frozen network's maps."""
     y, y_test = known_classes(train, test)
     require(len(source.places) == 1 or cfg.head not in ("cnn", "diffeed"), cfg, "head activations t", "reads one place")
+    eighths = cfg.width % 8 == 0 or cfg.head not in ("attention", "difformer", "diffeed")
+    require(eighths, cfg, "head width", "width must be a multiple of the 8 attention heads")
     upwards = all(name.startswith(("mid-repeat", "up-level")) for name in source.names)
     require(cfg.head != "diffeed" or upwards, cfg, "head activations", "reads the middle or the way up of a U-Net")
     parts = fit_and_validation(cfg, len(train))
@@ -1080,6 +1072,7 @@ def select(run, cfg, source, train, test):
                 row["linear"] = linear_accuracy(x[place], x_val[place], y[fit], y[val], source.device)
         table += rows
     passed = sorted((row for row in table if not row["dropped"]), key=lambda row: -row["linear"])
+    require(passed, cfg, "activations t", "the rules drop all of these; name more")
     t, best = passed[0]["t"], {}                          # best: a row for each size of map
     for row in passed:
         if row["t"] == t:
@@ -1390,12 +1383,14 @@ def detect(run, cfg, source, train, test):
     require(len(cfg.lr) == len(cfg.l2) == 1, cfg, "lr l2", "detect takes one of each, such as lr=1e-3 l2=0")
     fit, _ = fit_and_validation(cfg, len(train))
     truth, classes = [instances(mask) for mask in y_test], 1 + int(max(y.max(), y_test.max()))
-    every = {"detect": source} | controls(run, cfg, source, train, fit)
+    rows_of = lambda seed: some_rows(fit, seed, "masks", cfg.masks or None)
+
+    def sources(seed):
+        return {"detect": source} | controls(run, cfg, replace(source, seed=seed), train, rows_of(seed))
 
     def measure(what, source, seed):
         net = build_detector(cfg, source, train.images, classes, seed)
-        rows = some_rows(fit, seed, "masks", cfg.masks or None)
-        fit_detector(cfg, net, source, train.images, y, rows, seed)
+        fit_detector(cfg, net, source, train.images, y, rows_of(seed), seed)
         found = detections(net, source, test.images, seed)
         if what == "detect" and seed == cfg.seeds[0] and run.rank == 0:
             draw_objects(picture(run), test.images, truth, found)
@@ -1405,7 +1400,7 @@ def detect(run, cfg, source, train, test):
             got |= {f"{kind}_ap": float(ap.mean()), f"{kind}_ap50": float(ap[0]), f"{kind}_ap75": float(ap[5])}
         return got
 
-    rows = compare(run, lambda seed: every, measure, cfg.seeds, ["boxes_ap", "boxes_ap50", "masks_ap", "masks_ap50"])
+    rows = compare(run, sources, measure, cfg.seeds, ["boxes_ap", "boxes_ap50", "masks_ap", "masks_ap50"])
     return dict(seeds=cfg.seeds, masks=cfg.masks or len(fit), test_images=len(test), rows=rows)
 
 
@@ -1456,14 +1451,17 @@ def objects_of_shapes(images):
 
 
 def found_objects(run, info, method, images, rows):
-    """Masks bool [n, H, W] of objects, found by the method and at the place that those of the labels (info) were."""
-    of = info["features"]
+    """Masks bool [n, H, W] of objects, found as those of the labels (info) were: the same place, equal settings."""
+    of, labelled = info["features"], info["recipe"]
     net, state = load_model(run, of["checkpoint"], of["weights"])
-    if of["weights"] == "ema" and state["weights"] != of["hash"]:
+    if state["weights"] != of["hash"].split()[-1]:        # of raw weights: "raw beside <the averaged ones>"
         raise UserError(f"{of['checkpoint']} has changed since the labels were made; make features and labels again")
-    first, context = of["arrays"][0], autocast(run, run.cfg.precision)[0]
-    source = Source(net, state, [first["activation"]], [first["t"]], device=run.device, context=context, batch=64)
-    found = objects_in(source, images, rows, "samples", "masks", images.shape[2:], method, info["recipe"]["objects"])
+    require(len(of["arrays"]) == 1, run.cfg, "samples", "have labels of several activations: not supported here")
+    place, context = of["arrays"][0], autocast(run, run.cfg.precision)[0]
+    source = Source(net, state, [place["activation"]], [place["t"]], device=run.device, context=context, batch=64)
+    settings = {k: labelled[k] for k in ("objects", "contrast", "refine", "tau") if k in labelled}
+    guide = images if labelled.get("guide") else None
+    found = objects_in(source, images, rows, "samples", "masks", images.shape[2:], guide, method=method, **settings)
     return found[source.places[0]] > 0
 
 
@@ -1489,7 +1487,9 @@ def layout(run, cfg, source, train, test):
             "train_guided.py condition=box or mask")
     made = read_json(folder / "metrics.json", "make the samples with sample_ode.py")
     require(made["hash"] == state["weights"], cfg, "samples", f"were made by an earlier state of {cfg.checkpoint}")
-    info = read_json(run.dir / "labels" / f"{state['label_file']}.json", "make the labels again")
+    labels, info = load_labels(run, state["label_file"])
+    require(digest(labels["train"]) == state["labels_hash"], cfg, "samples",
+            f"are of a model trained with other labels than labels/{state['label_file']}.npz holds now")
     labelled = info["recipe"]
     method = labelled.get("foreground", labelled["method"])
     one_box = condition == "box" and labelled.get("objects", 1) == 1

@@ -2,7 +2,8 @@
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt; for scores also data/{train,test}
 Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png (several w),
-        nfe.png (sweep); with direction=encode noise.npy in place of images
+        nfe.png (sweep); with direction=encode noise.npy in place of images. samples/table.json of --table. Caches:
+        samples/.reference/, and samples/.judge.pt, without which another judge is trained, whose scores do not compare
 Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0 and back.
 Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write
         v_cond + s (v_cond - v_null) have s = w - 1.
@@ -53,7 +54,8 @@ class SampleOde:
     select: int = key(1_000, "samples per candidate w, of another seed", low=2)
     interval: list[float] = key([0.0, 1.0], "guide only while t is inside; outside w = 1", count=2)
     autoguide: str = key("", "checkpoint of a weaker model: v = v_weak + w (v - v_weak), labels if it knows them")
-    labels: list[str] = key(["marginal"], "marginal (as in training), uniform, or ids (places in the bank, if any)")
+    labels: list[str] = key(["marginal"], "marginal (as in training), uniform, or ids: labels; of a model of boxes, "
+                                          "masks, sets or patches numbers of stored layouts")
     boxes: list[list[float]] = key([], "of a model with box conditions: draw [[x0, y0, x1, y1, label], ...] in pixels")
     direction: Literal["generate", "encode"] = key("generate", "encode: test images to noise and back")
     evaluate: bool = key(True, "compare with real images; false: a checkpoint is enough, there need be no run")
@@ -233,28 +235,22 @@ def integrate(field, x, ids, solver, steps, tol, reverse=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks, their conditions and labels
 
-@dataclass
-class Sampler:
-    """What samples are drawn from."""
-    field: Field                                          # at w = 1
-    state: dict                                           # the checkpoint
-    marginal: torch.Tensor | None = None                  # float64 [null]: how common each id is; None = not known yet
-    weak_hash: str | None = None                          # of the weaker network's weights
+def open_model(run, cfg, context=nullcontext):
+    """(Field at w = 1, checkpoint) that the settings name; a weaker model that does not fit is a UserError.
 
-
-def open_sampler(run, cfg, context=nullcontext):
-    """The Sampler that the settings name; a weaker model that does not fit it is a UserError."""
+    Of the checkpoint, `marginal` says how common each id is, float64 [null] (None: not known yet), and `weak` is the
+    hash of the weaker network.
+    """
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     field = Field(net, PATHS[state["path"]], state["predict"], interval=cfg.interval, context=context, batch=cfg.batch,
                   condition=load_condition(state, run.device))
-    sampler = Sampler(field, state, state["marginal"])
     if cfg.boxes:
         field.condition = drawn_layout(cfg, state, field.condition, run.device)
-        sampler.marginal = torch.ones(1)
+        state["marginal"] = torch.ones(1)
     if cfg.autoguide:
         field.weak, weak = load_model(run, cfg.autoguide, cfg.weights)
-        sampler.weak_hash = weak["weights"]
-        shared = ["path", "predict", "size"]
+        state["weak"] = weak["weights"]
+        shared = ["path", "predict", "size", "channels"]
         if weak["num_labels"]:
             shared += ["num_labels", "labels_hash", "layout_hash", "found_hash", "condition"]
         other = [name for name in shared if weak.get(name) != state.get(name)]
@@ -264,14 +260,14 @@ def open_sampler(run, cfg, context=nullcontext):
     if cfg.compile:
         field.net = torch.compile(field.net)
         field.weak = field.weak and torch.compile(field.weak)
-    return sampler
+    return field, state
 
 
 def drawn_layout(cfg, state, condition, device):
     """The condition that knows one layout, the `boxes` with their label, in place of those of the training images."""
     from self_label import filled
     require(state.get("condition") == "box", cfg, "boxes", f"{state['file']} was not trained with condition=box")
-    null, label = int(condition.labels[-1]), cfg.boxes[0][-1]
+    null, label = int(condition.labels[-1]), (cfg.boxes[0] or [None])[-1]
     fits = all(len(b) == 5 and b[0] < b[2] and b[1] < b[3] and b[4] == label for b in cfg.boxes)
     require(fits and label in range(null), cfg, "boxes",
             f"expected [x0, y0, x1, y1, label] with x0 < x1, y0 < y1, and one label below {null} for all")
@@ -281,11 +277,11 @@ def drawn_layout(cfg, state, condition, device):
     return Condition("map", table, condition.channels, condition.size, torch.tensor([int(label), null])).to(device)
 
 
-def sample_labels(cfg, sampler, indices):
+def sample_labels(cfg, field, state, indices):
     """Id of each sample, int64 [B], or None for an unconditional model: a function of (seed, index)."""
-    if sampler.field.condition is None:
+    if field.condition is None:
         return None
-    null, common = sampler.field.condition.null, sampler.marginal
+    null, common = field.condition.null, state["marginal"]
     if cfg.labels not in (["marginal"], ["uniform"]):
         if not cfg.labels or not all(v.isdecimal() and int(v) <= null for v in cfg.labels):
             raise UserError(f"labels={','.join(cfg.labels)}: must be marginal, uniform, or ids up to {null} (null)")
@@ -319,16 +315,16 @@ def put(run, file, n, part, values):
     write_rows(file, part[0], values)
 
 
-def generate(run, cfg, sampler, w, file):
+def generate(run, cfg, field, state, w, file):
     """Write cfg.n samples into the .npy `file`, uint8 [n, 3, H, W], each process its share, and the activations that
     `features` names beside it. Returns per sample NFE and network calls (guidance makes two of one)."""
-    field, state = replace(sampler.field, w=w), sampler.state
+    field = replace(field, w=w)
     rows = run.share(cfg.n)
     parts = index_batches(rows, cfg)
 
     def drawn(part):
         z = draw(cfg.seed, "sample noise", part, (state["channels"], state["size"], state["size"]))
-        ids = sample_labels(cfg, sampler, part)
+        ids = sample_labels(cfg, field, state, part)
         return part, z.to(run.device), None if ids is None else ids.to(run.device)
 
     recording = recorded(cfg, field) if cfg.features else nullcontext({})
@@ -369,9 +365,9 @@ def recorded(cfg, field):
 
 
 @torch.no_grad()
-def encode(run, cfg, sampler, folder):
+def encode(run, cfg, field, folder):
     """Test images to noise and back, without labels: noise.npy, a picture, and the error of the round trip."""
-    data, field = load_data(run, "test"), sampler.field
+    data = load_data(run, "test")
     n = min(cfg.n, len(data))
     noise, images, back = [], [], []
     for part in index_batches(np.arange(n), cfg):
@@ -417,7 +413,7 @@ def open_judge(run):
     """(the judge of this run, its description); trained where it is not there yet."""
     path = run.dir / "samples" / ".judge.pt"
     data = load_data(run, "train")
-    known, fingerprint = np.flatnonzero(data.classes >= 0), data.info["fingerprint"]
+    known, of = np.flatnonzero(data.classes >= 0), digest(data.info["fingerprint"], np.asarray(data.classes))
     if len(known) < JUDGE_BATCH * JUDGE_UPDATES:
         raise UserError(f"evaluator=judge: {len(known)} training images with a class are too few to train it; use "
                         "evaluator=pixels or inception, or only sample: evaluate=false guidance=W")
@@ -425,11 +421,12 @@ def open_judge(run):
         net = Judge(int(np.max(data.classes)) + 1).to(run.device)
     if not path.exists():
         accuracy = train_judge(run, net, data, known)
-        save_torch(path, dict(net=net.state_dict(), data=fingerprint, test_accuracy=accuracy))
+        if not path.exists():                             # another command's, meanwhile: one judge for all
+            save_torch(path, dict(net=net.state_dict(), data=of, test_accuracy=accuracy))
     with reading(path, "delete it"):
         there = read_torch(path, "delete it")
-        if there["data"] != fingerprint:
-            raise ValueError("trained on other images")
+        if there["data"] not in (of, data.info["fingerprint"]):                  # earlier versions kept the latter
+            raise ValueError("trained on other images, or classes")
         net.load_state_dict(there["net"])
     said = f"small CNN on this run's classes, test accuracy {there['test_accuracy']:.3f}"
     return net.eval(), f"judge {weights_hash(there['net'])[:6]} ({said})"
@@ -576,7 +573,8 @@ def copying(fake, test, train, device="cpu"):
 @torch.no_grad()
 def tail_scores(head, counts, fake, real):
     """Scores of the third of the classes with the most training images (counts [classes]), and of that with the fewest.
-    The judge's last layer, head, says of what class features are: fake [n, D] and real [N, D], erring on both alike."""
+    The class of a row of fake [n, D] and real [N, D] is what the judge's last layer, head, says; of real images, too,
+    so that its errors are the same on both sides."""
     order = np.argsort(-np.array(counts), kind="stable").tolist()
     third = max(1, len(counts) // 3)
     fake_class, real_class = head(fake).argmax(1), head(real).argmax(1)
@@ -593,7 +591,7 @@ def tail_scores(head, counts, fake, real):
 class Evaluator:
     """A network that sees images, and the real images that samples are compared with, of one split or both."""
 
-    def __init__(self, run, name, compared=OTHER):
+    def __init__(self, run, name, compared=("train", "test")):
         self.run = run
         self.net, self.text = open_network(run, name)
         self.kind = "fid" if name == "inception" else "frechet"                  # what its distance is called
@@ -653,11 +651,11 @@ class Evaluator:
         return out | dict(evaluator=self.text, evaluator_features=fake.shape[1], samples=len(fake), singular=few)
 
 
-def trial(run, cfg, sampler, w, evaluator, file):
+def trial(run, cfg, field, state, w, evaluator, file):
     """(NFE, distance) of samples that no report is about: of another seed, against the real images of the other split.
     Their pictures are left in `file`."""
     cfg = replace(cfg, n=cfg.select, seed=cfg.seed + 1, features=[])
-    nfe = generate(run, cfg, sampler, w, file)["nfe"]
+    nfe = generate(run, cfg, field, state, w, file)["nfe"]
 
     def measure():                                        # the first process alone has an evaluator
         distance = evaluator.distance(file, OTHER[cfg.reference])
@@ -668,11 +666,11 @@ def trial(run, cfg, sampler, w, evaluator, file):
     return nfe, run.agreed(measure)
 
 
-def choose_w(run, cfg, sampler, evaluator, file):
+def choose_w(run, cfg, field, state, evaluator, file):
     """(best w of `guidance`, what was measured); draws guidance.png."""
     curve, shown = [], []
     for w in cfg.guidance:
-        _, distance = trial(run, cfg, sampler, w, evaluator, file)
+        _, distance = trial(run, cfg, field, state, w, evaluator, file)
         curve.append((w, distance))
         if run.rank == 0:
             shown.append(np.load(file, mmap_mode="r")[:10].copy())               # the next w overwrites the file
@@ -688,14 +686,14 @@ def choose_w(run, cfg, sampler, evaluator, file):
     return best, dict(seed=cfg.seed + 1, samples=cfg.select, curve=curve)
 
 
-def sweep_nfe(run, cfg, sampler, w, evaluator, file):
+def sweep_nfe(run, cfg, field, state, w, evaluator, file):
     """Distance against network evaluations of each solver, {solver: [(NFE, distance), ...]}; draws nfe.png."""
     curves = {}
     for solver in cfg.sweep:
         points = [dict(steps=steps) for steps in cfg.sweep_steps]
         if solver == "dopri5":
             points = [dict(tol=tol) for tol in (1e-1, 3e-2, 1e-2, 1e-3)]
-        curves[solver] = [trial(run, replace(cfg, solver=solver, **point), sampler, w, evaluator, file)
+        curves[solver] = [trial(run, replace(cfg, solver=solver, **point), field, state, w, evaluator, file)
                           for point in points]
     if run.rank == 0:
         plot(file.with_name("nfe.png"), curves,
@@ -705,12 +703,6 @@ def sweep_nfe(run, cfg, sampler, w, evaluator, file):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and tables
-
-def ticks(low, high):
-    """The numbers 1, 2, 5 times a power of ten between two positive ones."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [v for p in powers for v in (10.0 ** p, 2 * 10.0 ** p, 5 * 10.0 ** p) if low <= v <= high]
-
 
 def plot(path, curves, title):
     """Curves {name: [(x, y), ...]} of positive numbers as a PNG, on logarithmic axes."""
@@ -725,12 +717,11 @@ def plot(path, curves, title):
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((edge, 12), title, "black")
-    for x in ticks(left, right):
+    for x, y in zip(np.geomspace(left, right, 6), np.geomspace(low, high, 6)):
         pen.line([place(x, low), place(x, high)], "#e6e6e6")
-        pen.text((place(x, low)[0] - 6, height - edge + 8), f"{x:g}", "black")
-    for y in ticks(low, high):
+        pen.text((place(x, low)[0] - 6, height - edge + 8), f"{x:.3g}", "black")
         pen.line([place(left, y), place(right, y)], "#e6e6e6")
-        pen.text((12, place(left, y)[1] - 6), f"{y:g}", "black")
+        pen.text((12, place(left, y)[1] - 6), f"{y:.3g}", "black")
     for i, (name, curve) in enumerate(curves.items()):
         colour = f"hsl({97 * i % 360}, 80%, 40%)"
         pen.line([place(*point) for point in sorted(curve)], colour, 2)
@@ -768,7 +759,7 @@ def row_of(metrics):
     scores = metrics["scores"]
     kind = "fid" if "fid" in scores else "frechet"
     plain = scores if metrics["w"] == 1 else metrics.get("scores_w1", {})
-    row = {"evaluator": scores["evaluator"].split()[0], "samples": scores["samples"], "K": metrics["num_labels"],
+    row = {"evaluator": scores["evaluator"].split(" (")[0], "samples": scores["samples"], "K": metrics["num_labels"],
            "NMI": (metrics["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": metrics["w"],
            "distance": float(scores[kind])}
     row |= {name: scores[name] for name in ("precision", "recall", "coverage", "memorisation")}
@@ -801,30 +792,33 @@ def table(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def settle_request(run, cfg, sampler):
+def settle_request(run, cfg, field, state):
     """Settings that cannot work together, before anything is computed."""
     require(cfg.guidance and cfg.evaluator, cfg, "guidance evaluator", "name at least one of each")
+    if cfg.direction == "encode":
+        require(not cfg.features and not cfg.sweep, cfg, "direction features sweep", "are for direction=generate")
+        cfg.guidance, cfg.evaluate = [1.0], False         # whatever the YAML says
     require(cfg.sweep_steps or not cfg.sweep, cfg, "sweep_steps", "name at least one")
-    if not sampler.field.condition and not cfg.autoguide and cfg.guidance != [1.0]:
+    if not field.condition and not cfg.autoguide and cfg.guidance != [1.0]:
         run.say("note: nothing can guide a model without labels: w = 1")
         cfg.guidance = [1.0]
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.evaluate or len(cfg.guidance) == 1 and not cfg.sweep, cfg, "guidance sweep evaluate",
             "to choose w, or to sweep, needs evaluate=true; without it name one w, guidance=W")
-    can_guide = sampler.state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]
+    can_guide = state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]
     require(can_guide, cfg, "guidance", "no null label to guide with; use guidance=1, or autoguide= another model")
-    sample_labels(cfg, sampler, [0])                      # complains about labels
+    sample_labels(cfg, field, state, [0])                      # complains about labels
     if cfg.evaluate or cfg.direction == "encode":
-        require_shape(run, sampler.state)
-    made_of = sampler.state["config"].get("data", dict(latents=sampler.state["channels"] != 3))     # published: no data
+        require_shape(run, state)
+    made_of = state["config"].get("data", dict(latents=state["channels"] != 3))     # published: no data
     kind = "latents: name their" if made_of["latents"] else "pixels: name no"
     require(bool(made_of["latents"]) == bool(run.data.latents), run.data, "latents",
-            f"{sampler.state['file']} makes {kind} autoencoder")
+            f"{state['file']} makes {kind} autoencoder")
     if cfg.features:
         require(not cfg.compile, cfg, "features compile", "hooks need the plain network: use compile=false")
         from extract_features import check_pool, matching
         check_pool(cfg, "features_pool")
-        cfg.features = matching(sampler.field.net, cfg.features)
+        cfg.features = matching(field.net, cfg.features)
         require(cfg.solver != "dopri5", cfg, "features solver", "use a fixed-step solver")
         stages = len(TABLEAUS[cfg.solver][0])
         evaluations = stages * (cfg.steps - 1) + min(stages, 2)                  # see `integrate`
@@ -832,41 +826,46 @@ def settle_request(run, cfg, sampler):
         require(fits, cfg, "features_at", f"name some of the {evaluations} evaluations, from 0")
 
 
-def recipe_of(run, cfg, sampler):
+def recipe_of(run, cfg, field, state):
     """What decides about the results: settings that are in use, and hashes of the weights."""
-    in_use = dict.fromkeys(["overwrite", "batch"], False)
+    guides = cfg.guidance != [1.0]
+    in_use = dict.fromkeys(["overwrite", "batch", "compile"], False)
     in_use |= dict(steps=cfg.solver != "dopri5", tol=cfg.solver == "dopri5")
-    in_use |= dict(select=cfg.sweep or len(cfg.guidance) > 1)
+    told = cfg.direction == "generate" and field.condition is not None
+    in_use |= dict(select=cfg.sweep or len(cfg.guidance) > 1, labels=told)
+    in_use |= dict.fromkeys(["interval", "autoguide"], guides)
     in_use |= dict.fromkeys(["sweep", "sweep_steps"], cfg.sweep)
     in_use |= dict.fromkeys(["features", "features_at", "features_pool"], cfg.features)
     in_use |= dict.fromkeys(["evaluator", "reference"], cfg.evaluate)
     recipe = {name: value for name, value in run.sections[run.stage].items() if in_use.get(name, True)}
-    return recipe | dict(hash=sampler.state["weights"], guidance=cfg.guidance, weak=sampler.weak_hash)
+    weak = state.get("weak") if guides else None
+    return recipe | dict(hash=state["weights"], guidance=cfg.guidance, weak=weak)
 
 
-def sample(run, cfg, sampler, folder):
+def sample(run, cfg, field, state, folder):
     """Choose w, write and score the samples; what was measured, for metrics.json."""
     file, spare = folder / "images.npy", folder / "spare.npy"                    # spare: samples that are not kept
     measures = cfg.evaluate and run.rank == 0
-    names = cfg.evaluator if measures else []
-    evaluators = {name: Evaluator(run, name, OTHER if name == names[0] else [cfg.reference]) for name in names}
+    names, chooses = cfg.evaluator if measures else [], cfg.sweep or len(cfg.guidance) > 1
+    compared = lambda name: [cfg.reference, OTHER[cfg.reference]][:1 + bool(chooses and name == names[0])]
+    evaluators = {name: Evaluator(run, name, compared(name)) for name in names}
     first = evaluators[names[0]] if names else None       # it chooses w, by the other split
     metrics, w = {}, cfg.guidance[0]
     if len(cfg.guidance) > 1:
-        w, metrics["selection"] = choose_w(run, cfg, sampler, first, spare)
+        w, metrics["selection"] = choose_w(run, cfg, field, state, first, spare)
     if cfg.sweep:
-        metrics["nfe_sweep"] = sweep_nfe(run, cfg, sampler, w, first, spare)
+        metrics["nfe_sweep"] = sweep_nfe(run, cfg, field, state, w, first, spare)
 
-    metrics |= dict(w=w) | generate(run, cfg, sampler, w, file)
+    metrics |= dict(w=w) | generate(run, cfg, field, state, w, file)
     if run.rank == 0:
-        labels = sample_labels(cfg, sampler, range(cfg.n))
+        labels = sample_labels(cfg, field, state, range(cfg.n))
         if labels is not None:
             np.save(folder / "labels.npy", labels.numpy())
-        sample_sheet(cfg, sampler.field.condition, labels, w, folder)
+        sample_sheet(cfg, field.condition, labels, w, folder)
     scored = {name: {"scores": evaluator.scores(file, cfg.reference)} for name, evaluator in evaluators.items()}
 
     if w != 1 and len(cfg.guidance) > 1:                  # the gain of guidance apart from that of labels
-        generate(run, replace(cfg, features=[]), sampler, 1.0, spare)
+        generate(run, replace(cfg, features=[]), field, state, 1.0, spare)
         for name, evaluator in evaluators.items():
             scored[name]["scores_w1"] = evaluator.scores(spare, cfg.reference)
     if run.rank == 0:
@@ -888,11 +887,11 @@ def main():
     # what to sample from, and whether that can be done
     require(min(cfg.n, cfg.select) >= run.world, cfg, "n select", "at least one sample for every process")
     context, _, why = autocast(run, cfg.precision)
-    sampler = open_sampler(run, cfg, context)
-    settle_request(run, cfg, sampler)
-    state, recipe = sampler.state, recipe_of(run, cfg, sampler)
+    field, state = open_model(run, cfg, context)
+    settle_request(run, cfg, field, state)
+    recipe = recipe_of(run, cfg, field, state)
     if run.dry_run:
-        say_network(run, sampler.field.net, state["channels"], state["size"])
+        say_network(run, field.net, state["channels"], state["size"])
         size = run.data.size if run.data.latents else state["size"]
         return run.say(f"{cfg.n:,} samples into {folder}: {cfg.n * 3 * size ** 2 / 1e6:,.0f} MB")
     made = folder / ("images.npy" if cfg.direction == "generate" else "noise.npy")
@@ -909,9 +908,9 @@ def main():
     metrics["total_seen"] = state["seen"] + (state.get("init") or {}).get("seen", 0)     # with those of its start
     with making(run, "samples", cfg.name, "metrics.json", done) as aside:
         if cfg.direction == "generate":
-            metrics |= sample(run, cfg, sampler, aside)
+            metrics |= sample(run, cfg, field, state, aside)
         elif run.rank == 0:
-            metrics |= encode(run, cfg, sampler, aside)
+            metrics |= encode(run, cfg, field, aside)
         if run.rank == 0:
             write_json(aside / "metrics.json", metrics)
     scores = metrics.get("scores", {})

@@ -45,7 +45,8 @@ class Training:
     """Keys shared by the two training stages. Durations are images seen; batches are global, over all processes."""
     images: int = key(20_000_000, "images seen in all; more may be asked for later", low=1)
     batch: int = key(128, "images per update over all processes", low=1)
-    micro: int = key(0, "at most so many images per forward pass and process; 0 = no gradient accumulation", low=0)
+    micro: int = key(0, "at most so many images per forward pass and process; 0 = no gradient accumulation. Not of the "
+                        "labeller's pass with sk_grad=backbone", low=0)
     path: Literal["cv", "vp", "vp-sd", "vp-sde"] = key("cv", "constant velocity; variance preserving: linear betas, "
                                                              "Stable Diffusion's, score SDE")
     predict: Literal["v", "eps", "x"] = key("v", "what the network predicts")
@@ -135,7 +136,7 @@ class VariancePreserving(NoisePath):
     """alpha^2 + sigma^2 = 1, from a table of ln alpha^2 after 0, 1, ..., 1000 steps, where step k is t = 1 - k / 1000.
 
     The velocity in t is singular at the data end; the ODE is solved as dy/drho = z_hat with y = x_t / alpha and
-    rho = sigma / alpha, in which an Euler step is exactly DDIM (eta = 0).
+    rho = sigma / alpha, in which an Euler step is exactly DDIM (eta = 0). It needs no `rates`: v is another one here.
     """
 
     def __init__(self, table):
@@ -215,15 +216,15 @@ def to_x_and_z(path, predict, out, x_t, t):
     out, t = out.to(x_t.dtype), wide(t)
     if predict == "v":
         return path.from_v(out, x_t, t)
-    # at an end of the path one part is not determined: do not divide the network's error by nearly nothing
+    # near an end of the path one part is hardly determined: limits keep the network's error from blowing up
     alpha, sigma = path.alpha(t), path.sigma(t)
     if predict == "eps":
-        return (x_t - sigma * out) / alpha.clamp(min=0.005), out                 # alpha of DDPM's betas: from 0.006 on
-    return out, (x_t - alpha * out) / sigma.clamp(min=0.02)                      # 0.02: a step or two before the data
+        return (x_t - sigma * out) / alpha.clamp(min=0.005), out                 # straight path: VP's is 0.006 or more
+    return out, (x_t - alpha * out) / sigma.clamp(min=0.02)                      # the last step or two before the data
 
 
 def loss_per_image(net, path, predict, x, z, t, **condition):
-    """Mean squared error of the network's prediction, [B]. x, z: [B, C, H, W]; t: [B], of which it is told 1000 t."""
+    """Mean squared error of the network's prediction, [B]. x, z: [B, C, H, W]; t: [B]; the network is told 1000 t."""
     target = {"v": path.v_target(x, z, wide(t)), "eps": z, "x": x}[predict]
     out = net(diffuse(path, x, z, t), 1000 * t, **condition).float()
     return (out - target).square().flatten(1).mean(1)
@@ -590,7 +591,8 @@ def with_null(rows, null):
 
 class Condition:
     """A table of n things to tell the network, and a last row, number `null` = n, that tells nothing: the null label K,
-    a zero vector, or a map that is `channels` everywhere. (With a row per image n is their number; row n holds K.)
+    a zero vector, or a map that is `channels` everywhere. A table lists all labels (n = K, row k is label k), or has a
+    row for each training image (n images, row i is that of image i).
 
     kind   label: table int64 [n + 1]; vector: [n + 1, D]; map: [n + 1, h, w] with values 0 ... channels, shown one-hot
            at `size` x `size`, perhaps with labels int64 [n + 1] beside
@@ -824,11 +826,11 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
                 torch.manual_seed(seed_of(cfg.seed, f"dropout {run.rank}", seen))
             own_loss, told = conditioner.step(net, ema, conditioner_ema, batch)
 
-            # the loss, and its gradients. A labeller's come first and past DDP, as it calls `net`: the last backward of
-            # `model` averages the sum of both over processes; its own parameters' are averaged in `take_step`
+            # gradients. The labeller's loss goes first, through `net`, unseen by DDP: its gradients wait in .grad, and
+            # the last pass of `model` makes DDP average the sum; `take_step` averages those of its own parameters
             if own_loss is not None:
                 scaler.scale(own_loss).backward()
-            pull = (gradient_norm(weights) / scaler.get_scale()).nan_to_num(0, 0, 0)           # of own_loss: usually 0
+            labeller_norm = gradient_norm(weights) / scaler.get_scale()          # 0 unless sk_grad=backbone
             losses = []
             for i in range(0, local, micro):
                 part = slice(i, i + micro)
@@ -842,7 +844,7 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
             # one update, and the averages
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
             norm = take_step(run, cfg, optimizer, scaler, lr, weights, learns)
-            log.add(torch.cat(losses), norm, pull)
+            log.add(torch.cat(losses), norm, labeller_norm.nan_to_num(0, 0, 0))
             seen += cfg.batch
             half_life = max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9)             # in images; short while few are seen
             beta = 0.5 ** (cfg.batch / half_life)
@@ -850,15 +852,15 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
             conditioner.after(conditioner_ema, beta)
             progress.update(cfg.batch)
 
-            # a line of the log, a checkpoint, a picture, each at its own interval
+            # a line of the log, a picture, a checkpoint, each at its own interval
             saves = due(cfg, seen, cfg.save_every)
             if saves or due(cfg, seen, cfg.log_every):    # an error if the loss is not finite: no broken checkpoint
                 log.write(seen, lr, conditioner.report(ema, conditioner_ema), progress)
+            if due(cfg, seen, cfg.grid_every):            # before the checkpoint: a kill in between repeats it
+                save_pictures(run, cfg, folder, ema, conditioner.grid(ema, conditioner_ema), data, seen, context)
             if saves:
                 learned = {name: holder.state_dict() for name, holder in saved.items()}
                 save_checkpoint(run, folder, state | learned | dict(seen=seen))
-            if due(cfg, seen, cfg.grid_every):
-                save_pictures(run, cfg, folder, ema, conditioner.grid(ema, conditioner_ema), data, seen, context)
     loader.close()
     return load_checkpoint(run, str(folder))
 
@@ -976,20 +978,21 @@ class Log:
         self.run, self.folder = run, folder
         self.updates, self.since, self.start = [], seen, time.time()
 
-    def add(self, losses, norm, pull):
+    def add(self, losses, norm, labeller_norm):
         """An update: losses [n] of its images, the norm of its gradient on the network, and that of the labeller's part
-        (of several processes each has its own)."""
-        self.updates.append(torch.stack([losses.mean(), norm, pull]).double())
+        alone, which is this process's own."""
+        self.updates.append(torch.stack([losses.mean(), norm, labeller_norm]).double())
 
     def write(self, seen, lr, more, progress):
         """A line with `more` from the labeller, on the screen as well; a UserError unless the loss is finite."""
-        loss, norm, pull = map(float, self.run.total(torch.stack(self.updates).mean(0)) / self.run.world)
+        loss, norm, labeller_norm = map(float, self.run.total(torch.stack(self.updates).mean(0)) / self.run.world)
         if not math.isfinite(loss + norm):
             raise UserError(f"{self.folder}: the loss is not finite after {seen:,} images; the last checkpoint is "
                             "kept. Lower lr, or use precision=fp32")
         seconds = time.time() - self.start
         speed = (seen - self.since) / seconds
-        more |= dict(pull=pull / max(norm, 1e-12)) if pull else {}               # its norm over that of the sum
+        if labeller_norm and self.run.world == 1:         # of several processes only the sum's gradients are averaged
+            more["pull"] = labeller_norm / max(norm, 1e-12)
         line = dict(images=seen, loss=loss, grad_norm=norm, lr=lr, seconds=seconds, images_per_second=speed) | more
         if self.run.rank == 0:
             with open(self.folder / "metrics.jsonl", "a") as f:
@@ -1082,13 +1085,13 @@ def load_checkpoint(run, name):
         return state | {"file": str(file)}
 
 
-def load_model(run, name, weights="ema"):
-    """(network in eval mode on the run's device, checkpoint) from the checkpoint alone."""
+def load_model(run, name, which="ema"):
+    """(network in eval mode on the run's device, checkpoint) from the checkpoint alone; which weights: ema or net."""
     state = load_checkpoint(run, name)
     with reading(state["file"], "train again"):
         model = fill("model", Model, state["model"])
         net = build_model(model, state["size"], state["channels"], **state["known"])
-        net.load_state_dict(state[weights])               # under "ema" or "net"; under "weights" is a hash of ema
+        net.load_state_dict(state[which])
     return net.eval().requires_grad_(False).to(run.device), state
 
 
@@ -1133,6 +1136,7 @@ def forget(folder, seen):
         for line in log.read_text().splitlines() if log.exists() else []:
             if line.endswith("}") and json.loads(line)["images"] <= seen:        # a kill may have cut the last one
                 f.write(f"{line}\n".encode())
+    (folder / "labels.npz").unlink(missing_ok=True)       # found by earlier weights
     for picture in (folder / "samples").glob("*.png"):
         if picture.stem > f"{seen:010d}":
             picture.unlink()

@@ -1,8 +1,8 @@
 """Train with guidance: images and self-labels in, a model with classifier-free guidance out.
 
 Reads   data/train, labels/<labels>.npz (self_label.py), and to start from diffusion/base (init=, train_diffusion.py)
-Writes  guided/<name>/: checkpoint, log and sample grids as train_diffusion.py, plus labels.npz (those given, or found
-        at the end); labels=online, but for condition=patch, also labels/<name>.npz with scores and contact sheet
+Writes  guided/<name>/: checkpoint, log and sample grids as train_diffusion.py; labels=online also labels.npz, found at
+        the end, and but for condition=patch labels/<name>.npz with scores and contact sheet
 Time    t = 0 is noise, t = 1 is data.   Null label = K, the number of labels.
 
     python train_guided.py configs/shapes.yaml labels=kmeans                     # CPU, about a minute
@@ -63,7 +63,8 @@ class TrainGuided(Training):
     sk_ramp: int = key(20_000, "images over which the weight rises", low=0)
     sk_freeze: int = key(5_000, "images before prototypes move", low=0)
     sk_until: int = key(0, "images after which every training image keeps its label; 0 = labels move to the end", low=0)
-    sk_queue: int = key(1_024, "earlier features that help to balance, 0 = none; statistics reach as far back", low=0)
+    sk_queue: int = key(1_024, "rows of earlier features that help to balance, 0 = none; running statistics reach as "
+                               "far back, but at least four updates", low=0)
     sk_eps: float = key(0.05, "entropic regularisation of the targets", above=0)
     sk_iterations: int = key(3, "Sinkhorn iterations", low=1)
     sk_temperature: float = key(0.1, "of the prediction", above=0)
@@ -158,8 +159,9 @@ class Standardised(nn.Module):
         mean, square = ranks.total(torch.stack([f.sum(0), f.square().sum(0)]).double()) / n
         # the plain mean of the first updates, then an exponential one over `length` rows, or four updates if longer
         weight = max(n / max(self.length, 4 * n), 1 / (updates + 1))
+        apart = (mean - self.mean).square()               # of this update's mean, from that of all before
+        self.var.lerp_(((square - mean.square()).clamp(min=0) + (1 - weight) * apart).float(), weight)
         self.mean.lerp_(mean.float(), weight)
-        self.var.lerp_((square - mean.square()).clamp(min=0).float(), weight)
 
 
 class Queue(nn.Module):
@@ -196,14 +198,12 @@ class Labeller(Conditioner):
     Standardised features pass an MLP without batch statistics of its own; h and prototypes c have unit length. An image
     has one label, or with condition=patch one for each of P patches; otherwise P = 1.
 
-    Sizes: b images of this process, hence b P rows, n of them in the loss (`loss_rows`): with P = 1, as at a first
-    reading, b = n, and `loss_rows` changes nothing. D channels of the feature; d = sk_dim. update: how many updates
+    Sizes: b images of this process, hence n = b P rows; D channels of the feature; d = sk_dim. update: how many updates
     came before. ema, labeller_ema: the averaged network, the averaged labeller.
     """
-    spare = 1, 2                                          # the student's time; noises of the teacher, of the student
+    spare = 1, 2                                          # one uniform: the student's time; noises: both passes'
     WATCHED = 2048                                        # images whose labels the log follows
     HIDDEN = 256                                          # width inside the head
-    PATCHES = 16                                          # of an image in one loss: more cost time and moved no result
 
     def __init__(self, cfg, net, name, size, channels=3):
         super().__init__()
@@ -245,45 +245,45 @@ class Labeller(Conditioner):
         """
         cfg, update = self.cfg, batch.seen // self.cfg.batch
         if 0 < cfg.sk_until <= batch.seen:
-            labels = self.settled_labels(ema, labeller_ema, batch)               # [b P]
-            targets = F.one_hot(self.loss_rows(labels, update), cfg.K).float()   # [n, K]
+            labels = self.settled_labels(ema, labeller_ema, batch)               # [n]
+            targets = F.one_hot(labels, cfg.K).float()    # [n, K]
         else:
-            h = self.teacher_pass(ema, labeller_ema, batch, update)              # [b P, d]
-            targets, labels = self.balance(labeller_ema, h, update)
-        loss = self.student_loss(net, batch, targets, update)
+            h = self.teacher_pass(ema, labeller_ema, batch, update)              # [n, d]
+            targets = self.balance(labeller_ema, h, update)
+            labels = targets.argmax(1)
+        loss = self.student_loss(net, batch, targets)
         weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))              # + 1: for sk_ramp = 0
         dropped = batch.coin < (cfg.drop if batch.seen >= cfg.switch else 1.0)   # bool [b]; before `switch` all
         return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, dropped)
 
     def teacher_pass(self, ema, labeller_ema, batch, update):
-        """Unit vectors h [b P, d] of images, by the averages; no condition, so that a label is never read off itself.
+        """Unit vectors h [n, d] of images, by the averages; no condition, so that a label is never read off itself.
 
-        First the running mean and deviation take in the rows of the loss.
+        First the running mean and deviation take in these rows.
         """
         with torch.no_grad(), self.context():
             f = self.feature(ema, batch.x, batch.spare_z[:, 0], torch.full_like(batch.t, self.cfg.sk_t))
-        self.standardised.learn(self.loss_rows(f, update), update, self.ranks)
+        self.standardised.learn(f, update, self.ranks)
         labeller_ema.standardised.load_state_dict(self.standardised.state_dict())              # the next lines use it
         with torch.no_grad():
             return labeller_ema.embed(f)
 
     @torch.no_grad()
     def balance(self, labeller_ema, h, update):
-        """(soft targets [n, K] of the rows in the loss, hard labels int64 [b P] of all), balanced with the queue."""
-        cfg, mine = self.cfg, self.loss_rows(h, update)
-        rows = torch.cat([h, self.queue.held(len(mine), update, self.ranks)])
-        q = sinkhorn(labeller_ema.scores(rows), cfg.sk_eps, cfg.sk_iterations, self.ranks)[:len(h)]        # [b P, K]
-        self.queue.add(mine, update, self.ranks)
-        return self.loss_rows(q, update), q.argmax(1)
+        """Soft targets [n, K] of rows h [n, d], balanced with the queue, which then takes in h."""
+        rows = torch.cat([h, self.queue.held(len(h), update, self.ranks)])
+        q = sinkhorn(labeller_ema.scores(rows), self.cfg.sk_eps, self.cfg.sk_iterations, self.ranks)
+        self.queue.add(h, update, self.ranks)
+        return q[:len(h)]
 
-    def student_loss(self, net, batch, targets, update):
+    def student_loss(self, net, batch, targets):
         """Cross entropy between targets [n, K] and the trained network's prediction, under other noise."""
         cfg = self.cfg
         low, high = cfg.sk_window
         t = low + (high - low) * batch.spare_u[:, 0]
         with torch.set_grad_enabled(cfg.sk_grad == "backbone"), self.context():
             f = self.feature(net, batch.x, batch.spare_z[:, 1], t)
-        h = self.embed(self.loss_rows(f, update))
+        h = self.embed(f)
         fixed = batch.seen < cfg.sk_freeze or self.settled is not None           # prototypes of settled labels stay
         prototypes = F.normalize(self.prototypes.detach() if fixed else self.prototypes, dim=1)
         logp = F.log_softmax(h @ prototypes.T / cfg.sk_temperature, 1)
@@ -293,7 +293,7 @@ class Labeller(Conditioner):
         return loss
 
     def feature(self, net, x, z, t):
-        """Feature rows float32 [B P, D] of images x under noises z at times t [B].
+        """Feature rows float32 [n, D] of images x under noises z at times t [b].
 
         `micro` images go through the network at once; with gradients, all.
         """
@@ -310,15 +310,8 @@ class Labeller(Conditioner):
         """Cosines with the prototypes, [n, K]."""
         return h @ F.normalize(self.prototypes, dim=1).T
 
-    def loss_rows(self, rows, update):
-        """The rows of [b P, ...] that enter the loss, [n, ...]: all where P = 1; else up to PATCHES of every image,
-        shifted by 7 at each update, so that all take their turn."""
-        even = torch.linspace(0, self.patches - 1, min(self.PATCHES, self.patches), device=rows.device).long()
-        chosen = (even + 7 * update) % self.patches
-        return rows.unflatten(0, (-1, self.patches))[:, chosen].flatten(0, 1)
-
     def settled_labels(self, ema, labeller_ema, batch):
-        """The labels [b P] that images keep, found now if they are not yet; maps are mirrored with their images."""
+        """The labels [n] that images keep, found now if they are not yet; maps are mirrored with their images."""
         if self.settled is None:                          # by the averages as they are, under one draw of noise
             rows = self.ranks.share(len(self.inputs))
             ids = label_images(ema, labeller_ema, self.inputs, rows, self.context, "settle", self.ranks)[0]
@@ -539,14 +532,14 @@ ONLINE_ONLY = {"K", "switch", *(name for name in vars(TrainGuided()) if name.sta
 
 
 def prepare_settings(run, cfg):
-    """Check names; drop the settings that this training never reads from its recipe."""
+    """Check names; remove from the recipe the settings that this training does not read."""
     check_name("labels", cfg.labels)
     if cfg.init and not cfg.init.endswith(".pt"):
         check_name("init", cfg.init, parts=2)
     cfg.name = cfg.name or ("unconditional" if cfg.labels == "none" else cfg.labels)
     unread = {"none": ONLINE_ONLY | {"drop", "condition"}, "online": set()}.get(cfg.labels, ONLINE_ONLY)
     run.sections[run.stage] = {name: value for name, value in vars(cfg).items() if name not in unread}
-    given = [word for word in sys.argv[1:] if word.split("=")[0] in unread]
+    given = [word for word in sys.argv[1:] if word.split("=")[0].removeprefix(f"{run.stage}.") in unread]
     if given:
         run.say(f"note: not read with labels={cfg.labels}: {' '.join(given)}")
 
@@ -560,15 +553,14 @@ def main():
     folder, data = run.dir / "guided" / cfg.name, load_data(run, "train")
 
     # what the network is told: nothing, labels of a file, or labels that are found
-    conditioner, known, facts, given = Conditioner(), {}, dict(condition="none"), None
+    conditioner, known, facts = Conditioner(), {}, dict(condition="none")
     if cfg.labels == "online":
         check_online(run, cfg)
         known = dict(label=dict(num_labels=cfg.K), prototype=dict(vector_dim=cfg.sk_dim),
                      patch=dict(layout_channels=cfg.K), none={})[cfg.condition]
         facts = dict(condition=cfg.condition, num_labels=cfg.K if known else 0)
     elif cfg.labels != "none":
-        given, info = load_labels(run, cfg.labels)        # once: another command may replace them meanwhile
-        conditioner, known, facts = given_labels(run, cfg, data, given, info)
+        conditioner, known, facts = given_labels(run, cfg, data, *load_labels(run, cfg.labels))
 
     # network: from scratch, or from unconditional weights
     channels, size = input_shape(run)
@@ -578,17 +570,14 @@ def main():
         return say_training(run, cfg, net, channels, size, folder)
     net = net.to(run.device)
     if cfg.labels == "online":
-        conditioner = Labeller(cfg, net, matching(net, [cfg.sk_activation])[-1], size, channels)
+        conditioner = Labeller(cfg, net, matching(net, [cfg.sk_activation], "sk_activation")[-1], size, channels)
 
     # train; the checkpoint carries all that sampling needs
     state = new_state(run, "guided", data, size, channels, known=known, init=init, label_file=cfg.labels, **facts)
     with locked(run, "guided", cfg.name):
         state = fit(run, cfg, net, folder, data, state, conditioner)
-        if given and run.rank == 0:
-            with atomic(folder / "labels.npz") as f:
-                np.savez(f, **given)
         if cfg.labels == "online" and "found_hash" not in state:               # not labelled by these weights yet
-            gpu_flags(training=False)                     # in full float32, as sample_ode.py will
+            gpu_flags(training=False)                     # without TF32, as sample_ode.py
             finish_online(run, cfg, net, conditioner, state, folder, data)
 
     # close

@@ -1,7 +1,8 @@
 """Images: any source becomes arrays in the run folder, once; row i is image i in every file of a run.
 
 Reads   data.source: the embedded shapes, a folder of images, .npy and .npz arrays, or a torchvision set
-Writes  data/{train,test}/: images.npy, classes.npy, boxes.npy, masks.npy, latents.npy (those that there are), info.json
+Writes  config.yaml; data/{train,test}/: images.npy, classes.npy, boxes.npy, masks.npy (those that there are),
+        info.json; of data.latents latents.npy, latents.json
 
 `prepare_data` writes a run's data, `load_data` opens one part of it as a `Split`, `as_input` turns its rows into what
 the network sees. To learn the method, skip this file. To add a source, a function and an entry in SOURCES, read `Part`
@@ -49,7 +50,7 @@ def open_source(data):
     for name in data.classes:
         require(name in names, data, "classes", f"{name} is {unknown(name, names)}")
     require((parts["train"].classes >= 0).any(), data, "source classes",
-            "this set tells classes only while its images are read: it can be used whole alone")
+            "this set tells classes only while its images are read: it can only be used whole, with no classes named")
     place = [data.classes.index(name) if name in data.classes else -1 for name in names]
     place = np.array([*place, -1])                        # the last one is that of -1
     return {split: renumbered(part, place) for split, part in parts.items()}, data.classes
@@ -224,7 +225,9 @@ def array_part(arrays, size):
     known = dict(classes=np.full(len(images), -1)) | arrays | dict(images=images)
     for kind, values in known.items():
         shape, dtype = shapes_of(len(images), size)[kind], np.dtype(KINDS[kind])
-        if values.shape != shape or not np.can_cast(values.dtype, dtype, "same_kind" if kind == "boxes" else "safe"):
+        fits = np.can_cast(values.dtype, dtype, "same_kind" if kind == "boxes" else "safe")
+        dark = kind == "images" and values.dtype == bool  # 0 and 1 of 255
+        if values.shape != shape or dark or not fits:
             raise ValueError(f"{kind}: {values.dtype} of shape {values.shape}, expected {dtype} of shape {shape}")
         known[kind] = values.astype(dtype, copy=False)
     if known["classes"].max(initial=0) >= MOST_CLASSES:
@@ -283,10 +286,13 @@ def write_data(run, folder):
         run.say(f"prepared {len(classes):,} {split} images of {len(per_class) or 'no'} classes"
                 + f" ({named})" * bool(named) + f", {of_none:,} of no class" * bool(of_none)
                 + f", {len(info['skipped'])} unreadable ones left out")
+        if 0 in per_class:
+            run.say(f"note: {per_class.count(0)} classes have no {split} image (data.{split}= keeps the first images)")
 
 
 def write_part(run, folder, part, rows):
-    """Write some rows of a part of the source as arrays in `folder`; what their info.json says of them."""
+    """Write these rows of a part of the source as arrays in `folder`. Returns what info.json is to say of them: arrays,
+    fingerprint, skipped."""
     count, skipped, hashed, threads = 0, [], hashlib.sha256(), min(16, os.cpu_count() or 1)
     blocks = [rows[i:i + 128] for i in range(0, len(rows), 128)]
     folder.mkdir()
@@ -311,7 +317,8 @@ def write_part(run, folder, part, rows):
 
 
 def origin_of(data):
-    """What data.root of a folder or an array file holds, with a digest that other images change; else {}."""
+    """What data.root of a folder or an array file holds, with a digest of names and sizes, or of the file's size and
+    both ends: other pixels of the same size go unnoticed. {} of other sources."""
     root = Path(data.root).expanduser()
     if data.source == "folder":                           # a listing of names and sizes
         listing = list(find_images(root))
@@ -422,9 +429,8 @@ def encode_split(run, split, batch=16):
     if run.rank == 0:
         about = dict(autoencoder=run.data.latents, weights=weights_hash(vae.state_dict()),
                      scaling_factor=vae.config.scaling_factor, shape=shape, count=len(images))
-        made_of = read_json(folder / "info.json", "prepare the images again")["fingerprint"]
         os.replace(aside, folder / "latents.npy")
-        write_json(folder / "latents.json", about | dict(data=made_of))
+        write_json(folder / "latents.json", about)
     run.wait()
 
 

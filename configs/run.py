@@ -93,7 +93,7 @@ class Model:
 
 
 SHARED = {"data": Data, "model": Model}                   # sections that every stage reads
-UNITS = {"k": 1_000, "M": 1_000_000}
+UNITS = {"k": "e3", "M": "e6"}                             # as text: 2.01 * 1000 is no whole number
 LIMITS = {"low": (operator.ge, "at least"), "above": (operator.gt, "above"), "high": (operator.le, "at most")}
 
 
@@ -111,7 +111,8 @@ def convert(kind, value):
         return text
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
-    number = float(text.rstrip("kM")) * UNITS.get(text[-1:], 1)
+    unit = UNITS.get(text[-1:], "")
+    number = float(text[:-1] + unit if unit else text)
     if not math.isfinite(number) or kind is int and not number.is_integer():
         raise ValueError
     return kind(number)
@@ -244,7 +245,8 @@ class Processes:
         return box[0]
 
     def turns(self):
-        """Yield True once, when this process may download: first one process, then one a machine, then all."""
+        """Yield three times, True when this process may download: process 0 first, then the first one of every other
+        machine, then the rest."""
         mine = [self.rank == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0, True].index(True)
         for turn in range(3):
             yield turn == mine
@@ -304,8 +306,7 @@ def start(stage, cls, doc, flags={}, needs_data=lambda cfg: True, otherwise=""):
     start_processes(run)
     if run.dry_run:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
-    else:
-        check_run_folder(run, needs_data(cfg), otherwise)
+    check_run_folder(run, needs_data(cfg) and not run.dry_run, otherwise)
     return run
 
 
@@ -376,7 +377,7 @@ def cli(main):
     except Exception as e:
         ours = isinstance(e, (UserError, OSError))
         if int(os.environ.get("RANK", 0)) > 0 or (dist.is_initialized() and not ours):
-            time.sleep(3)
+            time.sleep(3)                                 # process 0, too: its exception may be another's echo
         if not ours:
             raise
         print(f"error: {e}", file=sys.stderr, flush=True)

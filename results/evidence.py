@@ -41,8 +41,7 @@ ROWS = {                                                  # keys of self_label.p
 }
 PLACES = {                                                # k-means where other rules look: rows of the sweep's table
     "silhouette": lambda table: max(table, key=lambda r: r["silhouette"]),
-    "bottleneck": lambda table: label_free_choice([r for r in table if r["activation"].startswith("mid")],
-                                                  "consensus"),
+    "bottleneck": lambda table: label_free_choice([r for r in table if r["activation"].startswith("mid")]),
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
 ONLINE = "switch=4k", "sk_until=4k", "sk_ramp=2k", "sk_freeze=1k"                # soon: the base has learnt already

@@ -27,7 +27,7 @@ ROWS = "kmeans,averaged,random,sinkhorn,grid,colours,pixels,untrained,classes,su
 
 
 def told(run, name, s, most=15_000):
-    """How much of labels/<name> a linear probe tells: 1 - cross-entropy / entropy, on a third of up to so many images."""
+    """How much of labels/<name> a linear probe tells: 1 - cross-entropy / entropy, on a third of `most` images."""
     y = torch.from_numpy(np.load(run / f"labels/{name}.npz")["train"])
     x = np.load(next((run / f"features/told-{s}").glob("train-*.npy")), mmap_mode="r")
     rows = np.random.default_rng(0).permutation(len(y))[:most]

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import yaml
 
@@ -22,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 from configs.run import Model, autocast, fill             # noqa: E402
 from rates import call                                    # noqa: E402
-from sample_ode import frechet, pixel_components          # noqa: E402
 from train_diffusion import (PATHS, TrainDiffusion, build_model, build_optimizer,                # noqa: E402
                              loss_per_image)
 
@@ -74,27 +72,19 @@ def speeds(config, variants, repeats=15):
     return {name: variants[name]["batch"] / statistics.median(v) for name, v in times.items()}
 
 
-def seen_by(evaluator, images):
-    """Features of all images."""
-    parts = [images[i:i + 500] for i in range(0, len(images), 500)]
-    return torch.cat([evaluator(torch.from_numpy(np.ascontiguousarray(part))) for part in parts])
-
-
 def measured(run, yaml_file, name, words):
     """Scores of diffusion/<name>: distances of 1,000 samples (10 midpoint steps) by two evaluators; features at the
     label-free place and at the best."""
     words = [yaml_file, *words, f"checkpoint=diffusion/{name}", f"name={name}", "overwrite=true"]
-    call("sample_ode.py", *words, "n=1000", "solver=midpoint", "steps=10")
+    call("sample_ode.py", *words, "n=1000", "solver=midpoint", "steps=10", "evaluator=judge,pixels")
     call("probe.py", *words, "t=0.5,0.8")
-    s = json.loads((run / "samples" / name / "metrics.json").read_text())["scores"]
-    arrays = [np.load(run / file, mmap_mode="r") for file in ("data/train/images.npy", "data/test/images.npy")]
-    pixels = pixel_components(arrays[0])
-    samples = seen_by(pixels, np.load(run / "samples" / name / "images.npy"))
+    m = json.loads((run / "samples" / name / "metrics.json").read_text())
+    s, pixels = m["scores"], m["others"]["pixels"]["scores"]
     probe = json.loads((run / "probe" / f"{name}.json").read_text())
     chosen, table = probe["label_free"], probe["table"]
     here = next(r for r in table if (r["activation"], r["t"]) == (chosen["activation"], chosen["t"]))
     log = [json.loads(line) for line in (run / "diffusion" / name / "metrics.jsonl").read_text().splitlines()]
-    out = dict(judge=s["frechet"], pixels=frechet(samples, seen_by(pixels, arrays[1])))
+    out = dict(judge=s["frechet"], pixels=pixels["frechet"])
     out |= {k: s[k] for k in ("precision", "recall", "copies")}
     out |= {k: here[k] for k in ("nmi", "linear")} | {f"best_{k}": max(r[k] for r in table) for k in ("nmi", "linear")}
     seconds = sum(r["seconds"] for r in log)

@@ -29,15 +29,21 @@ SAMPLES = 1000
 KEPT = "precision", "recall", "coverage", "distance_floor", "coverage_ceiling"
 
 
+def processor_seconds():
+    """Of the commands that have ended: theirs and the system's, as time.process_time counts."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def ours(words, run, seed):
     """(samples uint8, seconds of training, images seen, parameters) of configs/fashion.yaml."""
     name, seconds = f"peer-{seed}", []
     for stage, *more in (["train_diffusion.py"], ["sample_ode.py", f"checkpoint=diffusion/{name}", f"n={SAMPLES}",
                                                   "steps=25", "evaluate=false"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        before = processor_seconds()
         subprocess.run([sys.executable, stage, "configs/fashion.yaml", *words, f"name={name}", f"seed={seed}", *more],
                        cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        seconds.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+        seconds.append(processor_seconds() - before)
     folder = run.dir / "diffusion" / name
     log = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     net = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["net"]
@@ -126,6 +132,10 @@ def main():
         print(name, seed, json.dumps(row), flush=True)
 
     for seed in seeds:
+        if seed in rows.get("torchcfm", {}):              # the last one of a seed
+            continue
+        if (run.dir / "diffusion" / f"peer-{seed}").exists():
+            raise SystemExit(f"{run.dir}/diffusion/peer-{seed}: begun earlier; delete it to time it whole")
         images, seconds, seen, parameters = ours(words, run, seed)
         keep("ours", seed, images, seconds, seen, parameters)
         for name, peer in (("denoising-diffusion-pytorch", denoising_diffusion), ("torchcfm", conditional_flow)):

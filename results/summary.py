@@ -3,10 +3,11 @@
     python results/summary.py SET [SET ...]               # or sinkhorn-SET, for results/sinkhorn-SET.json
 
 Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
-over seeds), and the mean difference from `none` of the same seed with its standard error. The last lines are rank
-correlations with distance, over rows that have labels, of NMI and of what results/labels-SET.json says of the labels.
-Writes results/evidence-SET.svg: distance against NMI, and below that against K where labels were made with several.
-Of the Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed.
+over seeds), and the mean difference from `none` of the same seed and length with its standard error. The last lines are
+rank correlations with distance, over the rows that have labels and the seeds that all rows have, of NMI and of what
+results/labels-SET.json says of the labels. Writes results/evidence-SET.svg: distance against NMI, and below that
+against K where labels were made with several. Of the Sinkhorn loss: features and samples by weight, and differences
+from weight 0 of the same seed.
 """
 import json
 import math
@@ -39,14 +40,23 @@ def paired(row, base, evaluator):
     return f"{statistics.mean(gaps):+.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}"
 
 
+def baseline(rows, row):
+    """The row `none` of the same length of fine-tuning, {seed: ...}."""
+    tune = {r.get("tune") for r in row.values()}
+    found = (other for name, other in rows.items() if name.startswith("none"))
+    return next((other for other in found if {r.get("tune") for r in other.values()} == tune), {})
+
+
 def points_of(rows, evaluator):
-    """[(row, NMI, distance at the chosen w)], means over seeds; without labels NMI is 0."""
+    """[(row, NMI, distance at the chosen w)], means over the seeds that all rows have; without labels NMI is 0."""
+    scored = {name: {s: r for s, r in row.items() if evaluator in r} for name, row in rows.items()}
+    seeds = set.intersection(*(set(row) for row in scored.values() if row))
     out = []
-    for name, row in rows.items():
-        scored = [r for r in row.values() if evaluator in r]
-        nmi = statistics.mean(r["nmi"] or 0 for r in row.values())
-        if scored:
-            out.append((name, nmi, statistics.mean(r[evaluator]["chosen"] for r in scored)))
+    for name, row in scored.items():
+        some = [row[s] for s in seeds if row]
+        if some:
+            nmi = statistics.mean(r["nmi"] or 0 for r in some)
+            out.append((name, nmi, statistics.mean(r[evaluator]["chosen"] for r in some)))
     return out
 
 
@@ -64,7 +74,7 @@ def points_by_K(rows, K, evaluator):
 def correlations(which, rows, evaluator):
     """Print how the distances of rows go with what is known of their labels, means over seeds."""
     points, file = points_of(rows, evaluator), RESULTS / f"labels-{which}.json"
-    known = {"NMI": {name: nmi for name, nmi, _ in points if name != "none"}}
+    known = {"NMI": {name: nmi for name, nmi, _ in points if not name.startswith("none")}}
     about = json.loads(file.read_text())["rows"] if file.exists() else {}
     for key in ("balance", "told"):
         known[key] = {name: statistics.mean(r[key] for r in row.values()) for name, row in about.items()}
@@ -149,7 +159,7 @@ def main():
             for e in evaluators:
                 there = [r[e] for r in row.values() if e in r]
                 cells += [spread([r[w] for r in there]) if there else "-" for w in ("w1", "chosen")]
-                cells.append(paired(row, rows.get("none", {}), e) if name != "none" else "-")
+                cells.append("-" if name.startswith("none") else paired(row, baseline(rows, row), e))
             print("|", " | ".join(cells), "|")
         panels, K = [], json.loads((RESULTS / f"evidence-{which}.json").read_text())["K"]
         for i, e in enumerate(evaluators):

@@ -54,6 +54,8 @@ def main():
     *folders, run = [Path(word).resolve() for word in sys.argv[1:4]]
     own = dict(word.split("=", 1) for word in sys.argv[4:])
     turns = int(own.pop("turns", 3))
+    if run.exists():
+        raise SystemExit(f"{run}: is there already, and what is finished cannot be timed; name a new folder")
     words = [f"{k}={v}" for k, v in (dict({"data.train": 4000, "data.test": 1000}) | own).items()]
     times = {command: [[], []] for command in COMMANDS}
     for turn in range(turns):

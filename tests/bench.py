@@ -355,11 +355,10 @@ def sampling_sides(folder, device, model, batch, steps=4, channels=3, labels=20,
     context = (lambda: torch.autocast("cuda", torch.bfloat16)) if gpu else nullcontext
     solver, ends = ("heun", 2) if path == "cv" else ("euler", 1)                 # Heun looks at both ends of a step
     cfg = sample_ode.SampleOde(n=batch, batch=batch, steps=steps, solver=solver)
-    state = dict(path=path, predict="v", channels=channels, size=32, num_labels=labels)
+    state = dict(path=path, predict="v", channels=channels, size=32, num_labels=labels, marginal=torch.ones(labels))
     condition = Condition("label", torch.arange(labels + 1)).to(device) if labels else None
     field = sample_ode.Field(net, PATHS[path], "v", interval=interval, context=context, batch=batch,
                              condition=condition)
-    sampler = sample_ode.Sampler(field, state, torch.ones(labels))
     times = [(i + end) / steps for i in range(steps) for end in range(ends)]
     guided = [bool(labels) and interval[0] <= t <= interval[1] for t in times]
     x, t = torch.randn(2 * batch, channels, 32, 32, device=device), torch.full((2 * batch,), 500.0, device=device)
@@ -372,7 +371,7 @@ def sampling_sides(folder, device, model, batch, steps=4, channels=3, labels=20,
             with context():
                 net(x[:n], t[:n], **(dict(label=label[:n]) if labels else {}))
     run, w, file = make_run("sample_ode", cfg, device), 2.0 if labels else 1.0, Path(folder) / "images.npy"
-    return lambda: sample_ode.generate(run, cfg, sampler, w, file), bare
+    return lambda: sample_ode.generate(run, cfg, field, state, w, file), bare
 
 
 def bench_sampling(device, small=False):

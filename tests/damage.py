@@ -54,7 +54,6 @@ READERS = {                                               # files of a run: comm
     "labels/kmeans.*[nz]": [GUIDED, ["self_label"], ["self_label", "method=random", "name=new"]],
     "labels/lost.*[nz]": [["train_guided", "labels=lost", "condition=box", "name=new", "images=32"]],
     "guided/kmeans/checkpoint.pt": [SAMPLE, ["train_guided", "labels=kmeans", "images=288"]],
-    "guided/kmeans/labels.npz": [SAMPLE],
     "samples/kmeans/metrics.json": [["sample_ode", "--table"], ["sample_ode", "checkpoint=guided/kmeans",
                                                                 "name=kmeans"]],
     "samples/.*/*": [SAMPLE],

@@ -64,6 +64,17 @@ def test_configuration(refuse, tiny, tmp_path, words, text):
     assert text in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)
 
 
+def test_units_are_exact():
+    assert cr.convert(int, "2.01k") == 2010 and cr.convert(int, "16.754M") == 16_754_000
+    for wrong in ("5kM", "k", "1.5"):
+        with pytest.raises(ValueError):
+            cr.convert(int, wrong)
+
+
+def test_a_plan_is_refused_like_its_command(run, said):
+    assert "data.seed=0, now data.seed=5" in said(run, "train_diffusion", "data.seed=5", "--dry-run")
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_help_explains_every_key(name, monkeypatch, capsys):
     module = importlib.import_module(name)
@@ -274,14 +285,14 @@ def test_full_disk_keeps_the_previous_checkpoint(tiny, tmp_path):
     """A run folder on a small file system: the first save fits beside the data, the next ones do not."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
         inside("train_diffusion", tiny, f"run={disk / 'r'}", "images=64")
         before = (disk / "r/diffusion/base/checkpoint.pt").read_bytes()
         free = shutil.disk_usage(disk).free
-        (disk / "filler").write_bytes(b"0" * max(0, free - 100_000))
+        (disk / "filler").write_bytes(b"0" * max(0, free - 1_000_000))        # pictures fit, a checkpoint does not
         p = stage("train_diffusion", tiny, f"run={disk / 'r'}", "images=256", ok=False)
         assert p.returncode == 2 and len(p.stderr.strip().splitlines()) == 1 and "checkpoint.pt" in p.stderr, p.stderr
         assert (disk / "r/diffusion/base/checkpoint.pt").read_bytes() == before

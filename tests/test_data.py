@@ -336,7 +336,8 @@ IMAGES = np.zeros((40, 32, 32, 3), np.uint8)
     (dict(images=IMAGES, classes=np.zeros(40)), "float64"), (dict(images=IMAGES, boxes=np.zeros((40, 5))), "(40, 5)"),
     (dict(images=IMAGES, masks=np.zeros((40, 8, 8), np.uint8)), "masks: uint8 of shape (40, 8, 8)"),
     (dict(images=IMAGES, test_images=IMAGES[:, :8]), "(40, 8, 32, 3)"),
-    (dict(images=np.array([None] * 40)), "Object arrays"), (dict(images=IMAGES[:0]), "none is a train image")])
+    (dict(images=IMAGES > 0), "images: bool"), (dict(images=np.array([None] * 40)), "Object arrays"),
+    (dict(images=IMAGES[:0]), "none is a train image")])
 def test_arrays_that_cannot_be_used(tmp_path, arrays, said):
     np.savez(tmp_path / "x.npz", **arrays)
     line = complaint_of(tmp_path / "r", source="arrays", root=str(tmp_path / "x.npz"))

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ import extract_features
 import probe
 import self_label
 from configs.data import Split, load_data
-from configs.run import ALONE, Data
+from configs.run import ALONE, Data, digest
 from configs.shapes import draw_shapes, shape_parts
 from probe import (LinearMap, PixelMlps, Probe, Source, UPer, box_overlap, centred_gram, coco_ap, confusion_matrix,
                    fit_head, instances, mask_overlap, matches, mean_iou, pck, pick_points, similarity, warped_pairs,
@@ -387,7 +388,8 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     for labels in ("lost", "classes"):
         (lost / f"guided/{labels}").mkdir(parents=True)
         bank = Condition("map", torch.from_numpy(maps), 1, 32, torch.zeros(61, dtype=torch.long)).state()
-        torch.save(state | dict(condition="box", label_file=labels, bank=bank),
+        made_of = np.load(lost / f"labels/{labels}.npz")["train"]
+        torch.save(state | dict(condition="box", label_file=labels, labels_hash=digest(made_of), bank=bank),
                    lost / f"guided/{labels}/checkpoint.pt")
         (lost / f"samples/{labels}").mkdir(parents=True)
         np.save(lost / f"samples/{labels}/images.npy", images)
@@ -407,6 +409,24 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     for change, said in ((drawn, "something else"), (dict(hash="other"), "earlier state"), (plain, "without boxes")):
         (lost / "samples/lost/metrics.json").write_text(json.dumps(about | change))
         assert said in refuse("probe", *words, "samples=lost", "name=bad")
+    torch.save(state | dict(condition="box", label_file="lost", labels_hash="x", bank=bank),
+               lost / "guided/lost/checkpoint.pt")
+    (lost / "samples/lost/metrics.json").write_text(json.dumps(about | dict(checkpoint="guided/lost")))
+    assert "other labels than" in refuse("probe", *words, "samples=lost", "name=bad")
+
+
+def test_objects_in_samples_are_found_as_those_of_the_labels(monkeypatch, tiny, lost):
+    """The samples are the training images, the noise is that of the labels: so are their objects, in every setting."""
+    images, masks = (np.load(file)[k][:40] if k else np.load(file)[:40] for file, k in
+                     ((lost / "data/train/images.npy", ""), (lost / "labels/lost.npz", "masks_train")))
+    info = json.loads((lost / "labels/lost.json").read_text())
+    read = probe.Source.stream
+    monkeypatch.setattr(probe.Source, "stream", lambda self, images, rows, purpose, **k:
+                        read(replace(self, seed=0), images, rows, "features train", **k))
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(tiny), f"run={lost}"])
+    run = probe.start("probe", probe.Probe, "")
+    found = probe.found_objects(run, info, "lost", images, np.arange(40))
+    assert (found == (masks > 0)).mean() > 0.995
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_scores_say_what_real_images_would_score(monkeypatch, tiny, small_run, c
 
 def test_guidance_is_shown_by_w(monkeypatch, tmp_path):
     """All w write their samples to one file: each row of the picture shows its own."""
-    def generate(run, cfg, sampler, w, file):
+    def generate(run, cfg, field, state, w, file):
         np.save(file, np.full((cfg.n, 3, 8, 8), 50 * w, np.uint8))
         return dict(nfe=1)
     monkeypatch.setattr(sample_ode, "generate", generate)
@@ -274,7 +274,7 @@ def test_guidance_is_shown_by_w(monkeypatch, tmp_path):
     cfg = sample_ode.SampleOde(guidance=[1, 2, 4], select=20)
     evaluator = SimpleNamespace(kind="frechet", distance=lambda file, split: abs(np.load(file)[0, 0, 0, 0] - 100.0),
                                 data=dict(train=range(99)), features=dict(train=np.zeros((99, 2))))
-    w, told = sample_ode.choose_w(run, cfg, None, evaluator, tmp_path / "spare.npy")
+    w, told = sample_ode.choose_w(run, cfg, None, {}, evaluator, tmp_path / "spare.npy")
     assert w == 2 and told["curve"] == [(1, 50.0), (2, 0.0), (4, 100.0)]
     sheet = np.array(Image.open(tmp_path / "guidance.png"))
     assert [(sheet == value).all(2).any() for value in (50, 100, 200)] == [True] * 3
@@ -297,10 +297,6 @@ def test_a_sweep_counts_evaluations_and_several_evaluators_score_alike(monkeypat
     assert m["scores"]["evaluator"].startswith("pixels") and "averages.ts" in other["evaluator"]
     assert 0 < other["frechet"] != m["scores"]["frechet"] and other["copies"] == m["scores"]["copies"]
     assert other["singular"] == (other["evaluator_features"] >= 24)
-
-
-def test_ticks_are_round_numbers():
-    assert sample_ode.ticks(1.5, 60) == [2, 5, 10, 20, 50] and sample_ode.ticks(0.09, 0.11) == [0.1]
 
 
 def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run):
@@ -332,13 +328,26 @@ def test_rows_of_the_grid_are_the_most_frequent_labels(tmp_path):
     assert columns == 10 and names == ["4", "7"] and cells[:, 0, 0, 0].tolist() == [*range(2, 12), 0, 1, *[255] * 8]
 
 
+def test_settings_that_do_not_matter_do_not_lock_samples(monkeypatch, tiny, small_run, capsys, refuse):
+    """Of a model without labels, and of encoding."""
+    words = [str(tiny), f"run={small_run}", "data.train=160", "data.test=40", "n=24", "steps=1"]
+    for first, more in ((["name=free"], ["compile=true", "interval=0.1,0.9"]),
+                        (["name=codes", "direction=encode"], ["guidance=1,2", "evaluator=judge"])):
+        for given in (first, [*first, *more]):
+            monkeypatch.setattr(sys, "argv", ["sample_ode.py", *words, *given])
+            sample_ode.main()
+        assert "done already" in capsys.readouterr().out
+    assert "direction=generate" in refuse("sample_ode", *words, "direction=encode", "features=mid*-out")
+
+
 def test_damaged_caches_are_one_line(refuse, tiny, small_run, monkeypatch):
     sampled(monkeypatch, tiny, small_run, "n=2")
     for file in (small_run / "samples/.reference").glob("*.npy"):
         good = file.read_bytes()
         for bad in (b"", good[:-9]):
             file.write_bytes(bad)
-            said = refuse("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no")
+            said = refuse("sample_ode", tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=no",
+                          "autoguide=diffusion/base", "guidance=1,2")            # to choose w all caches are read
             assert file.name in said and "delete it" in said
         file.write_bytes(good)
 
@@ -355,6 +364,19 @@ def test_the_judge_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_ode, "JUDGE_UPDATES", 2)
     (a, text), (b, again) = sample_ode.open_judge(run), sample_ode.open_judge(run)
     assert text == again and "test accuracy" in text and all(map(torch.equal, a.parameters(), b.parameters()))
-    (tmp_path / "samples/.judge.pt").write_bytes(b"")
+    file = tmp_path / "samples/.judge.pt"
+    first = file.read_bytes()
+    file.unlink()
+
+    def another_is_faster(*given):
+        file.write_bytes(first)
+        return 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_ode, "train_judge", another_is_faster)
+        assert sample_ode.open_judge(run)[1] == text
+    data.classes[:] = data.classes[::-1].copy()
+    with pytest.raises(UserError, match="other images, or classes"):
+        sample_ode.open_judge(run)
+    file.write_bytes(b"")
     with pytest.raises(UserError, match="judge.pt: damaged"):
         sample_ode.open_judge(run)

@@ -113,6 +113,7 @@ def test_hand_drawn_layouts(run, tiny):
 
 @pytest.mark.parametrize("model, words", [
     ("guided/box", "boxes=[[20,4,4,28,0]]"), ("guided/box", "boxes=[[4,4,8,8]]"),
+    ("guided/box", "boxes=[[]]"),
     ("guided/box", "boxes=[[4,4,8,8,77]]"), ("guided/box", "boxes=[[4,4,8,8,1],[9,9,12,12,2]]"),
     ("guided/mask", "boxes=[[4,4,8,8,1]]")])
 def test_impossible_layouts_are_refused(run, tiny, refuse, model, words):

@@ -358,18 +358,17 @@ def test_labels_of_test_images_decide_nothing(monkeypatch, tiny, run, words):
     assert chosen[0] == chosen[1] and scores[0] != scores[1]
 
 
-@pytest.mark.parametrize("pattern, criterion, passes",
-                         [("mid*-out", "consensus", 1), ("mid-repeat?-res-out", "stability", 2)])
-def test_sweep_reads_images_once_unless_stability_decides(monkeypatch, tiny, run, pattern, criterion, passes):
+def test_sweep_reads_images_once(monkeypatch, tiny, run, refuse):
     seen, read = [], probe.stream
     monkeypatch.setattr(probe, "stream", lambda net, state, images, rows, *a,
                         **k: seen.append(len(rows)) or read(net, state, images, rows, *a, **k))
-    called(monkeypatch, probe, tiny, f"run={run}", f"activations={pattern}", "t=0.5,0.8", "fit=100", "validation=30",
-           f"name=sweep-{criterion}")
-    got = json.loads((run / f"probe/sweep-{criterion}.json").read_text())
-    assert sum(seen) == 2 * (100 * passes + 30) and got["criterion"].startswith(criterion)
-    best = max((r for r in got["table"] if passes == 2 or r["t"] == got["label_free"]["t"]), key=lambda r: r[criterion])
-    assert got["label_free"] == {k: best[k] for k in ("activation", "t", "rho", "log_snr", criterion)}
+    words = [tiny, f"run={run}", "t=0.5,0.8", "fit=100", "validation=30", "name=sweep-once"]
+    called(monkeypatch, probe, *words, "activations=mid*-out")
+    got = json.loads((run / "probe/sweep-once.json").read_text())
+    assert sum(seen) == 2 * (100 + 30)
+    best = max((r for r in got["table"] if r["t"] == got["label_free"]["t"]), key=lambda r: r["consensus"])
+    assert got["label_free"] == {k: best[k] for k in ("activation", "t", "rho", "log_snr", "consensus")}
+    assert "three or more" in refuse("probe", *words[:-1], "name=two", "activations=mid-repeat?-res-out")
 
 
 def test_small_sets_have_small_parts():
@@ -449,6 +448,7 @@ def test_a_sweep_of_averaged_weights_is_not_one_of_raw_ones(monkeypatch, refuse,
 
 @pytest.mark.parametrize("words, said", [
     (["labels_share=0"], "labels_share=0"), (["head=difformr"], "did you mean difformer"), (["t=2"], "t=2"),
+    (["head=difformer", "width=20"], "multiple of the 8"),
     (["head=cnn", "t=0.5,0.8"], "one place"), (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"),
     (["protocol=select", "activations=mid*self-q"], "block outputs")])
 def test_bad_input(refuse, tiny, run, words, said):

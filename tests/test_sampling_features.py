@@ -10,7 +10,7 @@ from test_probe_heads import called, run, tiny  # noqa: F401, F811  (fixtures)
 
 import sample_ode
 from extract_features import tapped
-from sample_ode import Field, SampleOde, Sampler, generate, integrate
+from sample_ode import Field, SampleOde, generate, integrate
 from configs.run import Processes, draw
 from train_diffusion import PATHS, Condition
 
@@ -26,14 +26,14 @@ def test_activations_are_those_of_the_path(labels, w, tmp_path):
     """The first evaluation sees the noise, the last one the state that steps before it lead to; guided: the conditional
     pass; batches change nothing."""
     net = network("stem", num_labels=labels)
-    state = dict(path="cv", predict="v", channels=3, size=16, file="x")
+    state = dict(path="cv", predict="v", channels=3, size=16, file="x", marginal=torch.ones(3) / 3)
     told = Condition("label", torch.arange(labels + 1)) if labels else None
     got = {}
     for batch in (7, 3):
         cfg = SampleOde(features=NAMES, features_at=[0, 3], steps=2, solver="heun", batch=batch, n=7,
                         labels=["1"] if labels else ["marginal"])
-        drawn_from = Sampler(Field(net, PATHS["cv"], "v", batch=batch, condition=told), state, torch.ones(3) / 3)
-        about = generate(Here(), cfg, drawn_from, w, tmp_path / "x.npy")["features"]
+        field = Field(net, PATHS["cv"], "v", batch=batch, condition=told)
+        about = generate(Here(), cfg, field, state, w, tmp_path / "x.npy")["features"]
         got[batch] = {(a["activation"], a["evaluation"], a["t"]): np.load(tmp_path / a["file"]) for a in about}
     assert set(got[7]) == {(n, i, t) for n in NAMES for i, t in ((0, 0.0), (3, 0.75))}
     assert all(len(got[7][k]) == 7 and np.allclose(got[7][k], got[3][k], atol=1e-5) for k in got[7])

@@ -346,6 +346,16 @@ def test_recipes_hold_what_their_method_used(run, tiny, monkeypatch, capsys, ref
     assert "K=4, now 5" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "K=5", "name=recipe")
 
 
+def test_classes_that_change_make_other_labels(run, tiny, monkeypatch, refuse):
+    """The fingerprint of the data is of images alone."""
+    label(run, tiny, monkeypatch, "method=classes", "name=truth")
+    file = run / "data/train/classes.npy"
+    before = np.load(file)
+    np.save(file, before[::-1])
+    assert "classes=" in refuse("self_label", tiny, f"run={run}", "method=classes", "name=truth")
+    np.save(file, before)
+
+
 def test_features_that_are_replaced_meanwhile(run, tiny, monkeypatch, refuse):
     cluster, settings = self_label.METHODS["kmeans"]
     info = run / "features/base/info.json"
@@ -369,6 +379,9 @@ def test_files_that_do_not_belong_together(run, tiny, monkeypatch, refuse):
     some = self_label.start("self_label", self_label.SelfLabel, "")
     with pytest.raises(UserError, match="not the arrays"):
         self_label.load_labels(some, "pair")
+    again, _ = label(run, tiny, monkeypatch, *words)
+    assert np.array_equal(again["train"], good["train"])
+    path.unlink()                                         # or before the second
     again, _ = label(run, tiny, monkeypatch, *words)
     assert np.array_equal(again["train"], good["train"])
     with locked(some, "labels", "pair"):

@@ -9,7 +9,7 @@ import torch
 import torchdiffeq
 
 import sample_ode
-from sample_ode import (BLOCK, DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, Sampler, generate, integrate,
+from sample_ode import (BLOCK, DOPRI5, DOPRI5_ERROR, TABLEAUS, Field, SampleOde, generate, integrate,
                         sample_labels, solve_dopri5, solve_fixed)
 from configs.run import Processes, UserError, draw, seed_of, to_uint8, wide
 from train_diffusion import PATHS, Condition
@@ -469,34 +469,34 @@ def configured(**more):
 
 
 def drawn_from(K, marginal):
-    """A sampler that only draws labels."""
-    return Sampler(Field(None, None, "v", condition=Condition("label", torch.arange(K + 1))), {}, marginal)
+    """What only draws labels: a field, a checkpoint."""
+    return Field(None, None, "v", condition=Condition("label", torch.arange(K + 1))), dict(marginal=marginal)
 
 
 def test_labels_follow_the_marginal():
     p = torch.tensor([0.5, 0.0, 0.3, 0.05, 0.15], dtype=torch.float64)
     for kind, expected in (("marginal", p), ("uniform", (p > 0) / 4)):           # never one that no image had
-        cfg, state = configured(labels=[kind]), drawn_from(5, p)
-        labels = sample_labels(cfg, state, np.arange(10_000))
+        cfg, model = configured(labels=[kind]), drawn_from(5, p)
+        labels = sample_labels(cfg, *model, np.arange(10_000))
         seen = torch.bincount(labels, minlength=5).double()
         used = expected > 0
         assert labels.dtype == torch.int64 and seen[~used].sum() == 0
         chi = float(((seen - 10_000 * expected)[used] ** 2 / (10_000 * expected)[used]).sum())
         assert chi < 21.2                                 # 3 degrees of freedom, p = 0.0001
-        assert torch.equal(sample_labels(cfg, state, [77, 5]), labels[[77, 5]])
-        assert not torch.equal(sample_labels(configured(labels=[kind], seed=1), state, np.arange(10_000)), labels)
+        assert torch.equal(sample_labels(cfg, *model, [77, 5]), labels[[77, 5]])
+        assert not torch.equal(sample_labels(configured(labels=[kind], seed=1), *model, np.arange(10_000)), labels)
 
 
 def test_labels_by_name():
-    state = drawn_from(5, torch.full((5,), 0.2))
-    labels = sample_labels(configured(labels=["3", "0", "5"]), state, range(2, 7))
+    model = drawn_from(5, torch.full((5,), 0.2))
+    labels = sample_labels(configured(labels=["3", "0", "5"]), *model, range(2, 7))
     assert labels.tolist() == [5, 3, 0, 5, 3]             # cycles by index; 5 = null
-    assert sample_labels(configured(), Sampler(Field(None, None, "v"), {}), [0]) is None
+    assert sample_labels(configured(), Field(None, None, "v"), {}, [0]) is None
     for wrong in (["6"], ["-1"], ["cat"], ["1.5"], []):
         with pytest.raises(UserError, match="labels"):
-            sample_labels(configured(labels=wrong), state, [0])
+            sample_labels(configured(labels=wrong), *model, [0])
     with pytest.raises(UserError, match="after the training"):
-        sample_labels(configured(), drawn_from(5, None), [0])
+        sample_labels(configured(), *drawn_from(5, None), [0])
 
 
 class Here(Processes):
@@ -513,11 +513,11 @@ class Here(Processes):
         return x
 
 
-STATE = dict(path="cv", predict="v", channels=3, size=8, file="x")
+STATE = dict(path="cv", predict="v", channels=3, size=8, file="x", marginal=torch.full((4,), 0.25))
 
 
-def sampler(batch=250):
-    return Sampler(labelled(Labelled(), PATHS["cv"], batch=batch), STATE, torch.full((4,), 0.25))
+def field_of(batch=250):
+    return labelled(Labelled(), PATHS["cv"], batch=batch)
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
@@ -529,7 +529,7 @@ def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, tmp_path, 
     def run(n=150, worlds=1, seed=0, **more):
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
         cfg = configured(solver=solver, tol=1e-3, n=n, seed=seed, **more)
-        reports = [generate(Here(rank, worlds), cfg, sampler(cfg.batch), 2.0, file) for rank in range(worlds)]
+        reports = [generate(Here(rank, worlds), cfg, field_of(cfg.batch), STATE, 2.0, file) for rank in range(worlds)]
         return np.load(file), reports[0]
     images, report = run()
     assert images.shape == (150, 3, 8, 8) and images.dtype == np.uint8 and len(np.unique(images)) > 50
@@ -542,9 +542,9 @@ def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, tmp_path, 
 def test_blocks_of_dopri5_share_their_steps(tmp_path):
     """The steps of a block are those that the block takes alone, wherever the share of a process ends."""
     cfg = configured(solver="dopri5", tol=1e-3, n=BLOCK + 10)
-    generate(Here(), cfg, sampler(), 2.0, tmp_path / "x.npy")
+    generate(Here(), cfg, field_of(), STATE, 2.0, tmp_path / "x.npy")
     rows = range(BLOCK, 2 * BLOCK)
-    z, label = draw(0, "sample noise", rows, (3, 8, 8)), sample_labels(cfg, sampler(), rows)
+    z, label = draw(0, "sample noise", rows, (3, 8, 8)), sample_labels(cfg, field_of(), STATE, rows)
     x, _ = integrate(labelled(Labelled(), PATHS["cv"], 2.0), z, label, "dopri5", 2, 1e-3)
     assert np.array_equal(np.load(tmp_path / "x.npy")[BLOCK:], to_uint8(x)[:10].numpy())
 
@@ -553,5 +553,5 @@ def test_broken_networks_do_not_become_pictures(tmp_path):
     """Not-a-number would turn into some uint8 and pass as an image."""
     for solver in ("heun", "dopri5"):
         with pytest.raises(UserError, match="non-finite|not finite"):
-            broken = Sampler(Field(lambda x, time: x * math.nan, PATHS["cv"], "v"), STATE)
-            generate(Here(), configured(solver=solver), broken, 1.0, tmp_path / "x.npy")
+            broken = Field(lambda x, time: x * math.nan, PATHS["cv"], "v")
+            generate(Here(), configured(solver=solver), broken, STATE, 1.0, tmp_path / "x.npy")
