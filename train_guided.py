@@ -201,7 +201,7 @@ class Labeller(Conditioner):
     Sizes: b images of this process, hence n = b P rows; D channels of the feature; d = sk_dim. update: how many updates
     came before. ema, labeller_ema: the averaged network, the averaged labeller.
     """
-    spare = 1, 2                                          # one uniform: the student's time; noises: both passes'
+    spare = 1, 2                                          # a uniform: the student's time; two noises: one a pass
     WATCHED = 2048                                        # images whose labels the log follows
     HIDDEN = 256                                          # width inside the head
 
