@@ -40,11 +40,9 @@ def paired(row, base, evaluator):
     return f"{statistics.mean(gaps):+.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}"
 
 
-def baseline(rows, row):
-    """The row `none` of the same length of fine-tuning, {seed: ...}."""
-    tune = {r.get("tune") for r in row.values()}
-    found = (other for name, other in rows.items() if name.startswith("none"))
-    return next((other for other in found if {r.get("tune") for r in other.values()} == tune), {})
+def baseline(rows, name):
+    """The row `none` of the same length of fine-tuning, which ends a name where it is not the set's: {seed: ...}."""
+    return rows.get(f"none, {name.split(', ')[-1]}", rows.get("none", {}))
 
 
 def points_of(rows, evaluator):
@@ -159,7 +157,7 @@ def main():
             for e in evaluators:
                 there = [r[e] for r in row.values() if e in r]
                 cells += [spread([r[w] for r in there]) if there else "-" for w in ("w1", "chosen")]
-                cells.append("-" if name.startswith("none") else paired(row, baseline(rows, row), e))
+                cells.append("-" if name.startswith("none") else paired(row, baseline(rows, name), e))
             print("|", " | ".join(cells), "|")
         panels, K = [], json.loads((RESULTS / f"evidence-{which}.json").read_text())["K"]
         for i, e in enumerate(evaluators):
