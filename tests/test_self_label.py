@@ -344,6 +344,11 @@ def test_recipes_hold_what_their_method_used(run, tiny, monkeypatch, capsys, ref
     label(run, tiny, monkeypatch, "method=kmeans", "K=40", "name=many")
     assert "fewer than 3 images, and all 5.0 on average" in capsys.readouterr().out
     assert "K=4, now 5" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "K=5", "name=recipe")
+    info = run / "features/base/info.json"
+    before = info.read_text()
+    info.write_text(json.dumps(json.loads(before) | dict(precision="bf16")))     # extracted again, with less precision
+    assert "features_hash=" in refuse("self_label", tiny, f"run={run}", *words)
+    info.write_text(before)
 
 
 def test_classes_that_change_make_other_labels(run, tiny, monkeypatch, refuse):
