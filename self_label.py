@@ -318,7 +318,7 @@ def lost(similarity, left):
 
     Objects are smaller than the background, so fewer patches resemble theirs: the seed has the lowest degree. The
     object is what resembles, on average, the patches of low degree that resemble the seed. Of its parts `cut` keeps the
-    largest (the paper: the one with the seed; on 400 images of `shapes` mean IoU is 0.787 against 0.775).
+    largest (the paper: the one with the seed).
     """
     n, P = left.shape
     alike = (similarity >= 0) & left[:, :, None] & left[:, None]
