@@ -1,14 +1,16 @@
 """Which labels guide well? The same fine-tuning of the same base model under labels of every source, for several seeds.
 
     python results/evidence.py SET RUN [seeds=0,1,2,3,4] [evaluators=judge,pixels] [rows=kmeans,pixels] [K=50]
-                               [tune=60k] [base=FILE.pt] [ids=FILE.npy] [into=NAME] [data.root=DATA]
+                               [tune=60k] [base=FILE.pt] [ids=FILE.npy] [into=NAME] [weak=4k] [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu. Each row is made by the commands that anybody would type, on one thread; what is
 finished is not repeated, so the same command goes on where it was stopped. w is chosen by the first evaluator on other
 samples against training images; every evaluator scores the same samples against test images. rows: some of them, or
 `file` for the labels in ids=, or the rules of PLACES; K: another number of clusters, as rows of their own; base: one
-model for all seeds, in place of a training each. Writes results/evidence-SET.json: one entry per row and seed, with the
-hash of the base model's weights. Name another file, evidence-NAME.json, for other images (data.*) or another base.
+model for all seeds, in place of a training each. weak: what guides is not the null label, but an early state of the
+same training after so many images (or a FILE.pt): autoguidance (arXiv 2406.02507), which needs no labels. Writes
+results/evidence-SET.json: one entry per row and seed, with the hash of the base model's weights. Name another file,
+evidence-NAME.json, for other images (data.*) or another base.
 """
 import json
 import os
@@ -45,7 +47,7 @@ PLACES = {                                                # k-means where other 
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
 ONLINE = "switch=4k", "sk_until=4k", "sk_ramp=2k", "sk_freeze=1k"                # soon: the base has learnt already
-OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids", "into"
+OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids", "into", "weak"
 SHOWN = ("precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies", "memorisation",
          "head", "tail")                                  # the last two: of long-tailed sets
 
@@ -118,13 +120,16 @@ def label(which, row, name, s, K, ids, words):
     stage("self_label", which, *words, f"name={name}", f"K={K}", f"seed={s}", *keys.split())
 
 
-def guide(which, row, name, s, K, base, tune, words, evaluators):
-    """Fine-tune the base model under the labels of a row, sample, and score."""
+def guide(which, row, name, s, K, base, tune, weak, words, evaluators):
+    """Fine-tune the base model under the labels of a row, sample, guided by its null label or by a weaker model, and
+    score; the name of the samples."""
     keys = dict(none=["labels=none"], online=["labels=online", f"K={K}", *ONLINE]).get(row, [f"labels={name}"])
     stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init={base}", f"images={tune}",
           "ema_ramp=0.25", *keys)
-    stage("sample_ode", which, *words, f"name={name}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
-          "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500")
+    sampled, keys = (f"{name}-autoguided", [f"autoguide={weak}"]) if weak else (name, [])
+    stage("sample_ode", which, *words, f"name={sampled}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
+          "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500", *keys)
+    return sampled
 
 
 def measured(run, name, place, evaluators):
@@ -165,6 +170,10 @@ def main():
     tune, evaluators = asked.get("tune", SETS[which]["tune"]), asked.get("evaluators", "judge,pixels")
     for s in seeds:
         base, found = base_and_features(which, run, s, asked.get("base"), words)
+        weak = asked.get("weak", "")
+        if weak and not weak.endswith(".pt"):
+            stage("train_diffusion", which, *words, f"name=weak-{s}", f"seed={s}", f"images={weak}")
+            weak = f"diffusion/weak-{s}"
         for row in asked.get("rows", ",".join(ROWS)).split(","):
             place = PLACES[row](found["table"]) if row in PLACES else found["label_free"]
             if row in PLACES:
@@ -176,9 +185,11 @@ def main():
                 name, title = f"{name}-{tune}", f"{title}, {tune}"
             if row not in ("none", "online"):
                 label(which, row, name, s, K, asked.get("ids"), words)
-            guide(which, row, name, s, K, base, tune, words, evaluators)
+            sampled = guide(which, row, name, s, K, base, tune, weak, words, evaluators)
             result = dict(tune=tune, base=Path(base).name, base_weights=weights_of(run, base))
-            keep(out, dict(set=which, K=SETS[which]["K"]), title, s, result | measured(run, name, place, evaluators))
+            if weak:
+                title, result["weak_weights"] = f"{title}, autoguided", weights_of(run, weak)
+            keep(out, dict(set=which, K=SETS[which]["K"]), title, s, result | measured(run, sampled, place, evaluators))
 
 
 if __name__ == "__main__":

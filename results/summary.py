@@ -1,14 +1,16 @@
 """What results/evidence-SET.json says: a table of means, spreads and differences within a seed, and a picture.
 
-    python results/summary.py SET [SET ...]               # or sinkhorn-SET, for results/sinkhorn-SET.json
+    python results/summary.py SET [SET ...]               # also sinkhorn-SET, features-SET: of those files
 
 Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
 over seeds), and the mean difference from `none` of the same seed and length with its standard error. The last lines are
 rank correlations with distance, over the rows that have labels and the seeds that all rows have, of NMI and of what
 results/labels-SET.json says of the labels. Writes results/evidence-SET.svg: distance against NMI, and below that
 against K where labels were made with several. Of the Sinkhorn loss: features and samples by weight, and differences
-from weight 0 of the same seed.
+from weight 0 of the same seed. Of features: a line for each probe and what it was compared with; how activations differ
+by level and kind.
 """
+import itertools
 import json
 import math
 import statistics
@@ -24,11 +26,11 @@ KINDS = dict.fromkeys(OWN, "own") | {"none": "none", "classes": "classes", "subg
 WIDTH, HEIGHT, EDGE = 520, 360, 50                        # of a panel, and its margin
 
 
-def spread(values):
+def spread(values, digits=2):
     """Mean and standard deviation as text."""
     if len(values) < 2:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def paired(row, base, evaluator):
@@ -41,13 +43,16 @@ def paired(row, base, evaluator):
 
 
 def baseline(rows, name):
-    """The row `none` of the same length of fine-tuning, which ends a name where it is not the set's: {seed: ...}."""
-    return rows.get(f"none, {name.split(', ')[-1]}", rows.get("none", {}))
+    """What a row is compared with, {seed: ...}: the row `none` of the same length of fine-tuning or, like it,
+    autoguided, which ends a name; for that row itself, none."""
+    wanted = f"none, {name.split(', ')[-1]}"
+    return rows.get("none" if name == wanted else wanted, rows.get("none", {}))
 
 
 def points_of(rows, evaluator):
     """[(row, NMI, distance at the chosen w)], means over the seeds that all rows have; without labels NMI is 0."""
-    scored = {name: {s: r for s, r in row.items() if evaluator in r} for name, row in rows.items()}
+    scored = {name: {s: r for s, r in row.items() if evaluator in r} for name, row in rows.items()
+              if not name.endswith("autoguided")}         # a question of its own
     seeds = set.intersection(*(set(row) for row in scored.values() if row))
     out = []
     for name, row in scored.items():
@@ -140,10 +145,46 @@ def sinkhorn_table(name):
         print(f"| {block} |", " | ".join(f"{v:.3f}" for v in values), "|")
 
 
+def features_tables(name):
+    """Print what results/features.py measured: every probe; the surface of blocks and times; kinds of activations."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    print(f"{name}\n\n| what | of | seeds | scores | trained parameters | passes |\n|", " | ".join(["---"] * 6), "|")
+    for title, row in rows.items():
+        for what in next(iter(row.values())).get("rows", {}):
+            each = [r["rows"][what] for r in row.values()]
+            scores = [k.removesuffix("_std") for k in each[0] if k.endswith("_std")]
+            said = "; ".join(f"{k} {spread([r[k] for r in each], 3)}" for k in scores)
+            print(f"| {title} | {what} | {len(each)} | {said} | {each[0]['parameters']:,} | {each[0]['passes']} |")
+
+    surface, kinds, similar = (list(rows[job].values()) for job in ("surface", "select", "cka"))
+    for score in ("nmi", "linear"):
+        print(f"\n{score} of the best block by level and time, {len(surface)} seed(s)\n\n| level |",
+              " | ".join(f"{t:g}" for t in surface[0]["times"]), "|")
+        print("|", " | ".join(["---"] * (1 + len(surface[0]["times"]))), "|")
+        for level in surface[0][score]:
+            means = [statistics.mean(values) for values in zip(*(r[score][level] for r in surface))]
+            print(f"| {level} |", " | ".join(f"{v:.3f}" for v in means), "|")
+
+    for place, key in itertools.product(("levels", "kinds"), ("sensitivity", "granularity", "locality")):
+        times = list(next(iter(kinds[0][place].values())))
+        print(f"\n{key} by t\n\n| {place} |", " | ".join(times), "|\n|", " | ".join(["---"] * (1 + len(times))), "|")
+        for name in kinds[0][place]:
+            print(f"| {name} |", " | ".join(spread([r[place][name][t][key] for r in kinds]) for t in times), "|")
+
+    print("\nCKA of neighbouring blocks, t = 0.9:", spread([r["neighbours"] for r in similar], 3))
+    print("\n| block | with itself at t = 0.5 | with random weights |\n| --- | --- | --- |")
+    for block in similar[0]["two_times"]:
+        cells = [spread([r[k][block] for r in similar]) for k in ("two_times", "random_weights")]
+        print(f"| {block} |", " | ".join(cells), "|")
+
+
 def main():
     for which in sys.argv[1:]:
         if which.startswith("sinkhorn"):
             sinkhorn_table(which)
+            continue
+        if which.startswith("features"):
+            features_tables(which)
             continue
         rows = json.loads((RESULTS / f"evidence-{which}.json").read_text())["rows"]
         entries = [item for row in rows.values() for r in row.values() for item in r.items()]
@@ -157,7 +198,7 @@ def main():
             for e in evaluators:
                 there = [r[e] for r in row.values() if e in r]
                 cells += [spread([r[w] for r in there]) if there else "-" for w in ("w1", "chosen")]
-                cells.append("-" if name.startswith("none") else paired(row, baseline(rows, name), e))
+                cells.append("-" if name == "none" else paired(row, baseline(rows, name), e))
             print("|", " | ".join(cells), "|")
         panels, K = [], json.loads((RESULTS / f"evidence-{which}.json").read_text())["K"]
         for i, e in enumerate(evaluators):
