@@ -59,11 +59,11 @@ def heads(place, fused):
 def dense(levels):
     """Jobs that need masks, on two levels of the way up."""
     maps = f"activations={levels} t=0.7,0.9 controls=random,pixels"
-    few = "images=6k head_batch=32 width=64"
+    few = "images=4k head_batch=32 width=64"
     return {
         "segment, linear": f"protocol=segment head=linear {maps} {few} lr=1e-2,1e-1 l2=0",
         "segment, UPer": f"protocol=segment head=uper {maps} {few} lr=1e-3,3e-3 l2=0",
-        "segment, ensemble, 30 masks": f"protocol=segment head=ensemble masks=30 {maps} {few} lr=1e-3,3e-3 l2=0",
+        "segment, ensemble, 30 masks": f"protocol=segment head=ensemble masks=30 {maps} {few} images=1k lr=3e-3 l2=0",
         "correspond": "protocol=correspond controls=random,pixels",
         "detect": f"protocol=detect t=0.7 activations=mid-repeat1-res-out,{levels} {few} lr=1e-3 l2=0 controls=random",
     }
