@@ -21,7 +21,7 @@ from evidence import ROOT, SETS, keep, options, stage, weights_of               
 
 TIMES = "t=0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,1"
 LEVEL = re.compile(r"(down|mid|up)(-level\d)?")
-SHARES = {1: "60k", 0.1: "20k", 0.01: "10k"}              # of the labels: images that a head sees
+SHARES = {1: "30k", 0.1: "15k", 0.01: "8k"}               # of the labels: images that a head sees
 
 
 def jobs_of(which, sweep, s):
@@ -45,14 +45,14 @@ def heads(place, fused):
     jobs = {}
     for share, images in SHARES.items():
         for head in ("linear", "mlp", "cnn", "attention"):
-            keys = f"protocol=head head={head} {place} labels_share={share} images={images}"
+            keys = f"protocol=head head={head} {place} labels_share={share} images={images} lr=1e-3,3e-3 l2=0.05"
             jobs[f"{head} head, {share:.0%} of labels"] = keys
-    short = "images=24k lr=1e-3 l2=0.05"                  # DifFeed runs the network again, forward and backward
+    short = "images=20k lr=1e-3 l2=0.05"                  # what is slow, and what it is compared with
     return jobs | {
-        "attention head, wider": f"protocol=head head=attention {place} images={SHARES[1]} width=288",
-        "DifFormer, three levels, two times": f"protocol=head head=difformer {fused} images={SHARES[1]}",
-        "attention head, 24k": f"protocol=head head=attention {place} {short}",
-        "DifFeed, 24k": f"protocol=head head=diffeed {place} {short}",
+        "attention, 20k": f"protocol=head head=attention {place} {short}",
+        "attention, 20k, wider": f"protocol=head head=attention {place} {short} width=288",
+        "DifFeed, 20k": f"protocol=head head=diffeed {place} {short}",
+        "DifFormer, 20k, three levels, two times": f"protocol=head head=difformer {fused} {short}",
     }
 
 
