@@ -27,6 +27,8 @@ demo: .venv/demo
 	    $(PY) train_guided.py $(CFG) $(ARGS) labels=$$labels || exit $$?; done
 	for name in unconditional kmeans random classes; do \
 	    $(PY) sample_ode.py   $(CFG) $(ARGS) checkpoint=guided/$$name name=$$name || exit $$?; done
+	$(PY) train_diffusion.py  $(CFG) $(ARGS) name=early images=4k
+	$(PY) sample_ode.py       $(CFG) $(ARGS) checkpoint=guided/unconditional autoguide=diffusion/early name=early
 	$(PY) sample_ode.py       $(CFG) $(ARGS) --table
 
 test: .venv/dev

@@ -53,7 +53,8 @@ class SampleOde:
     guidance: list[float] = key([1.0], "w; several: the best on `select` other samples is taken")
     select: int = key(1_000, "samples per candidate w, of another seed", low=2)
     interval: list[float] = key([0.0, 1.0], "guide only while t is inside; outside w = 1", count=2)
-    autoguide: str = key("", "checkpoint of a weaker model: v = v_weak + w (v - v_weak), labels if it knows them")
+    autoguide: str = key("", "guide by a weaker model, such as an early state of the training, in place of the null "
+                             "label: v = v_weak + w (v - v_weak) (arXiv 2406.02507); labels if it knows them")
     labels: list[str] = key(["marginal"], "marginal (as in training), uniform, or ids: labels; of a model of boxes, "
                                           "masks, sets or patches numbers of stored layouts")
     boxes: list[list[float]] = key([], "of a model with box conditions: draw [[x0, y0, x1, y1, label], ...] in pixels")

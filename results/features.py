@@ -6,8 +6,8 @@ one model for each seed, one after the other.
 SET and base as in evidence.py, in whose run folder this may go on. Places: the label-free choice; the best place, by a
 linear probe of validation images; levels: of each level of the way up the block output that is best on average over
 times. Heads on photographs, dense tasks on `shapes`. jobs: those whose names begin so; what is finished is not
-repeated. Writes results/features-SET.json, an entry per job and seed, and of the first seed features-SET-surface.png
-and -cka.png; `python results/summary.py features-SET` prints tables.
+repeated. Writes results/features-SET.json, an entry per job and seed, and of the first seed features-SET-surface.png;
+`python results/summary.py features-SET` prints tables.
 """
 import json
 import re
@@ -63,9 +63,7 @@ def dense(levels):
     return {
         "segment, linear": f"protocol=segment head=linear {maps} {few} lr=1e-2,1e-1 l2=0",
         "segment, UPer": f"protocol=segment head=uper {maps} {few} lr=1e-3,3e-3 l2=0",
-        "segment, ensemble, 30 masks": f"protocol=segment head=ensemble masks=30 {maps} {few} images=1k lr=3e-3 l2=0",
         "correspond": "protocol=correspond controls=random,pixels",
-        "detect": f"protocol=detect t=0.7 activations=mid-repeat1-res-out,{levels} {few} lr=1e-3 l2=0 controls=random",
     }
 
 
@@ -150,18 +148,17 @@ def main():
             stage("train_diffusion", which, *words, f"name=base-{s}", f"seed={s}", f"images={SETS[which]['base']}")
         stage("probe", which, *words, f"name=sweep-{s}", f"checkpoint={base}", f"seed={s}")
         sheet, sweep = probe("surface", f"protocol=sweep {TIMES}", s, base)
-        pictures = {"surface": sheet}
+        if i == 0:
+            shutil.copy(run / "probe" / f"{sheet}.png", out.with_name(f"{out.stem}-surface.png"))
         for title, keys in jobs_of(which, sweep, s).items():
             if not title.startswith(wanted):
                 continue
-            pictures[title], kept = probe(title, keys, s, base)
+            _, kept = probe(title, keys, s, base)
             if title == "select":
                 names, (t,) = ",".join(kept["chosen"]["activations"]), kept["chosen"]["t"]
                 for what, read in (("selected", names), ("three levels", ",".join(sweep["levels"]))):
                     keys = f"protocol=linear draws=1 controls= activations={read} t={t:g}"
                     probe(f"linear, {what}", keys, s, base)
-        for title in {"surface", "cka"} & set(pictures) if i == 0 else ():
-            shutil.copy(run / "probe" / f"{pictures[title]}.png", out.with_name(f"{out.stem}-{title}.png"))
 
 
 if __name__ == "__main__":
