@@ -29,7 +29,6 @@ def jobs_of(which, sweep, s):
     best, levels = sweep["oracle"]["linear"], ",".join(sweep["levels"])
     place = f"activations={best['activation']} t={best['t']:g} controls="
     fused = f"activations={levels} t=0.7,0.9 controls="
-    short = "images=24k lr=1e-3 l2=0.05"                  # DifFeed runs the network again, forward and backward
     jobs = {
         "linear, label-free place": f"protocol=linear draws=1 choice=sweep-{s} supervised_images=50k",
         "linear, best place": f"protocol=linear draws=1 {place}",
@@ -136,7 +135,7 @@ def main():
         name = f"{re.sub('[^a-z0-9]+', '-', title.lower())}-{s}"
         stage("probe", which, *words, f"name={name}", f"checkpoint={base}", f"seed={s}", f"seeds={s}", *keys.split())
         found = json.loads((run / "probe" / f"{name}.json").read_text())
-        kept = KEPT.get(found["protocol"], lambda found: {k: found[k] for k in ("rows",)})(found)
+        kept = KEPT.get(found["protocol"], lambda found: dict(rows=found["rows"]))(found)
         keep(out, dict(set=which), title, s, kept | dict(seconds=found["seconds"], base_weights=weights_of(run, base)))
         return name, kept
 
