@@ -44,6 +44,8 @@ ROWS = {                                                  # keys of self_label.p
 PLACES = {                                                # k-means where other rules look: rows of the sweep's table
     "silhouette": lambda table: max(table, key=lambda r: r["silhouette"]),
     "bottleneck": lambda table: label_free_choice([r for r in table if r["activation"].startswith("mid")]),
+    "stability": lambda table: max(table, key=lambda r: r["stability"]),         # these two: of results/places.py
+    "augmented": lambda table: max(table, key=lambda r: r["augmented"]),
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
 ONLINE = "switch=4k", "sk_until=4k", "sk_ramp=2k", "sk_freeze=1k"                # soon: the base has learnt already
@@ -80,6 +82,18 @@ def base_and_features(which, run, s, base, words):
     return base, found
 
 
+def choose(which, row, s, found):
+    """(where a rule of PLACES looks, what features and labels of that place are called: those of kmeans where it looks
+    there, too). found: what the sweep says."""
+    table, file = found["table"], ROOT / "results" / f"places-{which}.json"
+    if row in ("stability", "augmented"):
+        table = json.loads(file.read_text())["rows"]["table"][str(s)]
+    place, own = PLACES[row](table), found["label_free"]
+    if (place["activation"], place["t"]) == (own["activation"], own["t"]):
+        return place, "kmeans"
+    return place, f"{place['activation']}-{place['t']:g}"
+
+
 def weights_of(run, base):
     """Hash of the weights of a base model, a name in the run or a file."""
     file = Path(base) if str(base).endswith(".pt") else run / base / "checkpoint.pt"
@@ -103,19 +117,17 @@ def redraw_zeros(file, seed):
     save_torch(file, state | dict(weights=weights_hash(state["ema"], state["model"])))
 
 
-def names_of(which, row, s, K):
-    """(labels/<name> of a row, what the row is called)."""
+def names_of(which, row, s, K, place=""):
+    """(labels/<name> of a row, what the row is called). place: in place of the row, if it is one of PLACES."""
     if K == SETS[which]["K"] or row in ("none", "classes"):
-        return f"{row}-{s}", row
-    return f"{row}-{K}-{s}", f"{row}, K = {K}"
+        return f"{place or row}-{s}", row
+    return f"{place or row}-{K}-{s}", f"{row}, K = {K}"
 
 
 def label(which, row, name, s, K, ids, words):
-    """Make the labels of a row."""
-    keys = f"method=file ids={ids}"
-    if row in PLACES:
-        keys = f"method=kmeans features={row}-{s}"
-    elif row != "file":
+    """Make the labels of a row, or of features/<row>-<s>."""
+    keys = f"method=file ids={ids}" if row == "file" else f"method=kmeans features={row}-{s}"
+    if row in ROWS:
         keys = ROWS[row].format(s=s, groups=K // SETS[which]["classes"], kmeans=name.replace("random", "kmeans"))
     stage("self_label", which, *words, f"name={name}", f"K={K}", f"seed={s}", *keys.split())
 
@@ -175,16 +187,16 @@ def main():
             stage("train_diffusion", which, *words, f"name=weak-{s}", f"seed={s}", f"images={weak}")
             weak = f"diffusion/weak-{s}"
         for row in asked.get("rows", ",".join(ROWS)).split(","):
-            place = PLACES[row](found["table"]) if row in PLACES else found["label_free"]
-            if row in PLACES:
-                extract(which, f"{row}-{s}", base, place, s, words)
+            place, source = choose(which, row, s, found) if row in PLACES else (found["label_free"], row)
+            if row in PLACES and source != "kmeans":
+                extract(which, f"{source}-{s}", base, place, s, words)
             if row == "averaged":
                 extract(which, f"averaged-{s}", base, place, s, [*words, "draws=8"])
-            name, title = names_of(which, row, s, K)
+            name, title = names_of(which, row, s, K, source)
             if tune != SETS[which]["tune"]:
                 name, title = f"{name}-{tune}", f"{title}, {tune}"
             if row not in ("none", "online"):
-                label(which, row, name, s, K, asked.get("ids"), words)
+                label(which, source, name, s, K, asked.get("ids"), words)
             sampled = guide(which, row, name, s, K, base, tune, weak, words, evaluators)
             result = dict(tune=tune, base=Path(base).name, base_weights=weights_of(run, base))
             if weak:
