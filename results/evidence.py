@@ -44,8 +44,9 @@ ROWS = {                                                  # keys of self_label.p
 PLACES = {                                                # k-means where other rules look: rows of the sweep's table
     "silhouette": lambda table: max(table, key=lambda r: r["silhouette"]),
     "bottleneck": lambda table: label_free_choice([r for r in table if r["activation"].startswith("mid")]),
-    "stability": lambda table: max(table, key=lambda r: r["stability"]),         # these two: of results/places.py
+    "stability": lambda table: max(table, key=lambda r: r["stability"]),         # these: of results/places.py
     "augmented": lambda table: max(table, key=lambda r: r["augmented"]),
+    "both": lambda table: max(table, key=lambda r: r["augmented"] + r["consensus"]),
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
 ONLINE = "switch=4k", "sk_until=4k", "sk_ramp=2k", "sk_freeze=1k"                # soon: the base has learnt already
@@ -86,7 +87,7 @@ def choose(which, row, s, found):
     """(where a rule of PLACES looks, what features and labels of that place are called: those of kmeans where it looks
     there, too). found: what the sweep says."""
     table, file = found["table"], ROOT / "results" / f"places-{which}.json"
-    if row in ("stability", "augmented"):
+    if row in ("stability", "augmented", "both"):
         table = json.loads(file.read_text())["rows"]["table"][str(s)]
     place, own = PLACES[row](table), found["label_free"]
     if (place["activation"], place["t"]) == (own["activation"], own["t"]):

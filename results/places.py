@@ -2,11 +2,11 @@
 
     python results/places.py configs/SET.yaml run=RUN seed=0 checkpoint=diffusion/base-0 choice=sweep-0 [data.root=DATA]
 
-Goes on in a run of evidence.py, whose rows `stability` and `augmented` look where these scores are highest. k-means of
-`fit` training images at each place of the sweep; the same images again, each to its nearest centroid: stability, under
-another noise draw; augmented, under the same noise, but cropped and in other colours. Both are the NMI of the two
-labellings. Writes results/places-SET.json, one table per seed; prints for each score its rank correlation over places
-with the NMI of clusters and classes, and the place it chooses.
+Goes on in a run of evidence.py, whose rows `stability`, `augmented` and `both` (augmented + consensus) look where these
+scores are highest. k-means of `fit` training images at each place of the sweep; the same images again, each to its
+nearest centroid: stability, under another noise draw; augmented, under the same noise, but cropped and in other
+colours. Each is the NMI of the two labellings. Writes results/places-SET.json, one table per seed; prints for each
+score its rank correlation over places with the NMI of clusters and classes, and the place it chooses.
 """
 import json
 import sys
@@ -64,9 +64,10 @@ def main():
             centroids, _, _ = kmeans(one - mean, cfg.K, metric="cosine", seed=cfg.seed)
             ids, *again = (assign(x - mean, centroids, "cosine")[0].numpy() for x in (one, *others))
             row["stability"], row["augmented"] = (nmi(ids, other) for other in again)
-    for score in ("consensus", "silhouette", "stability", "augmented"):
-        rho = spearmanr([r[score] for r in table], [r["nmi"] for r in table]).statistic
-        best = max(table, key=lambda r: r[score])
+    scores = {score: [r[score] for r in table] for score in ("consensus", "silhouette", "stability", "augmented")}
+    scores["both"] = [a + c for a, c in zip(scores["augmented"], scores["consensus"])]
+    for score, values in scores.items():
+        rho, best = spearmanr(values, [r["nmi"] for r in table]).statistic, table[int(np.argmax(values))]
         print(f"{score}: rank correlation with NMI {rho:.2f}; best {best['activation']} at {best['t']:g}, NMI "
               f"{best['nmi']:.3f}", flush=True)
     about = dict(K=cfg.K, images=len(rows))

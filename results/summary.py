@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 RESULTS = Path(__file__).resolve().parent
 COLOURS = {"own": "#c33", "control": "#36c", "classes": "#393", "none": "#888"}
 OWN = ("kmeans", "sinkhorn", "online", "grid", "averaged", "silhouette", "bottleneck", "stability", "augmented",
-       "best-nmi")
+       "both", "best-nmi")
 KINDS = dict.fromkeys(OWN, "own") | {"none": "none", "classes": "classes", "subgroups": "classes"}   # others: control
 WIDTH, HEIGHT, EDGE = 520, 360, 50                        # of a panel, and its margin
 
