@@ -12,6 +12,7 @@ same training after so many images (or a FILE.pt): autoguidance (arXiv 2406.0250
 results/evidence-SET.json: one entry per row and seed, with the hash of the base model's weights. Name another file,
 evidence-NAME.json, for other images (data.*) or another base.
 """
+import fcntl
 import json
 import os
 import subprocess
@@ -161,11 +162,22 @@ def measured(run, name, place, evaluators):
 
 
 def keep(out, about, title, seed, result):
-    """Add an entry to a file of results, to which another command may have added some meanwhile."""
+    """Add an entry to a file of results, to which another command may add some at the same time."""
+    folder = os.open(out.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
     rows = json.loads(out.read_text())["rows"] if out.exists() else {}
     rows.setdefault(title, {})[str(seed)] = result
     write_json(out, about | dict(rows=rows))
+    os.close(folder)                                      # and with it the lock
     print(out.stem, title, seed, json.dumps(result), flush=True)
+
+
+def require_same_base(out, seed, weights):
+    """Rows of one seed are compared, so they begin with the same weights: stop where those in the file do not."""
+    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
+    others = {row[str(seed)].get("base_weights", weights) for row in rows.values() if str(seed) in row}
+    if others - {weights}:
+        raise SystemExit(f"{out.name}: its rows of seed {seed} are of another base model; name another file, into=NAME")
 
 
 def options(words, names):
@@ -183,6 +195,7 @@ def main():
     tune, evaluators = asked.get("tune", SETS[which]["tune"]), asked.get("evaluators", "judge,pixels")
     for s in seeds:
         base, found = base_and_features(which, run, s, asked.get("base"), words)
+        require_same_base(out, s, weights_of(run, base))
         weak = asked.get("weak", "")
         if weak and not weak.endswith(".pt"):
             stage("train_diffusion", which, *words, f"name=weak-{s}", f"seed={s}", f"images={weak}")
