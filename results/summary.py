@@ -4,11 +4,11 @@
 
 Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
 over seeds), and the mean difference from `none` of the same seed and length with its standard error. The last lines are
-rank correlations with distance, over the rows that have labels and the seeds that all rows have, of NMI and of what
-results/labels-SET.json says of the labels. Writes results/evidence-SET.svg: distance against NMI, and below that
-against K where labels were made with several. Of the Sinkhorn loss: features and samples by weight, and differences
-from weight 0 of the same seed. Of features: a line for each probe and what it was compared with; how activations differ
-by level and kind.
+rank correlations with distance, over the rows that have labels, of NMI and of what results/labels-SET.json says of the
+labels; distances there and in the picture are differences from `none` of the same seed, plus the mean of `none`. Writes
+results/evidence-SET.svg: distance against NMI, and below that against K where labels were made with several. Of the
+Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed. Of features: a line for
+each probe and what it was compared with; how activations differ by level and kind.
 """
 import itertools
 import json
@@ -51,16 +51,16 @@ def baseline(rows, name):
 
 
 def points_of(rows, evaluator):
-    """[(row, NMI, distance at the chosen w)], means over the seeds that all rows have; without labels NMI is 0."""
-    scored = {name: {s: r for s, r in row.items() if evaluator in r} for name, row in rows.items()
-              if not name.endswith("autoguided")}         # a question of its own
-    seeds = set.intersection(*(set(row) for row in scored.values() if row))
+    """[(row, NMI, distance at the chosen w)], means over the seeds of a row; without labels NMI is 0. Distances are the
+    mean difference from `none` of the same seed, plus the mean of `none`: seeds differ more than some rows do."""
+    none = {s: r[evaluator]["chosen"] for s, r in rows["none"].items() if evaluator in r}
     out = []
-    for name, row in scored.items():
-        some = [row[s] for s in seeds if row]
-        if some:
-            nmi = statistics.mean(r["nmi"] or 0 for r in some)
-            out.append((name, nmi, statistics.mean(r[evaluator]["chosen"] for r in some)))
+    for name, row in rows.items():
+        scored = {s: r for s, r in row.items() if evaluator in r and s in none}
+        if scored and not name.endswith("autoguided"):    # a question of its own
+            gap = statistics.mean(r[evaluator]["chosen"] - none[s] for s, r in scored.items())
+            nmi = statistics.mean(r["nmi"] or 0 for r in scored.values())
+            out.append((name, nmi, statistics.mean(none.values()) + gap))
     return out
 
 
@@ -76,17 +76,20 @@ def points_by_K(rows, K, evaluator):
 
 
 def correlations(which, rows, evaluator):
-    """Print how the distances of rows go with what is known of their labels, means over seeds."""
+    """Print how the distances of rows go with what is known of their labels: of those with the set's K, of all."""
     points, file = points_of(rows, evaluator), RESULTS / f"labels-{which}.json"
     known = {"NMI": {name: nmi for name, nmi, _ in points if not name.startswith("none")}}
     about = json.loads(file.read_text())["rows"] if file.exists() else {}
     for key in ("balance", "told"):
         known[key] = {name: statistics.mean(r[key] for r in row.values()) for name, row in about.items()}
     for key, of in known.items():
-        both = [(of[name], distance) for name, _, distance in points if name in of]
-        if len(both) > 2:
-            rho, p = spearmanr(*zip(*both))
-            print(f"{evaluator}: rank correlation of {key} and distance {rho:.2f} (p = {p:.3f}) over {len(both)} rows")
+        every = [(of[name], distance) for name, _, distance in points if name in of]
+        one_K = [(of[name], distance) for name, _, distance in points if name in of and ", K = " not in name]
+        for what, both in {len(every): ("of every K", every), len(one_K): ("of one K", one_K)}.values():
+            if len(both) > 2:
+                rho, p = spearmanr(*zip(*both))
+                print(f"{evaluator}: rank correlation of {key} and distance {rho:.2f} (p = {p:.3f}), "
+                      f"{len(both)} rows {what}")
 
 
 def panel(points, title, corner, axis, ticks, share):
