@@ -467,7 +467,8 @@ def compare(run, sources, measure, seeds, scores, over="seed"):
     for seed in seeds:
         for what, source in sources(seed).items():
             got = measure(what, source, seed)
-            about = dict(head=source.head, passes=source.passes, parameters=got.pop("parameters"), results=[])
+            about = dict(head=source.head, passes=got.pop("passes", source.passes), results=[])
+            about["parameters"] = got.pop("parameters")
             place = dict(seed=seed, activations=source.names, t=source.times)
             rows.setdefault(what, about)["results"].append(place | got)
     for what, row in rows.items():
@@ -1138,13 +1139,14 @@ def warped_pairs(images, masks, seed):
 def partners(rows, classes, seed):
     """Pairs of rows of one class, two int64 [n]: in an order drawn by the seed, each with the one before it."""
     before, pairs = {}, []                                # before: class -> row
-    for i in shuffled(rows, seed, "class pairs"):
+    for i in shuffled(rows[classes[rows] >= 0], seed, "class pairs"):            # -1: of no known class
         k = int(classes[i])
         if k in before:
             pairs.append((i, before[k]))
         before[k] = i
     if not pairs:
-        raise UserError(f"pairs={len(rows)}: no two of these test images have a class in common; ask for more")
+        raise UserError(f"pairs: no two of {len(rows)} test images with an object are of one known class; raise pairs= "
+                        "or data.test=, or give classes")
     return np.array(pairs).T
 
 
@@ -1198,7 +1200,7 @@ def correspond(run, cfg, source, train, test):
     """PCK on test images, warped and paired by class, of the (activation, t) that is best on warped training images.
     Nothing is trained (2410.03558 trains a convolution)."""
     def warped(part, name):                               # (rows that are used, pairs)
-        n = min(cfg.pairs, max(1, len(part) // 2))        # half at most, so that the supervised control has others
+        n = min(cfg.pairs, len(part) if part is test else max(1, len(part) // 2))
         rows = some_rows(len(part), cfg.seed, "pairs", n)
         masks = None if part.masks is None else part.masks[rows]
         return rows, warped_pairs(part.images[rows], masks, seed_of(cfg.seed, f"warps {name}"))
@@ -1208,7 +1210,7 @@ def correspond(run, cfg, source, train, test):
     if run.data.source == "shapes" and not run.data.classes:     # row i is drawing i
         where = shape_parts(seed_of(run.data.seed, "test"), np.arange(len(test)), run.data.size, run.data.two_objects)
         tasks["parts"] = class_pairs(test, rows, cfg.seed, *where)
-    elif test.boxes is not None:                          # the same place in the box
+    elif test.boxes is not None and test.classes.max() >= 0:     # the same place in the box
         sides = test.boxes[:, 2:] - test.boxes[:, :2]
         tasks["boxes"] = class_pairs(test, rows, cfg.seed, test.boxes[:, :2], sides[:, None] * np.eye(2))
 
@@ -1216,7 +1218,7 @@ def correspond(run, cfg, source, train, test):
         score = {place: pck(found, known, 0.1) for place, found in matches(source, known).items()}
         table = [dict(activation=name, t=t, pck=value) for (name, t), value in score.items()]
         name, t = max(score, key=score.get)
-        got = dict(parameters=0, best=[name, t], table=table)
+        got = dict(parameters=0, passes=min(source.passes, 1), best=[name, t], table=table)
         for task, pairs in tasks.items():
             found = matches(replace(source, names=[name], times=[t]), pairs)[name, t]
             got |= {f"{task}_{share:g}": pck(found, pairs, share) for share in (0.05, 0.1, 0.2)}
@@ -1224,7 +1226,7 @@ def correspond(run, cfg, source, train, test):
                 draw_matches(picture(run, f"-{task}"), pairs, found)
         return got
 
-    others = np.setdiff1d(np.arange(len(train)), used)
+    others = np.setdiff1d(np.arange(len(train)), used)    # half at least, for the supervised control
     every = {"features": source} | controls(run, cfg, source, train, others)
     found = compare(run, lambda seed: every, measure, [cfg.seed], [f"{task}_0.1" for task in tasks])
     return dict(pairs={task: len(pairs.source) for task, pairs in tasks.items()}, rows=found)
@@ -1401,7 +1403,7 @@ def detect(run, cfg, source, train, test):
         return got
 
     rows = compare(run, sources, measure, cfg.seeds, ["boxes_ap", "boxes_ap50", "masks_ap", "masks_ap50"])
-    return dict(seeds=cfg.seeds, masks=cfg.masks or len(fit), test_images=len(test), rows=rows)
+    return dict(seeds=cfg.seeds, masks=len(rows_of(cfg.seed)), test_images=len(test), rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1427,6 +1429,7 @@ def cka(run, cfg, source, train, test):
             net, state = random_network(source), source.state
         else:
             net, state = load_model(run, name, cfg.weights)
+            require_shape(run, state)
         models[name] = replace(source, net=net, state=state, names=matching(net, cfg.activations))
     rows, grams = some_rows(len(test), cfg.seed, "cka", 1000), {}                # (model, t, name): [n n], of length 1
     for model, one in models.items():
@@ -1456,7 +1459,8 @@ def found_objects(run, info, method, images, rows):
     net, state = load_model(run, of["checkpoint"], of["weights"])
     if state["weights"] != of["hash"].split()[-1]:        # of raw weights: "raw beside <the averaged ones>"
         raise UserError(f"{of['checkpoint']} has changed since the labels were made; make features and labels again")
-    require(len(of["arrays"]) == 1, run.cfg, "samples", "have labels of several activations: not supported here")
+    plain = len(of["arrays"]) == of["draws"] == 1 and of["pool"] == "none"
+    require(plain, run.cfg, "samples", "have labels of several activations or draws, or of a pool: not supported here")
     place, context = of["arrays"][0], autocast(run, run.cfg.precision)[0]
     source = Source(net, state, [place["activation"]], [place["t"]], device=run.device, context=context, batch=64)
     settings = {k: labelled[k] for k in ("objects", "contrast", "refine", "tau") if k in labelled}
@@ -1581,7 +1585,7 @@ def draw_objects(path, images, truth, found):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-ALWAYS = "protocol weights activations t precision seed"
+ALWAYS = "protocol weights precision seed"           # and what is read, where
 FITTED = "controls supervised_images validation width images head_batch lr l2 seeds"
 PROTOCOLS = dict(                                         # (function, settings that its result depends on)
     sweep=(sweep, "fit validation K"),
@@ -1592,7 +1596,7 @@ PROTOCOLS = dict(                                         # (function, settings 
     select=(select, "fit validation"),
     correspond=(correspond, "controls supervised_images pairs"),
     detect=(detect, f"{FITTED} masks"),
-    cka=(cka, "against"),
+    cka=(cka, "against activations"),
     layout=(layout, ""),
 )
 
@@ -1610,12 +1614,13 @@ def stored_source(run, cfg):
 
 def open_source(run, cfg):
     """(what is probed, as a Source; what that adds to the recipe)."""
-    extra = {}
     if cfg.protocol == "layout":
         check_name("samples", cfg.samples)
         samples = run.dir / "samples" / cfg.samples / "metrics.json"
         made = read_json(samples, "make the samples with sample_ode.py")
-        cfg.checkpoint, extra["made"] = made["checkpoint"], digest(made["recipe"])
+        net, state = load_model(run, made["checkpoint"], cfg.weights)
+        cfg.checkpoint = made["checkpoint"]
+        return Source(net, state, [], []), dict(made=digest(made["recipe"]))     # features are read where labels were
     net, state = load_model(run, cfg.checkpoint, cfg.weights)
     names, times = cfg.activations, cfg.t or [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     if names == ["blocks"] and cfg.protocol == "select":
@@ -1627,8 +1632,8 @@ def open_source(run, cfg):
             run.say("note: the label-free choice is read at its own t; to read it at several, name activations=, too")
     names = matching(net, names)
     run.say(f"reads {len(names)} activation(s), {names[0]} ..., at t = {', '.join(map(str, times))}")
-    extra["hashes"] = [load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"]
-    return Source(net, state, names, times), extra | dict(reads=[names, times])
+    others = [load_checkpoint(run, name)["weights"] for name in cfg.against if name != "random"]
+    return Source(net, state, names, times), dict(reads=[names, times], hashes=others)
 
 
 def main():
@@ -1660,6 +1665,8 @@ def main():
     recipe = {k: run.sections["probe"][k] for k in f"{ALWAYS} {settings}".split()} | extra
     what = dict(checkpoint=cfg.checkpoint, hash=state["weights"])
     recipe |= what | dict(images=[part.info["fingerprint"] for part in (train, test)])
+    truth = [part[key] for part in (vars(train), vars(test)) for key in ("classes", "boxes", "masks")]
+    recipe["truth"] = digest(*(np.asarray(known) for known in truth if known is not None))
 
     # measure, write
     with locked(run, "probe", cfg.name):
@@ -1674,7 +1681,7 @@ def main():
 
     # say where it is, and what comes next
     run.say(f"result in {path}")
-    words = f"extract_features.py checkpoint={cfg.checkpoint}"
+    words = f"extract_features.py checkpoint={cfg.checkpoint}" + " weights=net" * (cfg.weights == "net")
     if cfg.protocol in ("sweep", "boxes"):
         dense = " name=dense pool=none" if cfg.protocol == "boxes" else ""
         run.next(f"{words} choice={cfg.name}{dense}", "extracts the label-free choice")

@@ -415,9 +415,10 @@ def open_judge(run):
     path = run.dir / "samples" / ".judge.pt"
     data = load_data(run, "train")
     known, of = np.flatnonzero(data.classes >= 0), digest(data.info["fingerprint"], np.asarray(data.classes))
-    if len(known) < JUDGE_BATCH * JUDGE_UPDATES:
-        raise UserError(f"evaluator=judge: {len(known)} training images with a class are too few to train it; use "
-                        "evaluator=pixels or inception, or only sample: evaluate=false guidance=W")
+    kinds = len(np.unique(data.classes[known]))
+    if len(known) < JUDGE_BATCH * JUDGE_UPDATES or kinds < 2:
+        raise UserError(f"evaluator=judge: {len(known)} training images of {kinds} known classes are too few to train "
+                        "it; use evaluator=pixels or inception, or only sample: evaluate=false guidance=W")
     with seeded(0, "judge"):
         net = Judge(int(np.max(data.classes)) + 1).to(run.device)
     if not path.exists():
@@ -429,12 +430,13 @@ def open_judge(run):
         if there["data"] not in (of, data.info["fingerprint"]):                  # earlier versions kept the latter
             raise ValueError("trained on other images, or classes")
         net.load_state_dict(there["net"])
-    said = f"small CNN on this run's classes, test accuracy {there['test_accuracy']:.3f}"
-    return net.eval(), f"judge {weights_hash(there['net'])[:6]} ({said})"
+    told = "not measured" if math.isnan(there["test_accuracy"]) else f"{there['test_accuracy']:.3f}"
+    return net.eval(), f"judge {weights_hash(there['net'])[:6]} (small CNN on this run's classes, test accuracy {told})"
 
 
 def train_judge(run, net, data, known):
-    """Two epochs over the training images at rows `known`; the share of test images whose class it then tells."""
+    """Two epochs over the training images at rows `known`; the share of test images whose class it then tells, or nan
+    where none is known."""
     weight = None
     if run.data.imbalance > 1:                            # without weights, rare classes would not be seen
         counts = torch.from_numpy(np.bincount(data.classes[known])).float()
@@ -455,7 +457,8 @@ def train_judge(run, net, data, known):
     test = load_data(run, "test")
     with torch.no_grad():
         told = [guess(test.images[i:i + 500]).argmax(1).cpu().numpy() for i in range(0, len(test), 500)]
-    return float((np.concatenate(told) == test.classes)[test.classes >= 0].mean())
+    right = (np.concatenate(told) == test.classes)[test.classes >= 0]
+    return float(right.mean()) if len(right) else math.nan
 
 
 def pixel_components(images, side=16, count=64):
@@ -564,9 +567,12 @@ def nearest(x, train, device="cpu"):
 
 
 def copying(fake, test, train, device="cpu"):
-    """How much nearer samples are to training images than test images are, as thumbnails [N, 192], which tell near
-    copies, too: the ratio of median distances (1 is right), and the share as near as only 1 % of the test images."""
-    near, usual = nearest(fake, train, device), nearest(test, train, device)
+    """How much nearer samples are to training images, or mirrored ones, than test images are, as thumbnails [N, 192],
+    which tell near copies, too: the ratio of median distances (1 is right), and the share as near as only 1 % of the
+    test images."""
+    mirrored = lambda x: x.view(-1, 3, 8, 8).flip(3).flatten(1)
+    either = lambda x: torch.minimum(nearest(x, train, device), nearest(mirrored(x), train, device))
+    near, usual = either(fake), either(test)
     return dict(memorisation=float(near.median() / usual.median()),
                 copies=float((near < usual.quantile(0.01)).float().mean()))
 
@@ -803,6 +809,8 @@ def settle_request(run, cfg, field, state):
     if not field.condition and not cfg.autoguide and cfg.guidance != [1.0]:
         run.say("note: nothing can guide a model without labels: w = 1")
         cfg.guidance = [1.0]
+    if cfg.autoguide and cfg.guidance == [1.0]:
+        run.say("note: autoguide= changes nothing at guidance=1; name other w")
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.evaluate or len(cfg.guidance) == 1 and not cfg.sweep, cfg, "guidance sweep evaluate",
             "to choose w, or to sweep, needs evaluate=true; without it name one w, guidance=W")

@@ -482,6 +482,8 @@ def open_features(run, name, split, dense=False):
 
     maps = [as_maps(a) for a in arrays]
     grid = max(a.shape[2:] for a in maps)
+    if dense and math.prod(grid) == 1:
+        raise UserError(f"features/{name}: one position per image, nowhere to look for objects; extract maps")
     scales = [scale(a) for a in load_features(run, name, "train")[0]] if len(maps) > 1 else [1.0]
 
     def read(rows):
@@ -666,17 +668,20 @@ def label_segments(run, cfg, data):
 
 def ids_in_file(cfg, data):
     """The array of whole numbers [N] in the file `ids`."""
-    with reading(cfg.ids, "ids= must be a .npy file of one whole number per training image"):
+    with reading(cfg.ids, "ids= must be a .npy file of one whole number, 0 or more, per training image"):
         ids = np.load(cfg.ids, allow_pickle=False)
-        if ids.dtype.kind not in "iu" or ids.shape != (len(data["train"]),):
-            raise ValueError(f"{ids.dtype} {ids.shape} for {len(data['train'])} images")
+        if ids.dtype.kind not in "iu" or ids.shape != (len(data["train"]),) or ids.min() < 0:
+            raise ValueError(f"{ids.dtype} {ids.shape}, from {ids.min()} on, for {len(data['train'])} images")
     return ids
 
 
 def from_file(run, cfg, data):
     """file: what anything else made of the training images. Test images have no label (-1)."""
     values, ids = np.unique(ids_in_file(cfg, data), return_inverse=True)
-    return Labels(dict(train=ids, test=np.full(len(data["test"]), -1)), len(values))
+    if values[-1] >= len(values):
+        run.say("note: ids have gaps, so they were renumbered; file_ids in the .json are those of the file, in order")
+    ids = dict(train=ids, test=np.full(len(data["test"]), -1))
+    return Labels(ids, len(values), about=dict(file_ids=values.tolist()))
 
 
 def classes(run, cfg, data):
@@ -877,7 +882,7 @@ def are_made(run, path, recipe):
                         "move it away or choose another name=")
     with reading(path, "delete it"), np.load(path, allow_pickle=False) as f:
         whole = read_json(note, "delete it").get("hash") in (None, arrays_hash(f))
-    return whole and finished(run, note, recipe)
+    return finished(run, note, recipe, whole=whole)
 
 
 def recipe_of(run, cfg, data):

@@ -553,6 +553,7 @@ def check_model(model, size):
         require(fits, model, "patch depth", f"size {size} must be a multiple of patch, depth even")
         fits = model.channels % model.heads == 0
         return require(fits, model, "channels heads", "channels must be a multiple of heads")
+    require(model.mult, model, "mult", "name at least one level")
     step = model.stem * 2 ** (len(model.mult) - 1)
     require(size % step == 0, model, "stem mult", f"size {size} must be a multiple of {step}")
     sizes = [size // model.stem >> level for level in range(len(model.mult))]

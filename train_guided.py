@@ -440,9 +440,10 @@ def check_online(run, cfg):
 
 def check_labels_name(run, cfg):
     """A UserError where labels of this name are not ours to replace: before training and again before writing."""
-    file = run.dir / "labels" / f"{cfg.name}.json"
+    file = run.dir / "labels" / f"{cfg.name}.npz"
     if cfg.condition != "patch" and not cfg.overwrite and file.exists():
-        if "online" not in read_json(file, "delete it").get("recipe", {}):
+        note = file.with_suffix(".json")
+        if not note.exists() or "online" not in read_json(note, "delete it").get("recipe", {}):
             raise UserError(f"{file}: labels of this name were made by another program; choose another name=, or "
                             "overwrite=true")
 

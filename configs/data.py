@@ -28,7 +28,8 @@ KINDS = {"images": np.uint8, "classes": np.int64, "boxes": np.float32, "masks": 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")                   # whatever a file is called
 MOST_CLASSES = 2 ** 20                                    # ids reach no further: arrays of this length are made
-TEST_FOLDERS = ("test", "val", "valid", "validation")     # beside a folder `train`; the first one that is there counts
+TRAIN_FOLDERS = ("train", "training")                     # in any case
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")                 # beside one of those
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,16 +101,22 @@ def find_images(folder, below=""):
 
 
 def open_folder(data):
-    """Image files below data.root: flat, or one subfolder per class, or train/ and test/ folders of either."""
+    """Image files below data.root: flat, or one subfolder per class, or train/ and test/ folders of either. Of several
+    test folders the first one counts that has classes."""
     root = Path(data.root).expanduser()
     require(root.is_dir(), data, "root", "no such folder of images")
     paths = [path for path, _ in find_images(root)]
     top = lambda path: path.split("/")[0] if "/" in path else None
     folders = {top(path) for path in paths} - {None}
-    test = [name for name in TEST_FOLDERS if name in folders][:1]
+    with_classes = {top(path) for path in paths if path.count("/") > 1}
+    of = lambda known: [name for lower in known for name in folders if name.lower() == lower]
+    train, test = of(TRAIN_FOLDERS), sorted(of(TEST_FOLDERS), key=lambda name: name not in with_classes)[:1]
     inside = {"train": ""}
-    if "train" in folders and (test or len(folders) == 1):
-        inside = {"train": "train/"} | {"test": f"{name}/" for name in test}
+    if len(train) == 1 and (test or len(folders) == 1):
+        inside = {split: f"{name}/" for split, names in dict(train=train, test=test).items() for name in names}
+        left_out = sum(not path.startswith(tuple(inside.values())) for path in paths)
+        if left_out:
+            print(f"note: {left_out:,} images outside {' and '.join(inside.values())} are left out", flush=True)
 
     files = {split: [path.removeprefix(folder) for path in paths if path.startswith(folder)]
              for split, folder in inside.items()}
@@ -287,7 +294,8 @@ def write_data(run, folder):
                 + f" ({named})" * bool(named) + f", {of_none:,} of no class" * bool(of_none)
                 + f", {len(info['skipped'])} unreadable ones left out")
         if 0 in per_class:
-            run.say(f"note: {per_class.count(0)} classes have no {split} image (data.{split}= keeps the first images)")
+            why = f" (data.{split}= keeps the first images)" * bool(getattr(data, split))
+            run.say(f"note: {per_class.count(0)} classes have no {split} image{why}")
 
 
 def write_part(run, folder, part, rows):

@@ -103,7 +103,8 @@ def convert(kind, value):
     if typing.get_origin(kind) is list:
         nested = typing.get_origin(args[0]) is list       # [[1,2],[3,4]]
         if not isinstance(value, list):
-            value = (yaml.safe_load(text) or []) if nested else text.strip("[]").split(",")
+            inside = text[1:-1] if text[:1] + text[-1:] == "[]" else text        # a glob may have one of both
+            value = (yaml.safe_load(text) or []) if nested else inside.split(",")
         return [convert(args[0], v) for v in value if v != ""]
     if args:
         return args[args.index(text)]
@@ -172,11 +173,21 @@ def print_help(doc, known, stage, flags):
         print(f"{name:34} {text}")
 
 
+class Loader(yaml.BaseLoader):
+    """YAML as texts, lists and dicts: YAML itself would turn 010, 1:30 and yes into other values."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        most = max(keys, key=keys.count, default="")
+        if keys.count(most) > 1:                          # YAML would take the last one
+            raise ValueError(f"{most}: is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path):
-    """The sections of a YAML file as plain dicts of texts and lists, for `convert`: as words of the command line are.
-    YAML itself would turn 010, 1:30 and yes into other values."""
+    """The sections of a YAML file as dicts of texts and lists, for `convert`: as words of the command line are."""
     with reading(path, "expected YAML of sections (data:, model:, ...), each with keys"):
-        sections = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}
+        sections = yaml.load(Path(path).read_text(), Loader) or {}
         return {name: dict(keys or {}) for name, keys in sections.items()}
 
 
@@ -511,9 +522,9 @@ def write_rows(path, first, rows):
         f.write(np.ascontiguousarray(rows, there.dtype).tobytes())
 
 
-def finished(run, path, recipe, files=()):
-    """Whether the result that the JSON file `path` describes is there, with its files, made by `recipe`; a UserError if
-    another one made it, unless overwrite=true."""
+def finished(run, path, recipe, files=(), whole=True):
+    """Whether the result that the JSON file `path` describes is there, with its files, whole, and made by `recipe`; a
+    UserError if another one made it, unless overwrite=true."""
     if not path.exists():
         return False
     with reading(path, "delete it"):
@@ -522,7 +533,7 @@ def finished(run, path, recipe, files=()):
         other = [f"{k}={str(there.get(k))[:40]}, now {str(v)[:40]}" for k, v in recipe.items() if there.get(k) != v]
     if other and not run.cfg.overwrite:
         raise UserError(f"{path}: was made with {'; '.join(other[:3])}. Choose another name=, or overwrite=true")
-    complete = not other and all(file.exists() for file in files)
+    complete = not other and whole and all(file.exists() for file in files)
     if complete:
         run.say(f"{path}: done already; without it the same command makes it anew")
     return complete
@@ -626,7 +637,7 @@ def autocast(run, precision):
         precision, why = ("bf16", "native here") if native else ("fp32", "no native bf16 here")
     kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
     context = nullcontext if precision == "fp32" else partial(torch.autocast, run.device.type, kind)
-    return context, kind, f"{precision} ({why})"
+    return context, kind, f"{precision} on {run.device.type} ({why})"
 
 
 def wide(t):

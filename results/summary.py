@@ -3,9 +3,11 @@
     python results/summary.py SET [SET ...]               # also sinkhorn-SET, features-SET: of those files
 
 Each row: NMI with the classes, distance at w = 1 and at the chosen w by every evaluator (mean and standard deviation
-over seeds), and the mean difference from `none` of the same seed and length with its standard error. The last lines are
-rank correlations with distance, over the rows that have labels, of NMI and of what results/labels-SET.json says of the
-labels; distances there and in the picture are differences from `none` of the same seed, plus the mean of `none`. Writes
+over seeds), each with the mean difference from `none` of the same seed and length and its standard error. The last
+lines are rank correlations with distance, over rows that have labels, of NMI and of what results/labels-SET.json says
+of the labels: over all rows, over those of the set's K, one row for each source of labels, own labels alone, and the
+rows of that file. Distances there and in the picture are differences from `none` of the same seed, plus the mean of
+`none`; autoguided rows and other lengths of fine-tuning are questions of their own, and left out. Writes
 results/evidence-SET.svg: distance against NMI, and below that against K where labels were made with several. Of the
 Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed. Of features: a line for
 each probe and what it was compared with; how activations differ by level and kind.
@@ -21,8 +23,8 @@ from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).resolve().parent
 COLOURS = {"own": "#c33", "control": "#36c", "classes": "#393", "none": "#888"}
-OWN = ("kmeans", "sinkhorn", "online", "grid", "averaged", "silhouette", "bottleneck", "stability", "augmented",
-       "both", "best-nmi")
+VARIANTS = ("grid", "averaged", "silhouette", "bottleneck", "stability", "augmented", "both", "best-nmi")    # of kmeans
+OWN = ("kmeans", "sinkhorn", "online", *VARIANTS)
 KINDS = dict.fromkeys(OWN, "own") | {"none": "none", "classes": "classes", "subgroups": "classes"}   # others: control
 WIDTH, HEIGHT, EDGE = 520, 360, 50                        # of a panel, and its margin
 
@@ -34,20 +36,29 @@ def spread(values, digits=2):
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def paired(row, base, evaluator):
-    """The difference of two rows' distances at the chosen w, seed by seed: mean and standard error."""
+def parts(title):
+    """What evidence.py calls a row, taken apart: (row, K or "", images of fine-tuning or "", whether autoguided)."""
+    row, *more = title.split(", ")
+    K = next((word.removeprefix("K = ") for word in more if word.startswith("K = ")), "")
+    length = next((word for word in more if word[:1].isdigit()), "")
+    return row, K, length, "autoguided" in more
+
+
+def paired(row, base, evaluator, w="chosen"):
+    """The difference of two rows' distances, seed by seed: mean and standard error."""
     both = [s for s in row if evaluator in row[s] and evaluator in base.get(s, {})]
-    gaps = [row[s][evaluator]["chosen"] - base[s][evaluator]["chosen"] for s in both]
+    gaps = [row[s][evaluator][w] - base[s][evaluator][w] for s in both]
     if len(gaps) < 2:
-        return "-"
+        return "; ".join(f"{gap:+.2f}" for gap in gaps) or "-"
     return f"{statistics.mean(gaps):+.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}"
 
 
-def baseline(rows, name):
-    """What a row is compared with, {seed: ...}: the row `none` of the same length of fine-tuning or, like it,
-    autoguided, which ends a name; for that row itself, none."""
-    wanted = f"none, {name.split(', ')[-1]}"
-    return rows.get("none" if name == wanted else wanted, rows.get("none", {}))
+def baseline(rows, title):
+    """What a row is compared with, {seed: ...}: the row `none` of the same length of fine-tuning and, like it,
+    autoguided; for autoguided `none`, that without."""
+    row, _, length, autoguided = parts(title)
+    words = ["none", length, "autoguided" if autoguided and row != "none" else ""]
+    return rows.get(", ".join(word for word in words if word), {})
 
 
 def points_of(rows, evaluator):
@@ -56,8 +67,9 @@ def points_of(rows, evaluator):
     none = {s: r[evaluator]["chosen"] for s, r in rows["none"].items() if evaluator in r}
     out = []
     for name, row in rows.items():
+        _, _, length, autoguided = parts(name)
         scored = {s: r for s, r in row.items() if evaluator in r and s in none}
-        if scored and not name.endswith("autoguided"):    # a question of its own
+        if scored and not length and not autoguided:      # these are questions of their own
             gap = statistics.mean(r[evaluator]["chosen"] - none[s] for s, r in scored.items())
             nmi = statistics.mean(r["nmi"] or 0 for r in scored.values())
             out.append((name, nmi, statistics.mean(none.values()) + gap))
@@ -66,30 +78,30 @@ def points_of(rows, evaluator):
 
 def points_by_K(rows, K, evaluator):
     """[(row, K, distance at the chosen w)] of the rows whose labels were made with several K; K: the set's own."""
-    several = {name.split(", K = ")[0] for name in rows if ", K = " in name}
-    out = []
-    for name, _, distance in points_of(rows, evaluator):
-        row, _, k = name.partition(", K = ")
-        if row in several and (not k or k.isdecimal()):
-            out.append((row, int(k or K), distance))
-    return out
+    points = [(*parts(name)[:2], distance) for name, _, distance in points_of(rows, evaluator)]
+    several = {row for row, k, _ in points if k}
+    return [(row, int(k or K), distance) for row, k, distance in points if row in several]
 
 
 def correlations(which, rows, evaluator):
-    """Print how the distances of rows go with what is known of their labels: of those with the set's K, of all."""
-    points, file = points_of(rows, evaluator), RESULTS / f"labels-{which}.json"
-    known = {"NMI": {name: nmi for name, nmi, _ in points if not name.startswith("none")}}
+    """Print how the distances of rows go with what is known of their labels. Rows that differ only in where features
+    are read, or how, are not independent: one row for each source counts them once, own labels nothing else."""
+    distances = {name: y for name, _, y in points_of(rows, evaluator) if not name.startswith("none")}
+    known = {"NMI": {name: nmi for name, nmi, _ in points_of(rows, evaluator)}}
+    file = RESULTS / f"labels-{which}.json"
     about = json.loads(file.read_text())["rows"] if file.exists() else {}
     for key in ("balance", "told"):
         known[key] = {name: statistics.mean(r[key] for r in row.values()) for name, row in about.items()}
-    for key, of in known.items():
-        every = [(of[name], distance) for name, _, distance in points if name in of]
-        one_K = [(of[name], distance) for name, _, distance in points if name in of and ", K = " not in name]
-        for what, both in {len(every): ("of every K", every), len(one_K): ("of one K", one_K)}.values():
-            if len(both) > 2:
-                rho, p = spearmanr(*zip(*both))
-                print(f"{evaluator}: rank correlation of {key} and distance {rho:.2f} (p = {p:.3f}), "
-                      f"{len(both)} rows {what}")
+    one_K = [name for name in distances if not parts(name)[1]]
+    kinds = {"all rows": list(distances), "rows of one K": one_K,
+             "one row per source": [name for name in one_K if name not in VARIANTS],
+             "own labels": [name for name in one_K if name in OWN],
+             "rows with balance and told": [name for name in one_K if name in about]}
+    print(f"| distance by {evaluator} and | of | rows | rank correlation | p |\n|", " | ".join(["---"] * 5), "|")
+    for key, (kind, names) in itertools.product(known, kinds.items()):
+        if len(names) > 2 and all(name in known[key] for name in names):
+            rho, p = spearmanr([known[key][name] for name in names], [distances[name] for name in names])
+            print(f"| {key} | {kind} | {len(names)} | {rho:.2f} | {p:.3f} |")
 
 
 def panel(points, title, corner, axis, ticks, share):
@@ -127,7 +139,7 @@ def sinkhorn_table(name):
     """Print what results/sinkhorn.py measured, a row for each weight of the loss."""
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     scores = "linear", "knn", "nmi", "best_linear", "best_knn", "best_nmi", "judge", "pixels"
-    print(f"{name}: means; in brackets the difference from weight 0, ± its standard error\n")
+    print(f"\n## {name}\n\nMeans; in brackets the difference from weight 0 of the same seed, ± its standard error.\n")
     print("| weight | seeds | pull, last |", " | ".join(scores), "|")
     print("|", " | ".join(["---"] * (3 + len(scores))), "|")
     for weight, row in rows.items():
@@ -152,7 +164,7 @@ def sinkhorn_table(name):
 def features_tables(name):
     """Print what results/features.py measured: every probe; the surface of blocks and times; kinds of activations."""
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    print(f"{name}\n\n| what | of | seeds | scores | trained parameters | passes |\n|", " | ".join(["---"] * 6), "|")
+    print(f"\n## {name}\n\n| what | of | seeds | scores | trained parameters | passes |\n|", " | ".join(["---"] * 6), "|")
     for title, row in rows.items():
         for what in next(iter(row.values())).get("rows", {}):
             each = [r["rows"][what] for r in row.values()]
@@ -193,16 +205,17 @@ def main():
         rows = json.loads((RESULTS / f"evidence-{which}.json").read_text())["rows"]
         entries = [item for row in rows.values() for r in row.values() for item in r.items()]
         evaluators = list(dict.fromkeys(k for k, v in entries if isinstance(v, dict) and "chosen" in v))
-        print(f"{which}\n\n| labels | seeds | NMI |", " | ".join(
-            f"{e}, w = 1 | {e}, chosen w | from none" for e in evaluators), "|")
-        print("|", " | ".join(["---"] * (3 + 3 * len(evaluators))), "|")
+        print(f"\n## {which}\n\n| labels | seeds | NMI |", " | ".join(
+            f"{e}, w = 1 | from none | {e}, chosen w | from none" for e in evaluators), "|")
+        print("|", " | ".join(["---"] * (3 + 4 * len(evaluators))), "|")
         for name, row in rows.items():
             nmi = [r["nmi"] for r in row.values() if r["nmi"] is not None]
             cells = [name, str(len(row)), spread(nmi) if nmi else "-"]
             for e in evaluators:
                 there = [r[e] for r in row.values() if e in r]
-                cells += [spread([r[w] for r in there]) if there else "-" for w in ("w1", "chosen")]
-                cells.append("-" if name == "none" else paired(row, baseline(rows, name), e))
+                for w in ("w1", "chosen"):
+                    cells.append(spread([r[w] for r in there]) if there else "-")
+                    cells.append("-" if name == "none" else paired(row, baseline(rows, name), e, w))
             print("|", " | ".join(cells), "|")
         panels, K = [], json.loads((RESULTS / f"evidence-{which}.json").read_text())["K"]
         for i, e in enumerate(evaluators):

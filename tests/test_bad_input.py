@@ -59,9 +59,16 @@ def said(capsys, monkeypatch, tiny):
     (["model.mult=[1,x]"], "model.mult"), (["precision=bf8"], "'auto', 'bf16', 'fp16'"),
     (["data.train=-1"], "data.train=-1"), (["lr=inf"], "lr=inf"), (["model.clock=nan,1"], "model.clock=nan,1"),
     (["model.channels=17", "model.head_channels=17"], "must be even"),
+    (["model.mult=", "model.attention="], "at least one level"),
     (["data.source=folder", "data.root=/nope", "--dry-run"], "data.root=/nope: no images there")])
 def test_configuration(refuse, tiny, tmp_path, words, text):
     assert text in refuse("train_diffusion", tiny, f"run={tmp_path / 'new'}", *words)
+
+
+def test_lists_may_hold_globs_with_brackets():
+    for text, names in (("[a,b]", ["a", "b"]), ("a,b", ["a", "b"]), ("up-repeat[01]", ["up-repeat[01]"]),
+                        ("[mu]*-out", ["[mu]*-out"]), ("[]", []), ("", [])):
+        assert cr.convert(list[str], text) == names
 
 
 def test_units_are_exact():
@@ -73,6 +80,14 @@ def test_units_are_exact():
 
 def test_a_plan_is_refused_like_its_command(run, said):
     assert "data.seed=0, now data.seed=5" in said(run, "train_diffusion", "data.seed=5", "--dry-run")
+
+
+def test_labels_of_others_stay(copy, said):
+    np.savez(copy / "labels/theirs.npz", mine=np.arange(3))
+    for name in ("theirs", "kmeans"):
+        assert "made by another program" in said(copy, "train_guided", "labels=online", f"name={name}", "switch=64",
+                                                      "sk_until=0")
+    assert list(np.load(copy / "labels/theirs.npz")) == ["mine"]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -93,7 +108,8 @@ def test_yaml(refuse, tmp_path):
     for text, what in (("data: [", "expected YAML"), ("- 1", "expected YAML"), ("data: 3", "expected YAML"),
                        ("dta: {size: 3}", "did you mean data"), ("data: {sze: 3}", "did you mean size"),
                        ("data: {train: 2001-99-99}", "train=2001-99-99"), ("data: {5: 3}", "data.5"),
-                       ("data: {size: [1]}", "data.size")):
+                       ("data: {size: [1]}", "data.size"), ("data: {size: 3, size: 4}", "size: is there twice"),
+                       ("data: {size: 3}\ndata: {train: 4}", "data: is there twice")):
         (tmp_path / "x.yaml").write_text(text)
         assert what in refuse("train_diffusion", tmp_path / "x.yaml", f"run={tmp_path / 'r'}")
 

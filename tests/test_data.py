@@ -64,9 +64,9 @@ def put(path, i=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
 
-@pytest.mark.parametrize("test", ["test", "val", "valid", "validation"])
+@pytest.mark.parametrize("test", ["test", "val", "valid", "Validation", "testing"])
 def test_folder_with_classes_and_own_split(tmp_path, test):
-    for split, n in (("train", 40), (test, 6)):
+    for split, n in (("Train", 40), (test, 6)):
         for i in range(n):
             put(tmp_path / "images" / split / ["cat", "dog"][i % 2] / f"{i:03d}.png", i)
     out = folder_of(tmp_path / "r", tmp_path / "images")
@@ -75,6 +75,16 @@ def test_folder_with_classes_and_own_split(tmp_path, test):
     assert classes.tolist() == [0] * 20 + [1] * 20
     assert np.array_equal(images[0], picture(0).transpose(2, 0, 1))
     assert np.array_equal(images[20], picture(1).transpose(2, 0, 1))
+
+
+def test_a_test_folder_without_classes_gives_way(tmp_path, capsys):
+    """ImageNet's layout: what is in test/ has no class, what is in val/ has."""
+    for split in ("train/a", "train/b", "val/a", "val/b", "test"):
+        for i in range(4):
+            put(tmp_path / "images" / split / f"{i}.png", i)
+    out = folder_of(tmp_path / "r", tmp_path / "images")
+    assert out["test"][1].tolist() == [0] * 4 + [1] * 4
+    assert "4 images outside train/ and val/ are left out" in capsys.readouterr().out
 
 
 def test_classes_of_both_parts_have_the_same_ids(tmp_path):
@@ -174,7 +184,9 @@ def test_folders_that_are_mixed(tmp_path, capsys):
     put(root / "train" / "stray.png")
     out = folder_of(tmp_path / "more", root)
     assert [len(out[s][0]) for s in out] == [31, 1] and out["train"][1].tolist() == [0] * 30 + [-1]
-    assert "prepared 31 train images of 1 classes (a: 30), 1 of no class, 0 unreadable" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "prepared 31 train images of 1 classes (a: 30), 1 of no class, 0 unreadable" in said
+    assert "1 images outside train/ and valid/ are left out" in said
     assert "no such folder" in complaint_of(tmp_path / "r", source="folder", root="/nowhere")
     (tmp_path / "none").mkdir()
     assert "of 0 images none" in complaint_of(tmp_path / "r", source="folder", root=str(tmp_path / "none"))

@@ -20,7 +20,7 @@ import extract_features
 import probe
 import self_label
 from configs.data import Split, load_data
-from configs.run import ALONE, Data, digest
+from configs.run import ALONE, Data, UserError, digest
 from configs.shapes import draw_shapes, shape_parts
 from probe import (LinearMap, PixelMlps, Probe, Source, UPer, box_overlap, centred_gram, coco_ap, confusion_matrix,
                    fit_head, instances, mask_overlap, matches, mean_iou, pck, pick_points, similarity, warped_pairs,
@@ -235,9 +235,8 @@ def test_protocol_segment(monkeypatch, tiny, run, head, more):
 def test_protocol_correspond(monkeypatch, tiny, run):
     called(monkeypatch, probe, tiny, f"run={run}", "protocol=correspond", "pairs=300", "t=0.8,0.95",
            "activations=unet-in,mid-repeat1-res-out")
-    # half of the images at most are paired, so that the supervised control has others to learn from
     got = result(run, "correspond")
-    assert got["pairs"]["warps"] == 20 and 5 < got["pairs"]["parts"] < 20
+    assert got["pairs"]["warps"] == 40 and 5 < got["pairs"]["parts"] < 40
     assert set(got["rows"]) == {"features", "random weights", "raw pixels", "supervised, same size"}
     for row in got["rows"].values():                      # each at its own best place
         best, = row["results"]
@@ -254,6 +253,21 @@ def test_parts_are_known_of_the_whole_set_only(monkeypatch, tiny, run, tmp_path)
     called(monkeypatch, probe, *words, f"checkpoint={run}/diffusion/base/checkpoint.pt", "protocol=correspond",
            "activations=unet-in", "t=0.8", "pairs=20", "controls=")
     assert set(result(tmp_path / "run", "correspond")["pairs"]) == {"warps", "boxes"}
+
+
+def test_pairs_of_one_class_need_known_classes(monkeypatch, tiny, run, tmp_path):
+    images, _, boxes, _ = draw_shapes(0, np.arange(40))
+    some = dict(images=images.transpose(0, 2, 3, 1), boxes=boxes)
+    np.savez(tmp_path / "some.npz", **some, **{f"test_{k}": v for k, v in some.items()})
+    words = [tiny, f"run={tmp_path}/run", "data.source=arrays", f"data.root={tmp_path}/some.npz", "data.train=0",
+             "data.test=0"]
+    stage("train_diffusion", *words, "--prepare")
+    called(monkeypatch, probe, *words, f"checkpoint={run}/diffusion/base/checkpoint.pt", "protocol=correspond",
+           "activations=unet-in", "t=0.8,0.9", "pairs=40", "controls=")
+    got = result(tmp_path / "run", "correspond")
+    assert got["pairs"] == dict(warps=40) and got["rows"]["features"]["passes"] == 1     # of the place that was chosen
+    with pytest.raises(UserError, match="no two of 3 test images"):
+        probe.partners(np.arange(3), np.array([0, -1, -1]), 0)
 
 
 def test_class_pairs_share_a_class_and_the_place_in_the_box(tiny, run):
@@ -401,6 +415,12 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     assert all(r["exact_iou"] > 0.9 and r["images"] == 60 for r in layout.values())
     assert 0 <= layout["lost"]["layout_iou"] < 1 and "layout_iou" not in layout["classes"]
     assert (lost / "probe/lost.png").exists()
+    note = lost / "labels/lost.json"
+    before = json.loads(note.read_text())
+    for change in (dict(draws=2), dict(pool="4")):        # such features are not read here
+        note.write_text(json.dumps(before | dict(features=before["features"] | change)))
+        assert "several activations or draws" in refuse("probe", *words, "samples=lost", "name=no")
+    note.write_text(json.dumps(before))
     np.save(lost / "samples/lost/labels.npy", np.roll(np.arange(60), 1))
     called(monkeypatch, probe, *words, "samples=lost", "name=rolled")
     assert result(lost, "rolled")["exact_iou"] < 0.7

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,11 +228,12 @@ def test_pixel_components_are_those_of_an_svd(small_run):
 # Copies, limits, refusals, caches
 
 def test_near_copies_are_found():
-    """Exact, with noise, blurred, or moved by a pixel; new images are as far from the training images as others."""
+    """Exact, mirrored, with noise, blurred, moved by a pixel; new images are as far from training images as others."""
     train, other, new = (torch.from_numpy(draw_shapes(seed, np.arange(n))[0]) for seed, n in enumerate((600, 300, 200)))
     small = sample_ode.thumbnail
     x, g = train[:200].float(), torch.Generator().manual_seed(0)
-    copies = dict(exact=x, noise=(x + 10 * torch.randn(x.shape, generator=g)).clamp(0, 255), moved=x.roll(1, 3),
+    copies = dict(exact=x, mirrored=x.flip(3), moved=x.roll(1, 3),
+                  noise=(x + 10 * torch.randn(x.shape, generator=g)).clamp(0, 255),
                   blurred=torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
     found = {name: sample_ode.copying(small(v), small(other), small(train).numpy()) for name, v in copies.items()}
     assert all(v["copies"] > 0.8 and v["memorisation"] < 0.6 for v in found.values()), found
@@ -359,9 +361,18 @@ def test_the_judge_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_ode, "load_data", lambda run, split: data)
     run = Here()
     run.dir, run.data = tmp_path, Data()
-    with pytest.raises(UserError, match="too few to train it"):
+    with pytest.raises(UserError, match="300 training images of 10 known classes are too few"):
         sample_ode.open_judge(run)
     monkeypatch.setattr(sample_ode, "JUDGE_UPDATES", 2)
+    one = replace(data, classes=np.zeros(300, np.int64))  # it would learn nothing, and be right always
+    monkeypatch.setattr(sample_ode, "load_data", lambda run, split: one)
+    with pytest.raises(UserError, match="of 1 known classes"):
+        sample_ode.open_judge(run)
+    unknown = replace(data, classes=np.full(300, -1))     # of the test images
+    monkeypatch.setattr(sample_ode, "load_data", lambda run, split: data if split == "train" else unknown)
+    assert "accuracy not measured" in sample_ode.open_judge(run)[1]
+    (tmp_path / "samples/.judge.pt").unlink()
+    monkeypatch.setattr(sample_ode, "load_data", lambda run, split: data)
     (a, text), (b, again) = sample_ode.open_judge(run), sample_ode.open_judge(run)
     assert text == again and "test accuracy" in text and all(map(torch.equal, a.parameters(), b.parameters()))
     file = tmp_path / "samples/.judge.pt"

@@ -417,7 +417,8 @@ def test_protocol_select(monkeypatch, capsys, tiny, run):
     best = max(kept, key=lambda r: r["linear"])
     assert best["activation"] in chosen["activations"] and chosen["t"] == [best["t"]]
     words = capsys.readouterr().out.splitlines()[-1].split("  ")[0].split()[3:]  # of the command that it names
-    called(monkeypatch, extract_features, *words, "weights=net")
+    assert "weights=net" in words
+    called(monkeypatch, extract_features, *words)
     info = json.loads((run / "features/chosen/info.json").read_text())
     assert [a["activation"] for a in info["arrays"]] == chosen["activations"]
 
@@ -428,6 +429,32 @@ def test_models_of_another_size_are_refused(refuse, tiny, run, tmp_path):
     stage("train_diffusion", *words[:3], "--prepare")
     for name in ("extract_features", "probe"):
         assert "inputs of 3 x 32 x 32, this run's are 3 x 16 x 16" in refuse(name, *words)
+
+
+def test_other_models_of_cka_are_of_the_same_size(refuse, tiny, run, tmp_path):
+    folder = tmp_path / "small"
+    stage("train_diffusion", tiny, f"run={folder}", "data.size=16", "model.attention=", "images=32", "batch=32")
+    said = refuse("probe", tiny, f"run={run}", "protocol=cka", "activations=mid-repeat0-res-out", "t=0.5", "name=bad",
+                  f"against={folder / 'diffusion/base/checkpoint.pt'}")
+    assert "inputs of 3 x 16 x 16" in said
+
+
+def test_a_recipe_holds_what_decides(monkeypatch, refuse, capsys, tiny, run):
+    """Classes do, which are no part of the fingerprint of images; of t only what is read."""
+    words = [tiny, f"run={run}", "protocol=linear", "controls=", "name=what"]
+    words += ["activations=mid-repeat0-res-out", "t=0.5"]
+    called(monkeypatch, probe, *words)
+    file = run / "data/test/classes.npy"
+    before = np.load(file)
+    np.save(file, before[::-1])
+    assert "truth=" in refuse("probe", *words)
+    np.save(file, before)
+    called(monkeypatch, probe, tiny, f"run={run}", "fit=60", "validation=30", "K=3", "t=0.8", "activations=mid*-out")
+    words = [tiny, f"run={run}", "protocol=linear", "controls=", "name=choice", "validation=30"]
+    called(monkeypatch, probe, *words)
+    capsys.readouterr()
+    called(monkeypatch, probe, *words, "t=0.5,0.7")       # the choice is read at its own
+    assert "done already" in capsys.readouterr().out
 
 
 def test_features_tell_their_precision(monkeypatch, refuse, tiny, run):

@@ -309,15 +309,16 @@ def test_ids_of_others(run, tiny, monkeypatch, refuse, tmp_path, capsys):
     words = ("method=file", f"ids={tmp_path}/ids.npy")
     out, info = label(run, tiny, monkeypatch, *words)
     assert np.array_equal(out["train"], 9 - truth) and (out["test"] == -1).all() and info["num_labels"] == 10
+    assert info["file_ids"] == list(range(37, 101, 7)) and "they were renumbered" in capsys.readouterr().out
     assert info["scores"]["nmi"] > 0.999 and "test_nmi" not in info["scores"] and str(tmp_path) not in str(info)
     (tmp_path / "ids.npy").rename(tmp_path / "moved.npy")
     label(run, tiny, monkeypatch, "method=file", f"ids={tmp_path}/moved.npy")
     assert "done already" in capsys.readouterr().out
     words = ("self_label", tiny, f"run={run}", "method=file", "name=other", f"ids={tmp_path}/ids.npy")
     assert "ids.npy: not there" in refuse(*words)
-    for wrong in (truth[:-1], truth / 2, truth[:, None]):
+    for wrong in (truth[:-1], truth / 2, truth[:, None], truth - 1):
         np.save(tmp_path / "ids.npy", wrong)
-        assert "one whole number per training image" in refuse(*words)
+        assert "one whole number, 0 or more, per training image" in refuse(*words)
     assert "ids= must be" in refuse("self_label", tiny, f"run={run}", "method=file", "name=other")
 
 
@@ -384,6 +385,8 @@ def test_files_that_do_not_belong_together(run, tiny, monkeypatch, refuse):
     some = self_label.start("self_label", self_label.SelfLabel, "")
     with pytest.raises(UserError, match="not the arrays"):
         self_label.load_labels(some, "pair")
+    other = ("method=kmeans", "K=3", "name=pair")         # somebody may have edited the labels of this recipe
+    assert "K=4, now 3" in refuse("self_label", tiny, f"run={run}", *other)
     again, _ = label(run, tiny, monkeypatch, *words)
     assert np.array_equal(again["train"], good["train"])
     path.unlink()                                         # or before the second

@@ -350,6 +350,11 @@ def test_bad_input(run, tiny, refuse):
     for words in ("method=lost objects=0", "method=lost cells=0", "method=masks segments=300", "method=masks K=300"):
         assert words.split()[-1] in refuse("self_label", tiny, f"run={run}", "features=dense", "name=x", *words.split())
     assert "pool=mean" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "features=dense", "name=x")
+    single = {split: [np.ones((n, 5), np.float32)] for split, n in (("train", 320), ("test", 120))}
+    write_features(run, "single", "1", single)
+    for method in ("lost", "ncut", "masks", "segments"):
+        said = refuse("self_label", tiny, f"run={run}", f"method={method}", "features=single", "name=x")
+        assert "one position per image" in said
 
 
 @pytest.mark.parametrize("method", ["lost", "ncut"])
