@@ -26,6 +26,7 @@ import fnmatch
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -72,13 +73,13 @@ class ExtractFeatures:
 # Readers (net, block, inputs, output of the hooked module, which is the block or lies in it) -> map [B, C, H, W]
 
 def as_map(out):
-    """A module's output (the first of several) as a map [B, C, H, W]; None if it is nothing of that kind.
+    """A module's output (the first of several, named or not) as a map [B, C, H, W]; None if it is nothing of that kind.
 
     Tokens [B, L, C] form a square behind up to 8 extra ones, such as those of time and class; a vector [B, C] is one
     position.
     """
-    if isinstance(out, (tuple, list)) and out:
-        out = out[0]
+    if isinstance(out, (tuple, list, Mapping)) and out:
+        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
     if not torch.is_tensor(out) or out.dim() not in (2, 3, 4):
         return None
     if out.dim() == 4:
@@ -637,6 +638,8 @@ def main():
         if not cfg.model:
             say_network(run, net, state["channels"], state["size"])
         numbers = sum(map(len, data.values())) * sum(map(math.prod, shapes.values()))
+        if "--pca" in run.flags:
+            return run.say(f"a sheet {folder}-pca.png")
         return run.say(f"{numbers * np.dtype(cfg.dtype).itemsize / 1e6:,.1f} MB in {folder}")
     recipe = recipe_of(cfg, state, data, names, times)
     made = [folder / file_of(split, *place) for split in data for place in shapes]

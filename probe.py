@@ -354,6 +354,8 @@ def known_masks(train, test):
     if train.masks is None or test.masks is None:
         raise UserError("this protocol needs a mask for every image, and this data has none")
     masks = [torch.from_numpy(np.array(part.masks).astype(np.int16)) for part in (train, test)]
+    if any(not ((m > 0) & (m < 255)).any() for m in masks):
+        raise UserError("no pixel of the training or of the test masks has a class above 0")
     return [torch.where(m == 255, -100, m) for m in masks]
 
 
@@ -1154,7 +1156,8 @@ def class_pairs(data, rows, seed, origin, axes):
     """Pairs of images of one class: points of one's object, and the same parts of the other's. origin [N, 2], axes
     [N, 2, 2]: of each image's object, as of `shape_parts`; distances are measured by the longer side of its box."""
     size, corners = data.images.shape[2], data.boxes[rows]
-    a, b = partners(rows[corners[:, 2] > corners[:, 0]], data.classes, seed)     # of images that have a box
+    has_box = (corners[:, 2:] > corners[:, :2]).all(1)
+    a, b = partners(rows[has_box], data.classes, seed)
     valid = torch.from_numpy(filled(data.boxes[a], size))
     if data.masks is not None:
         valid &= torch.from_numpy((data.masks[a] > 0) & (data.masks[a] < 255))
@@ -1424,6 +1427,7 @@ def centred_gram(x):
 def cka(run, cfg, source, train, test):
     """Linear CKA (arXiv 1905.00414) between all (model, activation, t), on up to 1,000 test images."""
     models = {cfg.checkpoint: source}
+    require(len(test) >= 4, run.data, "test", "cka needs four test images or more")
     for name in cfg.against:
         if name == "random":
             net, state = random_network(source), source.state
@@ -1682,8 +1686,10 @@ def main():
     # say where it is, and what comes next
     run.say(f"result in {path}")
     words = f"extract_features.py checkpoint={cfg.checkpoint}" + " weights=net" * (cfg.weights == "net")
+    pinned = {"activations", "t"} & set(run.sections.get("extract_features", {}))         # in the YAML file
     if cfg.protocol in ("sweep", "boxes"):
         dense = " name=dense pool=none" if cfg.protocol == "boxes" else ""
+        dense += " activations=auto t=" * bool(pinned)
         run.next(f"{words} choice={cfg.name}{dense}", "extracts the label-free choice")
     if cfg.protocol == "select":
         names, (t,) = ",".join(result["chosen"]["activations"]), result["chosen"]["t"]

@@ -501,7 +501,7 @@ def open_network(run, name):
         return open_inception(run)
     if name == "pixels":
         data = load_data(run, "train")
-        text = f"pixels (64 principal components of training images {data.info['fingerprint'][:6]})"
+        text = f"pixels {data.info['fingerprint'][:6]} (64 principal components of these training images)"
         return pixel_components(data.images), text
     with reading(name, "evaluator= takes judge, pixels, inception, or a TorchScript file"):
         net = torch.jit.load(name, map_location=run.device).eval()
@@ -838,7 +838,7 @@ def settle_request(run, cfg, field, state):
 def recipe_of(run, cfg, field, state):
     """What decides about the results: settings that are in use, and hashes of the weights."""
     guides = cfg.guidance != [1.0]
-    in_use = dict.fromkeys(["overwrite", "batch", "compile"], False)
+    in_use = dict.fromkeys(["name", "overwrite", "batch", "compile"], False)
     in_use |= dict(steps=cfg.solver != "dopri5", tol=cfg.solver == "dopri5")
     told = cfg.direction == "generate" and field.condition is not None
     in_use |= dict(select=cfg.sweep or len(cfg.guidance) > 1, labels=told)
@@ -847,8 +847,10 @@ def recipe_of(run, cfg, field, state):
     in_use |= dict.fromkeys(["features", "features_at", "features_pool"], cfg.features)
     in_use |= dict.fromkeys(["evaluator", "reference"], cfg.evaluate)
     recipe = {name: value for name, value in run.sections[run.stage].items() if in_use.get(name, True)}
-    weak = state.get("weak") if guides else None
-    return recipe | dict(hash=state["weights"], guidance=cfg.guidance, weak=weak)
+    recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=state.get("weak") if guides else None)
+    if cfg.evaluate or cfg.direction == "encode":         # these images take part
+        recipe["images"] = [load_data(run, split).info["fingerprint"] for split in ("train", "test")]
+    return recipe
 
 
 def sample(run, cfg, field, state, folder):

@@ -643,6 +643,8 @@ def load_condition(state, device):
     """
     if "bank" in state:
         return Condition(**state["bank"]).to(device)
+    if state["known"].get("layout_channels"):
+        raise UserError(f"{state['file']}: its layouts are known after the training only; train it to its end")
     if state.get("condition") == "prototype":
         prototypes = F.normalize(state["conditioner_ema"]["prototypes"], dim=1)
         return Condition("vector", with_null(prototypes, 0)).to(device)
@@ -987,7 +989,7 @@ class Log:
     def write(self, seen, lr, more, progress):
         """A line with `more` from the labeller, on the screen as well; a UserError unless the loss is finite."""
         loss, norm, labeller_norm = map(float, self.run.total(torch.stack(self.updates).mean(0)) / self.run.world)
-        if not math.isfinite(loss + norm):
+        if not math.isfinite(loss + norm + more.get("sk_loss", 0)):
             raise UserError(f"{self.folder}: the loss is not finite after {seen:,} images; the last checkpoint is "
                             "kept. Lower lr, or use precision=fp32")
         seconds = time.time() - self.start
@@ -1041,7 +1043,7 @@ def save_pictures(run, cfg, folder, ema, told, data, seen, context):
 FORMAT = 3                                                # raised when older checkpoints can no longer be read
 REQUIRED = dict(net=dict, ema=dict, model=dict, known=dict, config=dict, size=int, channels=int, num_labels=int,
              seen=int, path=str, predict=str, weights=str)                       # what every checkpoint has
-MAY_CHANGE = {"images", "log_every", "save_every", "grid_every", "overwrite", "micro", "compile", "recompute"}
+MAY_CHANGE = {"name", "images", "log_every", "save_every", "grid_every", "overwrite", "micro", "compile", "recompute"}
 
 
 def new_state(run, kind, data, size, channels, **more):
@@ -1200,6 +1202,7 @@ def main():
                 flags={"--prepare": "only turn the source into data/"})
     cfg = run.cfg
     if "--prepare" in run.flags:                          # the data alone
+        run.agreed(lambda: check_source(run))
         return run.say(f"would prepare the images in {run.dir / 'data'}") if run.dry_run else prepare_data(run)
     if cfg.imported:
         return import_published(run, cfg)

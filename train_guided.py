@@ -491,8 +491,10 @@ def initial_weights(run, cfg, net, labels):
     require(fill("model", Model, source["model"]) == run.model, cfg, "init",
             f"its model section differs from the configured one ({source['file']})")
     same = labels is not None and source.get("labels_hash") == labels                 # an online labeller finds others
-    require(not source["num_labels"] or same, cfg, "init labels",
-            f"was trained with other labels ({source.get('label_file')}); start from an unconditional model")
+    same &= source.get("condition") == cfg.condition
+    require(not source["num_labels"] or same, cfg, "init labels condition",
+            f"was trained with condition={source.get('condition')} and labels={source.get('label_file')}, not these; "
+            "start from an unconditional model")
     for name in ("path", "predict"):
         require(source[name] == getattr(cfg, name), cfg, name, f"init={cfg.init} has {name}={source[name]}")
     with reading(source["file"], "init= needs a model for images of this size"):
@@ -538,7 +540,9 @@ def prepare_settings(run, cfg):
     if cfg.init and not cfg.init.endswith(".pt"):
         check_name("init", cfg.init, parts=2)
     cfg.name = cfg.name or ("unconditional" if cfg.labels == "none" else cfg.labels)
-    unread = {"none": ONLINE_ONLY | {"drop", "condition"}, "online": set()}.get(cfg.labels, ONLINE_ONLY)
+    unread = ONLINE_ONLY | ({"drop", "condition"} if cfg.labels == "none" else set())
+    if cfg.labels == "online":
+        unread = {"drop", "switch"} if cfg.condition == "none" else set()
     run.sections[run.stage] = {name: value for name, value in vars(cfg).items() if name not in unread}
     given = [word for word in sys.argv[1:] if word.split("=")[0].removeprefix(f"{run.stage}.") in unread]
     if given:

@@ -48,6 +48,7 @@ def open_source(data):
     parts, names = SOURCES.get(data.source, open_torchvision)(data)
     if not data.classes:
         return parts, names
+    require(names, data, "classes source", "this source has no names of classes to choose from")
     for name in data.classes:
         require(name in names, data, "classes", f"{name} is {unknown(name, names)}")
     require((parts["train"].classes >= 0).any(), data, "source classes",
@@ -208,7 +209,10 @@ def shapes_of(n, size):
 
 
 def open_arrays(data):
-    """A .npy file of images, or an .npz with images [, classes, boxes, masks] [, test_images, test_classes, ...]."""
+    """A .npy file of images, or an .npz with images [, classes, boxes, masks] [, test_images, test_classes, ...].
+
+    classes: from 0, -1 = not known; boxes: x0 y0 x1 y1 in pixels, the right and lower edge not included; masks: 0 =
+    none, 255 = void, classes between."""
     path, parts = Path(data.root).expanduser(), {}
     with reading(path, "expected .npz or .npy arrays, with one row for each image"):
         arrays = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -239,6 +243,8 @@ def array_part(arrays, size):
         known[kind] = values.astype(dtype, copy=False)
     if known["classes"].max(initial=0) >= MOST_CLASSES:
         raise ValueError(f"classes reach {known['classes'].max()}: number them from 0; -1 = not known")
+    if "masks" in known and set(np.unique(known["masks"]).tolist()) == {0, 255}:
+        raise ValueError("masks: nothing but 0 and 255, which means void; write objects as 1")
     return Part(known["classes"], lambda rows: {kind: values[rows] for kind, values in known.items()})
 
 
@@ -293,6 +299,8 @@ def write_data(run, folder):
         run.say(f"prepared {len(classes):,} {split} images of {len(per_class) or 'no'} classes"
                 + f" ({named})" * bool(named) + f", {of_none:,} of no class" * bool(of_none)
                 + f", {len(info['skipped'])} unreadable ones left out")
+        if np.count_nonzero(per_class) == 1:
+            run.say("note: all are of one class, which tells nothing: it counts as not known")
         if 0 in per_class:
             why = f" (data.{split}= keeps the first images)" * bool(getattr(data, split))
             run.say(f"note: {per_class.count(0)} classes have no {split} image{why}")
@@ -492,6 +500,9 @@ def load_data(run, split):
             shape = shapes_of(n, size).get(kind, (n, *array.shape[1:]))
             if array.shape != shape or array.dtype != KINDS.get(kind, np.float16):
                 raise ValueError(f"{kind}: {array.dtype} of shape {array.shape} for {n} images")
+        counts = read_json(run.dir / "data" / "train" / "info.json", hint)["class_counts"]
+        if np.count_nonzero(counts) == 1:                 # tells nothing, and every score of it would be perfect
+            arrays["classes"] = np.full(n, -1)
         return Split(info=info, **arrays)
 
 

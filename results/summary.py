@@ -164,7 +164,8 @@ def sinkhorn_table(name):
 def features_tables(name):
     """Print what results/features.py measured: every probe; the surface of blocks and times; kinds of activations."""
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    print(f"\n## {name}\n\n| what | of | seeds | scores | trained parameters | passes |\n|", " | ".join(["---"] * 6), "|")
+    print(f"\n## {name}\n\n| what | of | seeds | scores | trained parameters | passes |")
+    print("|", " | ".join(["---"] * 6), "|")
     for title, row in rows.items():
         for what in next(iter(row.values())).get("rows", {}):
             each = [r["rows"][what] for r in row.values()]

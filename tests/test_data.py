@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 import train_diffusion as td
 from configs import data as cd
 from configs import run as cr
-from configs.data import load_data, prepare_data, square
+from configs.data import load_data, open_source, prepare_data, square
 from configs import data as data_module
 from configs.run import Data, Model, Run, UserError
 from extract_features import ExtractFeatures
@@ -75,6 +76,20 @@ def test_folder_with_classes_and_own_split(tmp_path, test):
     assert classes.tolist() == [0] * 20 + [1] * 20
     assert np.array_equal(images[0], picture(0).transpose(2, 0, 1))
     assert np.array_equal(images[20], picture(1).transpose(2, 0, 1))
+
+
+def test_one_class_counts_as_none(tmp_path, capsys):
+    """Every label, and every guess, would agree with it."""
+    for i in range(40):
+        put(tmp_path / "images/horses" / f"{i}.png", i)
+    folder_of(tmp_path / "r", tmp_path / "images")
+    assert "one class, which tells nothing" in capsys.readouterr().out
+    assert (load_data(SimpleNamespace(dir=tmp_path / "r", data=Data()), "train").classes == -1).all()
+    data = Data(source="folder", root=str(tmp_path / "images"), classes=["horses"])
+    assert open_source(data)[1] == ["horses"]
+    np.save(tmp_path / "x.npy", np.zeros((40, 32, 32, 3), np.uint8))
+    line = complaint_of(tmp_path / "n", source="arrays", root=str(tmp_path / "x.npy"), classes=["0"])
+    assert "no names of classes" in line
 
 
 def test_a_test_folder_without_classes_gives_way(tmp_path, capsys):
@@ -183,7 +198,7 @@ def test_folders_that_are_mixed(tmp_path, capsys):
     put(root / "extra" / "0.png")
     put(root / "train" / "stray.png")
     out = folder_of(tmp_path / "more", root)
-    assert [len(out[s][0]) for s in out] == [31, 1] and out["train"][1].tolist() == [0] * 30 + [-1]
+    assert [len(out[s][0]) for s in out] == [31, 1] and out["train"][2]["class_counts"] == [30]
     said = capsys.readouterr().out
     assert "prepared 31 train images of 1 classes (a: 30), 1 of no class, 0 unreadable" in said
     assert "1 images outside train/ and valid/ are left out" in said
@@ -347,6 +362,7 @@ IMAGES = np.zeros((40, 32, 32, 3), np.uint8)
     (dict(images=IMAGES, classes=np.arange(40) << 30), "number them from 0"),
     (dict(images=IMAGES, classes=np.zeros(40)), "float64"), (dict(images=IMAGES, boxes=np.zeros((40, 5))), "(40, 5)"),
     (dict(images=IMAGES, masks=np.zeros((40, 8, 8), np.uint8)), "masks: uint8 of shape (40, 8, 8)"),
+    (dict(images=IMAGES, masks=IMAGES[..., 0] + 255 * (np.arange(32) % 2).astype(np.uint8)), "0 and 255, which means"),
     (dict(images=IMAGES, test_images=IMAGES[:, :8]), "(40, 8, 32, 3)"),
     (dict(images=IMAGES > 0), "images: bool"), (dict(images=np.array([None] * 40)), "Object arrays"),
     (dict(images=IMAGES[:0]), "none is a train image")])

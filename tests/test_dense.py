@@ -257,6 +257,7 @@ def test_parts_are_known_of_the_whole_set_only(monkeypatch, tiny, run, tmp_path)
 
 def test_pairs_of_one_class_need_known_classes(monkeypatch, tiny, run, tmp_path):
     images, _, boxes, _ = draw_shapes(0, np.arange(40))
+    boxes[:30, 3] = boxes[:30, 1]                         # of no height: no boxes
     some = dict(images=images.transpose(0, 2, 3, 1), boxes=boxes)
     np.savez(tmp_path / "some.npz", **some, **{f"test_{k}": v for k, v in some.items()})
     words = [tiny, f"run={tmp_path}/run", "data.source=arrays", f"data.root={tmp_path}/some.npz", "data.train=0",
@@ -266,6 +267,13 @@ def test_pairs_of_one_class_need_known_classes(monkeypatch, tiny, run, tmp_path)
            "activations=unet-in", "t=0.8,0.9", "pairs=40", "controls=")
     got = result(tmp_path / "run", "correspond")
     assert got["pairs"] == dict(warps=40) and got["rows"]["features"]["passes"] == 1     # of the place that was chosen
+    masks = np.zeros((2, 4, 4), np.uint8)
+    for masks[0, 0, 0] in (0, 255):                       # nothing, and void
+        with pytest.raises(UserError, match="no pixel of the training"):
+            probe.known_masks(*2 * [Split(None, None, None, masks, {})])
+    flat = Split(images, np.zeros(40, int), boxes, None, {})
+    with pytest.raises(UserError, match="no two of 1 test images"):
+        probe.class_pairs(flat, np.arange(31), 0, np.zeros((40, 2)), np.zeros((40, 2, 2)))
     with pytest.raises(UserError, match="no two of 3 test images"):
         probe.partners(np.arange(3), np.array([0, -1, -1]), 0)
 

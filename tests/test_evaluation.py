@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import inside
 from PIL import Image
 
 import sample_ode
@@ -299,6 +300,20 @@ def test_a_sweep_counts_evaluations_and_several_evaluators_score_alike(monkeypat
     assert m["scores"]["evaluator"].startswith("pixels") and "averages.ts" in other["evaluator"]
     assert 0 < other["frechet"] != m["scores"]["frechet"] and other["copies"] == m["scores"]["copies"]
     assert other["singular"] == (other["evaluator_features"] >= 24)
+
+
+def test_samples_know_the_images_they_were_scored_against(tiny, small_run, refuse, tmp_path):
+    words = [tiny, f"run={tmp_path}/run", "data.train=100", "data.test=40"]
+    keys = [f"checkpoint={small_run}/diffusion/base/checkpoint.pt", "n=8", "steps=1", "name=x"]
+    inside("train_diffusion", *words, "--prepare")
+    inside("sample_ode", *words, *keys)
+    (tmp_path / "run/samples/x").rename(tmp_path / "run/samples/y")              # what it is called decides nothing
+    keys[-1] = "name=y"
+    assert "done already" in inside("sample_ode", *words, *keys)
+    shutil.rmtree(tmp_path / "run/data")
+    (tmp_path / "run/config.yaml").unlink()
+    inside("train_diffusion", *words, "data.seed=1", "--prepare")
+    assert "was made with images=" in refuse("sample_ode", *words, "data.seed=1", *keys)
 
 
 def test_what_cannot_be_scored_is_refused_before_sampling(refuse, tiny, small_run):

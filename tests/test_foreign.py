@@ -243,9 +243,17 @@ class Tiny(nn.Module):
         x = self.embed(x).flatten(2).transpose(1, 2)
         return self.norm(self.block(torch.cat([x.mean(1, keepdim=True), x], 1)))[:, 0]
 
+class Named(Tiny):
+    def forward(self, x):
+        return dict(out=super().forward(x))
+
 def tiny(pretrained=True):
     torch.manual_seed(0)
     return Tiny()
+
+def named(pretrained=True):
+    torch.manual_seed(0)
+    return Named()
 """
 
 
@@ -265,6 +273,8 @@ def test_encoders(monkeypatch, hub, tiny, small_run):
     want = (x / 2 + 0.5 - mean) / std
     assert torch.allclose(net.encode(x), want, atol=1e-5)
     assert through(net, want, None, ["norm"])["norm"].shape == (2, 8, 2, 2)
+    other, _ = opened(f"hub:{hub}/named", resize=32)      # as torchvision's models of segmentation, it returns a dict
+    assert torch.equal(through(other, want, None, ["out"])["out"], through(net, want, None, ["out"])["out"])
     load = extract_features.load_data                     # a run's own models see its latents, others its images
     latents = np.zeros((40, 2, 8, 4, 4), np.float16)
     monkeypatch.setattr(extract_features, "load_data", lambda *a: replace(load(*a), latents=latents))

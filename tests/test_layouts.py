@@ -125,4 +125,6 @@ def test_conditions_need_what_they_name(run, tiny, refuse):
     words = [tiny, f"run={run}", "name=no"]
     assert "has no boxes" in refuse("train_guided", *words, "labels=random", "condition=box")
     assert "online only" in refuse("train_guided", *words, "labels=classes", "condition=prototype")
+    said = refuse("train_guided", *words, "labels=classes", "init=guided/box")
+    assert "condition=box" in said and "start from an unconditional model" in said
     assert "come from a label file" in refuse("train_guided", *words, "labels=online", "condition=set")

@@ -16,7 +16,7 @@ import train_guided
 from configs.run import Model, UserError
 from configs.shapes import draw_shapes
 from extract_features import matching
-from train_diffusion import Batch, build_model, layout_of
+from train_diffusion import Batch, build_model, layout_of, load_condition
 from train_guided import Labeller, TrainGuided, check_online, label_images
 
 UNET = Model(channels=16, mult=[1, 2], blocks=1, attention=[4], head_channels=16, stem=4)
@@ -321,7 +321,7 @@ def test_labels_of_another_program_are_not_replaced(toy, refuse, monkeypatch):
     folder, words = toy
     inside("self_label", *words, "method=classes", "name=mine")
     said = refuse("train_guided", *words, "name=mine")
-    assert "labels/mine.json" in said and "overwrite=true" in said
+    assert "labels/mine.npz" in said and "overwrite=true" in said
     fit = train_guided.fit
 
     def meanwhile(*a):
@@ -330,10 +330,23 @@ def test_labels_of_another_program_are_not_replaced(toy, refuse, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_guided, "fit", meanwhile)
         keys = ["images=64", "switch=0", "sk_until=0", "sk_freeze=0", "name=late"]
-        assert "labels/late.json" in refuse("train_guided", *words, *keys)
+        assert "labels/late.npz" in refuse("train_guided", *words, *keys)
     assert json.loads((folder / "run/labels/late.json").read_text())["recipe"]["method"] == "classes"
     said = refuse("train_guided", *words, "name=new", "init=guided/online")      # whose labels are numbered otherwise
     assert "start from an unconditional model" in said
+
+
+def test_labels_that_are_not_finite_stop_the_training(toy, refuse, monkeypatch):
+    folder, words = toy
+    learn, calls = train_guided.Standardised.learn, []
+
+    def overflowing(self, f, *given):                     # as a forward pass in fp16 may
+        calls.append(f)
+        learn(self, f * (math.inf if len(calls) == 3 else 1), *given)
+    monkeypatch.setattr(train_guided.Standardised, "learn", overflowing)
+    keys = ["images=320", "switch=160", "sk_until=0", "log_every=160", "name=over"]
+    assert "not finite" in refuse("train_guided", *words, *keys)
+    assert not (folder / "run/labels/over.npz").exists()
 
 
 @pytest.mark.parametrize("condition", ["prototype", "patch", "none"])
@@ -346,6 +359,13 @@ def test_every_condition_trains_and_samples(toy, condition):
     assert np.load(folder / f"run/samples/{condition}/images.npy").shape == (6, 3, 16, 16)
     assert (folder / f"run/guided/{condition}/labels.npz").exists()
     assert "done already" in inside("train_guided", *words, *keys)
+    if condition == "none":                               # which reads neither
+        assert "not read" in inside("train_guided", *words, *keys, "switch=7", "drop=0.2")
+    if condition == "patch":
+        state = torch.load(folder / "run/guided/patch/checkpoint.pt", weights_only=True)
+        state.pop("bank")                                 # as it is while it trains
+        with pytest.raises(UserError, match="train it to its end"):
+            load_condition(state | dict(file="x"), "cpu")
 
 
 def test_a_checkpoint_samples_without_run_or_images(toy, tmp_path, refuse):

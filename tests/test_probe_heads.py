@@ -437,6 +437,22 @@ def test_other_models_of_cka_are_of_the_same_size(refuse, tiny, run, tmp_path):
     said = refuse("probe", tiny, f"run={run}", "protocol=cka", "activations=mid-repeat0-res-out", "t=0.5", "name=bad",
                   f"against={folder / 'diffusion/base/checkpoint.pt'}")
     assert "inputs of 3 x 16 x 16" in said
+    words = ["protocol=cka", "activations=mid-repeat0-res-out", "t=0.5", "name=bad"]
+    stage("train_diffusion", tiny, f"run={tmp_path}/few", "data.test=3", "images=32", "batch=32")
+    assert "four test images" in refuse("probe", tiny, f"run={tmp_path}/few", "data.test=3", *words)
+
+
+def test_the_next_command_reads_the_choice(monkeypatch, capsys, tiny, run, tmp_path):
+    """Also where the YAML file names a place."""
+    pinned = tmp_path / "pinned.yaml"
+    named = "extract_features: {activations: mid-repeat0-res-out, t: 0.3, "
+    pinned.write_text(tiny.read_text().replace("extract_features: {", named))
+    words = [f"run={run}", "fit=60", "validation=30", "K=3", "t=0.8", "activations=up*-out", "name=pinned"]
+    called(monkeypatch, probe, pinned, *words)
+    following = capsys.readouterr().out.splitlines()[-1].split("   #")[0].split()[3:]
+    called(monkeypatch, extract_features, *following, "name=pinned")
+    read, = json.loads((run / "features/pinned/info.json").read_text())["arrays"]
+    assert read["t"] == 0.8 and read["activation"].startswith("up")
 
 
 def test_a_recipe_holds_what_decides(monkeypatch, refuse, capsys, tiny, run):

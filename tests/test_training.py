@@ -4,6 +4,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -349,6 +350,8 @@ def test_guided_training_resumes_and_is_locked_by_its_own_keys_only(tiny, run, r
     (a, _), (b, _) = everything(run, "guided/once"), everything(run, "guided/twice")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert "done already" in inside("train_guided", *words, "name=once", *unread)
+    shutil.copytree(run / "guided/once", run / "guided/copy")
+    assert "resuming at" in inside("train_guided", *words, "name=copy", "images=288")
     assert "train_guided.drop=0.1, now 0.2" in refuse("train_guided", *words, "name=once", "drop=0.2")
 
 
