@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from configs.data import (as_input, file_of, load_data, require_shape, row_shape, scale_and_shift, to_latents,
+from configs.data import (SPLITS, as_input, file_of, load_data, require_shape, row_shape, scale_and_shift, to_latents,
                           torchvision_datasets)
 from configs.run import (UserError, ahead, autocast, bar, cli, create_rows, draw, finished, key, making,
                          read_json, reading, require, save_grid, start, to_uint8, weights_hash, write_json, write_rows)
@@ -60,11 +60,9 @@ class ExtractFeatures:
     choice: str = key("sweep", "which probe result `auto` reads")
     pool: str = key("mean", "mean, none, or a number g: average over a grid of g x g")
     draws: int = key(1, "noise draws to average", low=1)
-    splits: list[Literal["train", "test"]] = key(["train", "test"], "parts of the data")
     dtype: Literal["float32", "float16"] = key("float32", "on disk")
     batch: int = key(256, "images per forward pass and process", low=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "of the network")
-    shown: list[int] = key([0, 1, 2, 3], "--pca: which test images", low=0)
     seed: int = key(0, "of the noise")
     overwrite: bool = key(False, "replace features that another recipe left under this name")
 
@@ -521,11 +519,10 @@ def pca_rgb(x):
 
 
 def pca_sheet(run, cfg, features, names, times):
-    """Write features/<name>-pca.png: test images `shown`, and their maps as colours, a row for each activation."""
+    """Write features/<name>-pca.png: four test images, and their maps as colours, a row for each activation."""
     test = load_data(run, "test")
-    require(cfg.shown and max(cfg.shown) < len(test), cfg, "shown", f"name some of the {len(test)} test images")
-    images = test.images[cfg.shown]                                              # [N, 3, H, W]
-    batches = [out for _, out in features(test, np.array(cfg.shown), pool="none", purpose="features test")]
+    images = test.images[:4]                                                     # [N, 3, H, W]
+    batches = [out for _, out in features(test, np.arange(len(images)), pool="none", purpose="features test")]
     maps = {place: torch.cat([out[place] for out in batches]) for place in batches[0]}
     sheet = [images] * len(times)
     for name in names:
@@ -605,10 +602,9 @@ def main():
     """Extract features, from the command line."""
     run = start("extract_features", ExtractFeatures, __doc__, flags={
         "--list": "every activation and its size",
-        "--pca": "one sheet of PCA maps of test images (shown=)"})
+        "--pca": "one sheet of PCA maps of test images"})
     cfg = run.cfg
     check_pool(cfg, "pool")
-    require(cfg.splits, cfg, "splits", "name train, test or both")
 
     # the model
     net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights)
@@ -626,20 +622,18 @@ def main():
         return stream(net, state, images, rows, names, times, device=run.device, context=context, draws=cfg.draws,
                       seed=cfg.seed, batch=cfg.batch, **options)
 
-    if "--pca" in run.flags and not run.dry_run:
-        return pca_sheet(run, cfg, features, names, times)
-    data = {split: load_data(run, split) for split in cfg.splits}
-    _, one = next(features(data[cfg.splits[0]], np.arange(1), pool=cfg.pool))    # one image tells the shapes
+    folder = run.dir / "features" / cfg.name
+    if "--pca" in run.flags:
+        return run.say(f"a sheet {folder}-pca.png") if run.dry_run else pca_sheet(run, cfg, features, names, times)
+    data = {split: load_data(run, split) for split in SPLITS}
+    _, one = next(features(data["train"], np.arange(1), pool=cfg.pool))          # one image tells the shapes
     shapes = {(name, t): tuple(one[name, t].shape[1:]) for name in names for t in times}
     run.say(f"{len(names)} activation(s) x {len(times)} time(s): {', '.join(names)} at t = "
             f"{', '.join(map(str, times))}; {why}")
-    folder = run.dir / "features" / cfg.name
     if run.dry_run:
         if not cfg.model:
             say_network(run, net, state["channels"], state["size"])
         numbers = sum(map(len, data.values())) * sum(map(math.prod, shapes.values()))
-        if "--pca" in run.flags:
-            return run.say(f"a sheet {folder}-pca.png")
         return run.say(f"{numbers * np.dtype(cfg.dtype).itemsize / 1e6:,.1f} MB in {folder}")
     recipe = recipe_of(cfg, state, data, names, times)
     made = [folder / file_of(split, *place) for split in data for place in shapes]
@@ -652,10 +646,9 @@ def main():
 
     # close
     run.say(f"features in {folder}: " + ", ".join(f"{n} t={t:g} {list(s)}" for (n, t), s in shapes.items()))
-    if len(cfg.splits) == 2:                              # labels need both
-        method = " method=lost" if cfg.pool == "none" else ""
-        run.next("self_label.py" + method + ("" if cfg.name == "base" else f" features={cfg.name}"),
-                 "groups the images by these features")
+    method = " method=lost" if cfg.pool == "none" else ""
+    run.next("self_label.py" + method + ("" if cfg.name == "base" else f" features={cfg.name}"),
+             "groups the images by these features")
 
 
 if __name__ == "__main__":

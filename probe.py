@@ -46,8 +46,8 @@ from scipy import ndimage
 from torch import nn
 
 from configs.data import as_input, load_data, load_features, load_labels, require_shape, row_shape, torchvision_datasets
-from configs.run import (Model, UserError, autocast, bar, check_name, cli, digest, draw, fill, finished, key, locked,
-                         read_json, require, save_grid, seed_of, seeded, start, unknown, write_json)
+from configs.run import (Model, UserError, autocast, bar, check_name, chunks, cli, digest, draw, fill, finished, key,
+                         locked, read_json, require, save_grid, seed_of, seeded, start, unknown, write_json)
 from configs.shapes import shape_parts
 from train_diffusion import PATHS, Block, build_model, diffuse, load_checkpoint, load_condition, load_model, say_network
 from extract_features import catalogue, label_free, matching, noise_level, reader, stream
@@ -206,7 +206,7 @@ def boxes(run, cfg, source, train, test):
         mine = {}
         for t in times[run.rank::run.world]:              # one after the other: whole maps are held
             one = replace(source, times=[t], batch=min(source.batch, 64))
-            mine |= objects_in(one, train.inputs, rows, purpose, "boxes", train.images.shape[2:], method="lost")
+            mine |= objects_in(one, train.inputs, rows, purpose, "boxes", train.images.shape[2:])
         draws.append({place: found[:, 0] for part in run.gather(mine) for place, found in part.items()})
     found, again = draws
     places, table = [place for place in itertools.product(source.names, times) if place in found], []
@@ -286,7 +286,7 @@ class Source:
         they are become 32 x 32 at most."""
         parts = {place: [] for place in self.places}
         if self.net is None:
-            for part in split(rows, 1000):
+            for part in chunks(rows, 1000):
                 x = self.shown(images, part)
                 small = F.adaptive_avg_pool2d(x, min(32, x.shape[2]))
                 parts[self.places[0]].append(small.flatten(1).cpu())
@@ -327,11 +327,6 @@ class Source:
         """{(name, t): map [n, C, h, w]} of these rows."""
         views, _, _ = self.views_of(images, rows, self.seed, purpose)
         return {(name, t): x for t, maps in zip(self.times, views) for name, x in zip(self.names, maps)}
-
-
-def split(rows, size):
-    """Rows in parts of this size."""
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
 def classes_of(part):
@@ -558,8 +553,8 @@ def stored_vectors(run, name, part):
     """features/<name> of the training or test images, side by side, float32 [N, D]; maps are averaged."""
     columns = []
     for array in load_features(run, name, part)[0]:
-        chunks = [torch.from_numpy(np.array(chunk, np.float32)) for chunk in split(array, 4096)]
-        columns.append(torch.cat([x.mean((2, 3)) if x.dim() == 4 else x for x in chunks]))
+        parts = [torch.from_numpy(np.array(part, np.float32)) for part in chunks(array, 4096)]
+        columns.append(torch.cat([x.mean((2, 3)) if x.dim() == 4 else x for x in parts]))
     return torch.cat(columns, 1)
 
 
@@ -838,7 +833,7 @@ def evaluate(heads, source, images, y, rows, seed, purpose):
     y: int64 [N], or masks [N, H, W]; -100 = void.
     """
     tables, losses = [0] * len(heads), [0.0] * len(heads)
-    for part in split(rows, source.batch):
+    for part in chunks(rows, source.batch):
         views = source.views_of(images, part, seed, purpose)
         target = y[part].to(source.device).long()
         for i, head in enumerate(heads):
@@ -1182,7 +1177,7 @@ def similarity(source, target, points, size):
 def matches(source, pairs, step=32):
     """{(name, t): found positions [N, P, 2] in target pixels} by nearest neighbour, `step` pairs at once."""
     size, found = pairs.source.shape[2], {}
-    for part in split(np.arange(len(pairs.source)), min(step, max(1, 2 ** 14 // size ** 2))):
+    for part in chunks(np.arange(len(pairs.source)), min(step, max(1, 2 ** 14 // size ** 2))):
         points = pairs.points[part].to(source.device)
         for t in source.times:                            # one after the other: whole maps are held
             one = replace(source, times=[t])
@@ -1327,7 +1322,7 @@ def fit_detector(cfg, net, source, images, y, rows, seed):
 def detections(net, source, images, seed):
     """Found objects of each image: [dict(labels, scores, boxes, masks bool [n, H, W])], on the CPU."""
     out = []
-    for part in split(np.arange(len(images)), min(source.batch, 64)):
+    for part in chunks(np.arange(len(images)), min(source.batch, 64)):
         net.backbone.noise = draw(seed, "detect test", part, images.shape[1:]).to(source.device)
         for found in net.eval()(list((source.shown(images, part) + 1) / 2)):
             found["masks"] = found["masks"][:, 0] > 0.5
@@ -1457,7 +1452,7 @@ def objects_of_shapes(images):
     return images[:, 0].astype(np.int16) - images[:, 2] > 20
 
 
-def found_objects(run, info, method, images, rows):
+def found_objects(run, info, images, rows):
     """Masks bool [n, H, W] of objects, found as those of the labels (info) were: the same place, equal settings."""
     of, labelled = info["features"], info["recipe"]
     net, state = load_model(run, of["checkpoint"], of["weights"])
@@ -1467,9 +1462,8 @@ def found_objects(run, info, method, images, rows):
     require(plain, run.cfg, "samples", "have labels of several activations or draws, or of a pool: not supported here")
     place, context = of["arrays"][0], autocast(run, run.cfg.precision)[0]
     source = Source(net, state, [place["activation"]], [place["t"]], device=run.device, context=context, batch=64)
-    settings = {k: labelled[k] for k in ("objects", "contrast", "refine", "tau") if k in labelled}
-    guide = images if labelled.get("guide") else None
-    found = objects_in(source, images, rows, "samples", "masks", images.shape[2:], guide, method=method, **settings)
+    settings = {k: labelled[k] for k in ("objects", "contrast", "refine")}
+    found = objects_in(source, images, rows, "samples", "masks", images.shape[2:], images, **settings)
     return found[source.places[0]] > 0
 
 
@@ -1499,7 +1493,7 @@ def layout(run, cfg, source, train, test):
     require(digest(labels["train"]) == state["labels_hash"], cfg, "samples",
             f"are of a model trained with other labels than labels/{state['label_file']}.npz holds now")
     labelled = info["recipe"]
-    method = labelled.get("foreground", labelled["method"])
+    method = labelled["method"]
     one_box = condition == "box" and labelled.get("objects", 1) == 1
     drawn = made["recipe"].get("boxes") or method == "segments"
     require((one_box or condition == "mask") and not drawn, cfg, "samples",
@@ -1511,8 +1505,8 @@ def layout(run, cfg, source, train, test):
     asked = maps == 0 if one_box else (maps > 0) & (maps < bank.channels)
     if run.data.source == "shapes":
         found["exact_iou"] = objects_of_shapes(images[rows])
-    if method in ("lost", "ncut"):
-        found["layout_iou"] = found_objects(run, info, method, images, rows)
+    if method in ("lost", "masks"):
+        found["layout_iou"] = found_objects(run, info, images, rows)
     require(found, cfg, "samples", f"labels of method={method} do not tell how to find objects")
     if one_box:
         found = {score: in_boxes(areas) for score, areas in found.items()}

@@ -11,13 +11,13 @@ Writes  labels/<name>.npz   train int64 [N], test int64 [N'], num_labels; centro
 
     python self_label.py configs/shapes.yaml method=kmeans                                # CPU, seconds
     torchrun --nproc_per_node=8 self_label.py configs/cifar10.yaml method=sinkhorn K=100  # eight GPUs, same labels
-    python self_label.py configs/shapes.yaml method=ncut features=dense objects=2         # boxes, of maps (pool=none)
+    python self_label.py configs/shapes.yaml method=lost features=dense objects=2         # boxes, of maps (pool=none)
 
 kmeans      clusters of any size
 sinkhorn    clusters of about equal size, by optimal transport (arXiv 1911.05371, 2006.09882)
-lost, ncut  objects by patch degrees (arXiv 2109.14279) or normalised cut (2202.11539), and clusters of their regions.
-            masks: 1 + number of the object, 0 = none
-masks       the objects that `foreground` finds; masks: 1 + cluster of the object, 0 = none
+lost        objects by patch degrees (arXiv 2109.14279), and clusters of their regions; masks: 1 + number of the object,
+            0 = none
+masks       the same objects; masks: 1 + cluster of the object, 0 = none
 segments    clusters of all patches; masks: segment of every pixel; an image's id is the cluster of its mean feature
 file        ids that anything else found, for comparison: `ids`, one per training image
 controls    colours (k-means on mean and deviation of each channel), pixels (on images averaged to pool x pool),
@@ -40,7 +40,7 @@ from scipy.stats import entropy
 from scipy.stats.contingency import crosstab
 
 from configs.data import arrays_hash, load_data, load_features, load_labels, torchvision_datasets
-from configs.run import (ALONE, UserError, atomic, cli, digest, finished, key, locked, read_json, reading,
+from configs.run import (ALONE, UserError, atomic, chunks, cli, digest, finished, key, locked, read_json, reading,
                          require, save_grid, seed_of, start, unknown, write_json)
 
 
@@ -59,14 +59,12 @@ class SelfLabel:
     sk_eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
     sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
     rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
-    objects: int = key(1, "lost, ncut, masks: at most so many boxes per image", low=1, high=254)
-    contrast: float = key(0.5, "lost, ncut, masks: share of the first object's distance to the rest (squared) that "
-                               "further ones must reach", low=0, high=1)
-    tau: float = key(0.2, "ncut (masks: as foreground): patches of at least this cosine are joined", low=-1, high=1)
-    refine: bool = key(True, "lost, ncut, masks: outline in pixels from upsampled features, not in patches")
-    guide: bool = key(True, "lost, ncut, masks: the refined outline follows the edges of the image")
-    cells: int = key(4, "lost, ncut, masks: a region's features are read in so many cells a side", low=1)
-    foreground: Literal["lost", "ncut"] = key("lost", "masks: what finds objects")
+    objects: int = key(1, "lost, masks: at most so many boxes per image", low=1, high=254)
+    contrast: float = key(0.5, "lost, masks: share of the first object's distance to the rest (squared) that further "
+                               "ones must reach", low=0, high=1)
+    refine: bool = key(True, "lost, masks: outline in pixels from upsampled features, along the image's edges, not in "
+                             "patches")
+    cells: int = key(4, "lost, masks: a region's features are read in so many cells a side", low=1)
     segments: int = key(21, "segments: clusters of patches, background included", low=2, high=255)
     smooth: float = key(0.3, "segments: weight of a patch's 3 x 3 neighbourhood", low=0, high=1)
     pool: int = key(8, "pixels: images are averaged to so many pixels a side", low=1)
@@ -259,7 +257,7 @@ def sinkhorn_cluster(features, K, *, eps=0.05, iterations=20, rounds=20, seed=0,
 # Objects of an image from its patch features x float32 [n, P, D] on a grid (h, w), P = h w; all images of a batch at
 # once. `left` bool [n, P]: patches that no object has taken yet.
 
-def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5, refine=True, images=None, cells=1):
+def find_objects(x, grid, size, objects=1, contrast=0.5, refine=True, images=None, cells=1):
     """Objects of images of size = (H, W) pixels, as a dict:
 
     boxes    [n, objects, 4], in pixels; -1 where there is none
@@ -276,7 +274,7 @@ def find_objects(x, grid, size, method="ncut", objects=1, tau=0.2, contrast=0.5,
     exists = spread > 1e-6 * x.square().sum((1, 2))
     boxes, regions, masks = [], [], x.new_zeros(n, *size, dtype=torch.uint8)
     for j in range(objects):
-        patches = cut(x, left, grid, method, tau)
+        patches = cut(x, left, grid)
         others = left & ~patches
         mean_inside, mean_rest = mean_over(x, patches), mean_over(x, others)
         apart = (mean_inside - mean_rest).square().sum(1)
@@ -305,12 +303,11 @@ def enlarge(v, grid, size, mode):
     return F.interpolate(v.float().unflatten(1, (1, *grid)), size, mode=mode)[:, 0]
 
 
-def cut(x, left, grid, method, tau):
-    """Patches bool [n, P] of one object among those that are left, by LOST or normalised cut: one connected region."""
+def cut(x, left, grid):
+    """Patches bool [n, P] of one object among those that are left, by LOST: one connected region."""
     f = F.normalize(x - mean_over(x, left)[:, None], dim=2) * left[:, :, None]   # centred: else all patches are alike
     similarity = torch.bmm(f, f.transpose(1, 2))          # cosines [n, P, P]
-    patches = lost(similarity, left) if method == "lost" else ncut(similarity, left, grid, tau)
-    return largest_component(patches, grid)               # parts of one cut that do not touch are not one object
+    return largest_component(lost(similarity, left), grid)                       # what does not touch is not one object
 
 
 def lost(similarity, left):
@@ -328,33 +325,6 @@ def lost(similarity, left):
     low = degree <= degree.kthvalue(few, 1, keepdim=True).values                 # and all others of equal degree
     similar = (low & alike[torch.arange(n, device=left.device), seed]).float()
     return (torch.bmm(similar[:, None], similarity)[:, 0] >= 0) & left
-
-
-def ncut(similarity, left, grid, tau=0.2):
-    """TokenCut: object patches bool [n, P] by the normalised cut of the graph that joins patches of cosine >= tau."""
-    pair = left[:, :, None] & left[:, None]
-    # a little weight everywhere, so that unconnected parts differ (the paper's: 1e-5)
-    A = torch.where(similarity >= tau, 1.0, 0.1 / left.shape[1]) * pair
-    y = second_eigenvector(A) * A.sum(2).clamp(min=1e-30).rsqrt()
-    y = (y - (y * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)) * left
-    size = y.abs()                                        # the object is on the side of the largest
-    largest = (size >= 0.99 * size.amax(1, keepdim=True)).float().argmax(1)      # the first, where rounding decides
-    y = y * y.gather(1, largest[:, None]).sign()
-    corners = [0, grid[1] - 1, -grid[1], -1]
-    background = (y[:, corners] > 0).sum(1, keepdim=True) >= 3                   # no object lies in three corners
-    return torch.where(background, -y, y) > 0
-
-
-def second_eigenvector(A):
-    """The second eigenvector z [n, P] of D^-1/2 A D^-1/2, D = diag(row sums of A), for symmetric A [n, P, P] >= 0.
-
-    y = D^-1/2 z is then the relaxed normalised cut (Shi and Malik 2000). Empty rows stay 0.
-    """
-    degree = A.sum(2)                                     # [n, P]
-    root = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)
-    M = A * root[:, :, None] * root[:, None]              # its largest eigenvalue is 1, of the vector D^1/2 1
-    _, vectors = torch.linalg.eigh(M.double())            # in float32 it fails where many patches are equal
-    return vectors[:, :, -2].float() * (degree > 0)
 
 
 def largest_component(mask, grid):
@@ -487,20 +457,10 @@ def open_features(run, name, split, dense=False):
     scales = [scale(a) for a in load_features(run, name, "train")[0]] if len(maps) > 1 else [1.0]
 
     def read(rows):
-        return joined([torch.from_numpy(a[rows].astype(np.float32)) for a in maps], grid, scales)
+        parts = [torch.from_numpy(a[rows].astype(np.float32)) for a in maps]     # [n, C_i, h_i, w_i]
+        parts = [x if x.shape[2:] == grid else F.interpolate(x, grid, mode="bilinear") for x in parts]
+        return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)     # [n, h * w, D]
     return read, dict(grid=grid, scales=scales)
-
-
-def joined(parts, grid, scales):
-    """Maps [n, C_i, h_i, w_i], scaled, side by side on the grid (h, w): [n, h * w, D]."""
-    parts = [x if x.shape[2:] == tuple(grid) else F.interpolate(x, tuple(grid), mode="bilinear") for x in parts]
-    return torch.cat([x * s for x, s in zip(parts, scales)], 1).flatten(2).transpose(1, 2)
-
-
-def index_chunks(run, n, step):
-    """This process's share of n rows, at most `step` at a time."""
-    share = run.share(n)
-    return np.split(share, range(step, len(share), step))
 
 
 def gathered(run, x):
@@ -559,25 +519,20 @@ def cluster(run, cfg, rows):
     return Labels(ids, cfg.K, closeness["train"], arrays, facts)
 
 
-def stored_rows(run, cfg, data):
-    """Stored features of this process's images, {split: float32 [n, D]}."""
-    rows = {}
+def cluster_features(run, cfg, data):
+    """kmeans, sinkhorn: clusters of stored features."""
+    rows = {}                                             # of this process's images, {split: float32 [n, D]}
     for split, d in data.items():
         read, _ = open_features(run, cfg.features, split)
         rows[split] = read(run.share(len(d))).flatten(0, 1)
-    return rows
-
-
-def cluster_features(run, cfg, data):
-    """kmeans, sinkhorn: clusters of stored features."""
-    return cluster(run, cfg, stored_rows(run, cfg, data))
+    return cluster(run, cfg, rows)
 
 
 def cluster_images(run, cfg, data, numbers):
     """Control: k-means on numbers(x) [n, D] of images x float32 [n, 3, H, W] in 0 ... 1."""
     rows = {}
     for split, d in data.items():
-        parts = [numbers(torch.from_numpy(d.images[part]).float() / 255) for part in index_chunks(run, len(d), 1024)]
+        parts = [numbers(torch.from_numpy(d.images[part]).float() / 255) for part in chunks(run.share(len(d)), 1024)]
         rows[split] = torch.cat(parts)
     return cluster(run, cfg, rows)
 
@@ -599,14 +554,12 @@ def search(run, cfg, split, images):
     layout: boxes [N, objects, 4], masks [N, H, W], has_region bool [N, objects]. regions [n, D] are those of this
     process's images; about is that of `open_features`.
     """
-    method = cfg.foreground if cfg.method == "masks" else cfg.method
     read, about = open_features(run, cfg.features, split, dense=True)
     size, P, parts = images.shape[2:], math.prod(about["grid"]), []
-    step = max(1, 2 ** 22 // max(P * P, cfg.guide * math.prod(size)))            # tables stay near the cache
-    for rows in index_chunks(run, len(images), step):
-        shown = torch.from_numpy(images[rows]).to(run.device) if cfg.guide else None
-        found = find_objects(read(rows).to(run.device), about["grid"], size, method, cfg.objects, cfg.tau, cfg.contrast,
-                             cfg.refine, shown, cfg.cells)
+    step = max(1, 2 ** 22 // max(P * P, math.prod(size)))                        # tables stay near the cache
+    for rows in chunks(run.share(len(images)), step):
+        found = find_objects(read(rows).to(run.device), about["grid"], size, cfg.objects, cfg.contrast, cfg.refine,
+                             torch.from_numpy(images[rows]).to(run.device), cfg.cells)
         parts.append([found[k].cpu() for k in ("boxes", "masks", "regions")])
     boxes, masks, regions = map(torch.cat, zip(*parts))
     has_region = boxes[..., 0] >= 0
@@ -615,7 +568,7 @@ def search(run, cfg, split, images):
 
 
 def label_objects(run, cfg, data):
-    """lost, ncut, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
+    """lost, masks: objects, each with the cluster of its region's features; an image bears that of its first."""
     require(cfg.method != "masks" or cfg.K <= 254, cfg, "method K", "masks hold ids up to 255, so K is at most 254")
     layouts, regions = {}, {}
     for split, d in data.items():
@@ -712,13 +665,12 @@ def permuted(run, cfg, data):
 
 ROWS = "K center seed"
 KMEANS = f"{ROWS} metric iterations restarts"
-OBJECTS = f"features {KMEANS} objects contrast refine guide cells"
+OBJECTS = f"features {KMEANS} objects contrast refine cells"
 METHODS = {                                               # name: (function, the settings that it reads)
     "kmeans": (cluster_features, f"features {KMEANS}"),
     "sinkhorn": (cluster_features, f"features {ROWS} sk_eps sk_iterations rounds"),
     "lost": (label_objects, OBJECTS),
-    "ncut": (label_objects, f"{OBJECTS} tau"),
-    "masks": (label_objects, f"{OBJECTS} foreground tau"),
+    "masks": (label_objects, OBJECTS),
     "segments": (label_segments, f"features {KMEANS} segments smooth"),
     "file": (from_file, "ids"),
     "colours": (colours, KMEANS),

@@ -251,9 +251,7 @@ def zeroed(module):
 
 def group_norm(channels):
     """ADM's 32 groups; fewer below 128 channels, so that each has four or more: a group of one loses its mean."""
-    groups = math.gcd(32, channels)
-    while groups > 1 and channels // groups < 4:
-        groups //= 2
+    groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 4), 1)
     return nn.GroupNorm(groups, channels)
 
 

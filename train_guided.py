@@ -107,7 +107,7 @@ def label_sets(labels, K, name):
     """Clusters of each training image's boxes, bool [N, K], from a label file's ids_train [N, objects], -1 = none."""
     if "ids_train" not in labels:
         raise UserError(f"condition=set: labels/{name}.npz has no ids_train, several labels per image; make them with "
-                        "self_label.py objects=2 and method=lost, ncut or masks")
+                        "self_label.py objects=2 and method=lost or masks")
     ids = np.asarray(labels["ids_train"])
     sets = np.zeros((len(ids), K + 1), bool)
     sets[np.arange(len(ids))[:, None], ids] = True        # -1 is the last column

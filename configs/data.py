@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from configs.run import (UserError, ahead, bar, check_data_section, create_rows, digest, keep_sections, locked, making,
-                         read_json, reading, require, seed_of, unknown, weights_hash, wide, write_json, write_rows)
+from configs.run import (UserError, ahead, bar, check_data_section, chunks, create_rows, digest, keep_sections, locked,
+                         making, read_json, reading, require, seed_of, unknown, weights_hash, wide, write_json,
+                         write_rows)
 
 SPLITS = ("train", "test")
 KINDS = {"images": np.uint8, "classes": np.int64, "boxes": np.float32, "masks": np.uint8}
@@ -310,7 +311,7 @@ def write_part(run, folder, part, rows):
     """Write these rows of a part of the source as arrays in `folder`. Returns what info.json is to say of them: arrays,
     fingerprint, skipped."""
     count, skipped, hashed, threads = 0, [], hashlib.sha256(), min(16, os.cpu_count() or 1)
-    blocks = [rows[i:i + 128] for i in range(0, len(rows), 128)]
+    blocks = chunks(rows, 128)
     folder.mkdir()
     with bar(run, len(rows), f"preparing {folder.name} images") as progress:
         for batch in ahead(part.read, blocks, depth=threads, threads=threads):
@@ -500,7 +501,7 @@ def load_data(run, split):
             shape = shapes_of(n, size).get(kind, (n, *array.shape[1:]))
             if array.shape != shape or array.dtype != KINDS.get(kind, np.float16):
                 raise ValueError(f"{kind}: {array.dtype} of shape {array.shape} for {n} images")
-        counts = read_json(run.dir / "data" / "train" / "info.json", hint)["class_counts"]
+        counts = read_json(run.dir / "data" / "train" / "info.json", hint).get("class_counts", [])
         if np.count_nonzero(counts) == 1:                 # tells nothing, and every score of it would be perfect
             arrays["classes"] = np.full(n, -1)
         return Split(info=info, **arrays)
@@ -541,8 +542,6 @@ def load_features(run, name, split):
     hint = "run extract_features.py first; if it is damaged, delete the folder before"
     info = read_json(folder / "info.json", hint)
     with reading(folder, hint):
-        if split not in info["data"]:
-            raise UserError(f"{folder}: has no features of the {split} images; extract with splits=train,test")
         if info["data"][split] != data.info["fingerprint"] or "pool" not in info:
             raise ValueError(f"extracted from other {split} images")
         files = [folder / file_of(split, entry["activation"], entry["t"]) for entry in info["arrays"]]

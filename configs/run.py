@@ -317,7 +317,10 @@ def start(stage, cls, doc, flags={}, needs_data=lambda cfg: True, otherwise=""):
     start_processes(run)
     if run.dry_run:
         run.say(yaml.safe_dump({k: sections[k] for k in ("data", "model", stage)}, sort_keys=False))
-    check_run_folder(run, needs_data(cfg) and not run.dry_run, otherwise)
+    if run.agreed((run.dir / "data" / "train" / "info.json").exists):
+        check_data_section(run)
+    elif needs_data(cfg) and not run.dry_run:
+        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py{otherwise}")
     return run
 
 
@@ -350,14 +353,6 @@ def gpu_flags(training, exact=False):
     torch.backends.cuda.matmul.allow_tf32 = training and not exact
     torch.backends.cudnn.allow_tf32 = training
     torch.backends.cudnn.benchmark = True
-
-
-def check_run_folder(run, needs_data, otherwise):
-    """A UserError where a run has no images and needs some, or has others than section `data` says."""
-    if run.agreed((run.dir / "data" / "train" / "info.json").exists):
-        check_data_section(run)
-    elif needs_data:
-        raise UserError(f"{run.dir}: no such run; start with train_diffusion.py{otherwise}")
 
 
 def check_data_section(run):
@@ -554,6 +549,11 @@ def read_torch(path, hint):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():         # torch compares no checksums
             raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def chunks(rows, size):
+    """Rows, or an array, in parts of this size; one empty part of nothing."""
+    return [rows[i:i + size] for i in range(0, max(len(rows), 1), size)]
 
 
 def digest(*parts):

@@ -26,8 +26,7 @@ from self_label import (assign, bounds, find_objects, first_overlap, kmeans,    
                         largest_component, nmi)
 from train_diffusion import load_model                    # noqa: E402
 
-PLACES = [("lost", "up-level2-repeat0-res-out", 0.85), ("ncut", "up-level1-upsampler-out", 0.7),
-          *(("lost", "unet-in", t) for t in (0.5, 0.7, 0.9, 1.0)), ("ncut", "unet-in", 1.0)]
+PLACES = [("up-level2-repeat0-res-out", 0.85), *(("unet-in", t) for t in (0.5, 0.7, 0.9, 1.0))]
 
 
 def agreement(x, classes, K, metric="cosine"):
@@ -86,14 +85,14 @@ def main():
     side = otsu(images)
     largest = largest_component(torch.from_numpy(side).flatten(1), (32, 32)).unflatten(1, (32, 32))
     out["boxes"] = {"Otsu's threshold, smaller side": found(side, bounds(largest).numpy(), masks, boxes)}
-    for method, name, t in PLACES:
+    for name, t in PLACES:
         parts = []
         how = dict(pool="none", purpose="controls", **options)
         for rows, got in stream(net, state, images, np.arange(400), [name], [t], **how):
             x, shown = got[name, t], torch.as_tensor(images[rows])
-            r = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), (32, 32), method, images=shown)
+            r = find_objects(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]), (32, 32), images=shown)
             parts.append((r["masks"].numpy() > 0, r["boxes"][:, 0].numpy()))
-        out["boxes"][f"{method}, {name}, t={t}"] = found(*(np.concatenate(p) for p in zip(*parts)), masks, boxes)
+        out["boxes"][f"lost, {name}, t={t}"] = found(*(np.concatenate(p) for p in zip(*parts)), masks, boxes)
     print(json.dumps(out, indent=1))
 
 

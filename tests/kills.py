@@ -32,7 +32,7 @@ SERIES = {                                                # name: a stage and it
                "sk_until=800", "sk_freeze=64", "sk_activation=up-level1-repeat1-res-out"],
     "features": ["extract_features", "name=again", "activations=*-out", "t=0.3,0.5,0.7,0.9", "pool=none", "batch=16"],
     "labels": ["self_label", "method=sinkhorn", "K=20"],
-    "boxes": ["self_label", "method=ncut", "features=maps", "objects=2"],
+    "boxes": ["self_label", "method=lost", "features=maps", "objects=2"],
     "samples": ["sample_ode", "checkpoint=guided/classes", "n=256", "batch=16", "steps=8", "guidance=1,2"],
 }
 

@@ -453,7 +453,7 @@ def test_objects_in_samples_are_found_as_those_of_the_labels(monkeypatch, tiny, 
                         read(replace(self, seed=0), images, rows, "features train", **k))
     monkeypatch.setattr(sys, "argv", ["probe.py", str(tiny), f"run={lost}"])
     run = probe.start("probe", probe.Probe, "")
-    found = probe.found_objects(run, info, "lost", images, np.arange(40))
+    found = probe.found_objects(run, info, images, np.arange(40))
     assert (found == (masks > 0)).mean() > 0.995
 
 

@@ -322,19 +322,20 @@ def called(monkeypatch, *words):
 def test_stage(monkeypatch, capsys, refuse, tiny, small_run):
     """What it would do, what it does, and that it does it once; results of another recipe stay until told otherwise."""
     words = [tiny, f"run={small_run}", "data.train=160", "data.test=40"]
-    words += ["name=stage", "activations=mid-repeat?-res-out", "t=0.5,0.8", "splits=test"]
+    words += ["name=stage", "activations=mid-repeat?-res-out", "t=0.5,0.8"]
     folder = small_run / "features/stage"
     called(monkeypatch, *words, "--dry-run", "pool=none", "dtype=float16")
     said = capsys.readouterr().out
     assert "parameters, " in said and "FLOP" in said and not folder.exists()
-    assert f"{40 * 4 * 32 * 4 * 4 * 2 / 1e6:.1f} MB in {folder}" in said         # 32 channels, 4 x 4 positions
+    assert f"{200 * 4 * 32 * 4 * 4 * 2 / 1e6:.1f} MB in {folder}" in said         # 32 channels, 4 x 4 positions
     called(monkeypatch, *words)
     info = json.loads((folder / "info.json").read_text())
     places = [(f"mid-repeat{i}-res-out", t) for i in (0, 1) for t in (0.5, 0.8)]
     assert [(a["activation"], a["t"]) for a in info["arrays"]] == places
     assert info["shapes"] == [[32]] * 4 and info["arrays"][0]["rho"] == pytest.approx(1, abs=1e-3)
     arrays = {p.name: np.load(p) for p in folder.glob("*.npy")}
-    assert len(arrays) == 4 and all(a.shape == (40, 32) and a.std() > 0 for a in arrays.values())
+    assert len(arrays) == 8 and all(a.std() > 0 for a in arrays.values())
+    assert all(a.shape == (40 if name.startswith("test") else 160, 32) for name, a in arrays.items())
     capsys.readouterr()
     called(monkeypatch, *words, "batch=7")
     assert "done already" in capsys.readouterr().out
@@ -348,11 +349,11 @@ def test_list_and_pca(monkeypatch, capsys, tiny, small_run):
     called(monkeypatch, *words, "--list")
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].split() == "unet-out 3 x 32 x 32".split()
-    called(monkeypatch, *words, "--pca", "activations=mid*out", "t=0.5,0.9", "shown=3,1")
+    called(monkeypatch, *words, "--pca", "activations=mid*out", "t=0.5,0.9")
     picture = small_run / "features/look-pca.png"
     assert picture.stat().st_size > 1000 and not (small_run / "features/look").exists()
     whole = np.asarray(Image.open(picture)).astype(int)
-    called(monkeypatch, *words, "--pca", "activations=mid*out", "t=0.5,0.9", "shown=3,1", "batch=1")
+    called(monkeypatch, *words, "--pca", "activations=mid*out", "t=0.5,0.9", "batch=1")
     parts = np.asarray(Image.open(picture)).astype(int)
     assert whole.shape == parts.shape and abs(whole - parts).mean() < 1          # rounding of other batches
 
@@ -360,7 +361,7 @@ def test_list_and_pca(monkeypatch, capsys, tiny, small_run):
 @pytest.mark.parametrize("words, said", [
     (["checkpoint=diffusion/none"], "diffusion/none"), (["activations=auto", "t="], "probe.py first"),
     (["t=0.5,0.5000001"], "six digits"), (["t="], "t=[]"), (["t=1.5"], "t=1.5"), (["pool=00"], "pool=00"),
-    (["splits="], "splits=[]"), (["splits=valid"], "valid"), (["draws=0"], "draws=0"),
+    (["draws=0"], "draws=0"),
     (["model=none.pt"], "diffusers:FOLDER_OR_ID")])
 def test_bad_input(refuse, tiny, small_run, words, said):
     first = [tiny, f"run={small_run}", "data.train=160", "data.test=40", "name=bad"]

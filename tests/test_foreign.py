@@ -221,7 +221,7 @@ def test_extracting_from_them(monkeypatch, capsys, folder, tiny, small_run):
     words = [tiny, f"run={small_run}", *WORDS, f"model=diffusers:{folder / 'dit'}"]
     called(monkeypatch, *words, "--list")
     assert capsys.readouterr().out.splitlines()[-1].startswith("unet-out")
-    called(monkeypatch, *words, "name=dit", "activations=vit-block?-out", "t=0.9", "splits=test")
+    called(monkeypatch, *words, "name=dit", "activations=vit-block?-out", "t=0.9")
     info = json.loads((small_run / "features/dit/info.json").read_text())
     assert info["shapes"] == [[16]] * 3 and info["checkpoint"].startswith("diffusers:") and info["arrays"][0]["rho"] > 0
     assert np.load(small_run / "features/dit/test-vit-block2-out-t0.9.npy").shape == (40, 16)
@@ -278,7 +278,7 @@ def test_encoders(monkeypatch, hub, tiny, small_run):
     load = extract_features.load_data                     # a run's own models see its latents, others its images
     latents = np.zeros((40, 2, 8, 4, 4), np.float16)
     monkeypatch.setattr(extract_features, "load_data", lambda *a: replace(load(*a), latents=latents))
-    words = [tiny, f"run={small_run}", *WORDS, "splits=test", f"model=hub:{hub}/tiny"]
+    words = [tiny, f"run={small_run}", *WORDS, f"model=hub:{hub}/tiny"]
     words += ["name=hub", "resize=32", "draws=2"]
     called(monkeypatch, *words)
     images = torch.from_numpy(np.load(small_run / "data/test/images.npy")).float() / 127.5 - 1

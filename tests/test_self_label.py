@@ -340,7 +340,7 @@ def test_one_entry_adds_a_method(run, tiny, monkeypatch, refuse):
 def test_recipes_hold_what_their_method_used(run, tiny, monkeypatch, capsys, refuse):
     words = ("method=kmeans", "K=4", "name=recipe")
     first, _ = label(run, tiny, monkeypatch, *words)
-    again, _ = label(run, tiny, monkeypatch, *words, "tau=0.7", "rounds=3")      # of other methods
+    again, _ = label(run, tiny, monkeypatch, *words, "contrast=0.7", "rounds=3")      # of other methods
     assert "done already" in capsys.readouterr().out and np.array_equal(first["train"], again["train"])
     label(run, tiny, monkeypatch, "method=kmeans", "K=40", "name=many")
     assert "fewer than 3 images, and all 5.0 on average" in capsys.readouterr().out

@@ -18,9 +18,7 @@ import self_label
 from configs.run import Data
 from configs.shapes import draw_shapes
 from self_label import (assign, bounds, confusion, draw_masks, find_objects, first_overlap, guided_filter, iou,
-                        largest_component, region, score_layouts, second_eigenvector, segment, segmentation_scores)
-
-METHODS = ("lost", "ncut")
+                        largest_component, region, score_layouts, segment, segmentation_scores)
 
 
 def drawn(boxes, h=8, D=32, noise=0.02, seed=0):
@@ -44,25 +42,23 @@ def truth_features(masks, k=2, noise=0.1, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawn examples
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("box", [(2, 3, 5, 6), (0, 0, 3, 3), (5, 0, 8, 8), (7, 4, 8, 5), (1, 1, 7, 4)])
-def test_one_object(method, box):
+def test_one_object(box):
     """Also at the border, in a corner, along a whole side, and of a single patch; 4 pixels per patch."""
     exact = [4 * v for v in box]
     for seed in range(3):
         x = drawn([box], seed=seed)
-        out = find_objects(x, (8, 8), (32, 32), method, refine=False)
+        out = find_objects(x, (8, 8), (32, 32), refine=False)
         assert out["boxes"][0, 0].tolist() == exact
         assert bounds(out["masks"] == 1).tolist() == [exact]
-        fine = find_objects(x, (8, 8), (32, 32), method)["boxes"][0, 0]
+        fine = find_objects(x, (8, 8), (32, 32))["boxes"][0, 0]
         assert (fine - torch.tensor(exact)).abs().max() <= 2                     # half a patch
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_several_objects(method):
+def test_several_objects():
     boxes = [(0, 0, 3, 3), (5, 4, 8, 8)]
     x = drawn(boxes, h=10)
-    out = find_objects(x, (10, 10), (10, 10), method, objects=3, refine=False)
+    out = find_objects(x, (10, 10), (10, 10), objects=3, refine=False)
     assert sorted(out["boxes"][0, :2].tolist()) == [list(map(float, b)) for b in boxes]
     assert out["boxes"][0, 2].tolist() == [-1] * 4        # nothing in the plain rest
     assert out["masks"].unique().tolist() == [0, 1, 2]
@@ -72,30 +68,27 @@ def test_several_objects(method):
         assert torch.allclose(out["regions"][0, j], mean, atol=0.1)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_uniform_images_have_none(method):
+def test_uniform_images_have_none():
     """A plain image, one that is all foreground, all zeros: there is nothing to tell apart."""
     plain = drawn([], noise=0), drawn([(0, 0, 8, 8)], noise=0), torch.zeros(1, 64, 32)
     for x, refine in itertools.product(plain, (False, True)):
-        out = find_objects(x, (8, 8), (32, 32), method, objects=2, refine=refine)
+        out = find_objects(x, (8, 8), (32, 32), objects=2, refine=refine)
         assert (out["boxes"] == -1).all() and not out["masks"].any()
         assert torch.allclose(out["regions"][0], x[0].mean(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_nearly_all_foreground(method):
+def test_nearly_all_foreground():
     """An object that leaves one column: the smaller side is called the object, as no object fills three corners."""
-    out = find_objects(drawn([(0, 0, 7, 8)]), (8, 8), (8, 8), method, refine=False)
+    out = find_objects(drawn([(0, 0, 7, 8)]), (8, 8), (8, 8), refine=False)
     assert out["boxes"][0, 0].tolist() == [7, 0, 8, 8]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_noise_stays_finite_and_batches_change_nothing(method):
+def test_noise_stays_finite_and_batches_change_nothing():
     x = [drawn([(1, 1, 4, 4), (5, 5, 7, 8)], noise=0.3, seed=s) for s in range(9)]
     x = torch.cat([*x, drawn([], noise=1), drawn([], noise=0)])
-    every = find_objects(x, (8, 8), (32, 32), method, objects=2)
+    every = find_objects(x, (8, 8), (32, 32), objects=2)
     for i in range(len(x)):
-        for k, v in find_objects(x[i:i + 1], (8, 8), (32, 32), method, objects=2).items():
+        for k, v in find_objects(x[i:i + 1], (8, 8), (32, 32), objects=2).items():
             assert torch.isfinite(v).all() and torch.allclose(v[0].float(), every[k][i].float(), atol=1e-4), (k, i)
 
 
@@ -107,38 +100,6 @@ def test_largest_component():
     snake = torch.zeros(9, 9, dtype=torch.bool)           # long and winding
     snake[::2], snake[1::4, -1], snake[3::4, 0] = True, True, True
     assert torch.equal(largest_component(snake.view(1, -1), (9, 9))[0], snake.flatten())
-
-
-@pytest.mark.parametrize("P, kind", [(64, "binary"), (64, "dead"), (4, "positive"), (49, "blocks")])
-def test_second_eigenvector_against_dense(P, kind):
-    g = torch.Generator().manual_seed(P)
-    f = F.normalize(torch.randn(6, P, 8, generator=g), dim=2)
-    A = f @ f.transpose(1, 2)
-    A = A.clamp(min=0) if kind == "positive" else torch.where(A > 0.2, 1.0, 1e-5)
-    if kind == "blocks":                                  # three groups: eigenvalues of 1 - 1e-5 and so
-        same = torch.arange(P)[:, None] % 3 == torch.arange(P) % 3
-        A = torch.where(same, 1.0, 1e-5).expand(6, P, P).clone()
-    left = torch.rand(6, P, generator=g) > (0.4 if kind == "dead" else 0)
-    A = A * left[:, :, None] * left[:, None]
-    z = second_eigenvector(A)
-    for i in range(6):
-        M = A[i][left[i]][:, left[i]].double()
-        root = M.sum(1).rsqrt()
-        e, u = torch.linalg.eigh(M * root[:, None] * root)
-        assert not z[i][~left[i]].any()
-        mine = z[i][left[i]].double()
-        if min(e[-1] - e[-2], e[-2] - e[-3]) > 1e-2:                             # else it is not determined
-            assert (mine * torch.sign(mine @ u[:, -2]) - u[:, -2]).abs().max() < 1e-3
-        y = mine * root                                   # the relaxed cut's own equation, (D - A) y = (1 - value) D y
-        error = (torch.diag(M.sum(1)) - M) @ y - (1 - e[-2]) * M.sum(1) * y
-        assert error.abs().max() < 1e-3 * M.sum(1).max().sqrt()
-
-
-def test_equal_patches_do_not_stop_the_cut():
-    """Images whose patches have few colours: graphs of many equal rows, on which eigh of float32 does not converge."""
-    images = torch.from_numpy(draw_shapes(0, np.arange(64), two=0.4)[0])
-    x = F.pixel_unshuffle(images / 127.5 - 1, 4).flatten(2).transpose(1, 2)
-    assert (find_objects(x, (8, 8), (32, 32), "ncut", 2)["boxes"][:, 0, 0] >= 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,12 +130,11 @@ def test_regions_are_read_in_the_middle_of_cells():
     assert got[1].tolist() == [[120, 121], [128, 129]]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_outlines_follow_edges(method):
+def test_outlines_follow_edges():
     images, _, boxes, masks = draw_shapes(0, np.arange(60), two=0)
     x, score = truth_features(masks, 4), {}
     for guide in (False, True):
-        out = find_objects(x, (8, 8), (32, 32), method, images=torch.from_numpy(images) if guide else None)
+        out = find_objects(x, (8, 8), (32, 32), images=torch.from_numpy(images) if guide else None)
         found = {k: v.numpy() for k, v in out.items()}
         truth = SimpleNamespace(boxes=boxes, masks=masks)
         score[guide] = score_layouts("train", truth, found["masks"], found["boxes"], False)
@@ -185,7 +145,7 @@ def test_outlines_follow_edges(method):
 def test_the_larger_of_two_comes_first_and_alone():
     """Two objects of one feature: one cut, two boxes, the larger first, however they lie."""
     images, _, boxes, masks = draw_shapes(1, np.arange(60), two=1)
-    out = find_objects(truth_features(masks), (16, 16), (32, 32), "lost", objects=2, images=torch.from_numpy(images))
+    out = find_objects(truth_features(masks), (16, 16), (32, 32), objects=2, images=torch.from_numpy(images))
     found = out["boxes"].numpy()
     # but for pairs that nearly touch, and the smallest
     assert (first_overlap(found, boxes[:, None]) >= 0.7).mean() > 0.85 and (found[:, 1, 0] >= 0).mean() > 0.6
@@ -277,7 +237,7 @@ def run(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("words", [("method=ncut", "features=two", "objects=2"),
+@pytest.mark.parametrize("words", [("method=lost", "features=two", "objects=2", "name=two"),
                                    ("method=lost", "features=grid")])
 def test_boxes(run, tiny, monkeypatch, words):
     out, info = label(run, tiny, monkeypatch, *words, "K=10", "restarts=3")
@@ -352,13 +312,12 @@ def test_bad_input(run, tiny, refuse):
     assert "pool=mean" in refuse("self_label", tiny, f"run={run}", "method=kmeans", "features=dense", "name=x")
     single = {split: [np.ones((n, 5), np.float32)] for split, n in (("train", 320), ("test", 120))}
     write_features(run, "single", "1", single)
-    for method in ("lost", "ncut", "masks", "segments"):
+    for method in ("lost", "masks", "segments"):
         said = refuse("self_label", tiny, f"run={run}", f"method={method}", "features=single", "name=x")
         assert "one position per image" in said
 
 
-@pytest.mark.parametrize("method", ["lost", "ncut"])
-def test_no_image_has_no_objects(method):
+def test_no_image_has_no_objects():
     """A process may have none of a split."""
-    none = find_objects(torch.zeros(0, 64, 8), (8, 8), (32, 32), method, 2, images=torch.zeros(0, 3, 32, 32), cells=4)
+    none = find_objects(torch.zeros(0, 64, 8), (8, 8), (32, 32), 2, images=torch.zeros(0, 3, 32, 32), cells=4)
     assert {k: tuple(v.shape) for k, v in none.items()} == dict(boxes=(0, 2, 4), masks=(0, 32, 32), regions=(0, 2, 128))
