@@ -200,7 +200,7 @@ def test_weights_with_classes(tmp_path, monkeypatch):
     assert set(np.load(tmp_path / "run/samples/classes/labels.npy")) <= set(range(5))
     with pytest.raises(UserError, match="no null label"):
         run("sample_ode", "checkpoint=diffusion/theirs", "guidance=2", "name=x")
-    with pytest.raises(UserError, match="other labels"):
+    with pytest.raises(UserError, match="published classes"):
         run("train_guided", "labels=classes", "name=x")
     other = fake(tmp_path, "adm", side=8)
     run = staged(monkeypatch, tmp_path, other, size=8)

@@ -471,6 +471,7 @@ def test_a_recipe_holds_what_decides(monkeypatch, refuse, capsys, tiny, run):
     capsys.readouterr()
     called(monkeypatch, probe, *words, "t=0.5,0.7")       # the choice is read at its own
     assert "done already" in capsys.readouterr().out
+    (run / "probe/sweep.json").unlink()                   # other tests want none
 
 
 def test_features_tell_their_precision(monkeypatch, refuse, tiny, run):
