@@ -17,6 +17,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 from scipy.stats import spearmanr
@@ -79,8 +80,9 @@ def points_of(rows, evaluator):
 def points_by_K(rows, K, evaluator):
     """[(row, K, distance at the chosen w)] of the rows whose labels were made with several K; K: the set's own."""
     points = [(*parts(name)[:2], distance) for name, _, distance in points_of(rows, evaluator)]
-    several = {row for row, k, _ in points if k}
-    return [(row, int(k or K), distance) for row, k, distance in points if row in several]
+    points = [(row, int(k or K), distance) for row, k, distance in points]
+    several = [row for row, count in Counter(row for row, _, _ in points).items() if count > 1]
+    return [point for point in points if point[0] in several]
 
 
 def correlations(which, rows, evaluator):
@@ -97,7 +99,8 @@ def correlations(which, rows, evaluator):
              "one row per source": [name for name in one_K if name not in VARIANTS],
              "own labels": [name for name in one_K if name in OWN],
              "rows with balance and told": [name for name in one_K if name in about]}
-    print(f"| distance by {evaluator} and | of | rows | rank correlation | p |\n|", " | ".join(["---"] * 5), "|")
+    if len(distances) > 2:
+        print(f"| distance by {evaluator} and | of | rows | rank correlation | p |\n|", " | ".join(["---"] * 5), "|")
     for key, (kind, names) in itertools.product(known, kinds.items()):
         if len(names) > 2 and all(name in known[key] for name in names):
             rho, p = spearmanr([known[key][name] for name in names], [distances[name] for name in names])
