@@ -15,8 +15,8 @@ Time    t = 0 is noise, t = 1 is data: the network sees x_t = alpha(t) x + sigma
 
 Activations are named stage-level-repeat-kind: `up-level0-repeat1-res-out` is the output of the second residual block of
 the way up at its lowest resolution. Increments are what a branch adds (res-increment, self-out, ffn-out); self-residual
-is the sum after attention. A skip is what arrives from the mirrored place of the way down: the raw channels in the
-U-Net, the merged tokens in the U-ViT. self-map has a channel for every head and key, at each query.
+is the sum after attention. A skip is a U-ViT's tokens merged with those of the mirrored block of the way down (what a
+U-Net concatenates there is that block's output). self-map has a channel for every head and key, at each query.
 
 Models of other programs (Stable Diffusion, SDXL, DiT and DDPM from diffusers, encoders from torch.hub) are given the
 same names and the same way of being read.
@@ -105,14 +105,6 @@ def channels_first(net, block, inputs, output):
     return as_map(output.transpose(1, 2))
 
 
-def unet_skip(net, block, inputs, output):
-    """Of what a block of the way up is given, [from below, skip], the second part. How many channels come from below is
-    what the block before puts out: attention and upsampling keep the number."""
-    blocks = [net.middle_block[-1], *(layers[0] for layers in net.output_blocks)]
-    below = blocks[blocks.index(block) - 1]
-    return inputs[0][:, below.out_layers[-1].out_channels:]
-
-
 def of_qkv(net, block, inputs, output, what):
     """Queries, keys or values of all heads side by side, or what each position looks at, of a qkv layer's output.
 
@@ -139,7 +131,6 @@ read_q, read_k, read_v, read_map = (partial(of_qkv, what=what) for what in ("q",
 
 BLOCKS = {                                                # kind of block -> ending of the name: (submodule, reader)
     "ResBlock": {
-        "skip": ("in_layers.0", unet_skip),
         "res-increment": ("out_layers.3", output_map),
         "res-out": ("", output_map),
     },
@@ -580,10 +571,8 @@ def extract(run, cfg, features, data, shapes, recipe, done):
     with making(run, "features", cfg.name, "info.json", done) as folder:
         for split, part in data.items():
             files = {place: folder / file_of(split, *place) for place in shapes}
-            if run.rank == 0:
-                for place, file in files.items():
-                    create_rows(file, cfg.dtype, (len(part), *shapes[place]))
-            run.wait()
+            for place, file in files.items():
+                create_rows(run, file, cfg.dtype, (len(part), *shapes[place]))
             batches = features(part, run.share(len(part)), pool=cfg.pool, purpose=f"features {split}")
             with bar(run, len(part), f"features of {split} images") as progress:
                 for rows, out in batches:

@@ -106,7 +106,7 @@ def cluster_and_silhouette(features, K, seed):
     centroids, _, _ = kmeans(features, K, metric="cosine", seed=seed)
     distance = (1 - F.normalize(features, dim=1) @ centroids.T).clamp(min=0)     # [N, K]
     own, second = distance.topk(2, 1, largest=False).values.unbind(1)            # [N] each
-    ids = assign(features, centroids, "cosine")[0].numpy()
+    ids = assign(features, centroids).numpy()
     return ids, float((1 - own / second.clamp(min=1e-9)).mean())
 
 
@@ -888,11 +888,6 @@ def fit_head(run, cfg, source, images, y, classes, fit, val, seed):
     return heads[best], dict(lr=lr, l2=l2, validation=scores[best][0])
 
 
-def parameters_of(module):
-    """The number of trained parameters."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def labelled(y, rows, share, seed):
     """A share of the rows of each class, at least one; of one seed, smaller sets lie inside larger ones."""
     rows, keep = shuffled(rows, seed, "labelled rows"), []
@@ -919,7 +914,7 @@ def compare_heads(run, cfg, source, train, test, y, y_test, rows_of, score, purp
         (reached, _), = evaluate([head], source, test.inputs, y_test, np.arange(len(test)), seed, purpose)
         if not first:                                     # on `source`: controls come after it
             first.append(head)
-        return chosen | {score: reached, "parameters": parameters_of(head)}
+        return chosen | {score: reached, "parameters": sum(p.numel() for p in head.parameters())}
 
     rows = compare(run, sources, measure, cfg.seeds, [score])
     fit, val = rows_of(cfg.seeds[-1])
@@ -1394,7 +1389,7 @@ def detect(run, cfg, source, train, test):
         found = detections(net, source, test.images, seed)
         if what == "detect" and seed == cfg.seeds[0] and run.rank == 0:
             draw_objects(picture(run), test.images, truth, found)
-        got = dict(parameters=parameters_of(net))
+        got = dict(parameters=sum(p.numel() for p in net.parameters()))
         for kind, overlap in (("boxes", box_overlap), ("masks", mask_overlap)):
             ap = coco_ap(found, truth, overlap)
             got |= {f"{kind}_ap": float(ap.mean()), f"{kind}_ap50": float(ap[0]), f"{kind}_ap75": float(ap[5])}

@@ -2,8 +2,8 @@
 
 Reads   {diffusion,guided}/<name>/checkpoint.pt; for scores also data/{train,test}
 Writes  samples/<name>/: images.npy uint8 [n, 3, H, W], labels.npy, grid.png, metrics.json; guidance.png (several w),
-        nfe.png (sweep); with direction=encode noise.npy in place of images. samples/table.json of --table. Caches:
-        samples/.reference/, and samples/.judge.pt, without which another judge is trained, whose scores do not compare
+        nfe.png (sweep); with direction=encode noise.npy in place of images. Caches: samples/.reference/, and
+        samples/.judge.pt, without which another judge is trained, whose scores do not compare
 Time    t = 0 is noise, t = 1 is data; sampling runs from 0 to 1, direction=encode from 1 to 0 and back.
 Scale   v = v_null + w (v_cond - v_null): w = 0 unconditional, w = 1 conditional, w > 1 guided. Papers that write
         v_cond + s (v_cond - v_null) have s = w - 1.
@@ -310,9 +310,7 @@ def index_batches(rows, cfg):
 def put(run, file, n, part, values):
     """Write rows `part` of a .npy of n rows, which is made when the first batch shows how large a row is."""
     if part[0] == run.share(n)[0]:
-        if run.rank == 0:
-            create_rows(file, values.dtype, (n, *values.shape[1:]))
-        run.wait()
+        create_rows(run, file, values.dtype, (n, *values.shape[1:]))
     write_rows(file, part[0], values)
 
 
@@ -761,39 +759,34 @@ def sample_sheet(cfg, condition, labels, w, folder):
     save_grid(folder / "grid.png", cells, columns, captions, head=head)
 
 
-def row_of(metrics):
+def row_of(name, metrics):
     """What the table shows of a metrics.json."""
     scores = metrics["scores"]
     kind = "fid" if "fid" in scores else "frechet"
     plain = scores if metrics["w"] == 1 else metrics.get("scores_w1", {})
-    row = {"evaluator": scores["evaluator"].split(" (")[0], "samples": scores["samples"], "K": metrics["num_labels"],
-           "NMI": (metrics["label_scores"] or {}).get("nmi"), "distance w=1": plain.get(kind), "w": metrics["w"],
-           "distance": float(scores[kind])}
+    row = {"name": name, "evaluator": scores["evaluator"].split(" (")[0], "samples": scores["samples"],
+           "K": metrics["num_labels"], "NMI": (metrics["label_scores"] or {}).get("nmi"),
+           "distance w=1": plain.get(kind), "w": metrics["w"], "distance": float(scores[kind])}
     row |= {name: scores[name] for name in ("precision", "recall", "coverage", "memorisation")}
-    row |= {name: scores.get(name, {}).get(kind) for name in ("head", "tail")}
-    return row | {"solver": metrics["solver"], "network calls": metrics["network_calls"],
-                  "training images": metrics["total_seen"]}
+    return row | {"network calls": metrics["network_calls"], "training images": metrics["total_seen"]}
 
 
 def table(run):
-    """Print every samples/*/metrics.json side by side, by evaluator, the largest distance first; also as table.json."""
+    """Print every samples/*/metrics.json side by side, by evaluator, the largest distance first."""
     rows = []
     for path in run.dir.glob("samples/*/metrics.json"):
         with reading(path, "delete it"):
             metrics = json.loads(path.read_text())
             if "scores" in metrics:
-                rows.append({"name": path.parent.name, **row_of(metrics)})
+                rows.append(row_of(path.parent.name, metrics))
     if not rows:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
     rows.sort(key=lambda row: (row["evaluator"], -row["distance"]))
-    write_json(run.dir / "samples" / "table.json", {row["name"]: row for row in rows})
     text_of = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v or "-")
-    columns = [k for k in rows[0] if any(row[k] is not None for row in rows)]
-    shown = [columns, *([text_of(row[k]) for k in columns] for row in rows)]
+    shown = [list(rows[0]), *([text_of(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown)]
-    shown.insert(1, ["-" * width for width in widths])
-    for row in shown:
-        run.say("| " + " | ".join(map(str.rjust, row, widths)) + " |")
+    for line in shown:
+        run.say("| " + " | ".join(map(str.rjust, line, widths)) + " |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

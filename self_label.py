@@ -90,38 +90,29 @@ def in_chunks(features, metric, device, chunk=4096):
 
 
 def assign(features, centroids, metric="cosine", offset=None):
-    """Cluster of every row: (ids int64 [N], closeness float32 [N] = -|x - c|^2 / 2), returned on the CPU.
+    """Cluster of every row, int64 [N] on the CPU.
 
     A row x belongs to the centroid c_k with the largest x.c_k - offset_k. offset [K]: None = |c|^2 / 2, so the nearest
     (k-means); eps g for clusters of equal size (Sinkhorn-Knopp).
     """
-    half = centroids.square().sum(1) / 2                  # |c|^2 / 2
-    offset = half if offset is None else offset
-    ids, closeness = [], []
-    for x in in_chunks(features, metric, centroids.device):
-        score, best = torch.addmm(-offset, x, centroids.T).max(1)
-        ids.append(best.cpu())
-        nearness = score + (offset - half)[best]          # x.c - |c|^2 / 2, whatever the offset
-        closeness.append((nearness - x.square().sum(1) / 2).cpu())
-    return torch.cat(ids), torch.cat(closeness)
+    offset = centroids.square().sum(1) / 2 if offset is None else offset
+    parts = in_chunks(features, metric, centroids.device)
+    return torch.cat([torch.addmm(-offset, x, centroids.T).argmax(1).cpu() for x in parts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # k-means
 
-def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, start=None, device="cpu", ranks=ALONE):
+def kmeans(features, K, *, metric="cosine", iterations=30, restarts=1, seed=0, device="cpu", ranks=ALONE):
     """k-means of rows [N, D]: (centroids float32 [K, D], inertia, facts: iterations, repaired clusters).
 
     metric  euclidean, or cosine: rows and centroids of unit length (spherical k-means)
-    start   centroids [K, D] to start from, in place of k-means++ on at most max(10,000, 20 K) rows
     ranks   the processes whose shares of the rows belong together; all get the same centroids
     """
     lengths = ranks.gather(len(features))
     N, first = sum(lengths), sum(lengths[:ranks.rank])
     if not 1 <= K <= N:
         raise UserError(f"K={K}: must be between 1 and the {N} rows")
-    if start is not None:
-        return lloyd(features, start.to(device, torch.float32), metric, iterations, ranks)
     attempts = []
     for attempt in range(restarts):
         generator = np.random.default_rng(seed_of(seed, "k-means", attempt))
@@ -503,7 +494,6 @@ class Labels:
     """Labels of all images of each split, on every process alike (see `gathered`), and what is stored with them."""
     ids: dict                                             # {split: int64 [N]}, below K
     K: int
-    typical: np.ndarray | None = None                     # float [N]: how typical a training image is of its label
     arrays: dict = dataclasses.field(default_factory=dict)                       # more for the .npz
     about: dict = dataclasses.field(default_factory=dict)                        # more for the .json
     scores: dict = dataclasses.field(default_factory=dict)                       # monitors besides those of the ids
@@ -513,10 +503,7 @@ def cluster(run, cfg, rows):
     """Labels of rows {split: float32 [n, D]} of this process: their clusters."""
     rows = centred(run, cfg, rows)
     clusters, arrays, facts = fit_clusters(run, cfg, rows["train"], cfg.K)       # clusters: centroids, metric, offset
-    ids, closeness = {}, {}
-    for split, x in rows.items():
-        ids[split], closeness[split] = (gathered(run, v) for v in assign(x, *clusters))        # [N] each
-    return Labels(ids, cfg.K, closeness["train"], arrays, facts)
+    return Labels({split: gathered(run, assign(x, *clusters)) for split, x in rows.items()}, cfg.K, arrays, facts)
 
 
 def cluster_features(run, cfg, data):
@@ -575,8 +562,6 @@ def label_objects(run, cfg, data):
         layouts[split], regions[split], about = search(run, cfg, split, d.images)
     out = cluster(run, cfg, regions)
     out.about |= about
-    _, object_of_region = layouts["train"][2].nonzero()
-    out.typical = out.typical[object_of_region == 0]
     clustered = cfg.method == "masks"
     for split, d in data.items():
         boxes, masks, has_region = layouts[split]
@@ -584,16 +569,12 @@ def label_objects(run, cfg, data):
         ids[has_region] = out.ids[split]
         out.ids[split] = ids[:, 0]
         ids = np.where(boxes[..., 0] >= 0, ids, -1)
-        masks = of_clusters(masks, ids) if clustered else masks
+        if clustered:                                     # 1 + the object's cluster, in place of 1 + the object
+            table = np.pad(ids + 1, ((0, 0), (1, 0))).astype(np.uint8)           # [N, 1 + objects]
+            masks = np.take_along_axis(table, masks.reshape(len(masks), -1).astype(np.int64), 1).reshape(masks.shape)
         out.scores |= score_layouts(split, d, masks, boxes, clustered)
         out.arrays |= {f"boxes_{split}": boxes, f"masks_{split}": masks, f"ids_{split}": ids}
     return out
-
-
-def of_clusters(masks, ids):
-    """Masks uint8 [N, H, W] of 1 + the cluster of objects, from masks of 1 + object and their ids [N, objects]."""
-    table = np.pad(ids + 1, ((0, 0), (1, 0))).astype(np.uint8)
-    return np.take_along_axis(table, masks.reshape(len(masks), -1).astype(np.int64), 1).reshape(masks.shape)
 
 
 def label_segments(run, cfg, data):
@@ -723,12 +704,6 @@ def iou(a, b):
     return both / np.maximum(either, 1e-9)
 
 
-def first_overlap(boxes, truth):
-    """IoU [M] of the first box [N, objects, 4] with the true one [N, m, 4] it meets best, where images have one."""
-    known = (truth[..., 2] > truth[..., 0]).any(1)
-    return iou(boxes[known, :1], truth[known]).max(1)
-
-
 def confusion(masks, truth, chunk=256):
     """Pixels by segment and class [256, 255] of uint8 masks [N, H, W] and their truth (255 = void), read in chunks."""
     t = np.zeros(256 * 256, np.int64)
@@ -752,7 +727,8 @@ def score_layouts(split, data, masks, boxes=None, clustered=True):
     """
     scores = {}
     if boxes is not None and data.boxes is not None:
-        overlap = first_overlap(boxes, data.boxes[:, None])
+        known = data.boxes[:, 2] > data.boxes[:, 0]       # images with a box
+        overlap = iou(boxes[known, 0], data.boxes[known])
         scores |= dict(iou=float(overlap.mean()), corloc=float((overlap >= 0.5).mean()))
     if data.masks is not None:
         t = confusion(masks, data.masks)
@@ -783,14 +759,12 @@ def draw_masks(image, mask):
     return draw_segmentation_masks(torch.from_numpy(np.array(image)), masks, 0.5, colours).numpy()
 
 
-def contact_sheet(path, images, labels, typical, arrays, head):
-    """One row per label (at most 40): members from the most to the least typical, with their masks."""
+def contact_sheet(path, images, labels, arrays, head):
+    """One row per label (at most 40): 16 of its members, with their masks."""
     masks, tiles, captions = arrays.get("masks_train"), [], []
     shift = "boxes_train" not in arrays                   # without objects 0 is a segment, too
     for k in np.unique(labels)[:40]:
         members = np.flatnonzero(labels == k)
-        if typical is not None:
-            members = members[np.argsort(-typical[members], kind="stable")]
         some = members[np.linspace(0, len(members) - 1, 16).astype(int)]
         tiles += [images[i] if masks is None else draw_masks(images[i], masks[i] + shift) for i in some]
         captions.append(f"{k}: {len(members)}")
@@ -807,9 +781,8 @@ def save_labels(run, name, data, labels, recipe):
     monitors |= labels.scores
     if run.rank == 0:
         arrays = {split: v.astype(np.int64) for split, v in ids.items()} | dict(num_labels=np.array(K)) | labels.arrays
-        order = ", from its most to its least typical image" * (labels.typical is not None)
-        head = f"{name}: K = {K}; each row a label{order}"
-        contact_sheet(path.with_suffix(".png"), data["train"].images, ids["train"], labels.typical, arrays, head)
+        head = f"{name}: K = {K}; each row a label"
+        contact_sheet(path.with_suffix(".png"), data["train"].images, ids["train"], arrays, head)
         write_json(path.with_suffix(".json"), dict(       # first: a kill after it leaves what `are_made` makes anew
             kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
             scores=monitors, sizes=sizes.tolist(), hash=arrays_hash(arrays), **labels.about))

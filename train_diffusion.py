@@ -687,10 +687,6 @@ class GivenLabels(Conditioner):
         super().__init__()
         self.of_images, self.of_samples, self.drop = of_images, of_samples, drop
 
-    def begin(self, run, data, context):
-        self.of_images.to(run.device)
-        self.of_samples.to(run.device)
-
     def step(self, net, ema, conditioner_ema, batch):
         return None, self.of_images(batch.rows, batch.coin < self.drop, batch.flip)
 

@@ -84,7 +84,7 @@ def given_labels(run, cfg, data, labels, info):
     if cfg.condition == "label":
         facts["marginal"] = torch.from_numpy(np.bincount(ids, minlength=K) / len(ids))          # float64 [K]
         of_images, of_samples = Condition("label", table), Condition("label", torch.arange(K + 1))
-        return GivenLabels(of_images, of_samples, cfg.drop), dict(num_labels=K), facts
+        return GivenLabels(of_images.to(run.device), of_samples.to(run.device), cfg.drop), dict(num_labels=K), facts
     if cfg.condition == "set":
         sets = label_sets(labels, K, cfg.labels)
         of_images = Condition("vector", with_null(torch.from_numpy(sets), 0))
@@ -94,7 +94,8 @@ def given_labels(run, cfg, data, labels, info):
         of_images = Condition("map", with_null(torch.from_numpy(maps), channels), channels, data.images.shape[2], table)
         known, facts["layout_hash"] = dict(num_labels=K, layout_channels=channels), digest(maps)
     of_samples = of_images.bank(cfg.seed)
-    return GivenLabels(of_images, of_samples, cfg.drop), known, facts | bank_facts(of_samples)
+    facts |= bank_facts(of_samples)
+    return GivenLabels(of_images.to(run.device), of_samples.to(run.device), cfg.drop), known, facts
 
 
 def bank_facts(bank):
@@ -403,8 +404,7 @@ LABEL_ITERATIONS = 50                                     # of Sinkhorn-Knopp, w
 
 @torch.no_grad()
 def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE, g=None):
-    """Of the n `rows` of images: (labels int64 [n, P], closeness to their prototypes float32 [n, P], both on
-    the CPU; potentials g [K]).
+    """Of the n `rows` of images: (labels int64 [n, P] on the CPU, potentials g [K]).
 
     By an averaged network and labeller, at sk_t, without a condition. Labels are balanced over all images of this call,
     on all ranks; given g, an image is labelled by itself.
@@ -420,9 +420,7 @@ def label_images(net, labeller, images, rows, context, purpose, ranks=ALONE, g=N
         return (labeller.scores(part) for part in h.split(2048))
 
     g = potentials(blocks, cfg.sk_eps, LABEL_ITERATIONS, ranks) if g is None else g
-    found = assign(h, labeller.prototypes, offset=cfg.sk_eps * g)
-    ids, closeness = (v.view(-1, labeller.patches) for v in found)
-    return ids, closeness, g
+    return assign(h, labeller.prototypes, offset=cfg.sk_eps * g).view(-1, labeller.patches), g
 
 
 def check_online(run, cfg):
@@ -457,12 +455,10 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
     labels, g, context = {}, None, autocast(run, cfg.precision)[0]
     splits = dict(train=data, test=load_data(run, "test"))
     for split, d in splits.items():                       # test images under the potentials of the training images
-        ids, closeness, g = label_images(net, labeller, d.inputs, run.share(len(d)), context, split, run, g)
+        ids, g = label_images(net, labeller, d.inputs, run.share(len(d)), context, split, run, g)
         labels[split] = np.concatenate(run.gather(ids.numpy()))                  # [N, P]
-        if split == "train":
-            typical = np.concatenate(run.gather(closeness.numpy())).mean(1)
-    if settled is not None:                               # closeness is to the labels that images would get now
-        labels["train"], typical = settled.cpu().numpy().astype(np.int64), None
+    if settled is not None:
+        labels["train"] = settled.cpu().numpy().astype(np.int64)
     if cfg.condition == "patch":                          # some maps stand for the distribution of all
         labels = {split: square(torch.from_numpy(ids)).numpy().astype(np.int16) for split, ids in labels.items()}
         state |= bank_facts(labeller.of_maps(torch.from_numpy(labels["train"])).bank(cfg.seed))
@@ -471,7 +467,7 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
         about = dict(online=dict(checkpoint=f"guided/{cfg.name}", hash=state["weights"]))
         with locked(run, "labels", cfg.name):
             run.agreed(lambda: check_labels_name(run, cfg))
-            out = Labels(labels, cfg.K, typical, about=about)
+            out = Labels(labels, cfg.K, about=about)
             save_labels(run, cfg.name, splits, out, dict(online=state["weights"]))
         state["label_scores"] = score_labels(labels["train"], np.asarray(data.classes))
         state["marginal"] = torch.from_numpy(np.bincount(labels["train"], minlength=cfg.K) / len(data))

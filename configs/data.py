@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from configs.run import (UserError, ahead, bar, check_data_section, chunks, create_rows, digest, keep_sections, locked,
-                         making, read_json, reading, require, seed_of, unknown, weights_hash, wide, write_json,
+from configs.run import (ALONE, UserError, ahead, bar, check_data_section, chunks, create_rows, digest, keep_sections,
+                         locked, making, read_json, reading, require, seed_of, unknown, weights_hash, wide, write_json,
                          write_rows)
 
 SPLITS = ("train", "test")
@@ -320,7 +320,7 @@ def write_part(run, folder, part, rows):
                 if values.dtype != KINDS[kind] or values.shape[1:] != shapes_of(0, run.data.size)[kind][1:]:
                     raise ValueError(f"data.source={run.data.source} read {kind} {values.dtype} {values.shape}")
                 if not count:
-                    create_rows(folder / f"{kind}.npy", KINDS[kind], (len(rows), *values.shape[1:]))
+                    create_rows(ALONE, folder / f"{kind}.npy", KINDS[kind], (len(rows), *values.shape[1:]))
                 write_rows(folder / f"{kind}.npy", count, values)
             hashed.update(np.ascontiguousarray(batch["images"]))
             count += len(batch["images"])
@@ -433,9 +433,7 @@ def encode_split(run, split, batch=16):
     folder, vae, (channels, side) = run.dir / "data" / split, open_autoencoder(run), input_shape(run)
     images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
     aside, shape = folder / ".latents.npy", [2, 2 * channels, side, side]
-    if run.rank == 0:
-        create_rows(aside, np.float16, [len(images), *shape])
-    run.wait()
+    create_rows(run, aside, np.float16, [len(images), *shape])
     with bar(run, len(images), f"encoding {split} images") as progress:
         for i in range(run.rank * batch, len(images), run.world * batch):
             x = as_input(torch.from_numpy(images[i:i + batch].copy()).to(run.device))

@@ -504,9 +504,11 @@ def read_json(path, hint):
         return {**json.loads(Path(path).read_text())}
 
 
-def create_rows(path, dtype, shape):
-    """A .npy file of zeros whose rows `write_rows` fills, perhaps from several machines."""
-    np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+def create_rows(ranks, path, dtype, shape):
+    """A .npy file of zeros, made by the first process, whose rows `write_rows` fills, perhaps from several machines."""
+    if ranks.rank == 0:
+        np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+    ranks.wait()
 
 
 def write_rows(path, first, rows):

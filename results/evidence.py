@@ -1,14 +1,16 @@
 """Which labels guide well? The same fine-tuning of the same base model under labels of every source, for several seeds.
 
     python results/evidence.py SET RUN [seeds=0,1,2,3,4] [evaluators=judge,pixels] [rows=kmeans,pixels] [K=50]
-                               [tune=60k] [base=FILE.pt] [ids=FILE.npy] [into=NAME] [weak=4k] [data.root=DATA]
+                               [tune=60k] [base=FILE.pt] [ids=FILE.npy] [into=NAME] [weak=4k] [labels=uniform]
+                               [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu. Each row is made by the commands that anybody would type, on one thread; what is
 finished is not repeated, so the same command goes on where it was stopped. w is chosen by the first evaluator on other
 samples against training images; every evaluator scores the same samples against test images. rows: some of them, or
 `file` for the labels in ids=, or the rules of PLACES; K: another number of clusters, as rows of their own; base: one
 model for all seeds, in place of a training each. weak: what guides is not the null label, but an early state of the
-same training after so many images (or a FILE.pt): autoguidance (arXiv 2406.02507), which needs no labels. Writes
+same training after so many images (or a FILE.pt): autoguidance (arXiv 2406.02507), which needs no labels. labels:
+those that are sampled, at w = 1, in place of labels as frequent as in training. Writes
 results/evidence-SET.json: one entry per row and seed, with the hash of the base model's weights. Name another file,
 evidence-NAME.json, for other images (data.*) or another base.
 """
@@ -51,7 +53,7 @@ PLACES = {                                                # k-means where other 
     "best-nmi": lambda table: max(table, key=lambda r: r["nmi"]),                # with labels: what a rule could reach
 }
 ONLINE = "switch=4k", "sk_until=4k", "sk_ramp=2k", "sk_freeze=1k"                # soon: the base has learnt already
-OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids", "into", "weak"
+OPTIONS = "seeds", "evaluators", "rows", "K", "tune", "base", "ids", "into", "weak", "labels"
 SHOWN = ("precision", "recall", "coverage", "coverage_ceiling", "distance_floor", "copies", "memorisation",
          "head", "tail")                                  # the last two: of long-tailed sets
 
@@ -134,13 +136,15 @@ def label(which, row, name, s, K, ids, words):
     stage("self_label", which, *words, f"name={name}", f"K={K}", f"seed={s}", *keys.split())
 
 
-def guide(which, row, name, s, K, base, tune, weak, words, evaluators):
+def guide(which, row, name, s, K, base, tune, weak, labels, words, evaluators):
     """Fine-tune the base model under the labels of a row, sample, guided by its null label or by a weaker model, and
-    score; the name of the samples."""
+    score; the name of the samples. labels: those to sample, or ""."""
     keys = dict(none=["labels=none"], online=["labels=online", f"K={K}", *ONLINE]).get(row, [f"labels={name}"])
     stage("train_guided", which, *words, f"name={name}", f"seed={s}", f"init={base}", f"images={tune}",
           "ema_ramp=0.25", *keys)
     sampled, keys = (f"{name}-autoguided", [f"autoguide={weak}"]) if weak else (name, [])
+    if labels:                                            # w would be chosen against images of other frequencies
+        sampled, keys = f"{sampled}-{labels}", [*keys, f"labels={labels}", "guidance=1"]
     stage("sample_ode", which, *words, f"name={sampled}", f"checkpoint=guided/{name}", f"seed={s}", "n=1000",
           "solver=midpoint", "steps=8", f"evaluator={evaluators}", "guidance=1,1.5,2,3", "select=500", *keys)
     return sampled
@@ -211,10 +215,12 @@ def main():
                 name, title = f"{name}-{tune}", f"{title}, {tune}"
             if row not in ("none", "online"):
                 label(which, source, name, s, K, asked.get("ids"), words)
-            sampled = guide(which, row, name, s, K, base, tune, weak, words, evaluators)
+            labels = asked.get("labels", "")
+            sampled = guide(which, row, name, s, K, base, tune, weak, labels, words, evaluators)
             result = dict(tune=tune, base=Path(base).name, base_weights=weights_of(run, base))
             if weak:
                 title, result["weak_weights"] = f"{title}, autoguided", weights_of(run, weak)
+            title += f", {labels}" * bool(labels)
             keep(out, dict(set=which, K=SETS[which]["K"]), title, s, result | measured(run, sampled, place, evaluators))
 
 

@@ -36,7 +36,7 @@ def main():
             features.append(torch.cat([part[name, t].cpu() for _, part in read]))
         features = [x - x.mean(0) for x in features]
         centroids, _, _ = kmeans(features[0], cfg.K, restarts=3, seed=cfg.seed)
-        one, another = (assign(x, centroids)[0].numpy() for x in features)
+        one, another = (assign(x, centroids).numpy() for x in features)
         out["rows"].append(dict(t=t, draws=draws, kept=float((one == another).mean()),
                                 nmi=nmi(one, np.asarray(data.classes[rows]))))
         print(out["rows"][-1], flush=True)

@@ -62,7 +62,7 @@ def main():
             one, *others = (features[view][row["activation"]] for view in views)
             mean = one.mean(0)
             centroids, _, _ = kmeans(one - mean, cfg.K, metric="cosine", seed=cfg.seed)
-            ids, *again = (assign(x - mean, centroids, "cosine")[0].numpy() for x in (one, *others))
+            ids, *again = (assign(x - mean, centroids).numpy() for x in (one, *others))
             row["stability"], row["augmented"] = (nmi(ids, other) for other in again)
     scores = {score: [r[score] for r in table] for score in ("consensus", "silhouette", "stability", "augmented")}
     scores["both"] = [a + c for a, c in zip(scores["augmented"], scores["consensus"])]

@@ -22,7 +22,7 @@ from configs.run import autocast, start                   # noqa: E402
 from configs.shapes import draw_shapes                    # noqa: E402
 from extract_features import matching, stream                       # noqa: E402
 from probe import Probe, Source, random_network           # noqa: E402
-from self_label import (assign, bounds, find_objects, first_overlap, kmeans,               # noqa: E402
+from self_label import (assign, bounds, find_objects, iou, kmeans,               # noqa: E402
                         largest_component, nmi)
 from train_diffusion import load_model                    # noqa: E402
 
@@ -33,7 +33,7 @@ def agreement(x, classes, K, metric="cosine"):
     """NMI with the classes of k-means of the centred rows x [N, D]."""
     x = torch.as_tensor(x).float()
     x = x - x.mean(0)
-    return nmi(assign(x, kmeans(x, K, metric=metric, restarts=3)[0], metric)[0].numpy(), classes)
+    return nmi(assign(x, kmeans(x, K, metric=metric, restarts=3)[0], metric).numpy(), classes)
 
 
 def without_network(images, classes, K):
@@ -59,7 +59,7 @@ def otsu(images):
 
 def found(masks, boxes, truth, true_boxes):
     truth = truth > 0
-    return dict(corloc=float((first_overlap(np.asarray(boxes)[:, None], true_boxes[:, None]) >= 0.5).mean()),
+    return dict(corloc=float((iou(np.asarray(boxes), true_boxes) >= 0.5).mean()),
                 mask_iou=float(((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))).mean()))
 
 

@@ -7,10 +7,10 @@ over seeds), each with the mean difference from `none` of the same seed and leng
 lines are rank correlations with distance, over rows that have labels, of NMI and of what results/labels-SET.json says
 of the labels: over all rows, over those of the set's K, one row for each source of labels, own labels alone, and the
 rows of that file. Distances there and in the picture are differences from `none` of the same seed, plus the mean of
-`none`; autoguided rows and other lengths of fine-tuning are questions of their own, and left out. Writes
-results/evidence-SET.svg: distance against NMI, and below that against K where labels were made with several. Of the
-Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed. Of features: a line for
-each probe and what it was compared with; how activations differ by level and kind.
+`none`; autoguided rows, labels sampled uniformly and other lengths of fine-tuning are questions of their own, and left
+out. Writes results/evidence-SET.svg: distance against NMI, and below that against K where labels were made with
+several. Of the Sinkhorn loss: features and samples by weight, and differences from weight 0 of the same seed. Of
+features: a line for each probe and what it was compared with; how activations differ by level and kind.
 """
 import itertools
 import json
@@ -38,11 +38,11 @@ def spread(values, digits=2):
 
 
 def parts(title):
-    """What evidence.py calls a row, taken apart: (row, K or "", images of fine-tuning or "", whether autoguided)."""
+    """What evidence.py calls a row, taken apart: (row, K or "", images of fine-tuning or "", how it was sampled)."""
     row, *more = title.split(", ")
     K = next((word.removeprefix("K = ") for word in more if word.startswith("K = ")), "")
     length = next((word for word in more if word[:1].isdigit()), "")
-    return row, K, length, "autoguided" in more
+    return row, K, length, [word for word in more if word in ("autoguided", "uniform")]
 
 
 def paired(row, base, evaluator, w="chosen"):
@@ -57,8 +57,8 @@ def paired(row, base, evaluator, w="chosen"):
 def baseline(rows, title):
     """What a row is compared with, {seed: ...}: the row `none` of the same length of fine-tuning and, like it,
     autoguided; for autoguided `none`, that without."""
-    row, _, length, autoguided = parts(title)
-    words = ["none", length, "autoguided" if autoguided and row != "none" else ""]
+    row, _, length, sampled = parts(title)
+    words = ["none", length, "autoguided" if "autoguided" in sampled and row != "none" else ""]
     return rows.get(", ".join(word for word in words if word), {})
 
 
@@ -68,9 +68,9 @@ def points_of(rows, evaluator):
     none = {s: r[evaluator]["chosen"] for s, r in rows["none"].items() if evaluator in r}
     out = []
     for name, row in rows.items():
-        _, _, length, autoguided = parts(name)
+        _, _, length, sampled = parts(name)
         scored = {s: r for s, r in row.items() if evaluator in r and s in none}
-        if scored and not length and not autoguided:      # these are questions of their own
+        if scored and not length and not sampled:         # these are questions of their own
             gap = statistics.mean(r[evaluator]["chosen"] - none[s] for s, r in scored.items())
             nmi = statistics.mean(r["nmi"] or 0 for r in scored.values())
             out.append((name, nmi, statistics.mean(none.values()) + gap))

@@ -40,11 +40,11 @@ sys.path[:0] = [str(ROOT)]
 import sample_ode
 import train_guided
 from configs.data import as_input
-from configs.run import Data, Model, Run, autocast, fill, gpu_flags, reuse_memory, write_json
+from configs.run import ALONE, Data, Model, Run, autocast, fill, gpu_flags, reuse_memory, write_json
 from configs.shapes import draw_shapes
 from extract_features import catalogue, matching, stream, tapped
 from probe import SWEEP, accuracy, logistic, standardise
-from self_label import assign, kmeans, sinkhorn
+from self_label import assign, lloyd, sinkhorn
 from train_diffusion import (PATHS, Condition, TrainDiffusion, attention, build_model, build_optimizer, loss_per_image)
 
 TINY = dict(backbone="unet", channels=16, mult=[1, 2], blocks=1, attention=[], head_channels=16, stem=4)
@@ -319,7 +319,7 @@ def bench_clustering(device, small=False):
     start, found, on = x[torch.randperm(n, generator=g)[:K]], {}, x.to(device)
 
     def ours():
-        found["ours"] = kmeans(on, K, metric="euclidean", iterations=10, start=start, device=device)[0]
+        found["ours"] = lloyd(on, start.to(device), "euclidean", 10, ALONE)[0]
 
     def theirs():
         model = KMeans(K, init=start.numpy(), n_init=1, max_iter=10, tol=0, algorithm="lloyd").fit(x.numpy())
@@ -334,14 +334,14 @@ def bench_clustering(device, small=False):
         return (L + u + v).exp()
     warnings.simplefilter("ignore")                       # scikit-learn says that it has not converged
     speed = ratio(device, repeats, ours, theirs)
-    inertia = [float(-2 * assign(on, c.float(), "euclidean")[1].double().sum()) for c in found.values()]
+    inertia = [float((on - c.float()[assign(on, c, "euclidean")]).square().sum()) for c in found.values()]
     scores = F.normalize(on[:, :64]) @ F.normalize(torch.randn(K, min(d, 64), generator=g)).T.to(device)     # [n, K]
     measured = {"k-means / scikit-learn": speed, "k-means, inertia / scikit-learn": inertia[0] / inertia[1],
                 "Sinkhorn / plain": ratio(device, repeats, lambda: sinkhorn(scores, 0.05, 20), plain)}
     goal = dict(zip(measured, ("<= 1", "<= 1.001", "<= 0.333")))
     if device.type == "cuda" and not small:               # an iteration at ImageNet's size, without what happens once
         x, label = torch.randn(1_280_000, 1024, device=device), "k-means, 1.28 M x 1,024, K = 5,000, s an iteration"
-        run = lambda n: kmeans(x, 5000, metric="euclidean", iterations=n, start=x[:5000], device=device)
+        run = lambda n: lloyd(x, x[:5000], "euclidean", n, ALONE)
         few, many = in_turns(device, 1, lambda: run(1), lambda: run(5))
         measured[label], goal[label] = (many - few) / 4, "<= 3"
     return dict(measured=measured, goal=goal)

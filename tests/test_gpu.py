@@ -18,7 +18,7 @@ from configs import data as cd
 from configs import run as cr
 from configs.shapes import draw_shapes
 from extract_features import catalogue, stream
-from self_label import kmeans
+from self_label import lloyd
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -139,8 +139,7 @@ def test_features_and_clusters_are_those_of_the_cpu():
                        context=td.nullcontext, batch=16)
         got.append(torch.cat([features[name, 0.8].cpu() for _, features in parts]))
     assert (got[0] - got[1]).norm() < 1e-4 * got[0].norm()
-    options = dict(metric="euclidean", iterations=5)
-    centres = [kmeans(got[0].to(d), 4, start=got[0][:4].to(d), device=d, **options)[0].cpu() for d in (CPU, GPU)]
+    centres = [lloyd(got[0].to(d), got[0][:4].to(d), "euclidean", 5, cr.ALONE)[0].cpu() for d in (CPU, GPU)]
     assert torch.allclose(*centres, atol=1e-3)
 
 

@@ -127,8 +127,6 @@ def test_long_tailed_models_report_head_and_tail(call, capsys):
     assert {"head", "tail"} <= set(m["scores"]) and m["scores"]["head"]["classes"] == [0, 1, 2][
         : len(m["scores"]["head"]["classes"])
     ]
-    call(sample_ode, "--table")
-    assert "tail" in capsys.readouterr().out
 
 
 def test_sets_train_and_sample(call):

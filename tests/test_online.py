@@ -130,17 +130,17 @@ def test_no_more_images_at_once_than_in_training(condition):
         for net in parts[1:3]:
             net.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
         loss, told = step(parts)
-        ids, scores, *_ = label_images(parts[2], parts[4], ROWS[:40], np.arange(40), nullcontext, "test")
+        ids, g = label_images(parts[2], parts[4], ROWS[:40], np.arange(40), nullcontext, "test")
         assert max(sizes) == (8 if micro else 32)         # 32: the batch
-        results.append([loss.detach(), *told.values(), ids, scores])
+        results.append([loss.detach(), *told.values(), ids, g])
     assert all(torch.allclose(a.float(), b.float(), atol=1e-4) for a, b in zip(*results))
 
 
 def test_the_label_of_an_image_does_not_depend_on_the_others():
     """Balanced labels of one image alone would be a matter of rounding: potentials are those of the training images."""
     _, _, ema, labeller, _ = online()
-    labels, scores, g = label_images(ema, labeller, ROWS, np.arange(64), nullcontext, "test")
-    assert labels.shape == scores.shape == (64, 1) and torch.bincount(labels[:, 0], minlength=10).max() < 20
+    labels, g = label_images(ema, labeller, ROWS, np.arange(64), nullcontext, "test")
+    assert labels.shape == (64, 1) and torch.bincount(labels[:, 0], minlength=10).max() < 20
     for i in (3, 40):
         assert label_images(ema, labeller, ROWS, np.arange(i, i + 1), nullcontext, "test", g=g)[0] == labels[i]
 

@@ -522,7 +522,7 @@ def field_of(batch=250):
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
 def test_sample_i_is_the_same_picture_for_any_batch_and_world(solver, tmp_path, monkeypatch):
-    made = lambda path, *rest: path.exists() or create(path, *rest)              # by the first process, once
+    made = lambda ranks, path, *rest: path.exists() or create(ranks, path, *rest)          # by the first process, once
     create = sample_ode.create_rows
     monkeypatch.setattr(sample_ode, "create_rows", made)
 
