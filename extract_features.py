@@ -51,7 +51,6 @@ class ExtractFeatures:
     """Section `extract_features`."""
     name: str = key("base", "results go to features/<name>")
     checkpoint: str = key("diffusion/base", "whose activations: a folder of the run, or a .pt file")
-    weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     model: str = key("", "in place of checkpoint: diffusers:FOLDER_OR_ID, or hub:REPO/NAME (REPO may be a folder)")
     resize: int = key(0, "model: images become so large for it; 0 = what it was made for (torch.hub: 224)", low=0)
     activations: list[str] = key(["auto"], "names, globs, or blocks = the output of every block; "
@@ -267,6 +266,8 @@ def pooled(x, pool):
     x = x.float()
     if pool == "none":
         return x
+    if pool != "mean" and int(pool) > min(x.shape[2:]):
+        raise UserError(f"pool={pool}: a map has {x.shape[2]} x {x.shape[3]} positions")
     return x.mean((2, 3)) if pool == "mean" else F.adaptive_avg_pool2d(x, int(pool)).flatten(1)
 
 
@@ -533,9 +534,8 @@ def label_free(run, cfg, state):
     file, hint = run.dir / "probe" / f"{cfg.choice}.json", "run probe.py first, or name activations= and t="
     probed = read_json(file, hint)
     with reading(file, hint):
-        of_this = probed["hash"] == state["weights"] and probed["recipe"].get("weights", "ema") == cfg.weights
-        if probed["protocol"] not in ("sweep", "boxes") or not of_this:
-            raise UserError(f"{file}: is no sweep of {state['file']} with weights={cfg.weights}; {hint}")
+        if probed["protocol"] not in ("sweep", "boxes") or probed["hash"] != state["weights"]:
+            raise UserError(f"{file}: is no sweep of {state['file']} as it is now; {hint}")
         return probed["label_free"]
 
 
@@ -554,11 +554,9 @@ def wanted(run, cfg, net, state):
 
 
 def recipe_of(cfg, state, data, names, times):
-    """All that decides what the features are; info.json keeps it."""
-    raw = cfg.weights == "net" and not cfg.model
-    recipe = {k: getattr(cfg, k) for k in ("weights", "pool", "draws", "seed", "dtype", "precision")}
-    recipe["checkpoint"] = cfg.model or cfg.checkpoint
-    recipe["hash"] = f"raw beside {state['weights']}" if raw else state["weights"]
+    """All that decides what the features are, but for what precision=auto is on this machine; info.json keeps it."""
+    recipe = {k: getattr(cfg, k) for k in ("pool", "draws", "seed", "dtype", "precision")}
+    recipe |= dict(checkpoint=cfg.model or cfg.checkpoint, hash=state["weights"])
     recipe["data"] = {split: part.info["fingerprint"] for split, part in data.items()}
     recipe["arrays"] = [dict(activation=name, **noise_level(state["path"], t)) for name in names for t in times]
     if cfg.model:
@@ -596,7 +594,7 @@ def main():
     check_pool(cfg, "pool")
 
     # the model
-    net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint, cfg.weights)
+    net, state = open_foreign(run, cfg) if cfg.model else load_model(run, cfg.checkpoint)
     context, _, why = autocast(run, cfg.precision)
     if "--list" in run.flags:
         return list_activations(run, net, state, context)

@@ -21,12 +21,11 @@ select      noise sensitivity, granularity and locality of activations; filters 
             2410.03558, then ranks.
 segment     semantic segmentation from frozen maps: linear, UPerNet's decoder, an ensemble of pixel MLPs; mean IoU.
 correspond  nearest neighbours between an image and its known warp, and between objects of one class; PCK.
-detect      objects by torchvision's Mask R-CNN on frozen maps; average precision of boxes and masks.
 cka         how alike activations are, across blocks, times and models (against=). No labels.
 layout      how well the images of samples/<samples>/ keep to the boxes or masks that they were asked for.
 
 What is selected is selected on a validation part of the training images; test images are reported once.
-linear, head, segment, detect and correspond have controls beside them: the same network with random weights, a
+linear, head, segment and correspond have controls beside them: the same network with random weights, a
 supervised network of the same size, raw pixels. Only sweep, boxes and layout divide their work between processes.
 """
 import itertools
@@ -42,10 +41,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from scipy import ndimage
 from torch import nn
 
-from configs.data import as_input, load_data, load_features, load_labels, require_shape, row_shape, torchvision_datasets
+from configs.data import as_input, load_data, load_features, load_labels, require_shape, row_shape
 from configs.run import (Model, UserError, autocast, bar, check_name, chunks, cli, digest, draw, fill, finished, key,
                          locked, read_json, require, save_grid, seed_of, seeded, start, unknown, write_json)
 from configs.shapes import shape_parts
@@ -58,12 +56,11 @@ from self_label import assign, bounds, draw_masks, filled, find_objects, iou, km
 class Probe:
     """Section `probe`."""
     name: str = key("", "results go to probe/<name>; empty = the protocol")
-    protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "detect", "cka",
+    protocol: Literal["sweep", "boxes", "linear", "head", "select", "segment", "correspond", "cka",
                       "layout"] = key("sweep", "what is measured: see above")
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
-    weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     activations: list[str] = key(["blocks"], "names and globs; blocks = all block outputs (select: everything; linear, "
-                                             "head, segment, detect: the label-free choice, at its time or one t)")
+                                             "head, segment: the label-free choice, at its time or one t)")
     t: list[float] = key([], "noise times; empty = 0.4,0.5,...,0.9", low=0, high=1)
     choice: str = key("sweep", "which result of sweep or boxes the label-free choice is taken from")
     features: str = key("", "linear: stored features/<name> of any model, in place of the checkpoint")
@@ -74,21 +71,21 @@ class Probe:
     boxed: int = key(128, "boxes: images in which boxes are found", low=2)
     # linear, heads, dense tasks
     controls: list[Literal["pixels", "random", "supervised"]] = key(["pixels", "random", "supervised"],
-        "linear, head, segment, detect, correspond: what to compare with")
+        "linear, head, segment, correspond: what to compare with")
     supervised_images: int = key(100_000, "images that the supervised control is trained on", low=1)
     draws: int = key(3, "linear: noise draws, each probed alone: mean and spread", low=1)
     head: str = key("attention", "linear, mlp, cnn, attention, difformer, diffeed; segment: linear, uper, ensemble")
     labels_share: float = key(1.0, "head: share of the labels of each class, to learn and to select", above=0, high=1)
-    width: int = key(256, "head, segment, detect: channels of the head (papers: 1024)", low=1)
+    width: int = key(256, "head, segment: channels of the head (papers: 1024)", low=1)
     depth: int = key(2, "head: transformer blocks of attention, difformer, diffeed", low=1)
     grid: int = key(2, "head: linear and mlp see averages over a grid of g x g", low=1)
-    images: int = key(100_000, "head, segment, detect: images that every head sees", low=1)
-    head_batch: int = key(128, "head, segment, detect: images per update", low=2)
-    lr: list[float] = key([3e-4, 1e-3, 3e-3], "head, segment: of AdamW, one cycle; selected. detect: one", above=0)
-    l2: list[float] = key([0.0, 0.05], "head, segment: weight decay; selected with lr. detect: one", low=0)
+    images: int = key(100_000, "head, segment: images that every head sees", low=1)
+    head_batch: int = key(128, "head, segment: images per update", low=2)
+    lr: list[float] = key([3e-4, 1e-3, 3e-3], "head, segment: of AdamW, one cycle; selected", above=0)
+    l2: list[float] = key([0.0, 0.05], "head, segment: weight decay; selected with lr", low=0)
     flip: bool = key(False, "head, segment: mirror images at random")
-    seeds: list[int] = key([0, 1, 2], "head, segment, detect: of labelled subset, weights, order, noise")
-    masks: int = key(0, "segment, detect: training images whose masks are used, as many to validate; 0 = all", low=0)
+    seeds: list[int] = key([0, 1, 2], "head, segment: of labelled subset, weights, order, noise")
+    masks: int = key(0, "segment: training images whose masks are used, as many to validate; 0 = all", low=0)
     pairs: int = key(200, "correspond: pairs of images, to choose from and again to report", low=1)
     against: list[str] = key([], "cka: further checkpoints, or random, for the same network with random weights")
     samples: str = key("base", "layout: which samples/<samples>")
@@ -500,13 +497,12 @@ class OneCycle:
     """AdamW with one cycle of the learning rate, up to lr."""
 
     def __init__(self, modules, lr, l2, steps):
-        self.params = [p for module in modules for p in module.parameters()]
-        self.optimizer = torch.optim.AdamW(self.params, lr, weight_decay=l2)
+        params = [p for module in modules for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(params, lr, weight_decay=l2)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, steps + 1)
 
-    def step(self, loss, clip=math.inf):
+    def step(self, loss):
         loss.backward()
-        nn.utils.clip_grad_norm_(self.params, clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -1226,180 +1222,6 @@ def correspond(run, cfg, source, train, test):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objects from frozen maps: torchvision's Mask R-CNN
-
-def instances(mask):
-    """Objects of a mask int [H, W], as torchvision's targets: dict(labels int64 [n], masks uint8 [n, H, W], boxes
-    float32 [n, 4]). They are the 4-connected pieces of every class above 0 with at least four pixels."""
-    labels, pieces = [], [torch.zeros(0, *mask.shape, dtype=torch.bool)]
-    for k in mask[(mask > 0) & (mask < 255)].unique().tolist():
-        number, n = ndimage.label((mask == k).numpy())
-        for piece in sorted((number == i for i in range(1, n + 1)), key=lambda piece: -piece.sum()):
-            if piece.sum() >= 4:
-                labels.append(k)
-                pieces.append(torch.from_numpy(piece)[None])
-    masks = torch.cat(pieces)
-    boxes = bounds(masks) if labels else torch.zeros(0, 4)
-    return dict(labels=torch.tensor(labels, dtype=torch.long), masks=masks.to(torch.uint8), boxes=boxes)
-
-
-class FrozenPyramid(nn.Module):
-    """Frozen maps, normalised, as a feature pyramid (arXiv 1612.03144); `noise` [B, 3, H, W] is set before a call."""
-
-    def __init__(self, source, shapes, width):
-        super().__init__()
-        from torchvision.ops import FeaturePyramidNetwork
-        self.source = (source,)                           # in a tuple: no part of what is trained
-        self.out_channels, self.noise = width, None
-        self.order = sorted(range(len(shapes)), key=lambda i: -shapes[i][1])     # fine to coarse
-        channels = [shapes[i][0] for i in self.order]
-        self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in channels)
-        self.pyramid = FeaturePyramidNetwork(channels, width)
-
-    def forward(self, x):                                 # [B, 3, H, W] in [-1, 1] -> {level: [B, width, h, w]}
-        maps = self.source[0].views(x, self.noise)[0][0]
-        return self.pyramid({str(level): norm(maps[i]) for level, (norm, i) in enumerate(zip(self.norms, self.order))})
-
-
-def build_detector(cfg, source, images, classes, seed):
-    """Mask R-CNN (arXiv 1703.06870) on what `source` reads of such images; classes counts the background."""
-    torchvision_datasets()                                # torchvision then imports beside a CPU-only torch, too
-    from torchvision.models.detection import MaskRCNN
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-    from torchvision.ops import MultiScaleRoIAlign, nms
-    try:
-        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    except RuntimeError:
-        raise UserError("protocol=detect needs torchvision's own operators: install a torch and a torchvision that "
-                        "belong together, as requirements.txt says") from None
-    size, width = images.shape[2], cfg.width
-    shapes = shapes_of(source, source.shown(images, np.arange(1)))
-    strides = sorted(size / height for _, height, _ in shapes)
-    halved = all(coarse == 2 * fine for fine, coarse in itertools.pairwise(strides))
-    require(halved, cfg, "activations", "name one activation per size of map, each size twice the one before")
-
-    def pool(side):
-        levels = [str(i) for i in range(len(shapes))]
-        return MultiScaleRoIAlign(levels, side, 2, canonical_scale=size, canonical_level=round(math.log2(strides[-1])))
-
-    with seeded(seed, "detector"):
-        anchors = AnchorGenerator(tuple((4 * s, 6 * s) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-        net = MaskRCNN(
-            box_roi_pool=pool(7), box_head=TwoMLPHead(49 * width, width),
-            box_predictor=FastRCNNPredictor(width, classes), rpn_anchor_generator=anchors,
-            mask_roi_pool=pool(14), mask_head=MaskRCNNHeads(width, (width, width), 1),
-            mask_predictor=MaskRCNNPredictor(width, width, classes), backbone=FrozenPyramid(source, shapes, width),
-            min_size=size, max_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, size_divisible=1,
-            rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200,
-            rpn_post_nms_top_n_test=100, box_detections_per_img=20, box_batch_size_per_image=64)
-    return net.to(source.device)
-
-
-def fit_detector(cfg, net, source, images, y, rows, seed):
-    """Train a detector on `rows` and their masks y with its own losses, and fresh noise."""
-    batch = min(cfg.head_batch, len(rows))
-    steps = max(1, cfg.images // batch)
-    optimizer = OneCycle([net.train()], cfg.lr[0], cfg.l2[0], steps)
-    for step in range(steps):
-        part = rows_of_update(rows, batch, seed, step)
-        x = source.shown(images, part)
-        net.backbone.noise = torch.randn(x.shape, generator=generator(seed, "head noise", step)).to(source.device)
-        targets = [{k: v.to(source.device) for k, v in instances(y[i]).items()} for i in part]
-        with torch.random.fork_rng():                     # torchvision samples proposals by the global generator
-            torch.manual_seed(seed_of(seed, "proposals", step))
-            losses = net(list((x + 1) / 2), targets)      # torchvision normalises itself
-        optimizer.step(sum(losses.values()), clip=1.0)
-
-
-@torch.no_grad()
-def detections(net, source, images, seed):
-    """Found objects of each image: [dict(labels, scores, boxes, masks bool [n, H, W])], on the CPU."""
-    out = []
-    for part in chunks(np.arange(len(images)), min(source.batch, 64)):
-        net.backbone.noise = draw(seed, "detect test", part, images.shape[1:]).to(source.device)
-        for found in net.eval()(list((source.shown(images, part) + 1) / 2)):
-            found["masks"] = found["masks"][:, 0] > 0.5
-            out.append({k: v.cpu() for k, v in found.items()})
-    return out
-
-
-def box_overlap(found, truth):
-    """IoU of boxes, [found, truth]."""
-    return iou(found["boxes"].numpy()[:, None], truth["boxes"].numpy()[None])
-
-
-def mask_overlap(found, truth):
-    """IoU of masks, [found, truth]."""
-    a, b = (objects["masks"].flatten(1).float() for objects in (found, truth))
-    both = a @ b.T
-    either = a.sum(1)[:, None] + b.sum(1) - both
-    return (both / either.clamp(min=1)).numpy()
-
-
-def hits(found, truth, overlap, k, threshold):
-    """(one image's detections of class k: [(score, whether it is right)], number of its objects of that class).
-
-    In order of score each detection takes the object, of those still free, that it overlaps most.
-    """
-    free = overlap[:, (truth["labels"] == k).numpy()].copy()                     # [found, objects]
-    scores, out = found["scores"].numpy(), []
-    for i in np.argsort(-scores, kind="stable"):
-        if found["labels"][i] == k:
-            right = free.shape[1] > 0 and free[i].max() >= threshold
-            if right:
-                free[:, free[i].argmax()] = -1
-            out.append((float(scores[i]), right))
-    return out, free.shape[1]
-
-
-def coco_ap(found, truth, overlap):
-    """COCO's average precision at IoU 0.5, 0.55, ... 0.95, [10]: mean over the classes of truth of the precision, made
-    monotone, at 101 recalls. found, truth: a dict for each image, as of `detections` and `instances`."""
-    overlaps, thresholds, out = [overlap(f, t) for f, t in zip(found, truth)], np.linspace(0.5, 0.95, 10), []
-    classes = torch.cat([objects["labels"] for objects in truth]).unique()
-    for k, threshold in itertools.product(classes, thresholds):
-        images = [hits(*image, k, threshold) for image in zip(found, truth, overlaps)]
-        ranked = sorted(itertools.chain(*(image for image, _ in images)), key=lambda hit: -hit[0])
-        right = np.cumsum([hit for _, hit in ranked])
-        recall = right / sum(number for _, number in images)
-        precision = right / np.arange(1, len(right) + 1)
-        precision = np.maximum.accumulate(precision[::-1])[::-1]
-        at = np.searchsorted(recall, np.linspace(0, 1, 101))
-        out.append(np.append(precision, 0)[at].mean())
-    return np.reshape(out, (-1, len(thresholds))).mean(0)
-
-
-def detect(run, cfg, source, train, test):
-    """Average precision of boxes and masks found on a frozen pyramid."""
-    y, y_test = known_masks(train, test)
-    require(len(source.times) == 1, cfg, "t", "detect reads one time")
-    require(len(cfg.lr) == len(cfg.l2) == 1, cfg, "lr l2", "detect takes one of each, such as lr=1e-3 l2=0")
-    fit, _ = fit_and_validation(cfg, len(train))
-    truth, classes = [instances(mask) for mask in y_test], 1 + int(max(y.max(), y_test.max()))
-    rows_of = lambda seed: some_rows(fit, seed, "masks", cfg.masks or None)
-
-    def sources(seed):
-        return {"detect": source} | controls(run, cfg, replace(source, seed=seed), train, rows_of(seed))
-
-    def measure(what, source, seed):
-        net = build_detector(cfg, source, train.images, classes, seed)
-        fit_detector(cfg, net, source, train.images, y, rows_of(seed), seed)
-        found = detections(net, source, test.images, seed)
-        if what == "detect" and seed == cfg.seeds[0] and run.rank == 0:
-            draw_objects(picture(run), test.images, truth, found)
-        got = dict(parameters=sum(p.numel() for p in net.parameters()))
-        for kind, overlap in (("boxes", box_overlap), ("masks", mask_overlap)):
-            ap = coco_ap(found, truth, overlap)
-            got |= {f"{kind}_ap": float(ap.mean()), f"{kind}_ap50": float(ap[0]), f"{kind}_ap75": float(ap[5])}
-        return got
-
-    rows = compare(run, sources, measure, cfg.seeds, ["boxes_ap", "boxes_ap50", "masks_ap", "masks_ap50"])
-    return dict(seeds=cfg.seeds, masks=len(rows_of(cfg.seed)), test_images=len(test), rows=rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Comparing representations, without labels
 
 def centred_gram(x):
@@ -1422,7 +1244,7 @@ def cka(run, cfg, source, train, test):
         if name == "random":
             net, state = random_network(source), source.state
         else:
-            net, state = load_model(run, name, cfg.weights)
+            net, state = load_model(run, name)
             require_shape(run, state)
         models[name] = replace(source, net=net, state=state, names=matching(net, cfg.activations))
     rows, grams = some_rows(len(test), cfg.seed, "cka", 1000), {}                # (model, t, name): [n n], of length 1
@@ -1450,8 +1272,8 @@ def objects_of_shapes(images):
 def found_objects(run, info, images, rows):
     """Masks bool [n, H, W] of objects, found as those of the labels (info) were: the same place, equal settings."""
     of, labelled = info["features"], info["recipe"]
-    net, state = load_model(run, of["checkpoint"], of["weights"])
-    if state["weights"] != of["hash"].split()[-1]:        # of raw weights: "raw beside <the averaged ones>"
+    net, state = load_model(run, of["checkpoint"])
+    if state["weights"] != of["hash"]:
         raise UserError(f"{of['checkpoint']} has changed since the labels were made; make features and labels again")
     plain = len(of["arrays"]) == of["draws"] == 1 and of["pool"] == "none"
     require(plain, run.cfg, "samples", "have labels of several activations or draws, or of a pool: not supported here")
@@ -1562,23 +1384,10 @@ def draw_matches(path, pairs, found):
     save_grid(path, np.stack(tiles), 1, zoom=1, head="green: found within a tenth; red: not")
 
 
-def draw_objects(path, images, truth, found):
-    """The first images with true boxes in white, found ones (score above 0.5) and their masks in red."""
-    from torchvision.utils import draw_bounding_boxes
-    tiles = []
-    for image, objects, guesses in list(zip(images, truth, found))[:12]:
-        sure = guesses["scores"] > 0.5
-        tile = torch.from_numpy(draw_masks(image, guesses["masks"][sure].any(0).numpy()))
-        for frames, colour in ((objects["boxes"], "white"), (guesses["boxes"][sure], "red")):
-            tile = draw_bounding_boxes(tile, frames, colors=colour) if len(frames) else tile
-        tiles.append(tile.numpy())
-    save_grid(path, np.stack(tiles), 6)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-ALWAYS = "protocol weights precision seed"           # and what is read, where
+ALWAYS = "protocol precision seed"           # and what is read, where
 FITTED = "controls supervised_images validation width images head_batch lr l2 seeds"
 PROTOCOLS = dict(                                         # (function, settings that its result depends on)
     sweep=(sweep, "fit validation K"),
@@ -1588,7 +1397,6 @@ PROTOCOLS = dict(                                         # (function, settings 
     segment=(segment, f"{FITTED} head masks flip"),
     select=(select, "fit validation"),
     correspond=(correspond, "controls supervised_images pairs"),
-    detect=(detect, f"{FITTED} masks"),
     cka=(cka, "against activations"),
     layout=(layout, ""),
 )
@@ -1611,14 +1419,14 @@ def open_source(run, cfg):
         check_name("samples", cfg.samples)
         samples = run.dir / "samples" / cfg.samples / "metrics.json"
         made = read_json(samples, "make the samples with sample_ode.py")
-        net, state = load_model(run, made["checkpoint"], cfg.weights)
+        net, state = load_model(run, made["checkpoint"])
         cfg.checkpoint = made["checkpoint"]
         return Source(net, state, [], []), dict(made=digest(made["recipe"]))     # features are read where labels were
-    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    net, state = load_model(run, cfg.checkpoint)
     names, times = cfg.activations, cfg.t or [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     if names == ["blocks"] and cfg.protocol == "select":
         names = ["*"]
-    if names == ["blocks"] and cfg.protocol in ("linear", "head", "segment", "detect"):
+    if names == ["blocks"] and cfg.protocol in ("linear", "head", "segment"):
         choice = label_free(run, cfg, state)
         names, times = [choice["activation"]], cfg.t if len(cfg.t) == 1 else [choice["t"]]
         if len(cfg.t) > 1:                                # as YAMLs give to the sweep
@@ -1638,7 +1446,7 @@ def main():
     kinds = [name for protocol, name in HEADS if protocol == cfg.protocol]
     require(not kinds or cfg.head in kinds, cfg, "head", unknown(cfg.head, kinds))
     require(cfg.protocol == "linear" or not cfg.features, cfg, "features", "are for protocol=linear")
-    pixels = cfg.protocol in ("segment", "correspond", "detect", "layout")
+    pixels = cfg.protocol in ("segment", "correspond", "layout")
     require(not pixels or not run.data.latents, cfg, "protocol", "is defined on pixels, not on latents")
 
     # what is probed, of which images
@@ -1674,7 +1482,7 @@ def main():
 
     # say where it is, and what comes next
     run.say(f"result in {path}")
-    words = f"extract_features.py checkpoint={cfg.checkpoint}" + " weights=net" * (cfg.weights == "net")
+    words = f"extract_features.py checkpoint={cfg.checkpoint}"
     pinned = {"activations", "t"} & set(run.sections.get("extract_features", {}))         # in the YAML file
     if cfg.protocol in ("sweep", "boxes"):
         dense = " name=dense pool=none" if cfg.protocol == "boxes" else ""

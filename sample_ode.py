@@ -45,7 +45,6 @@ class SampleOde:
     """Section `sample_ode`."""
     name: str = key("base", "results go to samples/<name>")
     checkpoint: str = key("diffusion/base", "a folder of the run, or a .pt file")
-    weights: Literal["ema", "net"] = key("ema", "averaged or raw")
     n: int = key(10_000, "samples", low=2)
     solver: Solver = key("midpoint", "euler is DDIM, on all paths here; dopri5 is adaptive")
     steps: int = key(12, "of the fixed-step solvers", low=1)
@@ -242,14 +241,14 @@ def open_model(run, cfg, context=nullcontext):
     Of the checkpoint, `marginal` says how common each id is, float64 [null] (None: not known yet), and `weak` is the
     hash of the weaker network.
     """
-    net, state = load_model(run, cfg.checkpoint, cfg.weights)
+    net, state = load_model(run, cfg.checkpoint)
     field = Field(net, PATHS[state["path"]], state["predict"], interval=cfg.interval, context=context, batch=cfg.batch,
                   condition=load_condition(state, run.device))
     if cfg.boxes:
         field.condition = drawn_layout(cfg, state, field.condition, run.device)
         state["marginal"] = torch.ones(1)
     if cfg.autoguide:
-        field.weak, weak = load_model(run, cfg.autoguide, cfg.weights)
+        field.weak, weak = load_model(run, cfg.autoguide)
         state["weak"] = weak["weights"]
         shared = ["path", "predict", "size", "channels"]
         if weak["num_labels"]:
@@ -272,8 +271,9 @@ def drawn_layout(cfg, state, condition, device):
     fits = all(len(b) == 5 and b[0] < b[2] and b[1] < b[3] and b[4] == label for b in cfg.boxes)
     require(fits and label in range(null), cfg, "boxes",
             f"expected [x0, y0, x1, y1, label] with x0 < x1, y0 < y1, and one label below {null} for all")
-    inside = filled(np.array(cfg.boxes)[:, :4], condition.size).any(0, keepdims=True)            # [1, H, W]
-    layout = torch.from_numpy(np.uint8(~inside))
+    each = filled(np.array(cfg.boxes)[:, :4], condition.size)                    # [boxes, H, W]
+    require(each.any((1, 2)).all(), cfg, "boxes", f"one covers no pixel of the {condition.size} x {condition.size}")
+    layout = torch.from_numpy(np.uint8(~each.any(0, keepdims=True)))             # [1, H, W]
     table = with_null(layout, condition.channels)
     return Condition("map", table, condition.channels, condition.size, torch.tensor([int(label), null])).to(device)
 
@@ -327,24 +327,24 @@ def generate(run, cfg, field, state, w, file):
         return part, z.to(run.device), None if ids is None else ids.to(run.device)
 
     recording = recorded(cfg, field) if cfg.features else nullcontext({})
-    evaluated = integrated = 0
+    evaluated = calls = 0
     with bar(run, cfg.n, "sampling") as progress, recording as kept:
         for part, z, ids in ahead(drawn, parts):
+            field.calls = 0
             x, evaluations = integrate(field, z, ids, cfg.solver, cfg.steps, cfg.tol)
             if not torch.isfinite(x).all():
                 raise UserError(f"{state['file']}: samples are not finite (precision=fp32 may help)")
-            evaluated += evaluations * len(part)
-            integrated += len(part)
             own = np.isin(part, rows)                     # a block of dopri5 may hold others' rows
+            evaluated += evaluations * own.sum()
+            calls += field.calls * own.mean()
             pictures = to_uint8(decode(run.vae, x[torch.from_numpy(own)]))
             put(run, file, cfg.n, part[own], pictures.cpu().numpy())
             for name, (_, maps) in kept.items():
                 put(run, file.with_name(name), cfg.n, part, maps[:len(part)])
             progress.update(own.sum() * run.world)
-    counts = torch.tensor([evaluated, field.calls, integrated], dtype=torch.float64)
-    evaluated, calls, integrated = run.total(counts).tolist()
+    evaluated, calls = run.total(torch.tensor([evaluated, calls], dtype=torch.float64)).tolist()
     about = [about | dict(file=name, shape=list(maps.shape[1:])) for name, (about, maps) in kept.items()]
-    return dict(nfe=evaluated / integrated, network_calls=calls / integrated, features=about)
+    return dict(nfe=evaluated / cfg.n, network_calls=calls / cfg.n, features=about)
 
 
 @contextmanager
@@ -370,13 +370,13 @@ def encode(run, cfg, field, folder):
     n = min(cfg.n, len(data))
     noise, images, back = [], [], []
     for part in index_batches(np.arange(n), cfg):
-        x = as_input(torch.from_numpy(data.inputs[part[part < n]])).to(run.device)
+        x = as_input(torch.from_numpy(data.inputs[part[part < len(data)]])).to(run.device)
         z, _ = integrate(field, x, None, cfg.solver, cfg.steps, cfg.tol, reverse=True)
         again, _ = integrate(field, z, None, cfg.solver, cfg.steps, cfg.tol)
         noise.append(z.cpu())
         images.append(decode(run.vae, x).cpu())
         back.append(decode(run.vae, again).cpu())
-    noise, images, back = torch.cat(noise), torch.cat(images), torch.cat(back)
+    noise, images, back = (torch.cat(parts)[:n] for parts in (noise, images, back))
     np.save(folder / "noise.npy", noise.numpy())
     pictures = to_uint8(torch.cat([images[:10], back[:10]])).numpy()
     save_grid(folder / "grid.png", pictures, len(images[:10]), ["image", "back"])
@@ -514,7 +514,10 @@ def features_of(run, net, images):
     with bar(run, len(images), "evaluator") as progress:
         for i in range(0, len(images), 100):
             x = torch.tensor(images[i:i + 100])
-            found.append(net(x.to(run.device)).float().cpu())
+            f = net(x.to(run.device))
+            if not isinstance(f, torch.Tensor) or f.shape[:-1] != x.shape[:1] or not torch.isfinite(f).all():
+                raise UserError("evaluator: must return one row of finite numbers for each image [B, 3, H, W] of uint8")
+            found.append(f.float().cpu())
             progress.update(len(x))
     return torch.cat(found).to(run.device)
 
@@ -765,23 +768,24 @@ def row_of(name, metrics):
     kind = "fid" if "fid" in scores else "frechet"
     plain = scores if metrics["w"] == 1 else metrics.get("scores_w1", {})
     row = {"name": name, "evaluator": scores["evaluator"].split(" (")[0], "samples": scores["samples"],
-           "K": metrics["num_labels"], "NMI": (metrics["label_scores"] or {}).get("nmi"),
+           "reference": scores["reference"], "K": metrics["num_labels"],
+           "NMI": (metrics["label_scores"] or {}).get("nmi"),
            "distance w=1": plain.get(kind), "w": metrics["w"], "distance": float(scores[kind])}
     row |= {name: scores[name] for name in ("precision", "recall", "coverage", "memorisation")}
     return row | {"network calls": metrics["network_calls"], "training images": metrics["total_seen"]}
 
 
 def table(run):
-    """Print every samples/*/metrics.json side by side, by evaluator, the largest distance first."""
+    """Print every samples/*/metrics.json side by side, by its first evaluator, the largest distance first."""
     rows = []
-    for path in run.dir.glob("samples/*/metrics.json"):
+    for path in run.dir.glob("samples/[!.]*/metrics.json"):
         with reading(path, "delete it"):
             metrics = json.loads(path.read_text())
             if "scores" in metrics:
                 rows.append(row_of(path.parent.name, metrics))
     if not rows:
         raise UserError(f"{run.dir / 'samples'}: no evaluated samples yet")
-    rows.sort(key=lambda row: (row["evaluator"], -row["distance"]))
+    rows.sort(key=lambda row: (row["evaluator"], row["reference"], -row["distance"]))
     text_of = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v or "-")
     shown = [list(rows[0]), *([text_of(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown)]
@@ -807,7 +811,8 @@ def settle_request(run, cfg, field, state):
     require(cfg.interval[0] <= cfg.interval[1], cfg, "interval", "two times in order")
     require(cfg.evaluate or len(cfg.guidance) == 1 and not cfg.sweep, cfg, "guidance sweep evaluate",
             "to choose w, or to sweep, needs evaluate=true; without it name one w, guidance=W")
-    can_guide = state.get("null", True) or cfg.autoguide or cfg.guidance == [1.0]
+    null = state.get("null", True) and state["config"].get("train_guided", {}).get("drop", 1) > 0
+    can_guide = null or not field.condition or cfg.autoguide or cfg.guidance == [1.0]
     require(can_guide, cfg, "guidance", "no null label to guide with; use guidance=1, or autoguide= another model")
     sample_labels(cfg, field, state, [0])                      # complains about labels
     if cfg.evaluate or cfg.direction == "encode":
@@ -841,6 +846,9 @@ def recipe_of(run, cfg, field, state):
     in_use |= dict.fromkeys(["evaluator", "reference"], cfg.evaluate)
     recipe = {name: value for name, value in run.sections[run.stage].items() if in_use.get(name, True)}
     recipe |= dict(hash=state["weights"], guidance=cfg.guidance, weak=state.get("weak") if guides else None)
+    files = [digest(np.fromfile(name, np.uint8)) for name in cfg.evaluator if Path(name).is_file()]
+    if cfg.evaluate and files:
+        recipe["evaluators"] = files
     if cfg.evaluate or cfg.direction == "encode":         # these images take part
         recipe["images"] = [load_data(run, split).info["fingerprint"] for split in ("train", "test")]
     return recipe
@@ -883,7 +891,7 @@ def main():
     """Sample, from the command line."""
     run = start("sample_ode", SampleOde, __doc__, needs_data=lambda cfg: cfg.evaluate or cfg.direction == "encode",
                 otherwise=", or only sample with evaluate=false",
-                flags={"--table": "all results of the run side by side"})
+                flags={"--table": "all results of the run side by side, by their first evaluator"})
     cfg, folder = run.cfg, run.dir / "samples" / run.cfg.name
     if "--table" in run.flags:
         return table(run)
@@ -903,11 +911,11 @@ def main():
     if run.agreed(done):
         return
     open_autoencoder(run)
-    run.say(f"sampling from {state['file']} ({state['seen']:,} images seen, {cfg.weights} weights); {why}")
+    run.say(f"sampling from {state['file']} ({state['seen']:,} images seen, averaged weights); {why}")
 
     # sample, in a folder that takes the place of an earlier one when it is complete
     metrics = {name: state.get(name) for name in ("seen", "num_labels", "label_file", "label_scores")}
-    metrics |= dict(recipe=recipe, checkpoint=cfg.checkpoint, weights=cfg.weights, hash=state["weights"],
+    metrics |= dict(recipe=recipe, checkpoint=cfg.checkpoint, hash=state["weights"],
                     solver=cfg.solver, steps=cfg.steps, seed=cfg.seed, world=run.world)
     metrics["total_seen"] = state["seen"] + (state.get("init") or {}).get("seen", 0)     # with those of its start
     with making(run, "samples", cfg.name, "metrics.json", done) as aside:

@@ -56,7 +56,7 @@ class SelfLabel:
     center: bool = key(True, "subtract the mean feature first")
     iterations: int = key(30, "k-means: at most", low=1)
     restarts: int = key(3, "k-means: keep the best of so many starts", low=1)
-    sk_eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", above=0)
+    sk_eps: float = key(0.05, "sinkhorn: entropic regularisation; larger = softer", low=1e-4)
     sk_iterations: int = key(20, "sinkhorn: balancing iterations per round", low=1)
     rounds: int = key(20, "sinkhorn: alternations of assignment and prototypes", low=1)
     objects: int = key(1, "lost, masks: at most so many boxes per image", low=1, high=254)
@@ -80,7 +80,7 @@ class SelfLabel:
 
 def rows_of(x, metric, device):
     """Rows as float32 on the device; of unit length under the cosine metric."""
-    x = x.to(device).float()                              # in this order fewer bytes cross the bus
+    x = x.to(device).float()
     return F.normalize(x, dim=1) if metric == "cosine" else x
 
 
@@ -729,9 +729,9 @@ def score_layouts(split, data, masks, boxes=None, clustered=True):
     if boxes is not None and data.boxes is not None:
         known = data.boxes[:, 2] > data.boxes[:, 0]       # images with a box
         overlap = iou(boxes[known, 0], data.boxes[known])
-        scores |= dict(iou=float(overlap.mean()), corloc=float((overlap >= 0.5).mean()))
-    if data.masks is not None:
-        t = confusion(masks, data.masks)
+        scores |= dict(iou=float(overlap.mean()), corloc=float((overlap >= 0.5).mean())) if known.any() else {}
+    t = confusion(masks, data.masks) if data.masks is not None else np.zeros(1)
+    if t.any():                                           # something else than void
         if boxes is not None:
             scores["foreground_iou"] = float(t[1:, 1:].sum() / max(t.sum() - t[0, 0], 1))
         if clustered:
@@ -784,8 +784,8 @@ def save_labels(run, name, data, labels, recipe):
         head = f"{name}: K = {K}; each row a label"
         contact_sheet(path.with_suffix(".png"), data["train"].images, ids["train"], arrays, head)
         write_json(path.with_suffix(".json"), dict(       # first: a kill after it leaves what `are_made` makes anew
-            kind="image", num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe,
-            scores=monitors, sizes=sizes.tolist(), hash=arrays_hash(arrays), **labels.about))
+            num_labels=K, data={k: d.info["fingerprint"] for k, d in data.items()}, recipe=recipe, scores=monitors,
+            sizes=sizes.tolist(), hash=arrays_hash(arrays), **labels.about))
         with atomic(path) as f:
             np.savez(f, **arrays)
     run.wait()
@@ -819,7 +819,10 @@ def recipe_of(run, cfg, data):
         info = load_features(run, cfg.features, "train")[1]
         decisive = ("hash", "pool", "draws", "seed", "arrays", "dtype", "precision", "resize")
         recipe["features_hash"] = digest({k: info[k] for k in decisive if k in info})
-        told = ("checkpoint", "weights", "hash", "pool", "draws", "seed", "arrays")
+        model = run.dir / info["checkpoint"] / "checkpoint.json"
+        if model.exists() and read_json(model, "delete it").get("weights") != info["hash"]:
+            run.say(f"note: features/{cfg.features} were made by an earlier state of {info['checkpoint']}")
+        told = ("checkpoint", "hash", "pool", "draws", "seed", "arrays")
         about["features"] = {k: info[k] for k in told if k in info}
     if cfg.method in ("classes", "subgroups"):            # the fingerprint is of the images alone
         recipe["classes"] = digest(*(np.asarray(d.classes) for d in data.values()))

@@ -666,8 +666,11 @@ class Conditioner(nn.Module):
         """(a loss of its own or None, keyword arguments of the network for a `Batch`)."""
         return None, {}
 
-    def after(self, conditioner_ema, beta):
-        """Called after an update, to move the average as far as that of the network."""
+    def wanted(self, seen):
+        """The norm that the gradient of its loss is to have in the network; None = whatever it is."""
+
+    def after(self, conditioner_ema, beta, norm):
+        """Called after an update, to move the average as far as that of the network. norm: of the network's gradient"""
 
     def report(self, ema, conditioner_ema):
         """What joins a line of the log, a dict."""
@@ -827,7 +830,7 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
             # the last pass of `model` makes DDP average the sum; `take_step` averages those of its own parameters
             if own_loss is not None:
                 scaler.scale(own_loss).backward()
-            labeller_norm = gradient_norm(weights) / scaler.get_scale()          # 0 unless sk_grad=backbone
+            labeller_norm = pull(run, weights, scaler.get_scale(), conditioner.wanted(seen))
             losses = []
             for i in range(0, local, micro):
                 part = slice(i, i + micro)
@@ -841,12 +844,12 @@ def fit(run, cfg, net, folder, data, state, conditioner=None):
             # one update, and the averages
             lr = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
             norm = take_step(run, cfg, optimizer, scaler, lr, weights, learns)
-            log.add(torch.cat(losses), norm, labeller_norm.nan_to_num(0, 0, 0))
+            log.add(torch.cat(losses), norm, labeller_norm)
             seen += cfg.batch
             half_life = max(min(cfg.ema, cfg.ema_ramp * seen), 1e-9)             # in images; short while few are seen
             beta = 0.5 ** (cfg.batch / half_life)
             get_ema_multi_avg_fn(beta)(averages, weights, None)                  # beta averages + (1 - beta) weights
-            conditioner.after(conditioner_ema, beta)
+            conditioner.after(conditioner_ema, beta, norm)
             progress.update(cfg.batch)
 
             # a line of the log, a picture, a checkpoint, each at its own interval
@@ -878,10 +881,20 @@ def take_step(run, cfg, optimizer, scaler, lr, weights, learns):
     return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm             # float16 skips a step that overflows
 
 
-def gradient_norm(weights):
-    """The norm of the gradients that there are by now, together."""
+def pull(run, weights, scale, wanted):
+    """The norm of the gradient that the labeller's loss has in the network, of all processes' images together, after it
+    was brought to `wanted` (None = left as it is); 0 unless sk_grad=backbone. scale: of float16's losses."""
     gradients = [p.grad for p in weights if p.grad is not None]
-    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=weights[0].device)
+    if not gradients:
+        return torch.zeros((), device=weights[0].device)
+    for g in gradients:                                   # DDP then averages what is the same everywhere
+        run.total(g).div_(run.world)
+    norm = nn.utils.get_total_norm(gradients) / scale
+    if wanted is not None:
+        for g in gradients:
+            g.mul_(wanted / norm.clamp(min=1e-12))
+        norm = wanted
+    return norm.nan_to_num(0, 0, 0)
 
 
 def due(cfg, seen, every):
@@ -976,8 +989,7 @@ class Log:
         self.updates, self.since, self.start = [], seen, time.time()
 
     def add(self, losses, norm, labeller_norm):
-        """An update: losses [n] of its images, the norm of its gradient on the network, and that of the labeller's part
-        alone, which is this process's own."""
+        """An update: losses [n] of its images, the norm of the network's gradient, and of the labeller's part in it."""
         self.updates.append(torch.stack([losses.mean(), norm, labeller_norm]).double())
 
     def write(self, seen, lr, more, progress):
@@ -988,7 +1000,7 @@ class Log:
                             "kept. Lower lr, or use precision=fp32")
         seconds = time.time() - self.start
         speed = (seen - self.since) / seconds
-        if labeller_norm and self.run.world == 1:         # of several processes only the sum's gradients are averaged
+        if labeller_norm:
             more["pull"] = labeller_norm / max(norm, 1e-12)
         line = dict(images=seen, loss=loss, grad_norm=norm, lr=lr, seconds=seconds, images_per_second=speed) | more
         if self.run.rank == 0:
@@ -1082,13 +1094,16 @@ def load_checkpoint(run, name):
         return state | {"file": str(file)}
 
 
-def load_model(run, name, which="ema"):
-    """(network in eval mode on the run's device, checkpoint) from the checkpoint alone; which weights: ema or net."""
+def load_model(run, name):
+    """(network in eval mode on the run's device, checkpoint) from the checkpoint alone, averaged weights. To be called
+    by all processes."""
     state = load_checkpoint(run, name)
+    if len(set(run.gather(state["weights"]))) > 1:
+        raise UserError(f"{state['file']}: was replaced while it was read; give the command again")
     with reading(state["file"], "train again"):
         model = fill("model", Model, state["model"])
         net = build_model(model, state["size"], state["channels"], **state["known"])
-        net.load_state_dict(state[which])
+        net.load_state_dict(state["ema"])
     return net.eval().requires_grad_(False).to(run.device), state
 
 
@@ -1107,6 +1122,9 @@ def resume(run, cfg, folder, state, saved):
             with reading(old["file"], "train again"):
                 for name, holder in saved.items():
                     holder.load_state_dict(old[name])
+        elif run.rank == 0:                               # else a kill would leave it with another training's log
+            file.with_suffix(".json").unlink(missing_ok=True)
+            file.unlink()
     if run.rank == 0 and seen < cfg.images:
         forget(folder, seen)
     return seen
@@ -1183,6 +1201,8 @@ def import_published(run, cfg):
     with locked(run, "diffusion", cfg.name):
         done = dict(weights=weights_hash(w, state["model"]), path=path)
         if not run.agreed(lambda: finished(run, folder / "checkpoint.json", done, [folder / "checkpoint.pt"])):
+            if run.rank == 0:
+                forget(folder, 0)                         # the log of a training of this name
             save_checkpoint(run, folder, state)
     run.next(f"extract_features.py checkpoint=diffusion/{cfg.name}", "reads it, after train_diffusion.py --prepare")
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from configs.data import input_shape, load_data, load_labels
+from configs.data import input_shape, load_data, load_labels, require_shape
 from configs.run import (ALONE, Model, UserError, atomic, autocast, check_name, cli, digest, fill, gpu_flags, key,
                          locked, read_json, reading, require, seeded, start)
 from train_diffusion import (PATHS, Condition, Conditioner, GivenLabels, Training, build_model, check_training, diffuse,
@@ -59,13 +59,15 @@ class TrainGuided(Training):
     sk_window: list[float] = key([0.8, 0.9], "times at which the trained network must predict the target",
                                  low=0, high=1, count=2)
     sk_weight: float = key(1.0, "weight of the Sinkhorn loss", low=0)
+    sk_ratio: float = key(0.05, "sk_grad=backbone: in place of a weight, what its gradient in the network is to be of "
+                                "the whole one, in norm; 0 = by the weight", low=0, high=1)
     sk_grad: Literal["head", "backbone"] = key("head", "how far its gradient reaches")
     sk_ramp: int = key(20_000, "images over which the weight rises", low=0)
     sk_freeze: int = key(5_000, "images before prototypes move", low=0)
     sk_until: int = key(0, "images after which every training image keeps its label; 0 = labels move to the end", low=0)
     sk_queue: int = key(1_024, "rows of earlier features that help to balance, 0 = none; running statistics reach as "
                                "far back, but at least four updates", low=0)
-    sk_eps: float = key(0.05, "entropic regularisation of the targets", above=0)
+    sk_eps: float = key(0.05, "entropic regularisation of the targets", low=1e-4)
     sk_iterations: int = key(3, "Sinkhorn iterations", low=1)
     sk_temperature: float = key(0.1, "of the prediction", above=0)
     sk_dim: int = key(64, "width of head output and prototypes", low=1)
@@ -132,7 +134,8 @@ def layout_maps(run, cfg, labels, info, data):
         inside = sum(filled(one, data.images.shape[2]) for one in boxes) > 0
         return np.uint8(~inside), 1
     masks = np.array(found, np.uint8)
-    void = (masks == 255) & truth
+    void = masks == 255
+    require(truth or not void.any(), cfg, "labels condition", "its masks hold 255; clusters go from 0 to 254")
     channels = max(int(masks[~void].max(initial=0)) + 1, 2)
     masks[void] = channels                                # nothing there
     return masks, channels
@@ -223,6 +226,9 @@ class Labeller(Conditioner):
         self.register_buffer("watched", torch.full((self.WATCHED,), -1))         # labels when the log was last written
         self.to(device)
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)           # loss, entropy, updates since then
+        self.ratio = cfg.sk_ratio if cfg.sk_grad == "backbone" else 0
+        if self.ratio:
+            self.register_buffer("norm", torch.zeros((), device=device))         # of the network's last gradient
         self.settled = None                               # int16 [N, P]: labels of all training images, once they stay
         self.ranks, self.context = ALONE, nullcontext
 
@@ -253,9 +259,16 @@ class Labeller(Conditioner):
             targets = self.balance(labeller_ema, h, update)
             labels = targets.argmax(1)
         loss = self.student_loss(net, batch, targets)
-        weight = cfg.sk_weight * min(1.0, (batch.seen + 1) / max(cfg.sk_ramp, 1))              # + 1: for sk_ramp = 0
+        weight = 1.0 if self.ratio else cfg.sk_weight * self.risen(batch.seen)
         dropped = batch.coin < (cfg.drop if batch.seen >= cfg.switch else 1.0)   # bool [b]; before `switch` all
         return weight * loss, self.tell(labels.view(-1, self.patches), labeller_ema, dropped)
+
+    def risen(self, seen):
+        """How far the weight of the loss, or its ratio, has risen, up to 1."""
+        return min(1.0, (seen + 1) / max(self.cfg.sk_ramp, 1))                   # + 1: for sk_ramp = 0
+
+    def wanted(self, seen):
+        return self.ratio * self.risen(seen) * self.norm if self.ratio else None
 
     def teacher_pass(self, ema, labeller_ema, batch, update):
         """Unit vectors h [n, d] of images, by the averages; no condition, so that a label is never read off itself.
@@ -341,8 +354,10 @@ class Labeller(Conditioner):
         return Condition("map", with_null(maps, self.cfg.K), self.cfg.K, self.size)
 
     @torch.no_grad()
-    def after(self, labeller_ema, beta):
+    def after(self, labeller_ema, beta, norm):
         """Unit prototypes; averaged parameters, and buffers as they are."""
+        if self.ratio:
+            self.norm.copy_(norm)
         self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
         get_ema_multi_avg_fn(beta)(list(labeller_ema.parameters()), list(self.parameters()), None)
         labeller_ema.prototypes.copy_(F.normalize(labeller_ema.prototypes, dim=1))
@@ -429,10 +444,12 @@ def check_online(run, cfg):
             "boxes, masks and sets come from a label file")
     require(not cfg.recompute or cfg.sk_grad == "head", cfg, "recompute sk_grad",
             "features with gradients stop inside the network: use recompute=false")
-    require(cfg.condition == "none" or cfg.switch < cfg.images, cfg, "switch images",
-            "labels would never be used: switch comes before images, or condition=none")
-    require(not cfg.sk_until or cfg.sk_freeze < cfg.sk_until < cfg.images, cfg, "sk_until sk_freeze images",
-            "labels settle after prototypes have moved (sk_freeze), and before training ends; sk_until=0 never settles")
+    last = (math.ceil(cfg.images / cfg.batch) - 1) * cfg.batch                   # images before the last update
+    require(cfg.condition == "none" or cfg.switch <= last, cfg, "switch images batch",
+            "labels would never be used: switch comes before the last update, or condition=none")
+    require(not cfg.sk_until or cfg.sk_freeze + cfg.batch <= cfg.sk_until <= last, cfg,
+            "sk_until sk_freeze images batch", "labels settle after prototypes have moved (sk_freeze) for an update, "
+            "and before the last one; sk_until=0 never settles")
     check_labels_name(run, cfg)
 
 
@@ -447,7 +464,8 @@ def check_labels_name(run, cfg):
 
 
 def finish_online(run, cfg, net, labeller, state, folder, data):
-    """Label every image by the finished averages: labels into the run, facts into the checkpoint."""
+    """Label every image by the finished averages, but those that keep theirs (sk_until): labels into the run, facts
+    into the checkpoint."""
     settled = labeller.settled                            # before the average is loaded, which has none
     net.load_state_dict(state["ema"])
     labeller.load_state_dict(state["conditioner_ema"])
@@ -481,18 +499,19 @@ def finish_online(run, cfg, net, labeller, state, folder, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # Initial weights
 
-def initial_weights(run, cfg, net, labels):
-    """Load init= into a network; what the checkpoint says of it. labels: digest of the training labels, or None."""
+def initial_weights(run, cfg, net, facts):
+    """Load init= into a network; what the checkpoint says of it. facts: of the labels, as in `given_labels`."""
     source = load_checkpoint(run, cfg.init)
     require(fill("model", Model, source["model"]) == run.model, cfg, "init",
             f"its model section differs from the configured one ({source['file']})")
-    same = labels is not None and source.get("labels_hash") == labels                 # an online labeller finds others
-    same &= source.get("condition") == cfg.condition
+    same = "labels_hash" in facts                         # an online labeller finds others
+    same &= all(source.get(k) == facts.get(k) for k in ("labels_hash", "layout_hash", "condition"))
     require(not source["num_labels"] or same, cfg, "init labels condition",
             f"was trained with condition={source.get('condition')} and labels={source.get('label_file')}, not these; "
             "start from an unconditional model")
     for name in ("path", "predict"):
         require(source[name] == getattr(cfg, name), cfg, name, f"init={cfg.init} has {name}={source[name]}")
+    require_shape(run, source)
     with reading(source["file"], "init= needs a model for images of this size"):
         load_pretrained(net, source["ema"])
     return dict(checkpoint=cfg.init, weights=source["weights"],
@@ -566,18 +585,21 @@ def main():
     # network: from scratch, or from unconditional weights
     channels, size = input_shape(run)
     net = build_model(run.model, size, channels, seed=cfg.seed, **known)
-    init = initial_weights(run, cfg, net, facts.get("labels_hash")) if cfg.init else None
+    init = initial_weights(run, cfg, net, facts) if cfg.init else None
+    place = matching(net, [cfg.sk_activation], "sk_activation")[-1] if cfg.labels == "online" else ""
     if run.dry_run:
         return say_training(run, cfg, net, channels, size, folder)
     net = net.to(run.device)
     if cfg.labels == "online":
-        conditioner = Labeller(cfg, net, matching(net, [cfg.sk_activation], "sk_activation")[-1], size, channels)
+        conditioner = Labeller(cfg, net, place, size, channels)
 
     # train; the checkpoint carries all that sampling needs
     state = new_state(run, "guided", data, size, channels, known=known, init=init, label_file=cfg.labels, **facts)
     with locked(run, "guided", cfg.name):
         state = fit(run, cfg, net, folder, data, state, conditioner)
-        if cfg.labels == "online" and "found_hash" not in state:               # not labelled by these weights yet
+        made = [folder / "labels.npz", *([run.dir / "labels" / f"{cfg.name}.npz"] if cfg.condition != "patch" else [])]
+        there = "found_hash" in state and run.agreed(lambda: all(file.exists() for file in made))
+        if cfg.labels == "online" and not there:          # by these weights
             gpu_flags(training=False)                     # without TF32, as sample_ode.py
             finish_online(run, cfg, net, conditioner, state, folder, data)
 

@@ -50,6 +50,7 @@ def open_source(data):
     if not data.classes:
         return parts, names
     require(names, data, "classes source", "this source has no names of classes to choose from")
+    require(len(set(data.classes)) == len(data.classes), data, "classes", "name each once")
     for name in data.classes:
         require(name in names, data, "classes", f"{name} is {unknown(name, names)}")
     require((parts["train"].classes >= 0).any(), data, "source classes",
@@ -401,7 +402,17 @@ def open_autoencoder(run):
                 from diffusers import AutoencoderKL       # nothing else here needs it
                 vae = AutoencoderKL.from_pretrained(run.data.latents, use_safetensors=True)
             run.vae = vae.eval().requires_grad_(False).to(run.device)
+    about = about_autoencoder(vae)
+    for path in (run.dir / "data" / split / "latents.json" for split in SPLITS):
+        if path.exists():
+            require(about.items() <= read_json(path, "delete it").items(), run.data, "latents",
+                    f"is no longer the autoencoder that encoded {path.parent}; use another run=DIR")
     return run.vae
+
+
+def about_autoencoder(vae):
+    """What tells an autoencoder from others of its name."""
+    return dict(weights=weights_hash(vae.state_dict()), scaling_factor=vae.config.scaling_factor)
 
 
 def scale_and_shift(vae):
@@ -442,8 +453,7 @@ def encode_split(run, split, batch=16):
             progress.update(len(x) * run.world)
     run.wait()
     if run.rank == 0:
-        about = dict(autoencoder=run.data.latents, weights=weights_hash(vae.state_dict()),
-                     scaling_factor=vae.config.scaling_factor, shape=shape, count=len(images))
+        about = dict(autoencoder=run.data.latents, shape=shape, count=len(images)) | about_autoencoder(vae)
         os.replace(aside, folder / "latents.npy")
         write_json(folder / "latents.json", about)
     run.wait()
@@ -571,6 +581,9 @@ def load_labels(run, name):
             ids, data, made_of = labels[split], load_data(run, split), info["data"][split]
             if made_of != data.info["fingerprint"]:
                 raise ValueError(f"belongs to {split} images {made_of}, the run's are {data.info['fingerprint']}")
+            for kind in [k for k in labels if k.endswith(f"_{split}")]:          # boxes, masks, ids of objects
+                if len(labels[kind]) != len(data):
+                    raise ValueError(f"{kind} must have {len(data)} rows")
             if ids.shape != (len(data),) or not lowest <= ids.min() <= ids.max() < K or ids.dtype.kind not in "iu":
                 raise ValueError(f"{split} must be {len(data)} whole numbers in {lowest} ... {K - 1}")
             labels[split] = ids.astype(np.int64)

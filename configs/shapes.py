@@ -1,8 +1,9 @@
-"""The embedded data set `shapes`: ten forms at dusk. Classes differ in form alone; area, colours and light are those of
-all, and place, size, tilt, tint, lights, shadows and a second object vary within each class. k-means (K = 20) finds the
-classes in colour statistics with an NMI of 0.05, in pixels 0.27, in features of random weights at most 0.12, of two
-trained models, where no label told to look, 0.75 and 0.67. Brightness does not show where objects are: Otsu's threshold
-finds the box in 11 % of the images, LOST in 75 % from pixels and in all from features (results/shapes-controls.json).
+"""The embedded data set `shapes`: ten forms at dusk. Classes differ in form alone; area (smaller for long forms where a
+second object must fit), colours and light are those of all, and place, size, tilt, tint, lights, shadows and a second
+object vary within each class. k-means (K = 20) finds the classes in colour statistics with an NMI of 0.05, in pixels
+0.27, in features of random weights at most 0.12, of two trained models, where no label told to look, 0.75 and 0.67.
+Brightness does not show where objects are: Otsu's threshold finds the box in 11 % of the images, LOST in 75 % from
+pixels and in all from features (results/shapes-controls.json).
 
 A model encodes what an image shares as a whole (mean colour, slope of the light, phase of waves) before any form, and
 k-means finds that first: so the ground is the same everywhere but for small independent spots.
@@ -14,7 +15,7 @@ FORMS = {  # class: unit of its silhouette for an area of 1; middle below the or
     "heart": (0.529, -0.26, 1.265), "arrow": (0.870, 0, 1), "hourglass": (0.722, 0, 1.332),
     "letter T": (0.711, -0.228, 1.235), "arch": (0.630, 0.04, 1.256), "bow": (0.722, 0, 1.332)}
 SHAPES_CLASSES = list(FORMS)
-AREA = (13.8, 15.5)  # smallest and largest root of a main object's area in a 32 x 32 image: the same for all classes
+AREA = (13.8, 15.5)  # smallest and largest root of a main object's area in a 32 x 32 image of one object, for all
 SECOND = 0.45  # size of a second object where the main one is 1
 TILT = 0.2  # largest tangent of an object's turn: 11 degrees
 GROUND = (0.38, 0.50, 0.58)  # dusk: RGB half-way up

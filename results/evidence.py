@@ -202,8 +202,8 @@ def main():
         require_same_base(out, s, weights_of(run, base))
         weak = asked.get("weak", "")
         if weak and not weak.endswith(".pt"):
-            stage("train_diffusion", which, *words, f"name=weak-{s}", f"seed={s}", f"images={weak}")
-            weak = f"diffusion/weak-{s}"
+            stage("train_diffusion", which, *words, f"name=weak-{weak}-{s}", f"seed={s}", f"images={weak}")
+            weak = f"diffusion/weak-{weak}-{s}"
         for row in asked.get("rows", ",".join(ROWS)).split(","):
             place, source = choose(which, row, s, found) if row in PLACES else (found["label_free"], row)
             if row in PLACES and source != "kmeans":

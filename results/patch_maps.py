@@ -40,7 +40,7 @@ def pixel_patches(run, s):
         n, c, H, W = images.shape
         patches = np.reshape(images, (n, c, h, H // h, w, W // w)).transpose(0, 1, 3, 5, 2, 4)  # [n, c, dy, dx, h, w]
         np.save(folder / file_of(split, "pixels", 1), np.float16(patches.reshape(n, -1, h, w) / 255))
-    known = {k: info[k] for k in ("data", "pool", "draws", "seed", "weights", "checkpoint")}
+    known = {k: info[k] for k in ("data", "pool", "draws", "seed", "checkpoint")}
     about = dict(hash="pixels", dtype="float16", arrays=[dict(activation="pixels", t=1.0)])
     write_json(folder / "info.json", known | about)
 

@@ -1,12 +1,14 @@
-"""Does the Sinkhorn loss help? The same training from scratch with its gradient in the network, at several weights.
+"""Does the Sinkhorn loss help? The same training from scratch with its gradient in the network, at several weights or
+ratios of gradients.
 
-    python results/sinkhorn.py SET RUN [seeds=0,1,2,3,4] [weights=0,0.02,0.1,1] [data.root=DATA]
+    python results/sinkhorn.py SET RUN [seeds=0,1,2,3,4] [weights=0,0.02,0.1,1] [ratios=0.05] [base=FILE.pt]
+                               [data.root=DATA]
 
-SET: shapes, fashion or cifar10-cpu. No image has a condition: weight 0 is the same training without the loss. `pull`
-is the norm of the loss's gradient over that of both losses. Features are probed on training images (NMI of k-means; kNN
-and linear on some that are held out), at the label-free place, at the best one, and on average over all times of each
-block; 1,000 samples are scored by the judge and by pixels. What is finished is not repeated. Writes
-results/sinkhorn-SET.json: one entry per weight and seed.
+SET: shapes, fashion or cifar10-cpu; base: train on from these weights, in place of from scratch. No image has a
+condition: weight 0 is the same training without the loss. `pull` is the norm of the loss's gradient over that of both
+losses. Features are probed on training images (NMI of k-means; kNN and linear on some that are held out), at the
+label-free place, at the best one, and on average over all times of each block; 1,000 samples are scored by the judge
+and by pixels. What is finished is not repeated. Writes results/sinkhorn-SET.json: an entry per level and seed.
 """
 import json
 import sys
@@ -16,8 +18,8 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from evidence import ROOT, keep, options, stage           # noqa: E402
 
-IMAGES = {"shapes": "40k", "fashion": "60k", "cifar10-cpu": "200k"}
-ONLINE = ["labels=online", "condition=none", "sk_grad=backbone", "sk_until=0", "switch=0", "init="]
+IMAGES = {"shapes": "40k", "fashion": "60k", "cifar10-cpu": "100k"}
+ONLINE = ["labels=online", "condition=none", "sk_grad=backbone", "sk_until=0", "switch=0"]
 
 
 def measured(run, name):
@@ -38,18 +40,23 @@ def measured(run, name):
 def main():
     which, folder, *words = sys.argv[1:]
     run, out = Path(folder).resolve(), ROOT / "results" / f"sinkhorn-{which}.json"
-    asked, words = options(words, ("seeds", "weights"))
+    asked, words = options(words, ("seeds", "weights", "ratios", "base"))
+    base, ratios = asked.get("base", ""), [r for r in asked.get("ratios", "").split(",") if r]
+    levels = {w: f"sk_ratio=0 sk_weight={w}" for w in asked.get("weights", "0,0.02,0.1,1").split(",")}
+    levels |= {f"ratio {r}": f"sk_ratio={r}" for r in ratios}
     words = [f"run={run}", *words]
     stage("train_diffusion", which, *words, "--prepare")
     for s in asked.get("seeds", "0,1,2,3,4").split(","):
-        for weight in asked.get("weights", "0,0.02,0.1,1").split(","):
-            name = f"sk-{weight}-{s}"
+        for title, level in levels.items():
+            name = f"sk-{title}-{s}".replace(" ", "-")
             keys = [f"name={name}", f"seed={s}"]
-            stage("train_guided", which, *words, *keys, *ONLINE, f"images={IMAGES[which]}", f"sk_weight={weight}")
+            stage("train_guided", which, *words, *keys, *ONLINE, f"init={base}", f"images={IMAGES[which]}",
+                  *level.split())
             stage("probe", which, *words, *keys, f"checkpoint=guided/{name}")
             stage("sample_ode", which, *words, *keys, f"checkpoint=guided/{name}", "n=1000", "solver=midpoint",
                   "steps=8", "evaluator=judge,pixels")
-            keep(out, dict(set=which, images=IMAGES[which]), weight, s, measured(run, name))
+            about = dict(set=which, images=IMAGES[which], base=Path(base).name)
+            keep(out, about, title, s, measured(run, name))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def points_by_K(rows, K, evaluator):
 
 def correlations(which, rows, evaluator):
     """Print how the distances of rows go with what is known of their labels. Rows that differ only in where features
-    are read, or how, are not independent: one row for each source counts them once, own labels nothing else."""
+    are read, or how, are not independent: one row for each source counts them once, own labels nothing else. Rows of
+    one K are those of the set's K, and ground truth."""
     distances = {name: y for name, _, y in points_of(rows, evaluator) if not name.startswith("none")}
     known = {"NMI": {name: nmi for name, nmi, _ in points_of(rows, evaluator)}}
     file = RESULTS / f"labels-{which}.json"
@@ -219,7 +220,7 @@ def main():
                 there = [r[e] for r in row.values() if e in r]
                 for w in ("w1", "chosen"):
                     cells.append(spread([r[w] for r in there]) if there else "-")
-                    cells.append("-" if name == "none" else paired(row, baseline(rows, name), e, w))
+                    cells.append("-" if baseline(rows, name) is row else paired(row, baseline(rows, name), e, w))
             print("|", " | ".join(cells), "|")
         panels, K = [], json.loads((RESULTS / f"evidence-{which}.json").read_text())["K"]
         for i, e in enumerate(evaluators):

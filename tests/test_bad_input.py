@@ -79,6 +79,8 @@ def test_units_are_exact():
 
 
 def test_a_plan_is_refused_like_its_command(run, said):
+    assert "no such activation" in said(run, "train_guided", "labels=online", "sk_activation=nonsense", "--dry-run",
+                                        "switch=64", "sk_until=0")
     assert "data.seed=0, now data.seed=5" in said(run, "train_diffusion", "data.seed=5", "--dry-run")
 
 
@@ -198,6 +200,14 @@ def test_models_of_another_size_are_not_compared_with_these_images(refuse, tiny,
     for more in (["n=4"], ["n=4", "direction=encode"]):
         wrong = refuse("sample_ode", *words, *more)
         assert "inputs of 3 x 32 x 32, this run's are 3 x 16 x 16" in wrong
+
+
+def test_training_does_not_start_from_a_model_of_another_size(refuse, tiny, run, tmp_path):
+    words = [tiny, f"run={tmp_path}/small", "data.size=16", "data.train=40", "data.test=40"]
+    stage("train_diffusion", *words, "--prepare")
+    stage("self_label", *words, "method=classes")
+    said = refuse("train_guided", *words, "labels=classes", f"init={run}/diffusion/base/checkpoint.pt")
+    assert "inputs of 3 x 32 x 32, this run's are 3 x 16 x 16" in said
 
 
 def test_other_recipe_under_the_same_name(said, copy):

@@ -128,6 +128,20 @@ def test_two_ranks_give_the_same_features_labels_and_samples(chain, tiny, tmp_pa
     assert np.array_equal(*(np.load(d / "samples/kmeans/labels.npy") for d in (chain, run)))
     a, b = (json.loads((d / "samples/kmeans/metrics.json").read_text())["scores"]["frechet"] for d in (chain, run))
     assert a == pytest.approx(b, rel=1e-2)
+    keys = ["checkpoint=guided/kmeans", "name=adaptive", "guidance=2", "solver=dopri5", "n=100", "evaluate=false"]
+    for d, ranks in ((chain, 1), (run, 2)):               # a block of 64 is on both processes
+        stage("sample_ode", tiny, f"run={d}", *keys, ranks=ranks)
+    a, b = (json.loads((d / "samples/adaptive/metrics.json").read_text()) for d in (chain, run))
+    assert [a[k] for k in ("nfe", "network_calls")] == pytest.approx([b[k] for k in ("nfe", "network_calls")])
+
+
+def test_labels_say_that_their_features_are_of_an_earlier_model(chain, tiny, tmp_path):
+    shutil.copytree(chain, tmp_path / "run", ignore=shutil.ignore_patterns("labels", "samples", "guided"))
+    words = [tiny, f"run={tmp_path}/run"]
+    assert "earlier state" not in inside("self_label", *words, "name=fresh")
+    file = tmp_path / "run/diffusion/base/checkpoint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(weights="0" * 16)))
+    assert "an earlier state of diffusion/base" in inside("self_label", *words, "name=stale")
 
 
 def test_two_ranks_share_the_times_of_a_sweep(chain, tiny):
@@ -200,7 +214,7 @@ def test_two_commands_at_once_in_one_run():
     assert done.returncode == 0 and "as if alone" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
-def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
+def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path, refuse):
     """Another backbone, path and prediction through the same commands, with gradient accumulation."""
     run, model = tmp_path / "vit", [
         "model.backbone=uvit",
@@ -222,6 +236,10 @@ def test_guided_vit_and_vp_and_accumulation(tiny, tmp_path):
     inside("self_label", tiny, f"run={run}", "method=subgroups", "groups=2")
     assert int(np.load(run / "labels/subgroups.npz")["num_labels"]) == 20
     inside("train_guided", tiny, f"run={run}", *model, "path=vp", "predict=eps", "labels=subgroups", "images=64")
+    inside("train_guided", tiny, f"run={run}", *model, "path=vp", "predict=eps", "labels=subgroups", "images=64",
+           "drop=0", "name=told")
+    untold = ["checkpoint=guided/told", "guidance=2", "name=no"]
+    assert "no null label" in refuse("sample_ode", tiny, f"run={run}", *untold)
     for words in (["solver=euler"], ["solver=dopri5", "tol=0.05"], ["direction=encode", "n=20"]):
         inside(
             "sample_ode",

@@ -226,6 +226,7 @@ def test_chosen_classes(tmp_path):
     assert set(images[classes == 0, 0, 0, 0]) == {150} and set(images[classes == 1, 0, 0, 0]) == {50}
     words = dict(source="folder", root=str(tmp_path / "tree"))
     assert "known: 001, 002, 003" in complaint_of(tmp_path / "other", classes=["2"], **words)
+    assert "name each once" in complaint_of(tmp_path / "other", classes=["001", "003", "001"], **words)
 
 
 def test_classes_that_are_known_too_late_cannot_be_chosen(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
-"""Dense tasks on frozen maps: segmentation, correspondence, objects; their scores against independent
+"""Dense tasks on frozen maps: segmentation, correspondence, layouts; their scores against independent
 implementations."""
-import inspect
 import itertools
 import json
 import math
@@ -22,9 +21,8 @@ import self_label
 from configs.data import Split, load_data
 from configs.run import ALONE, Data, UserError, digest
 from configs.shapes import draw_shapes, shape_parts
-from probe import (LinearMap, PixelMlps, Probe, Source, UPer, box_overlap, centred_gram, coco_ap, confusion_matrix,
-                   fit_head, instances, mask_overlap, matches, mean_iou, pck, pick_points, similarity, warped_pairs,
-                   warps)
+from probe import (LinearMap, PixelMlps, Probe, Source, UPer, centred_gram, confusion_matrix, fit_head, matches,
+                   mean_iou, pck, pick_points, similarity, warped_pairs, warps)
 from self_label import filled
 from train_diffusion import Condition
 
@@ -146,68 +144,6 @@ def test_matches_do_not_depend_on_the_batch():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objects
-
-def detections_for_test(seed, images=12, size=20):
-    """Random true objects and noisy detections of them, with wrong classes, doubles and misses."""
-    g, found, truth = np.random.default_rng(seed), [], []
-    for _ in range(images):
-        n, box = g.integers(0, 4), lambda n: (lambda p, s: np.concatenate([p, p + s], 1))(g.integers(0, 10, (n, 2)),
-            g.integers(4, 10, (n, 2))).astype(np.float32)
-        t, labels = box(n), g.integers(1, 4, n)
-        f = np.concatenate([t + g.integers(-1, 2, t.shape), t + g.integers(-3, 4, t.shape),
-                            box(2)]).astype(np.float32).clip(0, size)
-        f[:, 2:] = np.maximum(f[:, 2:], f[:, :2] + 1)
-        paint = lambda b: torch.stack([torch.from_numpy((np.arange(size) >= y0)[:, None] & (np.arange(size) < y1)[:,
-            None] & (np.arange(size) >= x0) & (np.arange(size) < x1))
-                                       for x0, y0, x1, y1 in b]) if len(b) else torch.zeros(0, size, size,
-                                           dtype=torch.bool)
-        both = np.concatenate([labels, np.where(g.random(n) < 0.7, labels, 1), g.integers(1, 4, 2)])
-        found.append(dict(labels=torch.from_numpy(both), boxes=torch.from_numpy(f), masks=paint(f),
-                          scores=torch.from_numpy(g.permutation(len(f)) / 20 + g.random() / 100)))
-        truth.append(dict(labels=torch.from_numpy(labels), boxes=torch.from_numpy(t), masks=paint(t)))
-    return found, truth
-
-
-def test_average_precision_against_coco():
-    pytest.importorskip("pycocotools")
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-    from pycocotools.mask import encode
-    found, truth = detections_for_test(0)
-    form = lambda d, j: dict(category_id=int(d["labels"][j]),
-                             bbox=[*d["boxes"][j, :2].tolist(), *(d["boxes"][j, 2:] - d["boxes"][j, :2]).tolist()],
-                             segmentation=encode(np.asfortranarray(d["masks"][j].numpy().astype(np.uint8))), iscrowd=0,
-                             area=1.0)
-    coco = COCO()
-    coco.dataset = dict(images=[dict(id=i, height=20, width=20) for i in range(len(truth))],
-                        categories=[dict(id=k) for k in (1, 2, 3)], annotations=[
-        form(t, j) | dict(image_id=i, id=100 * i + j + 1) for i,
-        t in enumerate(truth) for j in range(len(t["labels"]))])
-    coco.createIndex()
-    for kind, overlap in (("bbox", box_overlap), ("segm", mask_overlap)):
-        mine, theirs = coco_ap(found, truth, overlap), COCO()
-        theirs.dataset = coco.dataset | dict(annotations=[
-            form(f, j) | dict(image_id=i, id=100 * i + j + 1, score=float(f["scores"][j])) for i,
-            f in enumerate(found) for j in range(len(f["labels"]))])
-        theirs.createIndex()
-        judge = COCOeval(coco, theirs, kind)
-        judge.evaluate(), judge.accumulate()
-        assert np.allclose(mine, judge.eval["precision"][:, :, :, 0, 2].mean((1, 2)), atol=1e-9)
-        assert 0.2 < mine[0] < 0.95
-    assert coco_ap([t | dict(scores=torch.ones(len(t["labels"]))) for t in truth], truth,
-                   mask_overlap).min() == pytest.approx(1)
-
-
-def test_instances_are_connected_pieces():
-    mask = torch.tensor([[1, 1, 0, 2], [1, 1, 0, 2], [0, 0, 0, 2], [1, 0, 0, 2], [0, 255, 1, 1], [0, 1, 1, 1]])
-    got = instances(mask)                                 # pieces of a class: the larger ones first
-    assert got["labels"].tolist() == [1, 1, 2] and got["boxes"].tolist() == [[1, 4, 4, 6], [0, 0, 2, 2], [3, 0, 4, 4]]
-    assert got["masks"].sum((1, 2)).tolist() == [5, 4, 4]
-    assert instances(torch.zeros(5, 5))["boxes"].shape == (0, 4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The protocols, from the command line
 
 def result(run, name):
@@ -318,42 +254,6 @@ def test_parts_of_shapes(size):
         local = [np.linalg.solve(a, v.double().numpy().T - o[:, None]) for v, o,
                  a in (((p + 1) * size / 2, origin[i], axes[i]), (q, origin[j], axes[j]))]
         assert classes[i] == classes[j] and np.allclose(*local, atol=1e-4)
-
-
-@pytest.fixture
-def operators(monkeypatch):
-    """torchvision's two compiled operators in plain PyTorch, where its own do not load (a CPU-only torch)."""
-    from configs.data import torchvision_datasets
-    torchvision_datasets()
-    import torchvision
-    if torchvision.extension._has_ops():
-        return
-    # compiles itself on the first call, which takes long: unwrapped below
-    from torchvision.ops.roi_align import _roi_align
-
-    def nms(boxes, scores, limit):
-        keep, overlap, free = [], torchvision.ops.box_iou(boxes, boxes) > limit, torch.ones(len(boxes),
-            dtype=torch.bool)
-        for i in scores.argsort(descending=True).tolist():
-            if free[i]:
-                keep.append(i)
-                free &= ~overlap[i]
-        return torch.tensor(keep, dtype=torch.long)
-    monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: True)
-    fake = type("Ops", (), dict(nms=staticmethod(nms), roi_align=staticmethod(inspect.unwrap(_roi_align))))
-    monkeypatch.setattr(torch.ops, "torchvision", fake, raising=False)
-
-
-def test_protocol_detect(monkeypatch, tiny, run, operators):
-    def few(r, split):
-        data = load_data(r, split)
-        few = {k: getattr(data, k)[:3] for k in ("images", "masks", "boxes", "classes")}
-        return replace(data, **few) if split == "test" else data
-    monkeypatch.setattr(probe, "load_data", few)
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=detect", *WORDS, "controls=", "images=2", "head_batch=2",
-           "masks=2", "seeds=0")
-    row = result(run, "detect")["rows"]["detect"]
-    assert (run / "probe/detect.png").exists() and all(0 <= row[f"{k}_ap50"] <= 1 for k in ("boxes", "masks"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,7 +416,6 @@ def test_protocol_cka(monkeypatch, capsys, refuse, tiny, run):
 
 @pytest.mark.parametrize("words, said", [
     (["protocol=segment", "head=mlp"], "known: linear, uper"), (["protocol=head", "head=uper"], "known: linear, mlp"),
-    (["protocol=detect", "t=0.5,0.8"], "one time"), (["protocol=detect", "lr=1e-3,1e-2"], "one of each"),
     (["protocol=cka", "grid=0"], "grid=0")])
 def test_bad_input(refuse, tiny, run, words, said):
     assert said in refuse("probe", tiny, f"run={run}", "name=bad", *WORDS, *words)

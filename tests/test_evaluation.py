@@ -302,6 +302,41 @@ def test_a_sweep_counts_evaluations_and_several_evaluators_score_alike(monkeypat
     assert other["singular"] == (other["evaluator_features"] >= 24)
 
 
+class Rows(torch.nn.Module):
+    """An evaluator as a file: `times` the mean colours, or something that is no evaluator."""
+
+    def __init__(self, times=1.0, what="rows"):
+        super().__init__()
+        self.times, self.what = times, what
+
+    def forward(self, x):
+        rows = x.float().mean((2, 3)) * self.times
+        if self.what == "maps":
+            rows = x.float()
+        if self.what == "nan":
+            rows = rows / 0.0 - rows / 0.0
+        return rows
+
+
+def test_an_evaluator_file_that_changed_scores_anew(tiny, small_run, refuse, tmp_path):
+    words = [tiny, f"run={tmp_path}/run", "name=x", "n=16", f"evaluator={tmp_path}/e.ts"]
+    shutil.copytree(small_run, tmp_path / "run")
+    words += ["data.train=160", "data.test=40"]
+    torch.jit.script(Rows()).save(tmp_path / "e.ts")
+    inside("sample_ode", *words)
+    assert "done already" in inside("sample_ode", *words)
+    torch.jit.script(Rows(3.0)).save(tmp_path / "e.ts")
+    assert "was made with evaluators=" in refuse("sample_ode", *words)
+    for what in ("maps", "nan"):
+        torch.jit.script(Rows(what=what)).save(tmp_path / "e.ts")
+        assert "one row of finite numbers" in refuse("sample_ode", *words, "overwrite=true")
+    shown = [*words[:2], *words[-2:], "--table"]
+    said = inside("sample_ode", *shown)
+    (tmp_path / "run/samples/x").rename(tmp_path / "run/samples/.x.12345678.old")            # a kill may leave it
+    assert "reference" in said and " x " in said
+    assert "no evaluated samples" in refuse("sample_ode", *shown)
+
+
 def test_samples_know_the_images_they_were_scored_against(tiny, small_run, refuse, tmp_path):
     words = [tiny, f"run={tmp_path}/run", "data.train=100", "data.test=40"]
     keys = [f"checkpoint={small_run}/diffusion/base/checkpoint.pt", "n=8", "steps=1", "name=x"]

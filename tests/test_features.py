@@ -359,6 +359,7 @@ def test_list_and_pca(monkeypatch, capsys, tiny, small_run):
 @pytest.mark.parametrize("words, said", [
     (["checkpoint=diffusion/none"], "diffusion/none"), (["activations=auto", "t="], "probe.py first"),
     (["t=0.5,0.5000001"], "six digits"), (["t="], "t=[]"), (["t=1.5"], "t=1.5"), (["pool=00"], "pool=00"),
+    (["pool=99"], "a map has 4 x 4 positions"),
     (["draws=0"], "draws=0"),
     (["model=none.pt"], "diffusers:FOLDER_OR_ID")])
 def test_bad_input(refuse, tiny, small_run, words, said):

@@ -167,6 +167,11 @@ def test_what_cannot_work(run, vae, refuse, tmp_path, monkeypatch):
     next(broken.glob("*.safetensors")).write_bytes(b"no tensors")
     said = refuse("train_diffusion", yaml, f"run={tmp_path / 'r'}", f"data.latents={broken}")
     assert "expected an AutoencoderKL" in said and not (tmp_path / "r/data/train/latents.json").exists()
+    other = shutil.copytree(folder, tmp_path / "other")   # encoded by the autoencoder whose weights now change
+    about = json.loads((other / "data/test/latents.json").read_text())
+    (other / "data/test/latents.json").write_text(json.dumps(about | dict(weights="0" * 16)))
+    said = refuse("sample_ode", yaml, f"run={other}", "name=late")
+    assert "no longer the autoencoder" in said and "data/test" in said
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in refuse("train_diffusion", yaml, f"run={tmp_path / 'r2'}")
 

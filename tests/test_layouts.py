@@ -1,4 +1,6 @@
 """Conditions of images: labels and layouts dropped and mirrored with them, banks; layouts sampled and drawn by hand."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -113,7 +115,8 @@ def test_hand_drawn_layouts(run, tiny):
 
 @pytest.mark.parametrize("model, words", [
     ("guided/box", "boxes=[[20,4,4,28,0]]"), ("guided/box", "boxes=[[4,4,8,8]]"),
-    ("guided/box", "boxes=[[]]"),
+    ("guided/box", "boxes=[[]]"), ("guided/box", "boxes=[[4,4,9,9,1],[40,40,50,50,1]]"),
+    ("guided/box", "boxes=[[5.6,5.6,6.4,6.4,0]]"),
     ("guided/box", "boxes=[[4,4,8,8,77]]"), ("guided/box", "boxes=[[4,4,8,8,1],[9,9,12,12,2]]"),
     ("guided/mask", "boxes=[[4,4,8,8,1]]")])
 def test_impossible_layouts_are_refused(run, tiny, refuse, model, words):
@@ -127,4 +130,9 @@ def test_conditions_need_what_they_name(run, tiny, refuse):
     assert "online only" in refuse("train_guided", *words, "labels=classes", "condition=prototype")
     said = refuse("train_guided", *words, "labels=classes", "init=guided/box")
     assert "condition=box" in said and "start from an unconditional model" in said
+    with np.load(run / "labels/random.npz") as f:         # of somebody else, with too few boxes
+        np.savez(run / "labels/short.npz", **f, boxes_train=np.zeros((511, 1, 4), np.float32))
+    about = json.loads((run / "labels/random.json").read_text())
+    (run / "labels/short.json").write_text(json.dumps({k: v for k, v in about.items() if k != "hash"}))
+    assert "boxes_train must have" in refuse("train_guided", *words, "labels=short", "condition=box")
     assert "come from a label file" in refuse("train_guided", *words, "labels=online", "condition=set")

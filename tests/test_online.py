@@ -182,7 +182,7 @@ def test_averages_follow_at_unit_length():
         labeller.head[0].weight += 1
         labeller.prototypes *= 3
         labeller.standardised.mean += 2
-    labeller.after(teacher, 0.75)
+    labeller.after(teacher, 0.75, None)
     assert torch.allclose(teacher.head[0].weight, before + 0.25, atol=1e-6)
     assert torch.equal(teacher.standardised.mean, labeller.standardised.mean)
     for c in (labeller.prototypes, teacher.prototypes):
@@ -250,6 +250,7 @@ def test_labels_settle_after_sk_until(condition):
 
 
 @pytest.mark.parametrize("keys", [dict(switch=10 ** 9), dict(sk_until=5_000), dict(sk_until=10 ** 9),
+                                  dict(images=250, switch=240), dict(images=250, switch=0, sk_until=240),
                                   dict(condition="set"), dict(recompute=True, sk_grad="backbone")], ids=str)
 def test_impossible_requests(keys, tmp_path):
     with pytest.raises(UserError, match="|".join(keys)):
@@ -311,10 +312,17 @@ def test_the_log_tells_how_hard_the_labels_pull(toy):
         inside("train_guided", *words, *keys, f"name={name}", *more)
         return json.loads((folder / f"run/guided/{name}/metrics.jsonl").read_text().splitlines()[0])
     assert "pull" not in first_line("still")              # the head alone learns from it
-    lines = {w: first_line(f"pull-{w}", "sk_grad=backbone", f"sk_weight={w}") for w in (1e-3, 0.1, 100.0)}
+    lines = {w: first_line(f"pull-{w}", "sk_grad=backbone", "sk_ratio=0", f"sk_weight={w}") for w in (1e-3, 0.1, 100.0)}
     of_one = [line["pull"] * line["grad_norm"] / w for w, line in lines.items()]
     assert np.allclose(of_one, of_one[0], rtol=1e-4) and of_one[0] > 0
     assert lines[1e-3]["pull"] < lines[0.1]["pull"] < lines[100.0]["pull"] and 0.95 < lines[100.0]["pull"] < 1.05
+    folder_of = folder / "run"
+    for file in (folder_of / "labels/still.npz", folder_of / "guided/still/labels.npz"):      # found again if deleted
+        file.unlink()
+        first_line("still")
+        assert file.exists()
+    kept = first_line("ratio", "sk_grad=backbone", "sk_ratio=0.3", "images=320", "log_every=320")
+    assert 0.2 < kept["pull"] < 0.4                       # of the norm one update before; there was none at first
 
 
 def test_labels_of_another_program_are_not_replaced(toy, refuse, monkeypatch):
@@ -384,6 +392,8 @@ def test_resume_and_two_ranks(toy, condition, until):
     folder, words = toy
     keys = ["images=480", "switch=160", "save_every=160", "log_every=160", f"sk_until={until}",
             f"condition={condition}", "overwrite=true"]
+    if until:
+        keys += ["sk_grad=backbone", "sk_ratio=0.2", "sk_ramp=0"]
     inside("train_guided", *words, *keys, "name=once")
     inside("train_guided", *words, *keys, "images=320", "name=twice")
     assert "resuming at 320" in inside("train_guided", *words, *keys, "name=twice")
@@ -405,3 +415,6 @@ def test_resume_and_two_ranks(toy, condition, until):
     if until:
         a, b = (np.load(folder / f"run/guided/{name}/labels.npz")["train"] for name in ("once", "ranks"))
         assert (a == b).mean() > 0.97
+        logs = [(folder / f"run/guided/{name}/metrics.jsonl").read_text().splitlines() for name in ("once", "ranks")]
+        pulls = [[json.loads(line)["pull"] for line in lines] for lines in logs]
+        assert np.allclose(*pulls, rtol=0.02) and np.allclose(pulls, 0.2, atol=0.05)

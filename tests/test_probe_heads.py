@@ -410,14 +410,13 @@ def test_class_numbers_may_have_gaps(monkeypatch, tiny, tmp_path):
 
 
 def test_protocol_select(monkeypatch, capsys, tiny, run):
-    called(monkeypatch, probe, tiny, f"run={run}", "protocol=select", "t=0.5,0.9", "name=chosen", "weights=net")
+    called(monkeypatch, probe, tiny, f"run={run}", "protocol=select", "t=0.5,0.9", "name=chosen")
     found = json.loads((run / "probe/chosen.json").read_text())
     kept, chosen = [r for r in found["table"] if not r["dropped"]], found["chosen"]
     assert 0 < len(kept) < len(found["table"]) and all(r["linear"] is None for r in found["table"] if r["dropped"])
     best = max(kept, key=lambda r: r["linear"])
     assert best["activation"] in chosen["activations"] and chosen["t"] == [best["t"]]
     words = capsys.readouterr().out.splitlines()[-1].split("  ")[0].split()[3:]  # of the command that it names
-    assert "weights=net" in words
     called(monkeypatch, extract_features, *words)
     info = json.loads((run / "features/chosen/info.json").read_text())
     assert [a["activation"] for a in info["arrays"]] == chosen["activations"]
@@ -481,12 +480,14 @@ def test_features_tell_their_precision(monkeypatch, refuse, tiny, run):
     assert "pool=00" in refuse("extract_features", *words[:2], "name=bad", *words[3:5], "pool=00")
 
 
-def test_a_sweep_of_averaged_weights_is_not_one_of_raw_ones(monkeypatch, refuse, tiny, run):
-    called(monkeypatch, probe, tiny, f"run={run}", "name=raw", "weights=net", "t=0.8", "activations=mid*-out",
+def test_a_sweep_of_one_model_is_not_one_of_another(monkeypatch, refuse, tiny, run):
+    words = [tiny, f"run={run}"]
+    stage("train_diffusion", *words, "name=second", "images=64", "seed=9")
+    called(monkeypatch, probe, *words, "checkpoint=diffusion/second", "name=second", "t=0.8", "activations=mid*-out",
            "fit=60", "validation=30", "K=3")
-    assert (run / "probe/raw.png").exists()
-    assert "no sweep" in refuse("extract_features", tiny, f"run={run}", "choice=raw", "name=raw")
-    called(monkeypatch, extract_features, tiny, f"run={run}", "choice=raw", "name=raw", "weights=net")
+    assert (run / "probe/second.png").exists()
+    assert "no sweep" in refuse("extract_features", *words, "choice=second", "name=second")
+    called(monkeypatch, extract_features, *words, "choice=second", "name=second", "checkpoint=diffusion/second")
 
 
 @pytest.mark.parametrize("words, said", [

@@ -140,6 +140,8 @@ def test_outlines_follow_edges():
         score[guide] = score_layouts("train", truth, found["masks"], found["boxes"], False)
     assert score[True]["foreground_iou"] > max(0.9, score[False]["foreground_iou"] + 0.1), score
     assert score[True]["iou"] > score[False]["iou"] + 0.05, score
+    nothing = SimpleNamespace(boxes=np.full_like(boxes, -1), masks=np.full_like(masks, 255))     # is known
+    assert score_layouts("train", nothing, found["masks"], found["boxes"]) == {}
 
 
 def test_the_larger_of_two_comes_first_and_alone():

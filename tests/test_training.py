@@ -355,6 +355,15 @@ def test_guided_training_resumes_and_is_locked_by_its_own_keys_only(tiny, run, r
     assert "train_guided.drop=0.1, now 0.2" in refuse("train_guided", *words, "name=once", "drop=0.2")
 
 
+def test_a_training_that_replaces_another_is_its_own_from_the_first_image(tiny, run, refuse):
+    words = [tiny, f"run={run}", "labels=classes", "init=diffusion/base", "name=replaced", "log_every=32"]
+    inside("train_guided", *words)
+    assert "not finite" in refuse("train_guided", *words, "lr=1e20", "overwrite=true", "clip=0")
+    assert not (run / "guided/replaced/checkpoint.pt").exists()                  # whose log is gone
+    assert "starting, at 0" in inside("train_guided", *words, "images=64")
+    assert {line["lr"] <= 1e-3 for line in log(run, "guided/replaced")} == {True}
+
+
 def test_names_stay_inside_the_run(tiny, run, refuse):
     words = [tiny, f"run={run}"]
     assert "labels=../../outside" in refuse("train_guided", *words, "labels=../../outside")
