@@ -41,9 +41,9 @@ def main():
     which, folder, *words = sys.argv[1:]
     run, out = Path(folder).resolve(), ROOT / "results" / f"sinkhorn-{which}.json"
     asked, words = options(words, ("seeds", "weights", "ratios", "base"))
-    base, ratios = asked.get("base", ""), [r for r in asked.get("ratios", "").split(",") if r]
-    levels = {w: f"sk_ratio=0 sk_weight={w}" for w in asked.get("weights", "0,0.02,0.1,1").split(",")}
-    levels |= {f"ratio {r}": f"sk_ratio={r}" for r in ratios}
+    base, weights, ratios = asked.get("base", ""), asked.get("weights", "0,0.02,0.1,1"), asked.get("ratios", "")
+    levels = {w: f"sk_ratio=0 sk_weight={w}" for w in weights.split(",") if w}
+    levels |= {f"ratio {r}": f"sk_ratio={r}" for r in ratios.split(",") if r}
     words = [f"run={run}", *words]
     stage("train_diffusion", which, *words, "--prepare")
     for s in asked.get("seeds", "0,1,2,3,4").split(","):
