@@ -82,7 +82,8 @@ def given_labels(run, cfg, data, labels, info):
             "prototypes and patches exist with labels=online only; here label, box, mask or set")
     ids, K = labels["train"], info["num_labels"]          # int64 [N]
     table = with_null(torch.from_numpy(ids), K)
-    facts = dict(labels_hash=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K)
+    facts = dict(labels_hash=digest(ids), label_scores=info.get("scores", {}), condition=cfg.condition, num_labels=K,
+                 label_file_hash=info.get("hash"))        # with boxes and masks
     if cfg.condition == "label":
         facts["marginal"] = torch.from_numpy(np.bincount(ids, minlength=K) / len(ids))          # float64 [K]
         of_images, of_samples = Condition("label", table), Condition("label", torch.arange(K + 1))

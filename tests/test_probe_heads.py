@@ -491,6 +491,7 @@ def test_a_sweep_of_one_model_is_not_one_of_another(monkeypatch, refuse, tiny, r
 
 
 @pytest.mark.parametrize("words, said", [
+    (["seeds=1,1"], "seeds=[1, 1]: name each once"), (["t=0.5,0.5"], "name each once"),
     (["labels_share=0"], "labels_share=0"), (["head=difformr"], "did you mean difformer"), (["t=2"], "t=2"),
     (["head=difformer", "width=20"], "multiple of the 8"),
     (["head=cnn", "t=0.5,0.8"], "one place"), (["head=diffeed", "activations=down-level0-repeat0-res-out"], "way up"),
