@@ -2,13 +2,14 @@
 ratios of gradients.
 
     python results/sinkhorn.py SET RUN [seeds=0,1,2,3,4] [weights=0,0.02,0.1,1] [ratios=0.05] [base=FILE.pt]
-                               [data.root=DATA]
+                               [into=NAME] [data.root=DATA]
 
 SET: shapes, fashion or cifar10-cpu; base: train on from these weights, in place of from scratch. No image has a
 condition: weight 0 is the same training without the loss. `pull` is the norm of the loss's gradient over that of both
 losses. Features are probed on training images (NMI of k-means; kNN and linear on some that are held out), at the
 label-free place, at the best one, and on average over all times of each block; 1,000 samples are scored by the judge
-and by pixels. What is finished is not repeated. Writes results/sinkhorn-SET.json: an entry per level and seed.
+and by pixels. What is finished is not repeated. Writes results/sinkhorn-SET.json, or
+sinkhorn-NAME.json: an entry per level and seed.
 """
 import json
 import sys
@@ -39,8 +40,8 @@ def measured(run, name):
 
 def main():
     which, folder, *words = sys.argv[1:]
-    run, out = Path(folder).resolve(), ROOT / "results" / f"sinkhorn-{which}.json"
-    asked, words = options(words, ("seeds", "weights", "ratios", "base"))
+    asked, words = options(words, ("seeds", "weights", "ratios", "base", "into"))
+    run, out = Path(folder).resolve(), ROOT / "results" / f"sinkhorn-{asked.get('into', which)}.json"
     base, weights, ratios = asked.get("base", ""), asked.get("weights", "0,0.02,0.1,1"), asked.get("ratios", "")
     levels = {w: f"sk_ratio=0 sk_weight={w}" for w in weights.split(",") if w}
     levels |= {f"ratio {r}": f"sk_ratio={r}" for r in ratios.split(",") if r}

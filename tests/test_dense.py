@@ -337,10 +337,12 @@ def test_protocol_layout(monkeypatch, refuse, capsys, tiny, lost):
     for change, said in ((drawn, "something else"), (dict(hash="other"), "earlier state"), (plain, "without boxes")):
         (lost / "samples/lost/metrics.json").write_text(json.dumps(about | change))
         assert said in refuse("probe", *words, "samples=lost", "name=bad")
-    torch.save(state | dict(condition="box", label_file="lost", labels_hash="x", bank=bank),
-               lost / "guided/lost/checkpoint.pt")
     (lost / "samples/lost/metrics.json").write_text(json.dumps(about | dict(checkpoint="guided/lost")))
-    assert "other labels than" in refuse("probe", *words, "samples=lost", "name=bad")
+    made_of = digest(np.load(lost / "labels/lost.npz")["train"])
+    for other in (dict(labels_hash="x"), dict(labels_hash=made_of, label_file_hash="x")):
+        torch.save(state | dict(condition="box", label_file="lost", bank=bank) | other,
+                   lost / "guided/lost/checkpoint.pt")
+        assert "other labels than" in refuse("probe", *words, "samples=lost", "name=bad")
 
 
 def test_objects_in_samples_are_found_as_those_of_the_labels(monkeypatch, tiny, lost):
