@@ -320,7 +320,7 @@ class Rows(torch.nn.Module):
 
 def test_an_evaluator_file_that_changed_scores_anew(tiny, small_run, refuse, tmp_path):
     words = [tiny, f"run={tmp_path}/run", "name=x", "n=16", f"evaluator={tmp_path}/e.ts"]
-    shutil.copytree(small_run, tmp_path / "run")
+    shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
     words += ["data.train=160", "data.test=40"]
     torch.jit.script(Rows()).save(tmp_path / "e.ts")
     inside("sample_ode", *words)

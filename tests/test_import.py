@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.run import UserError
+from configs.run import Processes, UserError
 from train_diffusion import PATHS, UNet, UViT, load_model
 
 YAML = """
@@ -64,7 +64,7 @@ def staged(monkeypatch, folder, imported, size=16, path="vp", model=None):
     return run
 
 
-class Here:
+class Here(Processes):
     """As much of a Run as load_model needs."""
     def __init__(self, folder):
         self.dir, self.device, self.dry_run = folder / "run", torch.device("cpu"), False
